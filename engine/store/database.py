@@ -1,6 +1,7 @@
 """Connections: where the database is, and sessions of two kinds.
 
-``read`` sessions are read-only to Postgres itself, so a page or a report cannot write by mistake; ``write`` sessions are one transaction.
+``read`` sessions are read-only to Postgres itself, so a page or a report cannot write by mistake; a ``write`` session
+is one transaction.
 """
 
 from __future__ import annotations

@@ -260,7 +260,7 @@ class RollupRow(Base):
 
 
 class RollupHistogramRow(Base):
-    """Sparse log-bucket histograms (γ = 1.0202, 1 % relative error) of the latencies of a rollup. Writer: engine.telemetry."""
+    """Sparse log-bucket histograms (γ = 1.0202, 1 % error) of a rollup's latencies. Writer: engine.telemetry."""
 
     __tablename__ = "rollup_histograms"
     minute: Mapped[datetime] = mapped_column(primary_key=True)
@@ -278,7 +278,7 @@ class RollupHistogramRow(Base):
 
 
 class RolloutRow(Base):
-    """A rollout as it stands: the spec is frozen at creation, the status is the controller's. Writer: engine.rollout."""
+    """A rollout as it stands: the spec is frozen at creation, the status the controller's. Writer: engine.rollout."""
 
     __tablename__ = "rollouts"
     id: Mapped[int] = mapped_column(Identity(always=True), primary_key=True)

@@ -1,0 +1,194 @@
+"""Start, watch and stop the processes of one machine.
+
+Every component is a process group of its own with a log file of its own, so that stopping it takes its children along. A
+component that ends by itself is started again, later and later. What runs is written to ``run/system.json`` for
+`slipstream status` and `slipstream down`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from engine.contracts import SlipstreamError
+
+Say = Callable[[str], None]
+GRACE_S = 15.0
+"""How long a component may take to end after SIGTERM before it is killed."""
+BACKOFF_S = (1.0, 2.0, 5.0, 15.0, 60.0)
+STEADY_S = 60.0
+"""A component that ran this long starts its backoff from the beginning."""
+
+
+@dataclass(frozen=True, slots=True)
+class Component:
+    """One process of the system: how it starts and how one sees that it is ready."""
+
+    name: str
+    argv: Sequence[str]
+    environ: Mapping[str, str]
+    url: str | None = None
+    ready: Callable[[], bool] = lambda: True
+
+
+@dataclass(slots=True)
+class _Running:
+    component: Component
+    process: subprocess.Popen[bytes]
+    started: float
+    restarts: int = 0
+    restart_at: float | None = None
+
+
+@dataclass(slots=True)
+class Supervisor:
+    """Owns the components it started. ``clock`` is monotonic seconds, ``sleep`` waits; both are arguments for tests."""
+
+    home: Path
+    say: Say
+    clock: Callable[[], float] = time.monotonic
+    sleep: Callable[[float], None] = time.sleep
+    _running: dict[str, _Running] = field(default_factory=dict)
+
+    def start(self, component: Component) -> None:
+        self._running[component.name] = _Running(component, self._spawn(component), self.clock())
+        self._write_state()
+
+    def wait_ready(self, name: str, timeout_s: float) -> None:
+        """Wait until a component says it is ready; SlipstreamError with the end of its log when it does not."""
+        running = self._running[name]
+        deadline = self.clock() + timeout_s
+        while not running.component.ready():
+            if running.process.poll() is not None:
+                raise SlipstreamError(f"{name} ended with code {running.process.returncode}.\n{self.log_tail(name)}")
+            if self.clock() > deadline:
+                raise SlipstreamError(f"{name} was not ready after {timeout_s:.0f} s.\n{self.log_tail(name)}")
+            self.sleep(0.2)
+
+    def watch_once(self) -> None:
+        """Start again whatever has ended, with backoff."""
+        for name, running in self._running.items():
+            if running.process.poll() is None:
+                continue
+            now = self.clock()
+            if running.restart_at is None:
+                if now - running.started > STEADY_S:
+                    running.restarts = 0
+                wait = BACKOFF_S[min(running.restarts, len(BACKOFF_S) - 1)]
+                running.restart_at = now + wait
+                self.say(f"{name} ended with code {running.process.returncode}; starting it again in {wait:.0f} s")
+            elif now >= running.restart_at:
+                end_group(running.process.pid, grace_s=0.0)  # children it left behind
+                running.process = self._spawn(running.component)
+                running.started, running.restart_at = now, None
+                running.restarts += 1
+                self._write_state()
+
+    def stop(self) -> None:
+        """End every component, last started first, and all their children."""
+        for running in reversed(list(self._running.values())):
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(running.process.pid, signal.SIGTERM)
+        for name, running in reversed(list(self._running.items())):
+            try:
+                running.process.wait(GRACE_S)
+            except subprocess.TimeoutExpired:
+                self.say(f"{name} did not end within {GRACE_S:.0f} s and was killed")
+            end_group(running.process.pid, grace_s=1.0)
+            running.process.wait()
+        self._running.clear()
+        with contextlib.suppress(FileNotFoundError):
+            state_file(self.home).unlink()
+
+    def pid(self, name: str) -> int:
+        return self._running[name].process.pid
+
+    def log_tail(self, name: str, lines: int = 15) -> str:
+        path = log_file(self.home, name)
+        text = path.read_text(errors="replace").splitlines()[-lines:] if path.exists() else []
+        return f"The end of {path}:\n  " + "\n  ".join(text)
+
+    def _spawn(self, component: Component) -> subprocess.Popen[bytes]:
+        path = log_file(self.home, component.name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("ab") as out:
+            return subprocess.Popen(
+                list(component.argv),
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                env=dict(component.environ),
+                start_new_session=True,
+            )
+
+    def _write_state(self) -> None:
+        state = {
+            "pid": os.getpid(),
+            "started_at": datetime.now(UTC).isoformat(),
+            "components": {
+                name: {"pid": r.process.pid, "url": r.component.url, "restarts": r.restarts}
+                for name, r in self._running.items()
+            },
+        }
+        path = state_file(self.home)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(state, indent=1))
+        temporary.replace(path)
+
+
+def log_file(home: Path, name: str) -> Path:
+    return home / "logs" / f"{name}.log"
+
+
+def state_file(home: Path) -> Path:
+    return home / "run" / "system.json"
+
+
+def read_state(home: Path) -> dict[str, Any] | None:
+    """What runs on this machine by the last word of its supervisor; None when nothing was started or all has ended."""
+    try:
+        state: dict[str, Any] = json.loads(state_file(home).read_text())
+    except (FileNotFoundError, json.JSONDecodeError):
+        return None
+    alive = is_alive(state["pid"]) or any(is_alive(c["pid"]) for c in state["components"].values())
+    return state if alive else None
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process runs; a zombie does not."""
+    try:
+        with open(f"/proc/{pid}/stat") as stat:
+            return stat.read().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        if Path("/proc/self").exists():
+            return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def end_group(pgid: int, grace_s: float) -> None:
+    """End what is left of a process group: SIGTERM, then SIGKILL after ``grace_s``."""
+    try:
+        os.killpg(pgid, signal.SIGTERM)
+        deadline = time.monotonic() + grace_s
+        while time.monotonic() < deadline:
+            os.killpg(pgid, 0)
+            time.sleep(0.05)
+        os.killpg(pgid, signal.SIGKILL)
+    except (ProcessLookupError, PermissionError):
+        return

@@ -1,0 +1,168 @@
+"""The whole system on one machine: which processes there are, in which order they start, and how they find each other."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+from collections.abc import Callable
+
+import httpx
+
+from engine.contracts import SlipstreamError
+from engine.ops import postgres
+from engine.ops.supervisor import Component, Say, Supervisor, end_group, is_alive, read_state, state_file
+from engine.settings import Settings, to_environment
+from engine.store import migrate
+from engine.store.database import sqlalchemy_url
+
+READY_S = {"mlflow": 120.0, "engine": 600.0, "dashboard": 60.0}
+
+
+def start(settings: Settings, supervisor: Supervisor, say: Say) -> Settings:
+    """Start everything; returns the settings with every address filled in.
+
+    The engine, the learner and the dashboard do not wait for MLflow: it is started first, because it is slow, and looked
+    at last.
+    """
+    home = settings.home_path
+    if (running := read_state(home)) is not None:
+        raise SlipstreamError(
+            f"The system already runs for {home} (process {running['pid']}). `slipstream status` shows it, "
+            "`slipstream down` stops it; with another SLIPSTREAM_HOME a second one can run beside it."
+        )
+    _check_ports(settings)
+    home.mkdir(parents=True, exist_ok=True)
+    if settings.database_url is None:
+        say(f"Postgres: embedded, in {postgres.data_directory(home)}")
+    url = postgres.database_url(settings, start_embedded=True)
+    migrate.upgrade(url)
+    if settings.mlflow.enabled and settings.mlflow_tracking_uri is None:
+        mlflow_url = f"http://{settings.mlflow.host}:{settings.mlflow.port}"
+        supervisor.start(_mlflow(settings, url, mlflow_url))
+        settings = settings.model_copy(update={"mlflow_tracking_uri": mlflow_url})
+    environ = _environment(settings.model_copy(update={"database_url": url}))
+    api = f"http://{settings.engine.host}:{settings.engine.port}"
+    board = f"http://{settings.dashboard.host}:{settings.dashboard.port}"
+    supervisor.start(_part("engine", environ, api, _answers(f"{api}/readyz")))
+    supervisor.start(_part("dashboard", environ, board, _answers(f"{board}/_stcore/health")))
+    supervisor.start(_part("controller", environ))
+    if settings.learner.enabled:
+        supervisor.start(_part("learner", environ))
+    supervisor.start(_part("housekeeping", environ))
+    supervisor.wait_ready("dashboard", READY_S["dashboard"])
+    say(f"dashboard: {board}")
+    supervisor.wait_ready("engine", READY_S["engine"])
+    say(f"engine: {api}/v1 (OpenAI-compatible)")
+    if "mlflow" in (read_state(home) or {"components": {}})["components"]:
+        supervisor.wait_ready("mlflow", READY_S["mlflow"])
+        say(f"MLflow: {settings.mlflow_tracking_uri}")
+    return settings.model_copy(update={"database_url": url})
+
+
+def stop(settings: Settings, supervisor: Supervisor) -> None:
+    """End all processes, then the embedded Postgres. The data stay."""
+    supervisor.stop()
+    postgres.stop(settings.home_path)
+
+
+def down(settings: Settings, say: Say, sleep: Callable[[float], None], patience_s: float = 40.0) -> bool:
+    """Stop a system that runs elsewhere on this machine; False when nothing ran.
+
+    The supervisor is asked first. Where it was killed, what it had started is ended here.
+    """
+    home = settings.home_path
+    state = read_state(home)
+    if state is None:
+        return postgres.stop(home)
+    supervisor = state["pid"]
+    if is_alive(supervisor):
+        os.kill(supervisor, 15)
+        waited = 0.0
+        while is_alive(supervisor) and waited < patience_s:
+            sleep(0.2)
+            waited += 0.2
+    for name, component in state["components"].items():
+        if is_alive(component["pid"]):
+            say(f"{name} was left behind by its supervisor; ending it")
+            end_group(component["pid"], grace_s=10.0)
+    state_file(home).unlink(missing_ok=True)
+    postgres.stop(home)
+    return True
+
+
+def free_ports(settings: Settings) -> Settings:
+    """The same settings with every port that is taken moved to the next free one."""
+    taken: set[int] = set()
+    updates = {}
+    for name in ("engine", "mlflow", "dashboard"):
+        section = getattr(settings, name)
+        port = section.port
+        while port in taken or not _is_free(section.host, port):
+            port += 1
+        taken.add(port)
+        updates[name] = section.model_copy(update={"port": port})
+    return settings.model_copy(update=updates)
+
+
+def _mlflow(settings: Settings, database_url: str, url: str) -> Component:
+    """The tracking server: its own database beside ours, artifacts in a folder, telemetry and job runner off."""
+    if settings.database_url is None:
+        backend = sqlalchemy_url(postgres.mlflow_url(settings.home_path))
+    else:
+        # An operator's server is not ours to add databases to.
+        backend = f"sqlite:///{settings.dir('mlflow') / 'mlflow.db'}"
+    environ = dict(os.environ)
+    environ |= {
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "DO_NOT_TRACK": "true",
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+        "MLFLOW_BACKEND_STORE_URI": backend,
+    }
+    environ.pop("MLFLOW_TRACKING_URI", None)
+    host, port = settings.mlflow.host, settings.mlflow.port
+    argv = [sys.executable, "-m", "mlflow", "server", "--host", host, "--port", str(port), "--workers", "1"]
+    argv += ["--artifacts-destination", str(settings.dir("mlflow") / "artifacts")]
+    argv += ["--allowed-hosts", f"localhost:{port},127.0.0.1:{port},{host}:{port}"]
+    return Component("mlflow", argv, environ, url, _answers(f"{url}/health"))
+
+
+def _part(
+    name: str, environ: dict[str, str], url: str | None = None, ready: Callable[[], bool] = lambda: True
+) -> Component:
+    return Component(name, [sys.executable, "-m", "engine.cli", name], environ, url, ready)
+
+
+def _environment(settings: Settings) -> dict[str, str]:
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("SLIPSTREAM_")}
+    return kept | to_environment(settings) | {"PYTHONUNBUFFERED": "1", "MLFLOW_DISABLE_TELEMETRY": "true"}
+
+
+def _answers(url: str) -> Callable[[], bool]:
+    def ready() -> bool:
+        try:
+            return httpx.get(url, timeout=2.0).is_success
+        except httpx.HTTPError:
+            return False
+
+    return ready
+
+
+def _check_ports(settings: Settings) -> None:
+    for name in ("engine", "mlflow", "dashboard"):
+        section = getattr(settings, name)
+        if section.port and not _is_free(section.host, section.port):
+            raise SlipstreamError(
+                f"Port {section.port} for {name} is taken. Choose another: --set {name}.port=N "
+                f"(or SLIPSTREAM_{name.upper()}__PORT=N)."
+            )
+
+
+def _is_free(host: str, port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError:
+            return False
+    return True

@@ -1,7 +1,7 @@
 """Start, watch and stop the processes of one machine.
 
-Every component is a process group of its own with a log file of its own, so that stopping it takes its children along. A
-component that ends by itself is started again, later and later. What runs is written to ``run/system.json`` for
+Every component is a process group of its own with a log file of its own, so that stopping it takes its children along.
+A component that ends by itself is started again, later and later. What runs is written to ``run/system.json`` for
 `slipstream status` and `slipstream down`.
 """
 

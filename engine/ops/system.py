@@ -1,4 +1,4 @@
-"""The whole system on one machine: which processes there are, in which order they start, and how they find each other."""
+"""The whole system on one machine: which processes there are, in which order they start, how they find each other."""
 
 from __future__ import annotations
 
@@ -22,8 +22,7 @@ READY_S = {"mlflow": 120.0, "engine": 600.0, "dashboard": 60.0}
 def start(settings: Settings, supervisor: Supervisor, say: Say) -> Settings:
     """Start everything; returns the settings with every address filled in.
 
-    The engine, the learner and the dashboard do not wait for MLflow: it is started first, because it is slow, and looked
-    at last.
+    Nothing waits for MLflow: it is started first, because it is slow, and looked at last.
     """
     home = settings.home_path
     if (running := read_state(home)) is not None:

@@ -1,0 +1,79 @@
+"""Traces in the order they were written, for exporters that keep a cursor."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+from uuid import UUID
+
+from sqlalchemy import func, select, text, tuple_
+from sqlalchemy.dialects.postgresql import insert
+
+from engine.store.database import ReadSession, WriteSession
+from engine.store.models import ExportCursorRow, TraceRow
+
+
+@dataclass(frozen=True, slots=True)
+class Cursor:
+    """How far an exporter has come; ``written_at`` None means it has not begun."""
+
+    name: str
+    written_at: datetime | None = None
+    trace_id: UUID | None = None
+    exported: int = 0
+    skipped: int = 0
+    error: str | None = None
+
+
+def cursor(session: ReadSession | WriteSession, name: str) -> Cursor:
+    row = session.get(ExportCursorRow, name)
+    if row is None:
+        return Cursor(name)
+    return Cursor(row.name, row.written_at, row.trace_id, row.exported, row.skipped, row.error)
+
+
+def save_cursor(session: WriteSession, moved: Cursor, now: datetime) -> None:
+    values = {
+        "name": moved.name,
+        "written_at": moved.written_at,
+        "trace_id": moved.trace_id,
+        "exported": moved.exported,
+        "skipped": moved.skipped,
+        "error": moved.error,
+        "updated_at": now,
+    }
+    session.execute(
+        insert(ExportCursorRow).values(**values).on_conflict_do_update(index_elements=["name"], set_=values)
+    )
+
+
+def next_traces(session: ReadSession, after: Cursor, limit: int) -> list[TraceRow]:
+    """The traces written after the cursor, oldest first.
+
+    Rows of a transaction that is still open are older than its start. The horizon therefore stops at the start of the
+    oldest transaction that writes now, or a trace committed late would be passed over for ever.
+    """
+    horizon = session.scalar(
+        text(
+            "SELECT least(clock_timestamp(), min(xact_start)) FROM pg_stat_activity "
+            "WHERE backend_xid IS NOT NULL AND datname = current_database()"
+        )
+    )
+    query = select(TraceRow).where(TraceRow.written_at < horizon)
+    if after.written_at is not None:
+        position = tuple_(TraceRow.written_at, TraceRow.trace_id)
+        query = query.where(
+            TraceRow.written_at >= after.written_at,  # the index condition; the pair below breaks ties
+            position > tuple_(after.written_at, after.trace_id),
+        )
+    return list(session.scalars(query.order_by(TraceRow.written_at, TraceRow.trace_id).limit(limit)))
+
+
+def lag(session: ReadSession, after: Cursor) -> dict[str, Any]:
+    """How many traces wait for export and since when the oldest does."""
+    query = select(func.count(), func.min(TraceRow.written_at))
+    if after.written_at is not None:
+        query = query.where(TraceRow.written_at > after.written_at)
+    count, oldest = session.execute(query).one()
+    return {"waiting": count, "oldest": oldest}

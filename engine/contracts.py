@@ -6,6 +6,8 @@ Counts are stored, never ratios; ratios are made where they are read.
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
@@ -82,7 +84,7 @@ TRAFFIC_STATES = frozenset({RolloutState.RAMPING, RolloutState.HELD, RolloutStat
 
 @dataclass(frozen=True, slots=True)
 class Arm:
-    """One slice of a serving plan: the share ``weight`` in [0, 0.5] of eligible keys is served by ``policy_version``."""
+    """One slice of a serving plan: ``policy_version`` serves the share ``weight`` in [0, 0.5] of eligible keys."""
 
     name: str
     policy_version: int
@@ -262,3 +264,16 @@ class ReplicaState:
 
 class SlipstreamError(Exception):
     """An error a person can act on: what was wrong, where, and what to do next."""
+
+
+def artifact_digest(files: Mapping[str, bytes]) -> str:
+    """The address of a policy artifact: sha256 (hex) over its file names, in order, and their contents.
+
+    Lengths go into the hash, so that no two different sets of files run together to the same bytes.
+    """
+    digest = hashlib.sha256()
+    for name in sorted(files):
+        for part in (name.encode(), files[name]):
+            digest.update(len(part).to_bytes(8, "little"))
+            digest.update(part)
+    return digest.hexdigest()

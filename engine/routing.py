@@ -1,7 +1,7 @@
 """Which arm serves a request: a pure function of the serving plan and the assignment key.
 
-Shared by the server, which routes with it, and by rollout and dry runs, which replay it. A key never changes arm while the
-weights of a rollout only grow: an arm owns an interval of [0, 1) that starts at a fixed point.
+Shared by the server, which routes with it, and by rollout and dry runs, which replay it. A key never changes arm while
+the weights of a rollout only grow: an arm owns an interval of [0, 1) that starts at a fixed point.
 """
 
 from __future__ import annotations

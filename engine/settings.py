@@ -1,7 +1,7 @@
 """One strict, frozen configuration: defaults < TOML file < environment (``SLIPSTREAM_…``) < flags (``--set a.b=c``).
 
-Nested keys are written ``engine.port`` in flags and ``SLIPSTREAM_ENGINE__PORT`` in the environment. An unknown key, wherever it
-stands, is an error that names the nearest known one.
+Nested keys are written ``engine.port`` in flags and ``SLIPSTREAM_ENGINE__PORT`` in the environment. An unknown key,
+wherever it stands, is an error that names the nearest known one.
 """
 
 from __future__ import annotations
@@ -135,7 +135,10 @@ def load_settings(
     flags: Sequence[str] = (),
     environ: Mapping[str, str] | None = None,
 ) -> Settings:
-    """Read the configuration once. ``flags`` are ``section.key=value`` texts; ``config`` defaults to ./slipstream.toml if present."""
+    """Read the configuration once.
+
+    ``flags`` are ``section.key=value`` texts; ``config`` defaults to ./slipstream.toml where there is one.
+    """
     environ = os.environ if environ is None else environ
     known = dict(known_keys())
     values: dict[str, Any] = {}

@@ -1,7 +1,7 @@
 """Send every stored trace to MLflow, at the exporter's own pace.
 
-The table is the queue and the cursor moves only when MLflow has answered, so an outage of either side loses nothing; ids are
-derived from the trace, so a batch whose answer was lost is the same traces again.
+The table is the queue and the cursor moves only when MLflow has answered, so an outage of either side loses nothing;
+ids are derived from the trace, so a batch whose answer was lost is the same traces again.
 """
 
 from __future__ import annotations

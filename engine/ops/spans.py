@@ -1,4 +1,4 @@
-"""A stored trace as OpenTelemetry spans. Pure: the same trace gives the same bytes, so sending it twice changes nothing."""
+"""A stored trace as OpenTelemetry spans. Pure: the same trace gives the same bytes, so sending it twice is harmless."""
 
 from __future__ import annotations
 

@@ -59,6 +59,17 @@ def start(settings: Settings, supervisor: Supervisor, say: Say) -> Settings:
     return settings.model_copy(update={"database_url": url})
 
 
+def watch_once(chosen: Settings, supervisor: Supervisor, say: Say) -> None:
+    """Start again what has ended: a component, or the embedded Postgres itself."""
+    if chosen.database_url is None and postgres.running_url(chosen.home_path) is None:
+        say("Postgres has ended; starting it again")
+        try:
+            postgres.start(chosen.home_path)
+        except SlipstreamError as error:
+            say(str(error))
+    supervisor.watch_once()
+
+
 def stop(settings: Settings, supervisor: Supervisor) -> None:
     """End all processes, then the embedded Postgres. The data stay."""
     supervisor.stop()

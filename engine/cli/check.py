@@ -1,0 +1,31 @@
+"""`slipstream-check`: format, lint, types, import contracts and all tests; the one command for people and for CI.
+
+It runs in the root of a checkout. Arguments go to pytest, e.g. `slipstream-check -m 'not slow'`.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+STEPS = (
+    ("format", [sys.executable, "-m", "ruff", "format", "--check", "."]),
+    ("lint", [sys.executable, "-m", "ruff", "check", "."]),
+    ("types", [sys.executable, "-m", "mypy"]),
+    ("imports", [str(Path(sys.executable).with_name("lint-imports"))]),
+    ("tests", [sys.executable, "-m", "pytest"]),
+)
+
+
+def main() -> None:
+    if not Path("pyproject.toml").is_file() or not Path("tests").is_dir():
+        sys.exit("slipstream-check: run it in the root of a checkout (no pyproject.toml or tests/ here).")
+    for name, command in STEPS:
+        began = time.monotonic()
+        extra = sys.argv[1:] if name == "tests" else []
+        print(f"── {name}: {' '.join(command[-2:] + extra)}", flush=True)
+        code = subprocess.run([*command, *extra]).returncode
+        if code != 0:
+            sys.exit(f"slipstream-check: {name} failed after {time.monotonic() - began:.0f} s (exit code {code})")

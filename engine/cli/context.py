@@ -1,0 +1,27 @@
+"""What every command starts from: the settings that were read once, and a database."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import typer
+
+from engine.ops import postgres
+from engine.settings import Settings
+from engine.store.database import Database
+
+
+def settings(context: typer.Context) -> Settings:
+    found: Settings = context.find_root().obj
+    return found
+
+
+@contextmanager
+def database(context: typer.Context, application: str = "slipstream cli") -> Iterator[Database]:
+    """The database of these settings; it must run already."""
+    opened = Database(postgres.database_url(settings(context)), pool_size=2, application=application)
+    try:
+        yield opened
+    finally:
+        opened.close()

@@ -1,0 +1,46 @@
+"""The `slipstream` command."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from engine.cli import bench, policies, rollouts, services, system
+from engine.contracts import SlipstreamError
+from engine.settings import load_settings
+
+app = typer.Typer(
+    name="slipstream",
+    help="Self-improving speculative decoding, under supervision.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+system.add(app)
+services.add(app)
+rollouts.add(app)
+policies.add(app)
+bench.add(app)
+
+
+@app.callback()
+def configure(
+    context: typer.Context,
+    config: Annotated[Path | None, typer.Option(help="TOML file; ./slipstream.toml is read where there is one")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="KEY=VALUE, e.g. engine.port=8200; repeatable")
+    ] = None,
+) -> None:
+    """Defaults < TOML file < environment (SLIPSTREAM_…) < flags."""
+    context.obj = load_settings(config, set_ or ())
+
+
+def main() -> None:
+    try:
+        app()
+    except SlipstreamError as error:
+        sys.stderr.write(f"slipstream: {error}\n")
+        sys.exit(1)

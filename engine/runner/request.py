@@ -1,0 +1,65 @@
+"""What goes into the engine and what comes out of it: plain frozen records."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from engine.contracts import FinishReason, SamplingParams, SpecCounts, Status, TracePayload
+
+
+@dataclass(frozen=True, slots=True)
+class EngineRequest:
+    """One generation. ``policy_version`` must be resident; the request stays on it to its end."""
+
+    request_id: str
+    prompt_ids: tuple[int, ...]
+    sampling: SamplingParams
+    policy_version: int
+    traffic_class: str = "chat"
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """What one step added to one request.
+
+    ``text`` is what may be shown now: it lags behind ``new_token_ids`` while a character is incomplete or a stop
+    string may be about to begin, and never holds a stop string. The last output of a request carries its result.
+    """
+
+    request_id: str
+    new_token_ids: tuple[int, ...]
+    text: str
+    finished: bool = False
+    finish_reason: FinishReason | None = None
+    result: RequestResult | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RequestResult:
+    """A finished request as the engine saw it; the server adds arm, tenant and wall-clock time to make a trace.
+
+    ``queue_s`` is from add to the first prefill, ``ttft_s`` from add to the first token, ``e2e_s`` from add to the
+    end. ``prefill_s`` and ``verify_s`` are the durations of the target passes the request took part in (a row waits
+    for the whole pass, its neighbours' rows included), ``draft_s`` the time of its own proposals.
+    """
+
+    request_id: str
+    status: Status
+    finish_reason: FinishReason
+    policy_version: int
+    traffic_class: str
+    text: str
+    prompt_tokens: int
+    output_tokens: int
+    queue_s: float | None
+    ttft_s: float | None
+    tpot_s: float | None
+    e2e_s: float
+    prefill_s: float
+    draft_s: float
+    verify_s: float
+    counts: SpecCounts
+    draft_errors: int
+    payload: TracePayload
+    error: str | None = None
+    preemptions: int = 0

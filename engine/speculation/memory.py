@@ -1,0 +1,141 @@
+"""Trace memory: what the target said after the same few tokens, in past responses of the same traffic class.
+
+Per class one sorted table of n-grams (plain arrays in a safetensors file, 20 bytes an entry): the hash of the last n
+tokens, the token that followed most often, how often it did, and how often the n-gram was seen at all. A request
+drafts from its own context and from the table together; the longer match wins, its own context before the table.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from engine.contracts import ProposerKind
+from engine.speculation.memory_build import COLUMNS, MAX_ORDER, MIN_ORDER, TraceMemoryBuilder, ngram_hash
+from engine.speculation.ngram import ContextIndex
+from engine.speculation.proposer import PolicyError, read_settings
+
+__all__ = ["MEMORY_FILE", "TraceMemory", "TraceMemoryBuilder", "TraceMemoryProposer", "load"]
+
+MEMORY_FILE = "memory.safetensors"
+DEFAULTS: dict[str, int | float] = {"min_n": MIN_ORDER, "max_n": MAX_ORDER, "min_confidence": 0.3}
+
+
+class ClassMemory:
+    """The table of one traffic class. Plain memoryviews: bisect on them is faster than a numpy call per look-up."""
+
+    def __init__(self, key: np.ndarray, token: np.ndarray, count: np.ndarray, total: np.ndarray) -> None:
+        self.key, self.token = memoryview(key), memoryview(token)
+        self.count, self.total = memoryview(count), memoryview(total)
+
+    def __len__(self) -> int:
+        return len(self.key)
+
+    def next_after(self, tail: Sequence[int]) -> tuple[int, float] | None:
+        """(most frequent next token, its confidence) after exactly these n tokens.
+
+        Confidence is count / (total + 1): a single sighting is worth one half, not certainty.
+        """
+        key = ngram_hash(tail)
+        at = bisect_left(self.key, key)
+        if at == len(self.key) or self.key[at] != key:
+            return None
+        return self.token[at], self.count[at] / (self.total[at] + 1)
+
+
+class TraceMemory:
+    """Traffic class → table. Reading is strict; a class that was never seen has an empty memory."""
+
+    def __init__(self, classes: Mapping[str, ClassMemory]) -> None:
+        self.classes = dict(classes)
+
+    @classmethod
+    def parse(cls, data: bytes) -> TraceMemory:
+        from safetensors import SafetensorError
+        from safetensors.numpy import load as load_arrays
+
+        try:
+            arrays = load_arrays(data)
+        except (SafetensorError, KeyError, ValueError) as error:
+            raise PolicyError(f"{MEMORY_FILE} is not a safetensors file: {error}") from None
+        tables: dict[str, dict[str, np.ndarray]] = {}
+        for name, array in arrays.items():
+            traffic_class, slash, column = name.rpartition("/")
+            if not slash or column not in COLUMNS:
+                raise PolicyError(f"{MEMORY_FILE}: unknown tensor {name!r}.")
+            tables.setdefault(traffic_class, {})[column] = array
+        return cls({name: _checked(name, columns) for name, columns in tables.items()})
+
+
+def _checked(traffic_class: str, columns: Mapping[str, np.ndarray]) -> ClassMemory:
+    where = f"{MEMORY_FILE}: class {traffic_class!r}"
+    if missing := sorted(set(COLUMNS) - set(columns)):
+        raise PolicyError(f"{where} lacks {missing}.")
+    for name, dtype in COLUMNS.items():
+        if columns[name].dtype != dtype or columns[name].shape != columns["key"].shape or columns[name].ndim != 1:
+            raise PolicyError(f"{where}: {name} is {columns[name].dtype}{columns[name].shape}, not {np.dtype(dtype)}[n].")
+    key, count, total = columns["key"], columns["count"], columns["total"]
+    if not (key[1:] > key[:-1]).all():
+        raise PolicyError(f"{where}: keys are not strictly increasing.")
+    if not ((count >= 1) & (count <= total)).all():
+        raise PolicyError(f"{where}: counts must lie between 1 and the totals.")
+    return ClassMemory(key, columns["token"], count, total)
+
+
+class TraceMemoryDrafter:
+    def __init__(self, index: ContextIndex, memory: ClassMemory | None, min_confidence: float) -> None:
+        self.index, self.memory, self.min_confidence = index, memory, min_confidence
+
+    def propose(self, k: int) -> list[int]:
+        draft = list[int]()
+        window = self.index.tokens[-self.index.max_n :]  # the last tokens of context + draft
+        while len(draft) < k and (token := self._next(window)) is not None:
+            draft.append(token)
+            window.append(token)
+        return draft
+
+    def _next(self, window: Sequence[int]) -> int | None:
+        """Back off from the longest n-gram until context or table knows a token; an unsure one ends the draft."""
+        for n in range(min(self.index.max_n, len(window)), self.index.min_n - 1, -1):
+            tail = tuple(window[-n:])
+            token = self.index.next_after(tail)
+            if token is not None:
+                return token
+            if self.memory is not None and (found := self.memory.next_after(tail)) is not None:
+                return found[0] if found[1] >= self.min_confidence else None
+        return None
+
+    def observe(self, tokens: Sequence[int]) -> None:
+        self.index.extend(tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class TraceMemoryProposer:
+    num_speculative_tokens: int
+    memory: TraceMemory
+    min_n: int = MIN_ORDER
+    max_n: int = MAX_ORDER
+    min_confidence: float = 0.3
+    kind: ProposerKind = ProposerKind.TRACE_MEMORY
+
+    def __post_init__(self) -> None:
+        if not MIN_ORDER <= self.min_n <= self.max_n <= MAX_ORDER:
+            raise PolicyError(
+                f"A trace_memory policy needs {MIN_ORDER} <= min_n <= max_n <= {MAX_ORDER}, "
+                f"got {self.min_n} and {self.max_n}."
+            )
+
+    def start(self, prompt_ids: Sequence[int], traffic_class: str) -> TraceMemoryDrafter:
+        index = ContextIndex(prompt_ids, self.min_n, self.max_n)
+        return TraceMemoryDrafter(index, self.memory.classes.get(traffic_class), self.min_confidence)
+
+
+def load(num_speculative_tokens: int, settings: Mapping[str, Any], files: Mapping[str, bytes]) -> TraceMemoryProposer:
+    if set(files) != {MEMORY_FILE}:
+        raise PolicyError(f"A trace_memory policy has one file, {MEMORY_FILE}, beside its manifest; got {sorted(files)}.")
+    values = read_settings(ProposerKind.TRACE_MEMORY, settings, DEFAULTS)
+    return TraceMemoryProposer(num_speculative_tokens, TraceMemory.parse(files[MEMORY_FILE]), **values)

@@ -1,0 +1,102 @@
+"""Building a trace memory from past responses: counted with numpy, bounded in bytes, the same bytes every time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+COLUMNS: dict[str, type[np.generic]] = {"key": np.uint64, "token": np.uint32, "count": np.uint32, "total": np.uint32}
+MIN_ORDER, MAX_ORDER = 2, 4
+BYTES_PER_ENTRY = 20
+HEADER_BYTES_PER_CLASS = 512
+"""Room for the file's header: four names with offsets, and the alignment."""
+
+_MASK = (1 << 64) - 1
+_MULTIPLIER = 0x9E3779B97F4A7C15  # 2^64 / golden ratio, odd: a bijection of 64-bit words
+
+
+def ngram_hash(tokens: Sequence[int]) -> int:
+    """64-bit hash of an n-gram, its length included. With a million entries a false match has odds of 1 in 10^13."""
+    h = len(tokens)
+    for token in tokens:
+        h = ((h ^ token) * _MULTIPLIER) & _MASK
+        h ^= h >> 29
+    return h
+
+
+def _hash_columns(columns: Sequence[np.ndarray]) -> np.ndarray:
+    """``ngram_hash`` of many n-grams at once; ``columns[i]`` holds the i-th token of each, uint64."""
+    h = np.full(columns[0].shape, len(columns), np.uint64)
+    for column in columns:
+        h = (h ^ column) * np.uint64(_MULTIPLIER)
+        h ^= h >> np.uint64(29)
+    return h
+
+
+class TraceMemoryBuilder:
+    """``add`` responses in any order, then ``build``. Nothing depends on the order or on hash seeds."""
+
+    def __init__(self, min_n: int = MIN_ORDER, max_n: int = MAX_ORDER) -> None:
+        self.min_n, self.max_n = min_n, max_n
+        self._pairs: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}  # class → [(key, next token)]
+
+    def add(self, traffic_class: str, prompt_ids: Sequence[int], output_ids: Sequence[int]) -> None:
+        """Learn what followed what in one response. Keys may begin in the prompt; next tokens are the response's."""
+        if not output_ids:
+            return
+        tail = list(prompt_ids[-self.max_n :])
+        tokens = np.array(tail + list(output_ids), np.uint64)
+        pairs = self._pairs.setdefault(traffic_class, [])
+        for n in range(self.min_n, self.max_n + 1):
+            first = max(len(tail), n)  # the first response token that has n tokens before it
+            count = len(tokens) - first
+            if count > 0:
+                keys = _hash_columns([tokens[first - n + i : first - n + i + count] for i in range(n)])
+                pairs.append((keys, tokens[first:].astype(np.uint32)))
+
+    def build(self, max_bytes: int) -> bytes:
+        """The safetensors file, at most ``max_bytes`` long; the entries seen least often are left out first."""
+        from safetensors.numpy import save
+
+        names = sorted(self._pairs)
+        tables = [_tabulate(self._pairs[name]) for name in names]
+        room = max(0, (max_bytes - HEADER_BYTES_PER_CLASS * max(1, len(names))) // BYTES_PER_ENTRY)
+        arrays: dict[str, np.ndarray] = {}
+        for name, table, keep in zip(names, tables, _most_seen(tables, room), strict=True):
+            for column, values in table.items():
+                arrays[f"{name}/{column}"] = np.ascontiguousarray(values[keep])
+        data = save(arrays)
+        assert len(data) <= max(max_bytes, HEADER_BYTES_PER_CLASS * max(1, len(names)))
+        return data
+
+
+def _tabulate(pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> dict[str, np.ndarray]:
+    """One row per key, keys ascending: its most frequent next token (the smallest id among equals)."""
+    keys, tokens = (np.concatenate(parts) for parts in zip(*pairs, strict=True))
+    order = np.lexsort((tokens, keys))
+    keys, tokens = keys[order], tokens[order]
+    fresh = np.r_[True, (keys[1:] != keys[:-1]) | (tokens[1:] != tokens[:-1])]  # first of its (key, token)
+    starts = np.flatnonzero(fresh)
+    counts = np.diff(np.r_[starts, len(keys)])
+    keys, tokens = keys[starts], tokens[starts]
+    groups = np.flatnonzero(np.r_[True, keys[1:] != keys[:-1]])  # first of its key
+    totals = np.add.reduceat(counts, groups)
+    best = np.lexsort((tokens, -counts, keys))[groups]
+    return {
+        "key": keys[groups],
+        "token": tokens[best].astype(np.uint32),
+        "count": counts[best].astype(np.uint32),
+        "total": totals.astype(np.uint32),
+    }
+
+
+def _most_seen(tables: Sequence[dict[str, np.ndarray]], room: int) -> list[np.ndarray]:
+    """For each table a mask of the rows to keep, ``room`` rows in all: highest count first, then fewest rivals."""
+    if not tables:
+        return []
+    which = np.concatenate([np.full(len(table["key"]), i) for i, table in enumerate(tables)])
+    count, total, key = (np.concatenate([table[name] for table in tables]) for name in ("count", "total", "key"))
+    keep = np.zeros(len(which), bool)
+    keep[np.lexsort((which, key, total, -count.astype(np.int64)))[:room]] = True
+    return [keep[which == i] for i in range(len(tables))]

@@ -1,0 +1,49 @@
+"""What a deterministic proposer would have earned on a stored greedy response, without the target.
+
+Greedy verification accepts a drafted token exactly when it equals the token the target chose, and the stored response
+is what it chose; so the counts are those that the runner would have made (a test holds the two together).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from engine.contracts import SpecCounts, VerifyStep
+from engine.speculation.proposer import Proposer
+
+
+def replay(
+    proposer: Proposer,
+    traffic_class: str,
+    prompt_ids: Sequence[int],
+    output_ids: Sequence[int],
+    k: int | None = None,
+    max_tokens: int | None = None,
+) -> SpecCounts:
+    """Counts of ``proposer`` on one response; ``k`` defaults to its own K.
+
+    ``max_tokens`` is the request's limit: drafts never reach past it. Without it the response is taken to have ended
+    by itself.
+    """
+    limit = proposer.num_speculative_tokens if k is None else k
+    counts = SpecCounts()
+    drafter = proposer.start(prompt_ids, traffic_class)
+    drafter.observe(output_ids[:1])  # the first token comes from the prefill
+    done = 1
+    while done < len(output_ids):
+        room = limit if max_tokens is None else min(limit, max_tokens - done - 1)
+        step = verify_stored(drafter.propose(room) if room > 0 else [], output_ids[done:])
+        counts.add(step)
+        drafter.observe(output_ids[done : done + step.emitted])
+        done += step.emitted
+    return counts
+
+
+def verify_stored(draft: Sequence[int], truth: Sequence[int]) -> VerifyStep:
+    """One greedy verify step against the tokens that really followed; ``truth`` is not empty."""
+    accepted = 0
+    while accepted < min(len(draft), len(truth)) and draft[accepted] == truth[accepted]:
+        accepted += 1
+    if accepted == len(truth):  # the response ended inside the draft: its tail counts as nothing
+        return VerifyStep(tuple(draft[:accepted]), accepted, accepted)
+    return VerifyStep(tuple(draft), accepted, accepted + 1)

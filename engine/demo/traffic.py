@@ -28,12 +28,21 @@ class Traffic:
     prompts: Mapping[str, Sequence[Prompt]]
     clients: int
     seed: int
-    answered: int = 0
+    max_tokens: int | None = None
     failed: int = 0
+    request_ids: list[str] = field(default_factory=list)
     on_failure: Callable[[str], None] = lambda _: None
     _stop: threading.Event = field(default_factory=threading.Event)
     _threads: list[threading.Thread] = field(default_factory=list)
     _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    @property
+    def answered(self) -> int:
+        return len(self.request_ids)
+
+    @property
+    def sent(self) -> int:
+        return self.answered + self.failed
 
     def start(self) -> None:
         for number in range(self.clients):
@@ -68,7 +77,7 @@ class Traffic:
                     self._stop.wait(1.0)
                 else:
                     with self._lock:
-                        self.answered += 1
+                        self.request_ids.append(answer)
 
 
 def served_model(url: str) -> str:
@@ -78,8 +87,11 @@ def served_model(url: str) -> str:
 
 def ask(
     client: httpx.Client, model: str, prompt: Prompt, conversation: str, stream: bool, max_tokens: int | None = None
-) -> None:
-    """Send the first turn of a prompt, greedy, and read the whole answer. httpx.HTTPError on any failure."""
+) -> str:
+    """Send the first turn of a prompt, greedy, and read the whole answer; gives the request id.
+
+    httpx.HTTPError on any failure, an answer cut short among them.
+    """
     body = {
         "model": model,
         "messages": [{"role": "user", "content": prompt.turns[0]}],
@@ -89,8 +101,8 @@ def ask(
     }
     headers = {"X-Traffic-Class": prompt.traffic_class, "X-Conversation-Id": conversation}
     if not stream:
-        client.post("/v1/chat/completions", json=body, headers=headers).raise_for_status()
-        return
+        whole = client.post("/v1/chat/completions", json=body, headers=headers).raise_for_status()
+        return whole.headers["x-request-id"]
     with client.stream("POST", "/v1/chat/completions", json=body, headers=headers) as answer:
         answer.raise_for_status()
         last = ""
@@ -98,3 +110,4 @@ def ask(
             last = line or last
         if last != "data: [DONE]":
             raise httpx.RemoteProtocolError(f"the stream ended with {last!r} instead of [DONE]")
+        return answer.headers["x-request-id"]

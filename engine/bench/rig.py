@@ -1,0 +1,66 @@
+"""A system to measure: its own data directory, real Postgres, real engine process, real HTTP."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from engine.contracts import SlipstreamError
+from engine.model.weights import resolve_model
+from engine.ops import postgres, system
+from engine.ops.supervisor import Say, Supervisor
+from engine.settings import Settings
+from engine.store.database import Database
+
+
+@dataclass(frozen=True, slots=True)
+class Rig:
+    settings: Settings
+    supervisor: Supervisor
+    database: Database
+
+    @property
+    def url(self) -> str:
+        return f"http://{self.settings.engine.host}:{self.settings.engine.port}"
+
+
+@contextmanager
+def rig(settings: Settings, say: Say) -> Iterator[Rig]:
+    """Postgres and an engine in a temporary data directory; the model of the usual one is used."""
+    model = resolve_model(settings.engine.model, settings.dir("models"), say)
+    with tempfile.TemporaryDirectory(prefix="slipstream-bench-") as folder:
+        home = Path(folder)
+        home.chmod(0o755)  # the embedded server runs as another user when we are root
+        own = settings.model_copy(
+            update={
+                "home": home,
+                "database_url": None,
+                "engine": settings.engine.model_copy(update={"model": str(model)}),
+            }
+        )
+        own = system.free_ports(own)
+        supervisor = Supervisor(home, say)
+        try:
+            say("starting Postgres and an engine")
+            own = own.model_copy(update={"database_url": system.start_database(own)})
+            supervisor.start(system.engine_component(own))
+            supervisor.wait_ready("engine", system.READY_S["engine"])
+            database = Database(own.database_url or "", application="slipstream bench")
+            yield Rig(own, supervisor, database)
+            database.close()
+        finally:
+            supervisor.stop()
+            postgres.stop(home)
+
+
+def wait_until(condition: Callable[[], bool], what: str, timeout_s: float, pause_s: float = 0.01) -> None:
+    """Wait for a condition; SlipstreamError naming it when it does not come true in time."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        if time.monotonic() > deadline:
+            raise SlipstreamError(f"Waited {timeout_s:.0f} s in vain for: {what}")
+        time.sleep(pause_s)

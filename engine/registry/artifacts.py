@@ -1,0 +1,92 @@
+"""Policy artifacts on disk, each in a folder named by its digest. A folder appears whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+
+from engine.contracts import SlipstreamError, artifact_digest
+
+
+class ArtifactError(SlipstreamError):
+    """An artifact that is missing, or is not what its name promises."""
+
+
+class ArtifactStore:
+    """Content-addressed folders under ``root``: ``root/<digest>/<file>``. Safe for many processes at once."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def put(self, files: Mapping[str, bytes]) -> str:
+        """Keep an artifact and give its digest. The same files again change nothing; a damaged folder is replaced."""
+        if not files:
+            raise ArtifactError("A policy artifact needs at least its manifest.json, got no files.")
+        for name in files:
+            if name != Path(name).name or name.startswith("."):
+                raise ArtifactError(f"{name!r} is no name for a file of an artifact: a plain name without folders.")
+        digest = artifact_digest(files)
+        folder = self.path(digest)
+        if self.is_sound(digest):
+            return digest
+        self.root.mkdir(parents=True, exist_ok=True)
+        fresh = self.root / f".new-{uuid.uuid4().hex}"
+        fresh.mkdir()
+        try:
+            for name, data in files.items():
+                _write(fresh / name, data)
+            if folder.exists():
+                self._clear(folder)
+            try:
+                fresh.rename(folder)
+            except OSError:
+                if not self.is_sound(digest):  # otherwise somebody else was faster with the same bytes
+                    raise
+        finally:
+            shutil.rmtree(fresh, ignore_errors=True)
+        return digest
+
+    def path(self, digest: str) -> Path:
+        """The folder of an artifact, whether it is there or not."""
+        if len(digest) != 64 or not set(digest) <= set("0123456789abcdef"):
+            raise ArtifactError(f"{digest!r} is no digest: 64 hexadecimal digits.")
+        return self.root / digest
+
+    def files(self, digest: str) -> dict[str, bytes]:
+        """The files of an artifact, verified against its digest."""
+        folder = self.path(digest)
+        if not folder.is_dir():
+            raise ArtifactError(
+                f"Policy artifact {digest[:12]}… is not in {self.root}. Copy it from another replica or from MLflow."
+            )
+        files = {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.is_file()}
+        if (found := artifact_digest(files)) != digest:
+            raise ArtifactError(
+                f"Policy artifact {digest[:12]}… in {self.root} was changed on disk: its files hash to {found[:12]}…. "
+                "Remove the folder and publish the policy again."
+            )
+        return files
+
+    def is_sound(self, digest: str) -> bool:
+        """Whether the artifact is there and is what its name says."""
+        try:
+            self.files(digest)
+        except ArtifactError:
+            return False
+        return True
+
+    def _clear(self, folder: Path) -> None:
+        """Take a damaged folder out of the way in one step, then delete it."""
+        aside = self.root / f".damaged-{uuid.uuid4().hex}"
+        folder.rename(aside)
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _write(path: Path, data: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())

@@ -1,8 +1,9 @@
 """How fast a bad policy is taken back under load, and whether anybody notices.
 
-Each try puts a policy that drafts garbage on half of the traffic, waits until it serves, and rolls back: by the transaction
-behind the button, or by the command itself, interpreter start included. Effective is the moment after which no new request
-was given to the bad policy: the later of the replica's own observation and the last start among the traces of the canary.
+Each try puts a policy that drafts garbage on half of the traffic, waits until it serves, and rolls back: by the
+transaction behind the button, or by the command itself, interpreter start included. Effective is the moment after which
+no new request was given to the bad policy: the later of the replica's own observation and the last start among the
+traces of the canary.
 """
 
 from __future__ import annotations

@@ -32,8 +32,8 @@ def list_(context: typer.Context) -> None:
             mlflow = f"MLflow {version.mlflow_version}" if version.mlflow_version else ""
             parent = f"from v{version.parent_version}" if version.parent_version else ""
             typer.echo(
-                f"v{version.version:<4} {version.kind.value:13} K={version.num_speculative_tokens}  {version.digest[:12]}  "
-                f"{roles.get(version.version, ''):9} {parent:9} {mlflow}"
+                f"v{version.version:<4} {version.kind.value:13} K={version.num_speculative_tokens}  "
+                f"{version.digest[:12]}  {roles.get(version.version, ''):9} {parent:9} {mlflow}"
             )
 
 

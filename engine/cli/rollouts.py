@@ -86,9 +86,8 @@ def status(context: typer.Context, rollout_id: int) -> None:
             raise SlipstreamError(f"There is no rollout {rollout_id}. `slipstream rollout list` shows them.")
         history = rollouts.decisions(session, rollout_id)
     for decision in history:
-        typer.echo(
-            f"{decision.decided_at:%H:%M:%S}  {decision.from_state} → {decision.to_state}  {decision.verdict}  {decision.reason}"
-        )
+        moved = f"{decision.from_state} → {decision.to_state}"
+        typer.echo(f"{decision.decided_at:%H:%M:%S}  {moved}  {decision.verdict}  {decision.reason}")
     typer.echo(f"{found.state}")
     state = RolloutState(found.state)
     if state is RolloutState.DONE:

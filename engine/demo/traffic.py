@@ -62,14 +62,9 @@ class Traffic:
         with httpx.Client(base_url=self.url, timeout=120) as client:
             while not self._stop.is_set():
                 prompt = rng.choice(self.prompts[rng.choice(classes)])
+                conversation = f"{self.seed}-{rng.getrandbits(64):x}"
                 try:
-                    ask(
-                        client,
-                        self.model,
-                        prompt,
-                        conversation=f"{self.seed}-{rng.getrandbits(64):x}",
-                        stream=number % 2 == 0,
-                    )
+                    request_id = ask(client, self.model, prompt, conversation, number % 2 == 0, self.max_tokens)
                 except httpx.HTTPError as error:
                     with self._lock:
                         self.failed += 1
@@ -77,7 +72,7 @@ class Traffic:
                     self._stop.wait(1.0)
                 else:
                     with self._lock:
-                        self.request_ids.append(answer)
+                        self.request_ids.append(request_id)
 
 
 def served_model(url: str) -> str:

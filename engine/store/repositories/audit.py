@@ -1,4 +1,4 @@
-"""Questions a benchmark or a drill asks of the trace table afterwards: is everything there, once, and when was the last."""
+"""What a benchmark or a drill asks of the trace table afterwards: is everything there, once, and when was the last."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def times_stored(session: ReadSession, request_ids: Collection[str]) -> dict[str
         .where(TraceRow.request_id.in_(request_ids))
         .group_by(TraceRow.request_id)
     )
-    return {request_id: count for request_id, count in session.execute(query)}
+    return dict(session.execute(query).tuples().all())
 
 
 def rolled_up(session: ReadSession) -> int:

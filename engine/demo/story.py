@@ -1,0 +1,124 @@
+"""The demo's plot: traffic, a draft learned from it, a canary, its promotion; then a bad draft, its canary, its rollback.
+
+Nothing here is staged but the traffic and the bad policy: the learner, the gate, the controller and its guards decide as they
+always do, and the story tells what they did.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+
+import numpy as np
+
+from engine.contracts import TERMINAL_STATES, RolloutState, SlipstreamError
+from engine.demo import garbage, prompts
+from engine.demo.narrator import Narrator
+from engine.demo.traffic import Traffic, served_model
+from engine.ops import system
+from engine.ops.supervisor import Say, Supervisor
+from engine.rollout.launch import launch
+from engine.settings import Settings
+from engine.store.database import Database
+from engine.store.repositories import audit, rollouts
+
+CLIENTS = 8
+SEED = 20_26
+GOOD_ENDS = frozenset({RolloutState.PROMOTED, RolloutState.WATCHING, RolloutState.DONE})
+
+
+def settings(base: Settings) -> Settings:
+    """The operator's settings with a learner and guards quick enough for ten minutes on a laptop."""
+    return base.model_copy(
+        update={
+            "learner": base.learner.model_copy(update={"every_requests": 64, "min_requests": 64, "auto_rollout": True}),
+            "rollout": base.rollout.model_copy(update={"preset": "fast"}),
+        }
+    )
+
+
+def tell(chosen: Settings, supervisor: Supervisor, say: Say, patience_s: float, hold: bool) -> None:
+    """Play the story; SlipstreamError naming the chapter that did not come to its end within ``patience_s``."""
+    database = Database(chosen.database_url or "", application="slipstream demo")
+    url = f"http://{chosen.engine.host}:{chosen.engine.port}"
+    traffic = Traffic(url, served_model(url), prompts.shipped(), CLIENTS, SEED, on_failure=lambda e: say(f"a request failed: {e}"))
+    narrator = Narrator()
+    stage = _Stage(chosen, database, supervisor, narrator, say, patience_s)
+    board = f"http://{chosen.dashboard.host}:{chosen.dashboard.port}"
+    try:
+        say(f"traffic of four classes begins: {CLIENTS} clients, greedy, prompts of the project's own set")
+        traffic.start()
+        stage.until("the first traces", lambda: stage.traces() >= 8)
+        say(f"traces arrive: see {board}")
+        stage.until("a learned policy is promoted", lambda: stage.ended_well() is not None)
+        say("now a deliberately bad policy: a memory that drafts garbage, registered past the gate")
+        stage.until("no other rollout is active", stage.quiet)
+        bad = garbage.publish(chosen, database, np.random.default_rng(SEED))
+        trial = launch(database, canary=bad.version, preset="fast", name=f"bad v{bad.version}", actor="demo")
+        stage.until("the bad policy is rolled back by a guard", lambda: stage.state(trial.id) in TERMINAL_STATES)
+        _close(stage, trial.id, say)
+        say(f"{traffic.answered} requests answered, {traffic.failed} failed; look around: {board}")
+        if hold:
+            say("traffic goes on; Ctrl-C stops everything")
+            stage.until("for ever", lambda: False, patience_s=float("inf"))
+    finally:
+        traffic.stop()
+        database.close()
+
+
+def _close(stage: _Stage, rollout_id: int, say: Say) -> None:
+    state = stage.state(rollout_id)
+    if state is not RolloutState.ROLLED_BACK:
+        raise SlipstreamError(f"The bad policy's rollout ended as {state}, not ROLLED_BACK: that is a fault, please report it.")
+    say("the guard took it back; nobody saw a wrong token, no draft can change one")
+
+
+class _Stage:
+    """Waits for what the system does by itself, and tells what happens meanwhile."""
+
+    def __init__(
+        self,
+        chosen: Settings,
+        database: Database,
+        supervisor: Supervisor,
+        narrator: Narrator,
+        say: Say,
+        patience_s: float,
+    ) -> None:
+        self.chosen, self.database, self.supervisor = chosen, database, supervisor
+        self.narrator, self.say, self.patience_s = narrator, say, patience_s
+
+    def until(self, what: str, condition: Callable[[], bool], patience_s: float | None = None) -> None:
+        deadline = time.monotonic() + (self.patience_s if patience_s is None else patience_s)
+        while not condition():
+            self._tell()
+            system.watch_once(self.chosen, self.supervisor, self.say)
+            if time.monotonic() > deadline:
+                raise SlipstreamError(f"Waited {self.patience_s:.0f} s in vain for: {what}. See `slipstream logs`.")
+            threading.Event().wait(0.5)
+        self._tell()
+
+    def _tell(self) -> None:
+        with self.database.read() as session:
+            for line in self.narrator.lines(session):
+                self.say(line)
+
+    def traces(self) -> int:
+        with self.database.read() as session:
+            return audit.traces(session)
+
+    def ended_well(self) -> int | None:
+        """The first rollout that promoted a version."""
+        with self.database.read() as session:
+            return next((r.id for r in rollouts.list_rollouts(session) if RolloutState(r.state) in GOOD_ENDS), None)
+
+    def quiet(self) -> bool:
+        with self.database.read() as session:
+            return not rollouts.active(session)
+
+    def state(self, rollout_id: int) -> RolloutState:
+        with self.database.read() as session:
+            found = rollouts.get(session, rollout_id)
+        assert found is not None
+        return RolloutState(found.state)

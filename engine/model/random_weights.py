@@ -1,0 +1,42 @@
+"""A Llama with random weights: for tests, and for benchmarks of shapes whose weights are not at hand."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from engine.model.config import LlamaConfig
+from engine.model.llama import Llama, tensor_shapes
+
+TINY = LlamaConfig(
+    vocab_size=64,
+    hidden_size=32,
+    intermediate_size=48,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    max_position=256,
+)
+
+
+def random_tensors(config: LlamaConfig, seed: int, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
+    """A checkpoint under Hugging Face names; norms near 1, the rest normal with deviation 1/sqrt(fan-in).
+
+    Embeddings have deviation 1: with tied embeddings the logits then differ enough to have clear winners.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for name, shape in tensor_shapes(config).items():
+        noise = torch.randn(shape, generator=generator, dtype=torch.float64)
+        if name.endswith("norm.weight"):
+            tensors[name] = (1 + 0.1 * noise).to(dtype)
+        else:
+            tensors[name] = (noise if "embed" in name else noise * shape[-1] ** -0.5).to(dtype)
+    return tensors
+
+
+def random_llama(
+    config: LlamaConfig = TINY, seed: int = 0, dtype: torch.dtype = torch.float64, device: str = "cpu"
+) -> Llama:
+    return Llama.from_checkpoint(config, random_tensors(config, seed, dtype), dtype, torch.device(device))

@@ -238,3 +238,20 @@ def _unknown(key: str, source: str, known: Mapping[str, str]) -> str:
     written = environment_name(key) if source == "environment" else key
     hint = environment_name(near[0]) if near and source == "environment" else (near[0] if near else None)
     return f"Unknown setting {written} ({source})." + (f" Did you mean {hint}?" if hint else " See docs/settings.md.")
+
+
+def table() -> str:
+    """The table of docs/settings.md."""
+    rows = ["| key | environment | default | what it is |", "|---|---|---|---|"]
+    defaults: Any
+    for key, description in known_keys():
+        defaults = Settings()
+        for part in key.split("."):
+            defaults = getattr(defaults, part)
+        shown = "" if defaults is None else f"`{str(defaults).lower() if isinstance(defaults, bool) else defaults}`"
+        rows.append(f"| `{key}` | `{environment_name(key)}` | {shown} | {description} |")
+    return "\n".join(rows)
+
+
+if __name__ == "__main__":
+    print(table())

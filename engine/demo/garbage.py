@@ -6,13 +6,11 @@ It never changes an output, no draft can; it only wastes verify rows. That is wh
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 
 import numpy as np
 from safetensors import numpy as safetensors
 
-from engine.contracts import PolicyVersion, ProposerKind, SlipstreamError
-from engine.learner import traces
+from engine.contracts import PolicyVersion, ProposerKind
 from engine.learner.memory import build_candidate
 from engine.registry.artifacts import ArtifactStore
 from engine.registry.publish import publish as publish_version

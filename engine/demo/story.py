@@ -1,7 +1,7 @@
-"""The demo's plot: traffic, a draft learned from it, a canary, its promotion; then a bad draft, its canary, its rollback.
+"""The demo's plot: traffic, a draft learned from it, a canary, its promotion; then a bad draft and its rollback.
 
-Nothing here is staged but the traffic and the bad policy: the learner, the gate, the controller and its guards decide as they
-always do, and the story tells what they did.
+Nothing here is staged but the traffic and the bad policy: the learner, the gate, the controller and its guards decide
+as they always do, and the story tells what they did.
 """
 
 from __future__ import annotations
@@ -42,7 +42,9 @@ def tell(chosen: Settings, supervisor: Supervisor, say: Say, patience_s: float, 
     """Play the story; SlipstreamError naming the chapter that did not come to its end within ``patience_s``."""
     database = Database(chosen.database_url or "", application="slipstream demo")
     url = f"http://{chosen.engine.host}:{chosen.engine.port}"
-    traffic = Traffic(url, served_model(url), prompts.shipped(), CLIENTS, SEED, on_failure=lambda e: say(f"a request failed: {e}"))
+    traffic = Traffic(
+        url, served_model(url), prompts.shipped(), CLIENTS, SEED, on_failure=lambda e: say(f"a request failed: {e}")
+    )
     narrator = Narrator()
     stage = _Stage(chosen, database, supervisor, narrator, say, patience_s)
     board = f"http://{chosen.dashboard.host}:{chosen.dashboard.port}"
@@ -70,7 +72,9 @@ def tell(chosen: Settings, supervisor: Supervisor, say: Say, patience_s: float, 
 def _close(stage: _Stage, rollout_id: int, say: Say) -> None:
     state = stage.state(rollout_id)
     if state is not RolloutState.ROLLED_BACK:
-        raise SlipstreamError(f"The bad policy's rollout ended as {state}, not ROLLED_BACK: that is a fault, please report it.")
+        raise SlipstreamError(
+            f"The bad policy's rollout ended as {state}, not ROLLED_BACK: that is a fault, please report it."
+        )
     say("the guard took it back; nobody saw a wrong token, no draft can change one")
 
 

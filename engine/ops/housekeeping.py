@@ -1,4 +1,4 @@
-"""The process behind the scenes: partitions made ahead and dropped in time, traces exported, MLflow kept a mirror of Postgres.
+"""Behind the scenes: partitions made ahead and dropped in time, traces exported, MLflow kept a mirror of Postgres.
 
 Nothing here is on the path of a request, a rollout or a rollback. Each chore fails alone, loudly, and is tried again.
 """

@@ -34,16 +34,16 @@ def start(settings: Settings, supervisor: Supervisor, say: Say) -> Settings:
     home.mkdir(parents=True, exist_ok=True)
     if settings.database_url is None:
         say(f"Postgres: embedded, in {postgres.data_directory(home)}")
-    url = postgres.database_url(settings, start_embedded=True)
-    migrate.upgrade(url)
+    url = start_database(settings)
     if settings.mlflow.enabled and settings.mlflow_tracking_uri is None:
         mlflow_url = f"http://{settings.mlflow.host}:{settings.mlflow.port}"
         supervisor.start(_mlflow(settings, url, mlflow_url))
         settings = settings.model_copy(update={"mlflow_tracking_uri": mlflow_url})
-    environ = _environment(settings.model_copy(update={"database_url": url}))
+    located = settings.model_copy(update={"database_url": url})
+    environ = _environment(located)
     api = f"http://{settings.engine.host}:{settings.engine.port}"
     board = f"http://{settings.dashboard.host}:{settings.dashboard.port}"
-    supervisor.start(_part("engine", environ, api, _answers(f"{api}/readyz")))
+    supervisor.start(engine_component(located))
     supervisor.start(_part("dashboard", environ, board, _answers(f"{board}/_stcore/health")))
     supervisor.start(_part("controller", environ))
     if settings.learner.enabled:
@@ -56,7 +56,20 @@ def start(settings: Settings, supervisor: Supervisor, say: Say) -> Settings:
     if "mlflow" in (read_state(home) or {"components": {}})["components"]:
         supervisor.wait_ready("mlflow", READY_S["mlflow"])
         say(f"MLflow: {settings.mlflow_tracking_uri}")
-    return settings.model_copy(update={"database_url": url})
+    return located
+
+
+def start_database(settings: Settings) -> str:
+    """A running database with the newest schema; gives its URL."""
+    url = postgres.database_url(settings, start_embedded=True)
+    migrate.upgrade(url)
+    return url
+
+
+def engine_component(settings: Settings) -> Component:
+    """The serving engine as a process; ``settings.database_url`` must be set."""
+    api = f"http://{settings.engine.host}:{settings.engine.port}"
+    return _part("engine", _environment(settings), api, _answers(f"{api}/readyz"))
 
 
 def watch_once(chosen: Settings, supervisor: Supervisor, say: Say) -> None:

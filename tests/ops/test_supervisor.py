@@ -1,0 +1,113 @@
+"""Components are started, started again, and ended with everything they started."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import textwrap
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from engine.contracts import SlipstreamError
+from engine.ops.supervisor import Component, Supervisor, end_group, is_alive, read_state
+
+
+class Clock:
+    """Monotonic seconds that move only when somebody sleeps."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+@pytest.fixture
+def supervisor(tmp_path: Path) -> Iterator[Supervisor]:
+    clock = Clock()
+    made = Supervisor(tmp_path, lambda _: None, clock, clock.sleep)
+    yield made
+    made.stop()
+
+
+def component(code: str, name: str = "part", ready: Callable[[], bool] = lambda: True) -> Component:
+    return Component(name, [sys.executable, "-c", textwrap.dedent(code)], dict(os.environ), ready=ready)
+
+
+FOR_EVER = "import threading; threading.Event().wait()"
+
+
+def wait(condition: Callable[[], bool]) -> None:
+    for _ in range(1_000):
+        if condition():
+            return
+        os.sched_yield()
+        signal.sigtimedwait([], 0.01)  # gives the processor away; the condition, not the time, ends the wait
+    raise AssertionError("the condition never came true")
+
+
+def test_what_ends_is_started_again_later_and_later(supervisor: Supervisor) -> None:
+    supervisor.start(component("raise SystemExit(3)"))
+    clock: Clock = supervisor.clock  # type: ignore[assignment]
+    waits = []
+    for _ in range(3):
+        wait(lambda: not is_alive(supervisor.pid("part")))
+        before, pid = clock.now, supervisor.pid("part")
+        supervisor.watch_once()
+        while supervisor.pid("part") == pid:
+            clock.now += 0.5
+            supervisor.watch_once()
+        waits.append(clock.now - before)
+    assert waits == [1.0, 2.0, 5.0]
+
+
+def test_stopping_takes_grandchildren_along(supervisor: Supervisor, tmp_path: Path) -> None:
+    pid_file = tmp_path / "grandchild"
+    supervisor.start(
+        component(
+            f"""
+            import subprocess, sys, threading
+            child = subprocess.Popen([sys.executable, "-c", {FOR_EVER!r}])
+            open({str(pid_file)!r}, "w").write(str(child.pid))
+            threading.Event().wait()
+            """
+        )
+    )
+    wait(lambda: pid_file.exists() and pid_file.read_text() != "")
+    parent, grandchild = supervisor.pid("part"), int(pid_file.read_text())
+    assert is_alive(grandchild)
+    supervisor.stop()
+    assert not is_alive(parent)
+    wait(lambda: not is_alive(grandchild))
+
+
+def test_state_is_on_disk_while_something_runs(supervisor: Supervisor, tmp_path: Path) -> None:
+    supervisor.start(component(FOR_EVER))
+    state = read_state(tmp_path)
+    assert state is not None
+    assert state["components"]["part"]["pid"] == supervisor.pid("part")
+    supervisor.stop()
+    assert read_state(tmp_path) is None
+
+
+def test_a_component_that_dies_while_starting_is_an_error_with_its_log(supervisor: Supervisor) -> None:
+    supervisor.start(component("print('no such model'); raise SystemExit(2)", ready=lambda: False))
+    wait(lambda: not is_alive(supervisor.pid("part")))
+    with pytest.raises(SlipstreamError, match=r"ended with code 2[\s\S]*no such model"):
+        supervisor.wait_ready("part", 10.0)
+
+
+def test_a_component_that_never_gets_ready_is_an_error(supervisor: Supervisor) -> None:
+    supervisor.start(component(FOR_EVER, ready=lambda: False))
+    with pytest.raises(SlipstreamError, match="was not ready after 7 s"):
+        supervisor.wait_ready("part", 7.0)
+
+
+def test_ending_a_group_that_is_gone_is_no_error() -> None:
+    end_group(2**22 - 1, grace_s=0.0)

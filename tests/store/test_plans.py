@@ -1,0 +1,122 @@
+"""The ledger only grows, in order, once per intention; a rollback needs nothing but the database."""
+
+from __future__ import annotations
+
+import threading
+from datetime import UTC, datetime
+
+import psycopg
+import pytest
+
+from engine.contracts import CANARY, CONTROL, Arm, ProposerKind, SlipstreamError
+from engine.store.database import Database, libpq_url
+from engine.store.repositories import plans, policies
+
+
+@pytest.fixture
+def versions(db: Database) -> list[int]:
+    with db.write() as session:
+        return [
+            policies.register(
+                session, digest=f"d{n}", kind=ProposerKind.NGRAM, num_speculative_tokens=4, manifest={}
+            ).version
+            for n in range(3)
+        ]
+
+
+def append(db: Database, champion: int, **extra: object) -> int:
+    with db.write() as session:
+        values: dict[str, object] = {"champion": champion, "fallback": champion, "actor": "t", "reason": "t"}
+        return plans.append(session, **(values | extra)).generation  # type: ignore[arg-type]
+
+
+def start_canary(db: Database, champion: int, canary: int) -> int:
+    arms = (Arm(CANARY, canary, 0.25), Arm(CONTROL, champion, 0.25))
+    return append(db, champion, arms=arms, rollback_to=champion)
+
+
+def test_generations_count_up_and_rows_come_back_as_they_were(db: Database, versions: list[int]) -> None:
+    assert [append(db, versions[0]) for _ in range(3)] == [1, 2, 3]
+    start_canary(db, versions[0], versions[1])
+    with db.read() as session:
+        plan = plans.latest(session)
+        assert plan is not None
+        assert plan.arm(CANARY) == Arm(CANARY, versions[1], 0.25)
+        assert plan.versions == {versions[0], versions[1]}
+        assert [p.generation for p in plans.history(session)] == [4, 3, 2, 1]
+
+
+def test_many_writers_never_share_a_generation(db: Database, versions: list[int]) -> None:
+    made: list[int] = []
+    threads = [threading.Thread(target=lambda: made.append(append(db, versions[0]))) for _ in range(12)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(made) == list(range(1, 13))
+
+
+def test_a_stale_writer_is_refused(db: Database, versions: list[int]) -> None:
+    append(db, versions[0])
+    append(db, versions[0])
+    with pytest.raises(plans.StalePlan, match="generation 2, not 1"):
+        append(db, versions[1], expected_generation=1)
+
+
+def test_the_same_click_twice_is_one_plan(db: Database, versions: list[int]) -> None:
+    append(db, versions[0])
+    start_canary(db, versions[0], versions[1])
+    for _ in range(2):
+        with db.write() as session:
+            assert plans.roll_back(session, actor="t", reason="t", idempotency_key="click").generation == 3
+    with db.read() as session:
+        assert len(plans.history(session)) == 3
+
+
+def test_rollback_goes_to_the_champion_recorded_at_the_start(db: Database, versions: list[int]) -> None:
+    append(db, versions[2])
+    append(db, versions[0])
+    start_canary(db, versions[0], versions[1])
+    with db.write() as session:
+        plan = plans.roll_back(session, actor="t", reason="bad")
+    assert (plan.champion, plan.arms, plan.rollback_to) == (versions[0], (), None)
+
+
+def test_rollback_without_a_canary_restores_the_champion_before(db: Database, versions: list[int]) -> None:
+    append(db, versions[0])
+    append(db, versions[1])
+    with db.write() as session:
+        assert plans.roll_back(session, actor="t", reason="bad").champion == versions[0]
+
+
+def test_an_unknown_version_is_refused_by_name(db: Database, versions: list[int]) -> None:
+    append(db, versions[0])
+    with pytest.raises(SlipstreamError, match="no policy version 999"), db.write() as session:
+        plans.roll_back(session, actor="t", reason="t", to=999)
+
+
+def test_replicas_hear_of_a_plan_when_it_commits(db: Database, versions: list[int]) -> None:
+    with psycopg.connect(libpq_url(db.url), autocommit=True) as listener:
+        listener.execute(f"LISTEN {plans.CHANNEL}")
+        append(db, versions[0])
+        heard = next(listener.notifies(timeout=5, stop_after=1))
+    assert heard.payload == "1"
+
+
+def test_a_failed_write_leaves_no_generation_behind(db: Database, versions: list[int]) -> None:
+    with pytest.raises(SlipstreamError, match="does not exist"):
+        append(db, 999)
+    assert append(db, versions[0]) == 1
+
+
+def test_observations_are_kept_per_replica(db: Database, versions: list[int]) -> None:
+    generation = append(db, versions[0])
+    now = datetime.now(UTC)
+    with db.write() as session:
+        plans.observe(session, "a", generation, now, 0.1)
+        plans.observe(session, "b", generation, now, 0.0, error="no such artifact")
+    with db.read() as session:
+        assert {(o.replica_id, o.error) for o in plans.observations(session, generation)} == {
+            ("a", None),
+            ("b", "no such artifact"),
+        }

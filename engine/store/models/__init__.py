@@ -1,0 +1,37 @@
+"""The schema, as SQLAlchemy models. Alembic makes it; nothing else does.
+
+Every table has one writer, named in its docstring. Append-only tables are never updated.
+"""
+
+from engine.store.models.base import Base
+from engine.store.models.plans import PlanObservationRow, ReplicaRow, ServingPlanRow
+from engine.store.models.policies import LearningAttemptRow, PolicyLineageRow, PolicyVersionRow
+from engine.store.models.rollouts import LeaseRow, RolloutCommandRow, RolloutDecisionRow, RolloutRow
+from engine.store.models.traces import (
+    ExportCursorRow,
+    RollupHistogramRow,
+    RollupRow,
+    TraceBatchRow,
+    TracePayloadRow,
+    TraceRow,
+)
+
+__all__ = [
+    "Base",
+    "ExportCursorRow",
+    "LearningAttemptRow",
+    "LeaseRow",
+    "PlanObservationRow",
+    "PolicyLineageRow",
+    "PolicyVersionRow",
+    "ReplicaRow",
+    "RolloutCommandRow",
+    "RolloutDecisionRow",
+    "RolloutRow",
+    "RollupHistogramRow",
+    "RollupRow",
+    "ServingPlanRow",
+    "TraceBatchRow",
+    "TracePayloadRow",
+    "TraceRow",
+]

@@ -1,0 +1,74 @@
+"""Rollouts, their decisions, what people asked for, and who may act."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import (
+    ForeignKey,
+    Identity,
+    func,
+)
+from sqlalchemy.orm import Mapped, mapped_column
+
+from engine.store.models.base import Base
+
+
+class RolloutRow(Base):
+    """A rollout as it stands: the spec is frozen at creation, the status the controller's. Writer: engine.rollout."""
+
+    __tablename__ = "rollouts"
+    id: Mapped[int] = mapped_column(Identity(always=True), primary_key=True)
+    name: Mapped[str]
+    spec: Mapped[dict[str, Any]]
+    spec_hash: Mapped[str]
+    canary: Mapped[int] = mapped_column(ForeignKey("policy_versions.version"))
+    champion: Mapped[int] = mapped_column(ForeignKey("policy_versions.version"))
+    actor: Mapped[str]
+    state: Mapped[str]
+    status: Mapped[dict[str, Any]]
+    created_at: Mapped[datetime] = mapped_column(server_default=func.clock_timestamp())
+    updated_at: Mapped[datetime] = mapped_column(server_default=func.clock_timestamp())
+
+
+class RolloutDecisionRow(Base):
+    """Every decision with its evidence; replaying them gives the same verdicts. Append-only. Writer: engine.rollout."""
+
+    __tablename__ = "rollout_decisions"
+    id: Mapped[int] = mapped_column(Identity(always=True), primary_key=True)
+    rollout_id: Mapped[int] = mapped_column(ForeignKey("rollouts.id"), index=True)
+    decided_at: Mapped[datetime]
+    from_state: Mapped[str]
+    to_state: Mapped[str]
+    verdict: Mapped[str]
+    reason: Mapped[str]
+    action: Mapped[str]
+    generation: Mapped[int | None]
+    command_id: Mapped[int | None]
+    fencing_token: Mapped[int]
+    status_before: Mapped[dict[str, Any]]
+    evidence: Mapped[dict[str, Any]]
+
+
+class RolloutCommandRow(Base):
+    """What people asked for: hold, resume, promote, abort. Append-only. Writer: store.repositories.rollouts.command."""
+
+    __tablename__ = "rollout_commands"
+    id: Mapped[int] = mapped_column(Identity(always=True), primary_key=True)
+    rollout_id: Mapped[int] = mapped_column(ForeignKey("rollouts.id"), index=True)
+    verb: Mapped[str]
+    actor: Mapped[str]
+    reason: Mapped[str]
+    idempotency_key: Mapped[str | None] = mapped_column(unique=True)
+    created_at: Mapped[datetime] = mapped_column(server_default=func.clock_timestamp())
+
+
+class LeaseRow(Base):
+    """Who may act, and with which fencing token: it grows with every change of hands. Writer: engine.rollout."""
+
+    __tablename__ = "leases"
+    name: Mapped[str] = mapped_column(primary_key=True)
+    holder: Mapped[str]
+    token: Mapped[int]
+    expires_at: Mapped[datetime]

@@ -1,0 +1,251 @@
+"""Rollouts, what was asked of them, and what was decided about them with which evidence."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import select, text, update
+from sqlalchemy.dialects.postgresql import insert
+
+from engine.contracts import TERMINAL_STATES, RolloutState, SlipstreamError, Verdict
+from engine.store.database import ReadSession, WriteSession
+from engine.store.models import RolloutCommandRow, RolloutDecisionRow, RolloutRow
+
+VERBS = ("hold", "resume", "promote", "abort")
+_CREATE_LOCK = 0x51195_0003  # two launches at once must not both find that nothing is active
+
+
+@dataclass(frozen=True, slots=True)
+class Rollout:
+    """A rollout as it stands. ``spec`` is frozen under ``spec_hash``; ``champion`` is what a rollback returns to."""
+
+    id: int
+    name: str
+    spec: dict[str, Any]
+    spec_hash: str
+    canary: int
+    champion: int
+    actor: str
+    state: RolloutState
+    status: dict[str, Any]
+    created_at: datetime
+    updated_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """What a person asked for, once."""
+
+    id: int
+    rollout_id: int
+    verb: str
+    actor: str
+    reason: str
+    created_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class DecisionRecord:
+    """One decision. ``evidence`` holds what it was made of and the guard table: replaying it gives the same verdict."""
+
+    rollout_id: int
+    decided_at: datetime
+    from_state: RolloutState
+    to_state: RolloutState
+    verdict: Verdict
+    reason: str
+    action: str
+    generation: int | None
+    command_id: int | None
+    fencing_token: int
+    status_before: dict[str, Any]
+    evidence: dict[str, Any]
+    id: int | None = None
+
+
+def create(
+    session: WriteSession,
+    *,
+    name: str,
+    spec: dict[str, Any],
+    spec_hash: str,
+    canary: int,
+    champion: int,
+    actor: str,
+    state: RolloutState,
+    status: dict[str, Any],
+    created_at: datetime,
+) -> Rollout:
+    """Begin a rollout. One may be active at a time: a second canary would share its control's traffic."""
+    session.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _CREATE_LOCK})
+    running = active(session)
+    if running is not None:
+        raise SlipstreamError(
+            f"Rollout {running.id} ({running.name}, v{running.canary}) is {running.state}; one runs at a time. "
+            f"Wait for it, or end it: slipstream rollout abort {running.id} --reason …"
+        )
+    row = RolloutRow(
+        name=name,
+        spec=spec,
+        spec_hash=spec_hash,
+        canary=canary,
+        champion=champion,
+        actor=actor,
+        state=state.value,
+        status=status,
+        created_at=created_at,
+        updated_at=created_at,
+    )
+    session.add(row)
+    session.flush()
+    return _rollout(row)
+
+
+def get(session: ReadSession | WriteSession, rollout_id: int) -> Rollout | None:
+    row = session.get(RolloutRow, rollout_id)
+    return _rollout(row) if row else None
+
+
+def list_rollouts(session: ReadSession | WriteSession, limit: int = 200) -> list[Rollout]:
+    """Newest first."""
+    return [_rollout(row) for row in session.scalars(select(RolloutRow).order_by(RolloutRow.id.desc()).limit(limit))]
+
+
+def active(session: ReadSession | WriteSession) -> Rollout | None:
+    """The rollout that is not in a terminal state, if there is one."""
+    over = [state.value for state in TERMINAL_STATES]
+    row = session.scalar(select(RolloutRow).where(RolloutRow.state.not_in(over)).order_by(RolloutRow.id).limit(1))
+    return _rollout(row) if row else None
+
+
+def command(
+    session: WriteSession, rollout_id: int, verb: str, actor: str, reason: str, idempotency_key: str | None = None
+) -> Command:
+    """Ask the controller for something. A key that was used before gives the command it made."""
+    if verb not in VERBS:
+        raise SlipstreamError(f"A rollout knows no command {verb!r}; it knows {', '.join(VERBS)}.")
+    row = session.get(RolloutRow, rollout_id)
+    if row is None:
+        raise SlipstreamError(f"There is no rollout {rollout_id}. `slipstream rollout list` shows them.")
+    if idempotency_key is not None:
+        made = session.scalar(select(RolloutCommandRow).where(RolloutCommandRow.idempotency_key == idempotency_key))
+        if made is not None:
+            return _command(made)
+    if RolloutState(row.state) in TERMINAL_STATES:
+        raise SlipstreamError(f"Rollout {rollout_id} is {row.state}: it is over, and {verb} has nothing to act on.")
+    values = {
+        "rollout_id": rollout_id,
+        "verb": verb,
+        "actor": actor,
+        "reason": reason,
+        "idempotency_key": idempotency_key,
+    }
+    statement = insert(RolloutCommandRow).values(**values).on_conflict_do_nothing(index_elements=["idempotency_key"])
+    fresh = session.scalar(statement.returning(RolloutCommandRow))
+    if fresh is None:  # the same key, committed by another session since we looked
+        fresh = session.scalars(
+            select(RolloutCommandRow).where(RolloutCommandRow.idempotency_key == idempotency_key)
+        ).one()
+    return _command(fresh)
+
+
+def commands(session: ReadSession | WriteSession, rollout_id: int, after: int = 0) -> list[Command]:
+    """What was asked of a rollout since the command ``after``, oldest first."""
+    query = (
+        select(RolloutCommandRow)
+        .where(RolloutCommandRow.rollout_id == rollout_id, RolloutCommandRow.id > after)
+        .order_by(RolloutCommandRow.id)
+    )
+    return [_command(row) for row in session.scalars(query)]
+
+
+def decisions(session: ReadSession | WriteSession, rollout_id: int, limit: int = 10_000) -> list[DecisionRecord]:
+    """The newest ``limit`` decisions about a rollout, oldest first."""
+    query = (
+        select(RolloutDecisionRow)
+        .where(RolloutDecisionRow.rollout_id == rollout_id)
+        .order_by(RolloutDecisionRow.id.desc())
+        .limit(limit)
+    )
+    return [_decision(row) for row in reversed(list(session.scalars(query)))]
+
+
+def apply(
+    session: WriteSession,
+    rollout_id: int,
+    *,
+    expected: RolloutState,
+    state: RolloutState,
+    status: dict[str, Any],
+    decision: DecisionRecord | None,
+    now: datetime,
+) -> None:
+    """Write a rollout's new status and, where there is something to say, the decision that led to it.
+
+    The caller holds the lease in this transaction. ``expected`` is the state the decision was made on.
+    """
+    changed = session.execute(
+        update(RolloutRow)
+        .where(RolloutRow.id == rollout_id, RolloutRow.state == expected.value)
+        .values(state=state.value, status=status, updated_at=now)
+        .returning(RolloutRow.id)
+    ).first()
+    if changed is None:
+        raise SlipstreamError(f"Rollout {rollout_id} is no longer {expected}: somebody else moved it meanwhile.")
+    if decision is not None:
+        session.add(
+            RolloutDecisionRow(
+                rollout_id=decision.rollout_id,
+                decided_at=decision.decided_at,
+                from_state=decision.from_state.value,
+                to_state=decision.to_state.value,
+                verdict=decision.verdict.value,
+                reason=decision.reason,
+                action=decision.action,
+                generation=decision.generation,
+                command_id=decision.command_id,
+                fencing_token=decision.fencing_token,
+                status_before=decision.status_before,
+                evidence=decision.evidence,
+            )
+        )
+
+
+def _rollout(row: RolloutRow) -> Rollout:
+    return Rollout(
+        id=row.id,
+        name=row.name,
+        spec=row.spec,
+        spec_hash=row.spec_hash,
+        canary=row.canary,
+        champion=row.champion,
+        actor=row.actor,
+        state=RolloutState(row.state),
+        status=row.status,
+        created_at=row.created_at,
+        updated_at=row.updated_at,
+    )
+
+
+def _command(row: RolloutCommandRow) -> Command:
+    return Command(row.id, row.rollout_id, row.verb, row.actor, row.reason, row.created_at)
+
+
+def _decision(row: RolloutDecisionRow) -> DecisionRecord:
+    return DecisionRecord(
+        rollout_id=row.rollout_id,
+        decided_at=row.decided_at,
+        from_state=RolloutState(row.from_state),
+        to_state=RolloutState(row.to_state),
+        verdict=Verdict(row.verdict),
+        reason=row.reason,
+        action=row.action,
+        generation=row.generation,
+        command_id=row.command_id,
+        fencing_token=row.fencing_token,
+        status_before=row.status_before,
+        evidence=row.evidence,
+        id=row.id,
+    )

@@ -68,7 +68,7 @@ class Llama:
 
     @torch.inference_mode()
     def forward(self, batch: Batch, cache: KVCache) -> Tensor:
-        """Hidden states [num_tokens, hidden] before the last norm; writes the tokens' keys and values into ``cache``."""
+        """Hidden states [num_tokens, hidden] before the last norm; keys and values go into ``cache``."""
         config, eps = self.config, self.config.rms_norm_eps
         heads, kv_heads, dim = config.num_heads, config.num_kv_heads, config.head_dim
         num_tokens = batch.token_ids.shape[0]

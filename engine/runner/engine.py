@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
-from engine.contracts import Status
+from engine.contracts import FinishReason, SlipstreamError, Status
+from engine.model.loading import Target
+from engine.runner.live import Live
 from engine.runner.request import EngineRequest, Output, RequestResult
+from engine.runner.runner import Runner
+from engine.scheduler.scheduler import Scheduler
 from engine.speculation.proposer import Proposer
 
-if TYPE_CHECKING:
-    from engine.model.loading import Target
+__all__ = ["Engine", "EngineRequest", "InvalidRequest", "Output", "PolicyNotResident", "RequestResult"]
 
-__all__ = ["Engine", "EngineRequest", "Output", "RequestResult"]
+log = logging.getLogger(__name__)
+
+
+class InvalidRequest(SlipstreamError):
+    """A request that can never run: says which part of it is wrong (HTTP 400)."""
+
+
+class PolicyNotResident(SlipstreamError):
+    """A request or a plan names a policy version that was not loaded."""
 
 
 class Engine:
@@ -27,35 +38,89 @@ class Engine:
         max_queue: int = 256,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        raise NotImplementedError
+        """``max_model_len`` is cut to what the model's positions allow."""
+        self.target, self.clock = target, clock
+        self.max_model_len = min(max_model_len, target.config.max_position)
+        self.scheduler = Scheduler(max_num_seqs, self.max_model_len, prefill_chunk, max_queue)
+        self.runner = Runner(target.model, max_num_seqs, self.max_model_len, clock)
+        self.draft_errors = 0  # of requests that ended
+        self.step_errors = 0
+        self._proposers: dict[int, Proposer] = {}
+        self._lives: dict[str, Live] = {}
 
     def load(self, version: int, proposer: Proposer) -> None:
-        """Make a policy resident. Replacing a version in place is refused."""
-        raise NotImplementedError
+        """Make a policy resident. A version is immutable: loading another policy under its number is refused."""
+        if self._proposers.setdefault(version, proposer) is not proposer:
+            raise SlipstreamError(f"Policy version {version} is resident already; versions never change.")
 
     def unload(self, version: int) -> None:
         """Forget a policy; requests that began with it keep it to their end."""
-        raise NotImplementedError
+        self._proposers.pop(version, None)
 
     @property
     def resident(self) -> tuple[int, ...]:
-        raise NotImplementedError
+        return tuple(sorted(self._proposers))
 
     def add(self, request: EngineRequest) -> None:
-        """Queue a request. Raises QueueFull, RequestTooLong or another SlipstreamError; then nothing was queued."""
-        raise NotImplementedError
+        """Queue a request. Raises a SlipstreamError (QueueFull, RequestTooLong, …) and then has queued nothing."""
+        if request.request_id in self._lives:
+            raise InvalidRequest(f"A request {request.request_id!r} is running already.")
+        vocab = self.target.config.vocab_size
+        if not all(0 <= token < vocab for token in request.prompt_ids):
+            raise InvalidRequest(f"The prompt holds token ids outside the vocabulary of {vocab}.")
+        sampling = request.sampling
+        if sampling.temperature < 0 or not 0 < sampling.top_p <= 1 or sampling.top_k < 0:
+            raise InvalidRequest("Sampling needs temperature >= 0, 0 < top_p <= 1 and top_k >= 0.")
+        proposer = self._proposers.get(request.policy_version)
+        if proposer is None:
+            raise PolicyNotResident(f"Policy version {request.policy_version} is not loaded; {self.resident} are.")
+        live = Live(request, proposer, self.target.tokenizer, self.clock())
+        self.scheduler.add(live.seq)
+        self._lives[request.request_id] = live
 
     def cancel(self, request_id: str, status: Status = Status.CANCELLED) -> Output | None:
-        """End a request now and free its slot; its last output with its result, or None if it is unknown."""
-        raise NotImplementedError
+        """End a request now and free its slot: its last output with its result, or None if it is not here."""
+        if request_id not in self._lives:
+            return None
+        return self._forget(request_id).end(status, FinishReason.CANCELLED, self.clock())
 
     def step(self) -> list[Output]:
-        raise NotImplementedError
+        """Run one step; a failure of the model ends the requests of that step and no others."""
+        scheduled = self.scheduler.schedule()
+        if not scheduled:
+            return []
+        try:
+            outputs = self.runner.step(scheduled, self._lives)
+        except Exception as error:
+            log.exception("a step failed; its %d requests end with it", len(scheduled.sequences))
+            self.step_errors += 1
+            message, now = f"{type(error).__name__}: {error}", self.clock()
+            failed = [self._forget(seq.request_id) for seq in scheduled.sequences]
+            return [live.end(Status.ERROR, FinishReason.ERROR, now, message) for live in failed]
+        for output in outputs:
+            if output.finished:
+                self._forget(output.request_id)
+        return outputs
 
     @property
     def has_work(self) -> bool:
-        raise NotImplementedError
+        return self.scheduler.has_work
 
     def stats(self) -> dict[str, int]:
-        """Gauges and counters: running, waiting, draft_errors, step_errors."""
-        raise NotImplementedError
+        """Gauges ``running`` and ``waiting``, counters ``draft_errors`` and ``step_errors``."""
+        return {
+            "running": len(self.scheduler.running),
+            "waiting": len(self.scheduler.waiting),
+            "draft_errors": self.draft_errors + sum(live.draft_errors for live in self._lives.values()),
+            "step_errors": self.step_errors,
+        }
+
+    def check_integrity(self) -> None:
+        self.scheduler.check_integrity()
+        assert self._lives.keys() == self.scheduler.waiting.keys() | self.scheduler.running.keys()
+
+    def _forget(self, request_id: str) -> Live:
+        self.scheduler.finish(request_id)
+        live = self._lives.pop(request_id)
+        self.draft_errors += live.draft_errors
+        return live

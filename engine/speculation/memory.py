@@ -29,8 +29,8 @@ class ClassMemory:
     """The table of one traffic class. Plain memoryviews: bisect on them is faster than a numpy call per look-up."""
 
     def __init__(self, key: np.ndarray, token: np.ndarray, count: np.ndarray, total: np.ndarray) -> None:
-        self.key, self.token = memoryview(key), memoryview(token)
-        self.count, self.total = memoryview(count), memoryview(total)
+        self.key, self.token = key.data, token.data
+        self.count, self.total = count.data, total.data
 
     def __len__(self) -> int:
         return len(self.key)
@@ -77,7 +77,9 @@ def _checked(traffic_class: str, columns: Mapping[str, np.ndarray]) -> ClassMemo
         raise PolicyError(f"{where} lacks {missing}.")
     for name, dtype in COLUMNS.items():
         if columns[name].dtype != dtype or columns[name].shape != columns["key"].shape or columns[name].ndim != 1:
-            raise PolicyError(f"{where}: {name} is {columns[name].dtype}{columns[name].shape}, not {np.dtype(dtype)}[n].")
+            raise PolicyError(
+                f"{where}: {name} is {columns[name].dtype}{columns[name].shape}, not {np.dtype(dtype)}[n]."
+            )
     key, count, total = columns["key"], columns["count"], columns["total"]
     if not (key[1:] > key[:-1]).all():
         raise PolicyError(f"{where}: keys are not strictly increasing.")
@@ -136,6 +138,8 @@ class TraceMemoryProposer:
 
 def load(num_speculative_tokens: int, settings: Mapping[str, Any], files: Mapping[str, bytes]) -> TraceMemoryProposer:
     if set(files) != {MEMORY_FILE}:
-        raise PolicyError(f"A trace_memory policy has one file, {MEMORY_FILE}, beside its manifest; got {sorted(files)}.")
+        raise PolicyError(
+            f"A trace_memory policy has one file, {MEMORY_FILE}, beside its manifest; got {sorted(files)}."
+        )
     values = read_settings(ProposerKind.TRACE_MEMORY, settings, DEFAULTS)
     return TraceMemoryProposer(num_speculative_tokens, TraceMemory.parse(files[MEMORY_FILE]), **values)

@@ -60,7 +60,9 @@ def read_settings(kind: ProposerKind, given: Mapping[str, Any], defaults: Mappin
             raise PolicyError(f"A {kind} policy has no setting {key!r}; it knows {sorted(defaults) or 'none'}.")
         allowed = (int, float) if isinstance(defaults[key], float) else (int,)
         if isinstance(value, bool) or not isinstance(value, allowed):
-            raise PolicyError(f"Setting {key!r} of a {kind} policy must be a number like {defaults[key]}, got {value!r}.")
+            raise PolicyError(
+                f"Setting {key!r} of a {kind} policy must be a number like {defaults[key]}, got {value!r}."
+            )
     return {**defaults, **given}
 
 

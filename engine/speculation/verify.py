@@ -1,0 +1,86 @@
+"""Verification: which drafted tokens the target keeps, and the token it adds. Exact for greedy and for sampling.
+
+Speculative sampling after Leviathan et al. 2023 (arXiv 2211.17192) and Chen et al. 2023 (2302.01318): accept a draft x
+iff u < p(x) / q(x); after a rejection sample from norm(max(p - q, 0)); when all are accepted, sample one more from p.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class VerifyOutcome:
+    """``tokens``: the ``accepted`` first drafts and one more, recovered or bonus."""
+
+    accepted: int
+    tokens: tuple[int, ...]
+
+
+def verify_greedy(choices: Sequence[int], drafts: Sequence[int]) -> VerifyOutcome:
+    """``choices`` [k + 1]: the target's argmax at each drafted position and after the last."""
+    accepted = 0
+    while accepted < len(drafts) and drafts[accepted] == choices[accepted]:
+        accepted += 1
+    return VerifyOutcome(accepted, tuple(choices[: accepted + 1]))
+
+
+def verify_sampled(p: Tensor, drafts: Sequence[int], q: Tensor | None, uniforms: Sequence[float]) -> VerifyOutcome:
+    """Rejection sampling of one row.
+
+    ``p`` [k + 1, vocab] float32: the target's distributions. ``q`` [k, vocab]: exactly what each draft was drawn from;
+    None for a deterministic proposer, whose q is one-hot. ``uniforms`` [k + 1] in [0, 1): one for each draft's test,
+    the last for the token that is added, so that a row's tokens depend on nothing but its own generator.
+    """
+    for i, token in enumerate(drafts):
+        p_token = float(p[i, token])
+        q_token = 1.0 if q is None else float(q[i, token])
+        if uniforms[i] * q_token < p_token:
+            continue
+        recovered = sample(_residual(p[i], token, None if q is None else q[i]), uniforms[-1])
+        return VerifyOutcome(i, (*drafts[:i], recovered))
+    return VerifyOutcome(len(drafts), (*drafts, sample(p[len(drafts)], uniforms[-1])))
+
+
+def _residual(p: Tensor, token: int, q: Tensor | None) -> Tensor:
+    """max(p - q, 0) [vocab], not normalised; p itself where nothing is left (p = q up to rounding)."""
+    if q is None:
+        residual = p.clone()
+        residual[token] = 0.0
+    else:
+        residual = (p - q).clamp_(min=0.0)
+    return residual if float(residual.sum()) > 0 else p
+
+
+def sample(weights: Tensor, uniform: float) -> int:
+    """Inverse CDF in float64. ``weights`` [vocab] need no normalisation; a token of weight 0 is never drawn."""
+    w = weights.double().cpu().numpy()
+    cdf = np.cumsum(w)
+    index = int(np.searchsorted(cdf, uniform * cdf[-1], side="right"))
+    if index < len(w):
+        return index
+    return int(np.flatnonzero(w)[-1])  # uniform * total rounded up to total
+
+
+def target_probabilities(logits: Tensor, temperature: float, top_k: int = 0, top_p: float = 1.0) -> Tensor:
+    """[rows, vocab] float32 probabilities under temperature, then top-k, then top-p (the order of vLLM and HF).
+
+    ``top_k`` 0 keeps the whole vocabulary. top-p keeps the smallest set whose mass reaches it, never fewer than one.
+    """
+    scaled = logits.float() / temperature
+    if 0 < top_k < scaled.shape[-1]:
+        kept, at = scaled.topk(top_k, dim=-1)
+        scaled = torch.full_like(scaled, float("-inf")).scatter_(-1, at, kept)
+    probs = scaled.softmax(-1)
+    if top_p < 1.0:
+        ordered, at = probs.sort(dim=-1, descending=True, stable=True)
+        before = ordered.cumsum(-1) - ordered  # mass of what is likelier
+        ordered = ordered.masked_fill(before >= top_p, 0.0)
+        probs = torch.zeros_like(probs).scatter_(-1, at, ordered)
+        probs = probs / probs.sum(-1, keepdim=True)
+    return probs

@@ -1,0 +1,148 @@
+"""Sequential statistics: valid however often they are looked at, so a guard may look on every tick.
+
+Everything is a pure function of counts and works on numpy arrays of them alike. An e-value is evidence against a null
+hypothesis: its expectation under the null is at most 1 at any stopping time, so by Ville's inequality it ever reaches
+1/α with probability at most α. Natural logarithms of e-values are used throughout.
+
+Sources: asymptotic confidence sequences, Waudby-Smith et al., arXiv 2103.06476 (theorem 2.2, and its one-sided form);
+normal and beta-binomial mixtures, Howard et al., arXiv 1810.08240.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from scipy import special, stats
+
+Number = Any  # float, or a numpy array of floats: every function broadcasts
+MIN_PAIRS = 10
+"""Below this many requests per arm a variance is too unsure for any statement: every e-value is 1."""
+
+
+@dataclass(frozen=True, slots=True)
+class Moments:
+    """Per-request sums of x and y over n requests; the quantity of interest is the ratio of sums Σx / Σy.
+
+    For tokens per verify step x = tokens committed by verify steps (steps + accepted), y = verify steps.
+    """
+
+    n: Number = 0
+    x: Number = 0
+    y: Number = 0
+    xx: Number = 0
+    yy: Number = 0
+    xy: Number = 0
+
+    def __add__(self, other: Moments) -> Moments:
+        return Moments(
+            self.n + other.n,
+            self.x + other.x,
+            self.y + other.y,
+            self.xx + other.xx,
+            self.yy + other.yy,
+            self.xy + other.xy,
+        )
+
+    @property
+    def ratio(self) -> Number:
+        return _quotient(self.x, self.y)
+
+    @property
+    def variance(self) -> Number:
+        """Delta method: Var(Σx/Σy) ≈ n/(n−1) · Σ(x_i − r·y_i)² / (Σy)²."""
+        r = self.ratio
+        residual = np.maximum(self.xx - 2 * r * self.xy + r * r * self.yy, 0.0)
+        return _quotient(_quotient(self.n * residual, np.maximum(self.n - 1, 1)), np.square(self.y))
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """canary − control of two ratios: estimate, standard error, and the number of request pairs it stands on."""
+
+    estimate: Number
+    se: Number
+    pairs: Number
+
+    def z(self, at: Number = 0.0) -> Number:
+        """Distance of the estimate from ``at`` in standard errors, brought from Student's t to the normal scale.
+
+        The t tails (Welch, at least pairs − 1 degrees of freedom) keep a small sample honest about its own variance.
+        """
+        t = _quotient(self.estimate - at, self.se)
+        freedom = np.maximum(np.asarray(self.pairs, float) - 1.0, 1.0)
+        tail = np.maximum(stats.t.sf(np.abs(t), freedom), 1e-300)
+        return np.sign(t) * stats.norm.isf(tail)
+
+
+def difference(canary: Moments, control: Moments) -> Difference:
+    """Of two arms that serve at the same time. ``pairs`` is the harmonic mean of the arms' request counts."""
+    pairs = _quotient(2.0 * canary.n * control.n, canary.n + control.n)
+    se = np.sqrt(canary.variance + control.variance)
+    return Difference(canary.ratio - control.ratio, se, pairs)
+
+
+def tuned_rho(horizon: float, alpha: float) -> float:
+    """ρ that makes the boundary tightest near ``horizon`` pairs: √((a + log(a + 1)) / horizon), a = −2 log 2α."""
+    a = -2.0 * np.log(2.0 * alpha)
+    return float(np.sqrt((a + np.log(a + 1.0)) / horizon))
+
+
+def log_e_below(diff: Difference, at: Number, rho: float) -> Number:
+    """Evidence against "the true difference is ≥ ``at``": half-normal mixture over drifts below ``at``.
+
+    With z the standardised distance and t pairs: E = 2/√(tρ²+1) · exp(z²·tρ²/(2(tρ²+1))) · Φ(−z·√(tρ²/(tρ²+1))).
+    """
+    share = diff.pairs * rho * rho
+    shrink = share / (share + 1.0)
+    z = -diff.z(at)
+    log_e = np.log(2.0) - 0.5 * np.log1p(share) + 0.5 * z * z * shrink + stats.norm.logcdf(z * np.sqrt(shrink))
+    known = (np.asarray(diff.pairs) >= MIN_PAIRS) & (np.asarray(diff.se) > 0)
+    return np.where(known, log_e, 0.0)
+
+
+def log_e_above(diff: Difference, at: Number, rho: float) -> Number:
+    """Evidence against "the true difference is ≤ ``at``"."""
+    return log_e_below(Difference(-diff.estimate, diff.se, diff.pairs), -np.asarray(at), rho)
+
+
+def half_width(diff: Difference, rho: float, alpha: float) -> Number:
+    """Distance from the estimate to a one-sided 1−α confidence sequence (arXiv 2103.06476):
+
+    σ·√(2(tρ²+1)/(t²ρ²) · log(1 + √(tρ²+1)/(2α))), with σ²/t = the squared standard error. Infinite without data.
+    """
+    share = diff.pairs * rho * rho
+    z = np.sqrt(2.0 * (1.0 + _quotient(1.0, share)) * np.log1p(np.sqrt(share + 1.0) / (2.0 * alpha)))
+    freedom = np.maximum(np.asarray(diff.pairs, float) - 1.0, 1.0)
+    t = stats.t.isf(np.maximum(stats.norm.sf(z), 1e-300), freedom)
+    known = (np.asarray(diff.pairs) >= MIN_PAIRS) & (np.asarray(diff.se) > 0)
+    return np.where(known, t * diff.se, np.inf)
+
+
+def log_e_binomial(canary: Number, control: Number) -> Number:
+    """Evidence that events fall on the canary more often than on a control of equal size.
+
+    Given an event it is the canary's with probability p ≤ 1/2 under the null. Mixture of p over (1/2, 1), uniform:
+    E = 2^{k+1} · B(c+1, k−c+1) · (1 − I_{1/2}(c+1, k−c+1)) for c of k events, the same in whatever order they came.
+    """
+    a, b = np.asarray(canary, float) + 1.0, np.asarray(control, float) + 1.0
+    upper = np.maximum(special.betaincc(a, b, 0.5), 1e-300)
+    return (a + b - 1.0) * np.log(2.0) + special.betaln(a, b) + np.log(upper)
+
+
+def log_e_mismatch(canary: Number, control: Number) -> Number:
+    """Evidence that the split is not 1:1 in either direction: beta-binomial mixture, p uniform over (0, 1)."""
+    a, b = np.asarray(canary, float) + 1.0, np.asarray(control, float) + 1.0
+    return (a + b - 2.0) * np.log(2.0) + special.betaln(a, b)
+
+
+def log_mean(log_e: list[float]) -> float:
+    """The mean of e-values is an e-value whatever their dependence; this is its logarithm. Of none: 0, no evidence."""
+    return float(special.logsumexp(log_e) - np.log(len(log_e))) if log_e else 0.0
+
+
+def _quotient(a: Number, b: Number) -> Number:
+    """a / b, and 0 where b is 0."""
+    a, b = np.asarray(a, float), np.asarray(b, float)
+    return np.divide(a, b, out=np.zeros(np.broadcast(a, b).shape), where=b != 0)[()]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from engine.bench.report import Report
 from engine.cli.context import settings
+
+if TYPE_CHECKING:
+    from engine.bench.report import Report
 
 bench = typer.Typer(help="Measure what is claimed. Each prints figures with their intervals.", no_args_is_help=True)
 

@@ -1,4 +1,7 @@
-"""The `slipstream` command."""
+"""The `slipstream` command.
+
+Commands import what they need when they run: `slipstream rollback` must not wait for torch, MLflow or alembic to load.
+"""
 
 from __future__ import annotations
 

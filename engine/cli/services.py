@@ -13,7 +13,6 @@ import typer
 from engine.cli.context import database, settings
 from engine.ops import postgres
 from engine.settings import to_environment
-from engine.store import migrate as migration
 
 
 def add(app: typer.Typer) -> None:
@@ -67,6 +66,8 @@ def dashboard(context: typer.Context) -> None:
 
 def migrate(context: typer.Context) -> None:
     """Bring the database to the newest schema."""
+    from engine.store import migrate as migration
+
     chosen = settings(context)
     url = postgres.database_url(chosen, start_embedded=True)
     migration.upgrade(url)

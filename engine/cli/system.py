@@ -14,7 +14,7 @@ import typer
 
 from engine.cli.context import settings
 from engine.contracts import SlipstreamError
-from engine.ops import postgres, system
+from engine.ops import postgres
 from engine.ops.supervisor import Supervisor, is_alive, log_file, read_state
 from engine.settings import Settings
 from engine.store.database import Database
@@ -28,6 +28,8 @@ def add(app: typer.Typer) -> None:
 
 def up(context: typer.Context) -> None:
     """Start everything and watch over it until Ctrl-C."""
+    from engine.ops import system
+
     chosen = settings(context)
     with _Interruptible():
         supervisor = Supervisor(chosen.home_path, say)
@@ -45,6 +47,8 @@ def up(context: typer.Context) -> None:
 
 def down(context: typer.Context) -> None:
     """Stop what `slipstream up` or `slipstream demo` started. The data stay."""
+    from engine.ops import system
+
     if not system.down(settings(context), say, time.sleep):
         say("nothing was running")
 
@@ -56,6 +60,7 @@ def demo(
 ) -> None:
     """The whole loop in ten minutes: traffic, a learned draft, a canary, its promotion, a bad one, its rollback."""
     from engine.demo import story
+    from engine.ops import system
 
     chosen = system.free_ports(story.settings(settings(context)))
     with _Interruptible():

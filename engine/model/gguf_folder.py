@@ -1,4 +1,4 @@
-"""A Llama GGUF rewritten as a folder in Hugging Face layout, float32, with the gguf package and nothing of transformers.
+"""A Llama GGUF rewritten as a folder in Hugging Face layout, float32, by the gguf package alone.
 
 Covers what the packaged default model is made of: architecture llama, a GPT-2 style BPE with SmolLM's pre-tokenizer.
 """

@@ -17,10 +17,11 @@ from engine.contracts import SlipstreamError
 from engine.model.batch import Batch, DecodeGroup, PrefillGroup
 from engine.model.config import LlamaConfig
 from engine.model.kv_cache import KVCache
+from engine.model.linear import linear
 
 
 class Layer:
-    """The weights of one decoder layer, fused: ``qkv`` [(heads + 2 kv_heads) * hd, hidden], ``gate_up`` [2 inter, hidden]."""
+    """One decoder layer, fused: ``qkv`` [(heads + 2 kv_heads) * head_dim, hidden], ``gate_up`` [2 inter, hidden]."""
 
     __slots__ = ("attention_norm", "down", "gate_up", "mlp_norm", "out", "qkv")
 
@@ -76,20 +77,20 @@ class Llama:
         x = F.embedding(batch.token_ids, self.embedding)
         for i, layer in enumerate(self.layers):
             h = F.rms_norm(x, (config.hidden_size,), layer.attention_norm, eps)
-            qkv = F.linear(h, layer.qkv).view(num_tokens, heads + 2 * kv_heads, dim)
+            qkv = linear(h, layer.qkv).view(num_tokens, heads + 2 * kv_heads, dim)
             qk, value = qkv[:, : heads + kv_heads], qkv[:, heads + kv_heads :]
             qk = torch.addcmul(qk * cos, qk.roll(dim // 2, -1), sin)  # query and key rotated together
             cache.write(i, batch.places, qk[:, heads:], value)
-            x = x + F.linear(self._attend(i, qk[:, :heads], batch, cache), layer.out)
+            x = x + linear(self._attend(i, qk[:, :heads], batch, cache), layer.out)
             h = F.rms_norm(x, (config.hidden_size,), layer.mlp_norm, eps)
-            gate, up = F.linear(h, layer.gate_up).chunk(2, -1)
-            x = x + F.linear(F.silu(gate).mul_(up), layer.down)
+            gate, up = linear(h, layer.gate_up).chunk(2, -1)
+            x = x + linear(F.silu(gate).mul_(up), layer.down)
         return x
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
         """[rows, vocab] from rows of ``forward``."""
-        return F.linear(F.rms_norm(hidden, (self.config.hidden_size,), self.norm, self.config.rms_norm_eps), self.head)
+        return linear(F.rms_norm(hidden, (self.config.hidden_size,), self.norm, self.config.rms_norm_eps), self.head)
 
     def _attend(self, layer: int, query: Tensor, batch: Batch, cache: KVCache) -> Tensor:
         """[N, heads, hd] → [N, heads * hd]."""

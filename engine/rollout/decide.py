@@ -1,0 +1,276 @@
+"""One tick of a rollout: ``decide`` is pure, and everything it knows is in its arguments.
+
+The order is the safety argument: somebody who has already taken the canary back is believed; then the guards, on every
+tick in every state with traffic; then an abort; then the deadline; only then holds, approvals and progress. Only PASS
+advances, only FAIL rolls back by itself, everything else waits, and the deadline ends the waiting without blame.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from datetime import datetime, timedelta
+
+from engine.contracts import CANARY, CONTROL, TERMINAL_STATES, RolloutState, Verdict
+from engine.rollout.evaluate import evaluate
+from engine.rollout.guards import RolloutSpec, TokensPerStep
+from engine.rollout.records import Action, Decision, Evidence, GuardResult, Ledger, RolloutStatus
+from engine.store.repositories.rollouts import Command
+
+PROMOTED_STATES = frozenset({RolloutState.PROMOTING, RolloutState.PROMOTED, RolloutState.WATCHING})
+
+
+def decide(
+    spec: RolloutSpec, status: RolloutStatus, evidence: Evidence, commands: Sequence[Command], now: datetime
+) -> Decision:
+    """What to do now. ``commands`` are those not consumed yet, oldest first; at most one is consumed per tick."""
+    if status.state in TERMINAL_STATES:
+        return Decision(status.verdict, Action.NONE, "it is over", status)
+    command = commands[0] if commands else None
+    if status.state is RolloutState.ROLLING_BACK:
+        return _rolling_back(status, evidence, now)
+    if not status.serves:
+        return _before_traffic(spec, status, evidence, command, now)
+
+    guards = evaluate(spec, evidence.segments)
+    verdict, why = judge(spec, status, evidence, guards, now)
+    tick = _Tick(spec, status, evidence, guards, verdict, why, now)
+    if (moved := tick.moved_by_others()) is not None:
+        return moved
+    if verdict is Verdict.FAIL:
+        return tick.roll_back(RolloutState.ROLLING_BACK, why)
+    if command is not None and command.verb == "abort":
+        aborted = tick.roll_back(RolloutState.ROLLING_BACK, f"aborted by {command.actor}: {command.reason}")
+        return _consuming(aborted, command)
+    if status.state in PROMOTED_STATES:
+        return _consuming(tick.after_promotion(command), command)
+    if now - status.stages[0].began > timedelta(seconds=spec.deadline_s):
+        return tick.roll_back(
+            RolloutState.INCONCLUSIVE, f"no verdict within {spec.deadline_s:g} s ({why}): back to the champion"
+        )
+    if command is not None:
+        return _consuming(tick.obey(command), command)
+    return tick.proceed()
+
+
+def judge(
+    spec: RolloutSpec,
+    status: RolloutStatus,
+    evidence: Evidence,
+    guards: Sequence[GuardResult],
+    now: datetime,
+    needs_proof: bool = True,
+) -> tuple[Verdict, str]:
+    """The verdict on the present stage and its reason. FAIL comes before everything that is merely in the way.
+
+    The last stage needs proof that the canary is not worse, unless ``needs_proof`` is False (a person approves).
+    """
+    by_verdict = {v: [g for g in guards if g.verdict is v] for v in Verdict}
+    if failed := by_verdict[Verdict.FAIL]:
+        return Verdict.FAIL, "; ".join(f"{g.guard}: {g.reason}" for g in failed)
+    stage = status.stage
+    for replica in evidence.replicas:
+        if replica.load_error and (replica.observed_generation or 0) < stage.generation:
+            return Verdict.ERROR, f"{replica.replica_id} could not take the plan: {replica.load_error}"
+    if broken := by_verdict[Verdict.ERROR]:
+        return Verdict.ERROR, "; ".join(f"{g.guard}: {g.reason}" for g in broken)
+    if evidence.ledger is not None and evidence.ledger.generation != status.generation:
+        return Verdict.ERROR, f"{evidence.ledger.actor} changed the ledger: {evidence.ledger.reason}"
+    heard = max(evidence.newest_trace or stage.began, stage.began)
+    if now - heard > timedelta(seconds=spec.stale_s):
+        return Verdict.STALE, f"no request of either arm since {heard:%H:%M:%S} UTC"
+    behind = [r.replica_id for r in evidence.replicas if (r.observed_generation or 0) < stage.generation]
+    if not evidence.replicas or behind:
+        return Verdict.INSUFFICIENT, f"waiting for {', '.join(behind) or 'a replica'} to route by {stage.generation}"
+    if now - stage.began < timedelta(seconds=spec.warmup_s):
+        return Verdict.INSUFFICIENT, f"warming up for {spec.warmup_s:g} s"
+    got = {s.arm: s.stage_requests for s in evidence.segments if s.traffic_class is None}
+    if (least := min(got.get(CANARY, 0), got.get(CONTROL, 0))) < spec.min_requests:
+        return Verdict.INSUFFICIENT, f"{least} of {spec.min_requests} requests per arm at this weight"
+    proof = next(g for g in guards if g.guard == TokensPerStep.kind)
+    if needs_proof and len(status.stages) == len(spec.steps) and proof.verdict is not Verdict.PASS:
+        return Verdict.INSUFFICIENT, f"{proof.guard}: {proof.reason}"
+    return Verdict.PASS, f"no guard fails; {proof.reason}"
+
+
+def _before_traffic(
+    spec: RolloutSpec, status: RolloutStatus, evidence: Evidence, command: Command | None, now: datetime
+) -> Decision:
+    """DRAFT, READY, and a hold before traffic: start when everything a rollback needs is in place."""
+
+    def stay(state: RolloutState, why: str, **changes: object) -> Decision:
+        moved = replace(status.moved(state, now), reason=why, **changes)  # type: ignore[arg-type]
+        decision = Decision(Verdict.INSUFFICIENT, Action.NONE, why, moved)
+        return _consuming(decision, command)
+
+    if command is not None and command.verb == "abort":
+        return stay(RolloutState.CANCELLED, f"cancelled by {command.actor}: {command.reason}")
+    ledger = evidence.ledger
+    if ledger is not None and ledger.champion != status.champion:
+        return stay(
+            RolloutState.CANCELLED,
+            f"v{ledger.champion} is champion now, the rollout was made against v{status.champion}",
+        )
+    if command is not None and command.verb == "hold":
+        return stay(RolloutState.HELD, f"held by {command.actor}: {command.reason}", held_by="operator")
+    if command is not None and command.verb == "promote":
+        return stay(status.state, f"promotion refused ({command.actor}): the canary has served no request yet")
+    if status.state in (RolloutState.DRAFT, RolloutState.HELD):
+        if command is None:
+            return stay(status.state, status.reason)
+        return stay(RolloutState.READY, f"released by {command.actor}: {command.reason}", held_by="")
+    if now - status.since > timedelta(seconds=spec.deadline_s):
+        return stay(RolloutState.CANCELLED, f"could not start within {spec.deadline_s:g} s: {status.reason}")
+    if (missing := _missing(status, evidence)) is not None:
+        return stay(RolloutState.READY, missing)
+    weight = spec.steps[0]
+    why = f"canary v{status.canary} to {weight:.0%}, an equal control beside it"
+    started = replace(status.moved(RolloutState.RAMPING, now), reason=why, verdict=Verdict.INSUFFICIENT)
+    return _consuming(Decision(Verdict.INSUFFICIENT, Action.SET_WEIGHT, why, started, weight=weight), command)
+
+
+def _missing(status: RolloutStatus, evidence: Evidence) -> str | None:
+    """The first precondition of traffic that does not hold: a rollback must never have to load anything."""
+    ledger = evidence.ledger
+    if ledger is None:
+        return "there is no serving plan yet"
+    if ledger.canary is not None:
+        return f"the ledger carries another canary, v{ledger.canary}"
+    if not evidence.canary_known:
+        return f"there is no policy version {status.canary}"
+    if not evidence.replicas:
+        return "no replica is alive"
+    for replica in evidence.replicas:
+        for role, version in (("champion", status.champion), ("fallback", ledger.fallback)):
+            if version not in replica.resident:
+                return f"{replica.replica_id} does not hold the {role}, v{version}: nothing to roll back to"
+    return None
+
+
+def _rolling_back(status: RolloutStatus, evidence: Evidence, now: datetime) -> Decision:
+    """The plan is in the ledger; it is done when every live replica routes by it."""
+    behind = [r.replica_id for r in evidence.replicas if (r.observed_generation or 0) < (status.generation or 0)]
+    if behind:
+        return Decision(status.verdict, Action.NONE, f"waiting for {', '.join(behind)} ({status.reason})", status)
+    return Decision(status.verdict, Action.NONE, status.reason, status.moved(RolloutState.ROLLED_BACK, now))
+
+
+class _Tick:
+    """The arguments of one tick with traffic, and the moves that are open to it."""
+
+    def __init__(
+        self,
+        spec: RolloutSpec,
+        status: RolloutStatus,
+        evidence: Evidence,
+        guards: tuple[GuardResult, ...],
+        verdict: Verdict,
+        why: str,
+        now: datetime,
+    ) -> None:
+        self.spec, self.status, self.evidence, self.guards = spec, status, evidence, guards
+        self.verdict, self.why, self.now = verdict, why, now
+
+    def moved_by_others(self) -> Decision | None:
+        """The ledger no longer serves our canary: whoever did that is believed, and it is never done again."""
+        ledger = self.evidence.ledger
+        if ledger is None or ledger.generation == self.status.generation:
+            return None
+        if self.status.state in PROMOTED_STATES:
+            gone = ledger.champion != self.status.canary
+        else:
+            gone = ledger.canary != self.status.canary
+        if not gone:
+            return None
+        if self._promoted_by_hand(ledger):
+            return self._to(RolloutState.INCONCLUSIVE, f"made champion directly by {ledger.actor}: {ledger.reason}")
+        return self._to(RolloutState.ROLLED_BACK, f"rolled back by {ledger.actor}: {ledger.reason}")
+
+    def _promoted_by_hand(self, ledger: Ledger) -> bool:
+        return self.status.state not in PROMOTED_STATES and ledger.champion == self.status.canary
+
+    def roll_back(self, state: RolloutState, why: str) -> Decision:
+        return self._to(state, why, Action.ROLL_BACK)
+
+    def after_promotion(self, command: Command | None) -> Decision:
+        """PROMOTING until every live replica routes by the new champion, then PROMOTED, then WATCHING until DONE."""
+        if command is not None:
+            return self._to(self.status.state, f"{command.verb} refused: v{self.status.canary} is champion already")
+        if self.status.state is RolloutState.PROMOTING:
+            behind = [
+                r.replica_id
+                for r in self.evidence.replicas
+                if (r.observed_generation or 0) < (self.status.generation or 0)
+            ]
+            if behind or not self.evidence.replicas:
+                return self._to(RolloutState.PROMOTING, f"waiting for {', '.join(behind) or 'a replica'}")
+            return self._to(RolloutState.PROMOTED, f"v{self.status.canary} is champion on every replica")
+        if self.status.state is RolloutState.PROMOTED:
+            return self._to(RolloutState.WATCHING, f"watching for {self.spec.watch_s:g} s")
+        if self._for(self.spec.watch_s):
+            return self._to(RolloutState.DONE, f"v{self.status.canary} is champion and stays")
+        return self._to(RolloutState.WATCHING, f"watching for {self.spec.watch_s:g} s")
+
+    def obey(self, command: Command) -> Decision:
+        by = f"{command.actor}: {command.reason}"
+        if command.verb == "hold":
+            return self._hold(f"held by {by}", "operator")
+        if command.verb == "resume":
+            return self._resume(f"resumed by {by}")
+        verdict, why = judge(self.spec, self.status, self.evidence, self.guards, self.now, needs_proof=False)
+        if verdict is not Verdict.PASS:
+            return self._to(self.status.state, f"promotion refused ({command.actor}): {why}")
+        self.verdict = verdict
+        return self._promote(f"promoted by {by}")
+
+    def proceed(self) -> Decision:
+        held = self.status.state is RolloutState.HELD
+        if self.verdict in (Verdict.STALE, Verdict.ERROR):
+            return self._hold(self.why, "evidence")
+        if held and self.status.held_by == "operator":
+            return self._to(RolloutState.HELD, self.status.reason)
+        if held:
+            return self._resume(f"the evidence is fit again: {self.why}")
+        if self.verdict is not Verdict.PASS:
+            return self._to(self.status.state, self.why)
+        if self.status.state is RolloutState.SOAKING:
+            if self._for(self.spec.soak_s):
+                return self._promote(f"soaked for {self.spec.soak_s:g} s; {self.why}")
+            return self._to(RolloutState.SOAKING, f"soaking for {self.spec.soak_s:g} s; {self.why}")
+        if len(self.status.stages) < len(self.spec.steps):
+            weight = self.spec.steps[len(self.status.stages)]
+            return self._to(RolloutState.RAMPING, f"to {weight:.0%}: {self.why}", Action.SET_WEIGHT, weight)
+        return self._to(RolloutState.SOAKING, f"every step passed: {self.why}")
+
+    def _promote(self, why: str) -> Decision:
+        decision = self._to(RolloutState.PROMOTING, why, Action.PROMOTE)
+        return replace(decision, status=replace(decision.status, held_by="", resumes_to=None))
+
+    def _hold(self, why: str, by: str) -> Decision:
+        status = self.status
+        kept = "operator" if status.held_by == "operator" else by  # evidence never loosens what a person has held
+        resumes_to = status.resumes_to if status.state is RolloutState.HELD else status.state
+        reason = status.reason if kept == "operator" and by != "operator" else why
+        decision = self._to(RolloutState.HELD, reason)
+        return replace(decision, status=replace(decision.status, held_by=kept, resumes_to=resumes_to))
+
+    def _resume(self, why: str) -> Decision:
+        if self.status.state is not RolloutState.HELD:
+            return self._to(self.status.state, f"nothing to resume; {self.why}")
+        decision = self._to(self.status.resumes_to or RolloutState.RAMPING, why)
+        return replace(decision, status=replace(decision.status, held_by="", resumes_to=None))
+
+    def _for(self, seconds: float) -> bool:
+        return self.now - self.status.since >= timedelta(seconds=seconds)
+
+    def _to(self, state: RolloutState, why: str, action: Action = Action.NONE, weight: float | None = None) -> Decision:
+        status = replace(self.status.moved(state, self.now), verdict=self.verdict, reason=why)
+        return Decision(self.verdict, action, why, status, self.guards, weight)
+
+
+def _consuming(decision: Decision, command: Command | None) -> Decision:
+    """The decision with the command it answers struck off the list."""
+    if command is None:
+        return decision
+    status = replace(decision.status, last_command=command.id)
+    return replace(decision, status=status, command_id=command.id)

@@ -1,0 +1,215 @@
+"""What a decision is made of, as frozen records that go to JSON and come back the same."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from datetime import datetime
+from enum import StrEnum
+from typing import Any
+
+from engine.contracts import RolloutState, Verdict
+from engine.store.repositories.evidence import Segment
+from engine.store.repositories.rollouts import Command
+
+
+class Action(StrEnum):
+    """What a decision does to the ledger; everything but NONE appends one plan."""
+
+    NONE = "none"
+    SET_WEIGHT = "set_weight"
+    PROMOTE = "promote"
+    ROLL_BACK = "roll_back"
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """One weight that served: its ledger generation and when that was appended."""
+
+    weight: float
+    generation: int
+    began: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class RolloutStatus:
+    """Where a rollout stands. ``champion`` is the rollback target, recorded at creation and never replaced.
+
+    ``generation`` is the last plan this rollout made, ``since`` when the present state began. ``held_by`` is operator
+    (until resumed) or evidence (until the evidence is fit again), ``resumes_to`` the state before the hold.
+    """
+
+    rollout_id: int
+    canary: int
+    champion: int
+    state: RolloutState
+    since: datetime
+    stages: tuple[Stage, ...] = ()
+    generation: int | None = None
+    held_by: str = ""
+    resumes_to: RolloutState | None = None
+    last_command: int = 0
+    verdict: Verdict = Verdict.INSUFFICIENT
+    reason: str = ""
+
+    @property
+    def stage(self) -> Stage:
+        return self.stages[-1]
+
+    @property
+    def serves(self) -> bool:
+        """Whether this rollout has put its canary before traffic."""
+        return bool(self.stages)
+
+    def moved(self, state: RolloutState, now: datetime) -> RolloutStatus:
+        return self if state is self.state else replace(self, state=state, since=now)
+
+
+@dataclass(frozen=True, slots=True)
+class Ledger:
+    """The newest serving plan, as far as a rollout is concerned."""
+
+    generation: int
+    champion: int
+    fallback: int
+    canary: int | None
+    rollout_id: int | None
+    actor: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Replica:
+    """A live replica; ``load_error`` is why it could not take the newest plan."""
+
+    replica_id: str
+    observed_generation: int | None
+    resident: tuple[int, ...]
+    load_error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """Everything a tick saw. ``observed`` is the canary's share of the eligible requests of this stage."""
+
+    ledger: Ledger | None
+    replicas: tuple[Replica, ...] = ()
+    segments: tuple[Segment, ...] = ()
+    newest_trace: datetime | None = None
+    observed: float | None = None
+    canary_known: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class GuardResult:
+    """One line of the guard table. Values are of the named segment; ``log_e`` and ``limit`` are natural logarithms."""
+
+    guard: str
+    verdict: Verdict
+    reason: str
+    segment: str = "all"
+    n_canary: int = 0
+    n_control: int = 0
+    canary: float | None = None
+    control: float | None = None
+    low: float | None = None
+    high: float | None = None
+    log_e: float | None = None
+    limit: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """The outcome of one tick. ``status`` is the rollout's next; where ``action`` appends a plan, ``with_plan`` adds it."""
+
+    verdict: Verdict
+    action: Action
+    reason: str
+    status: RolloutStatus
+    guards: tuple[GuardResult, ...] = ()
+    weight: float | None = None
+    command_id: int | None = None
+
+    @property
+    def to_state(self) -> RolloutState:
+        return self.status.state
+
+
+def with_plan(decision: Decision, generation: int, appended: datetime) -> RolloutStatus:
+    """The decided status once its plan is in the ledger."""
+    status = replace(decision.status, generation=generation)
+    if decision.action is Action.SET_WEIGHT and decision.weight is not None:
+        status = replace(status, stages=(*status.stages, Stage(decision.weight, generation, appended)))
+    return status
+
+
+def weights(status: RolloutStatus, evidence: Evidence) -> dict[str, float | None]:
+    """Three different numbers: what the ledger asks for, what every live replica routes by, what traffic shows."""
+    if not status.serves:
+        return {"desired": 0.0, "acknowledged": 0.0, "observed": None}
+    seen = [replica.observed_generation or 0 for replica in evidence.replicas]
+    acknowledged = max((s.weight for s in status.stages if seen and s.generation <= min(seen)), default=0.0)
+    return {"desired": status.stage.weight, "acknowledged": acknowledged, "observed": evidence.observed}
+
+
+def status_to_json(status: RolloutStatus) -> dict[str, Any]:
+    return _plain(asdict(status))
+
+
+def status_from_json(tree: Mapping[str, Any]) -> RolloutStatus:
+    values = dict(tree)
+    values["state"] = RolloutState(values["state"])
+    values["since"] = datetime.fromisoformat(values["since"])
+    values["stages"] = tuple(
+        Stage(stage["weight"], stage["generation"], datetime.fromisoformat(stage["began"]))
+        for stage in values["stages"]
+    )
+    values["resumes_to"] = RolloutState(values["resumes_to"]) if values["resumes_to"] else None
+    values["verdict"] = Verdict(values["verdict"])
+    return RolloutStatus(**values)
+
+
+def evidence_to_json(
+    evidence: Evidence, commands: tuple[Command, ...], guards: tuple[GuardResult, ...], status: RolloutStatus
+) -> dict[str, Any]:
+    """What a decision row keeps: the inputs, to replay it, and the guard table and weights, to read it."""
+    return _plain(
+        {
+            "inputs": asdict(evidence),
+            "commands": [asdict(command) for command in commands],
+            "guards": [asdict(guard) for guard in guards],
+            "weights": weights(status, evidence),
+        }
+    )
+
+
+def evidence_from_json(tree: Mapping[str, Any]) -> tuple[Evidence, tuple[Command, ...]]:
+    inputs = tree["inputs"]
+    newest = inputs["newest_trace"]
+    evidence = Evidence(
+        ledger=Ledger(**inputs["ledger"]) if inputs["ledger"] else None,
+        replicas=tuple(Replica(**{**r, "resident": tuple(r["resident"])}) for r in inputs["replicas"]),
+        segments=tuple(Segment(**segment) for segment in inputs["segments"]),
+        newest_trace=datetime.fromisoformat(newest) if newest else None,
+        observed=inputs["observed"],
+        canary_known=inputs["canary_known"],
+    )
+    names = {f.name for f in fields(Command)}
+    commands = tuple(
+        Command(**{k: datetime.fromisoformat(v) if k == "created_at" else v for k, v in c.items() if k in names})
+        for c in tree["commands"]
+    )
+    return evidence, commands
+
+
+def _plain(value: Any) -> Any:
+    """Instants as ISO texts, tuples as lists, infinities as None: JSON without surprises."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, datetime):
+        return value.isoformat()
+    if isinstance(value, float) and value in (float("inf"), float("-inf")):
+        return None
+    return value

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from enum import StrEnum
 from typing import Any
@@ -120,7 +120,7 @@ class GuardResult:
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """The outcome of one tick. ``status`` is the rollout's next; where ``action`` appends a plan, ``with_plan`` adds it."""
+    """The outcome of one tick. ``status`` is the rollout's next; ``with_plan`` adds the plan that ``action`` appends."""
 
     verdict: Verdict
     action: Action
@@ -194,11 +194,7 @@ def evidence_from_json(tree: Mapping[str, Any]) -> tuple[Evidence, tuple[Command
         observed=inputs["observed"],
         canary_known=inputs["canary_known"],
     )
-    names = {f.name for f in fields(Command)}
-    commands = tuple(
-        Command(**{k: datetime.fromisoformat(v) if k == "created_at" else v for k, v in c.items() if k in names})
-        for c in tree["commands"]
-    )
+    commands = tuple(Command(**{**c, "created_at": datetime.fromisoformat(c["created_at"])}) for c in tree["commands"])
     return evidence, commands
 
 

@@ -1,0 +1,246 @@
+"""The controller: load, decide, apply. It keeps nothing that matters in memory; any number may run, one acts.
+
+A tick reads the rollout, its evidence and what was asked of it, decides purely, and writes status, decision and plan in
+one transaction that first checks its lease with the fencing token. Whatever happens in between, either all of it is
+there or none, and the next tick starts from what is there.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import threading
+import uuid
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+
+from sqlalchemy.exc import SQLAlchemyError
+
+from engine.contracts import CANARY, CONTROL, Arm, ServingPlan, SlipstreamError
+from engine.rollout import guards
+from engine.rollout.decide import decide
+from engine.rollout.guards import RolloutSpec
+from engine.rollout.launch import launch
+from engine.rollout.records import (
+    Action,
+    Decision,
+    Evidence,
+    Ledger,
+    Replica,
+    RolloutStatus,
+    evidence_to_json,
+    status_from_json,
+    status_to_json,
+    with_plan,
+)
+from engine.settings import Settings
+from engine.store.database import Database, ReadSession, WriteSession
+from engine.store.repositories import evidence as evidence_store
+from engine.store.repositories import learning, leases, plans, policies, replicas, rollouts
+from engine.store.repositories.evidence import Window
+from engine.store.repositories.rollouts import Command, DecisionRecord, Rollout
+
+LEASE = "rollout-controller"
+ALIVE_S = 10.0
+"""A replica whose last heartbeat is older is not waited for: it cannot serve what it does not know of either."""
+REPEAT_S = 15.0
+"""A decision that repeats the last one is written this often, not on every tick."""
+log = logging.getLogger(__name__)
+Clock = Callable[[], datetime]
+
+
+def run(settings: Settings, db: Database, stop: threading.Event, clock: Clock = lambda: datetime.now(UTC)) -> None:
+    """Tick until ``stop`` is set. What fails is logged and tried again: a rollout outlives its controller's troubles."""
+    controller = Controller(
+        db, f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:6]}", settings.rollout.lease_s
+    )
+    while not stop.is_set():
+        try:
+            if settings.learner.auto_rollout:
+                launch_awaiting(db, settings.rollout.preset, clock())
+            controller.tick(clock())
+        except (SlipstreamError, SQLAlchemyError) as error:
+            log.error("tick failed, trying again: %s", error)
+        stop.wait(settings.rollout.tick_s)
+    try:
+        controller.release(clock())
+    except SQLAlchemyError as error:
+        log.warning("the lease could not be released, it ends by itself: %s", error)
+
+
+def launch_awaiting(db: Database, preset: str, now: datetime) -> Rollout | None:
+    """Start a rollout of the version that passed its gate last, if it is untried and nothing else runs."""
+    with db.read() as session:
+        plan = plans.latest(session)
+        if plan is None or rollouts.active(session) is not None:
+            return None
+        version = learning.awaiting_rollout(session, plan.champion)
+    if version is None:
+        return None
+    made = launch(db, canary=version, actor="learner", preset=preset, now=now)
+    log.info("rollout %d of v%d against v%d: %s", made.id, made.canary, made.champion, preset)
+    return made
+
+
+class Controller:
+    """One candidate for the lease. ``tick`` does nothing while another holds it."""
+
+    def __init__(self, db: Database, holder: str, lease_s: float) -> None:
+        self.db, self.holder, self.lease_s = db, holder, lease_s
+        self._written: tuple[object, datetime] | None = None  # what the last decision row said, and when
+
+    def tick(self, now: datetime) -> Decision | None:
+        """Decide once on the active rollout; None when there is none or the lease is another's."""
+        with self.db.write() as session:
+            token = leases.acquire(session, LEASE, self.holder, now, self.lease_s)
+        if token is None:
+            return None
+        with self.db.read() as session:
+            rollout = rollouts.active(session)
+            if rollout is None:
+                return None
+            spec, status = load(rollout)
+            evidence, commands = gather(session, spec, status, now)
+        decision = decide(spec, status, evidence, commands, now)
+        self.apply(spec, status, evidence, commands, decision, token, now)
+        return decision
+
+    def apply(
+        self,
+        spec: RolloutSpec,
+        before: RolloutStatus,
+        evidence: Evidence,
+        commands: tuple[Command, ...],
+        decision: Decision,
+        token: int,
+        now: datetime,
+    ) -> None:
+        """Status, decision and plan, all or nothing, and only while the lease is ours.
+
+        LeaseLost when it is not; StalePlan when the ledger moved since it was read. Both leave everything as it was.
+        """
+        says = (decision.status.rollout_id, decision.to_state, decision.verdict, decision.action)
+        repeats = (
+            before.state is decision.to_state
+            and decision.action is Action.NONE
+            and decision.command_id is None
+            and self._written is not None
+            and self._written[0] == says
+            and now - self._written[1] < timedelta(seconds=REPEAT_S)
+        )
+        if repeats and decision.status == before:
+            return
+        with self.db.write() as session:
+            leases.check(session, LEASE, self.holder, token)
+            status = decision.status
+            if decision.action is not Action.NONE:
+                assert evidence.ledger is not None
+                plan = append_plan(session, spec, decision, evidence.ledger)
+                status = with_plan(decision, plan.generation, plan.created_at)
+            record = DecisionRecord(
+                rollout_id=status.rollout_id,
+                decided_at=now,
+                from_state=before.state,
+                to_state=status.state,
+                verdict=decision.verdict,
+                reason=decision.reason,
+                action=decision.action.value,
+                generation=status.generation,
+                command_id=decision.command_id,
+                fencing_token=token,
+                status_before=status_to_json(before),
+                evidence=evidence_to_json(evidence, commands, decision.guards, status),
+            )
+            rollouts.apply(
+                session,
+                status.rollout_id,
+                expected=before.state,
+                state=status.state,
+                status=status_to_json(status),
+                decision=None if repeats else record,
+                now=now,
+            )
+        if not repeats:
+            self._written = (says, now)
+            log.info("rollout %d: %s → %s, %s: %s", status.rollout_id, before.state, status.state, *_said(decision))
+
+    def release(self, now: datetime) -> None:
+        with self.db.write() as session:
+            leases.release(session, LEASE, self.holder, now)
+
+
+def load(rollout: Rollout) -> tuple[RolloutSpec, RolloutStatus]:
+    """The frozen specification, verified against its hash, and the status."""
+    spec = guards.parse(rollout.spec)
+    if guards.spec_hash(spec) != rollout.spec_hash:
+        raise SlipstreamError(
+            f"The guards of rollout {rollout.id} are not those it was started with (hash {rollout.spec_hash[:12]}…). "
+            f"Take its canary back with `slipstream rollback` and start a new one."
+        )
+    return spec, status_from_json(rollout.status)
+
+
+def gather(
+    session: ReadSession | WriteSession, spec: RolloutSpec, status: RolloutStatus, now: datetime
+) -> tuple[Evidence, tuple[Command, ...]]:
+    """Everything a tick looks at."""
+    plan = plans.latest(session)
+    errors = {o.replica_id: o.error for o in plans.observations(session, plan.generation)} if plan else {}
+    live = replicas.live(session, now - timedelta(seconds=ALIVE_S))
+    warmup = timedelta(seconds=spec.warmup_s)
+    windows = [Window(stage.generation, stage.began, stage.began + warmup) for stage in status.stages]
+    evidence = Evidence(
+        ledger=_ledger(plan) if plan else None,
+        replicas=tuple(
+            Replica(r.replica_id, r.observed_generation, tuple(sorted(r.resident)), errors.get(r.replica_id))
+            for r in live
+        ),
+        segments=tuple(evidence_store.segments(session, windows)),
+        newest_trace=evidence_store.newest(session, windows[-1]) if windows else None,
+        observed=evidence_store.observed_share(session, windows[-1], spec.traffic_classes) if windows else None,
+        canary_known=policies.get(session, status.canary) is not None,
+    )
+    return evidence, tuple(rollouts.commands(session, status.rollout_id, status.last_command))
+
+
+def append_plan(session: WriteSession, spec: RolloutSpec, decision: Decision, ledger: Ledger) -> ServingPlan:
+    """The plan that a decision asks for. The champion of a rollback is the one recorded when the rollout began."""
+    status = decision.status
+    champion, arms, rollback_to = status.champion, (), None  # type: int, tuple[Arm, ...], int | None
+    if decision.action is Action.SET_WEIGHT:
+        assert decision.weight is not None
+        arms = (Arm(CANARY, status.canary, decision.weight), Arm(CONTROL, status.champion, decision.weight))
+        rollback_to = status.champion
+    elif decision.action is Action.PROMOTE:
+        champion, rollback_to = status.canary, status.champion
+    return plans.append(
+        session,
+        champion=champion,
+        fallback=ledger.fallback,
+        arms=arms,
+        salt=f"rollout-{status.rollout_id}",
+        traffic_classes=spec.traffic_classes,
+        rollback_to=rollback_to,
+        rollout_id=status.rollout_id,
+        actor=f"rollout {status.rollout_id}",
+        reason=decision.reason,
+        expected_generation=ledger.generation,
+    )
+
+
+def _ledger(plan: ServingPlan) -> Ledger:
+    canary = plan.arm(CANARY)
+    return Ledger(
+        generation=plan.generation,
+        champion=plan.champion,
+        fallback=plan.fallback,
+        canary=canary.policy_version if canary else None,
+        rollout_id=plan.rollout_id,
+        actor=plan.actor,
+        reason=plan.reason,
+    )
+
+
+def _said(decision: Decision) -> tuple[str, str]:
+    return decision.verdict.value, decision.reason

@@ -1,7 +1,7 @@
 """Sparse log-bucket histograms: percentiles over any window and filter are merges of counts.
 
-Bucket b holds the values in (γ^(b-1), γ^b] with γ = (1 + α) / (1 - α), and stands for 2γ^b / (γ + 1), which is within the
-relative error α of every value in it (DDSketch, Masson et al. 2019, arXiv 1908.10693). α = 1 %.
+Bucket b holds the values in (γ^(b-1), γ^b] with γ = (1 + α) / (1 - α), and stands for 2γ^b / (γ + 1), which is within
+the relative error α of every value in it (DDSketch, Masson et al. 2019, arXiv 1908.10693). α = 1 %.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def merge(parts: Iterable[tuple[Sequence[int], Sequence[int]]]) -> dict[int, int
 
 
 def quantile(histogram: Mapping[int, int], q: float) -> float | None:
-    """The q-quantile in seconds, None of nothing: the value at rank floor(q (n - 1)), as DDSketch and numpy's "lower"."""
+    """The q-quantile in seconds: the value at rank floor(q (n - 1)), as numpy's "lower". None of nothing."""
     found = quantiles(histogram, (q,))
     return found[0] if found else None
 

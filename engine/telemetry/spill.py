@@ -1,0 +1,135 @@
+"""Batches that could not be written to Postgres, on disk until they can.
+
+One file a batch: written beside, synced, renamed, and the folder synced, so that a file is there whole or not at all.
+A file keeps the key under which its batch is written, which is what makes a replay happen once.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+from engine.contracts import Status, TracePayload, TraceRecord, VerifyStep
+
+log = logging.getLogger(__name__)
+SUFFIX = ".jsonl"
+BROKEN = ".broken"
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Records under the key (writer_id, seq) that the database knows a written batch by."""
+
+    writer_id: UUID
+    seq: int
+    records: Sequence[TraceRecord]
+
+
+class SpillFull(OSError):
+    """The folder holds as much as it may."""
+
+
+class Spill:
+    """A folder of batches, oldest first by name. One writer owns it; files of earlier processes are its to replay."""
+
+    def __init__(self, folder: Path, max_bytes: int) -> None:
+        self.folder, self.max_bytes = folder, max_bytes
+        folder.mkdir(parents=True, exist_ok=True)
+        for left in folder.glob("*.tmp"):  # a write that its process did not survive; the batch was never promised
+            left.unlink()
+        self._sizes = {path.name: path.stat().st_size for path in folder.glob(f"*{SUFFIX}")}
+
+    @property
+    def files(self) -> int:
+        return len(self._sizes)
+
+    @property
+    def bytes(self) -> int:
+        return sum(self._sizes.values())
+
+    def put(self, batch: Batch, at: datetime) -> str:
+        """Keep a batch under the name that is given back; SpillFull (an OSError, like a full disk) without room."""
+        name = f"{at:%Y%m%dT%H%M%S%f}-{batch.writer_id.hex}-{batch.seq:09d}{SUFFIX}"
+        data = "".join(json.dumps(_encode(record)) + "\n" for record in batch.records).encode()
+        if self.bytes + len(data) > self.max_bytes:
+            raise SpillFull(f"{self.folder} holds {self.bytes} bytes of at most {self.max_bytes}")
+        temporary = self.folder / f"{name}.tmp"
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.rename(self.folder / name)
+        self._sync_folder()
+        self._sizes[name] = len(data)
+        return name
+
+    def oldest(self) -> tuple[str, Batch] | None:
+        """(name, batch) of the file to replay next. A file that cannot be read is set aside, loudly."""
+        for name in sorted(self._sizes):
+            try:
+                return name, _read(self.folder / name)
+            except (ValueError, KeyError, TypeError) as error:
+                log.error("spill file %s cannot be read and is set aside as %s: %s", name, name + BROKEN, error)
+                self.set_aside(name)
+        return None
+
+    def remove(self, name: str) -> None:
+        """Forget a batch that has been written."""
+        (self.folder / name).unlink()
+        del self._sizes[name]
+
+    def set_aside(self, name: str) -> None:
+        """Keep a file for people to look at, out of the way of the others."""
+        (self.folder / name).rename(self.folder / (name + BROKEN))
+        del self._sizes[name]
+
+    @property
+    def set_aside_files(self) -> int:
+        return len(list(self.folder.glob(f"*{BROKEN}")))
+
+    def _sync_folder(self) -> None:
+        handle = os.open(self.folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _read(path: Path) -> Batch:
+    _, writer, seq = path.name.removesuffix(SUFFIX).split("-")
+    records = [_decode(json.loads(line)) for line in path.read_text().splitlines()]
+    return Batch(UUID(hex=writer), int(seq), records)
+
+
+def _encode(record: TraceRecord) -> dict[str, Any]:
+    return asdict(record) | {"trace_id": record.trace_id.hex, "started_at": record.started_at.isoformat()}
+
+
+def _decode(row: dict[str, Any]) -> TraceRecord:
+    payload = row.pop("payload")
+    if payload is not None:
+        payload = TracePayload(
+            prompt_ids=tuple(payload["prompt_ids"]),
+            output_ids=tuple(payload["output_ids"]),
+            steps=tuple(
+                VerifyStep(tuple(step["proposed"]), step["accepted"], step["emitted"]) for step in payload["steps"]
+            ),
+        )
+    return TraceRecord(
+        **row
+        | {
+            "trace_id": UUID(hex=row["trace_id"]),
+            "started_at": datetime.fromisoformat(row["started_at"]),
+            "status": Status(row["status"]),
+            "drafted_per_pos": tuple(row["drafted_per_pos"]),
+            "accepted_per_pos": tuple(row["accepted_per_pos"]),
+            "payload": payload,
+        }
+    )

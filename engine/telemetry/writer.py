@@ -1,0 +1,226 @@
+"""The trace writer: a bounded queue, one thread, batches by COPY, and a spill folder for when Postgres is away.
+
+The request path only puts a record into the queue. A batch is one transaction under its key (writer_id, seq): traces,
+payloads and rollup deltas are there together or not at all, and a batch whose commit was not answered is written again
+without harm.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from datetime import UTC, date, datetime
+from typing import Any
+from uuid import uuid4
+
+import psycopg
+from sqlalchemy.exc import DataError, IntegrityError, SQLAlchemyError
+
+from engine.contracts import TraceRecord
+from engine.settings import TelemetrySettings
+from engine.store.database import Database
+from engine.store.repositories import ingest, partitions
+from engine.telemetry import rollup
+from engine.telemetry.spill import Batch, Spill
+
+log = logging.getLogger(__name__)
+REFUSED = (DataError, IntegrityError, psycopg.DataError, psycopg.IntegrityError, ValueError, TypeError)
+"""What says that a record is bad, not that the database is away. COPY raises psycopg's own errors, unwrapped."""
+RETRY_S = 0.5
+"""After a failed write the database is left alone this long; batches go to the spill folder meanwhile."""
+
+
+class TraceWriter:
+    """Takes records from any thread and sees that each is in Postgres once. ``clock`` is monotonic seconds."""
+
+    def __init__(
+        self,
+        database: Database,
+        spill: Spill,
+        settings: TelemetrySettings,
+        clock: Callable[[], float] = time.monotonic,
+        now: Callable[[], datetime] = lambda: datetime.now(UTC),
+    ) -> None:
+        self._database, self._spill, self._settings = database, spill, settings
+        self._clock, self._now = clock, now
+        self._queue: queue.Queue[TraceRecord] = queue.Queue(settings.queue_records)
+        self._writer_id, self._seq = uuid4(), 0
+        self._retry_at = 0.0
+        self._known_days: set[date] = set()
+        self._stop = threading.Event()
+        self._idle = threading.Condition()
+        self._pending = 0  # records taken from callers and neither written, spilled nor dropped
+        self._stats: dict[str, Any] = {
+            "written": 0, "spilled": 0, "replayed": 0, "dropped": 0, "set_aside": 0, "last_write": None, "error": None,
+        }  # fmt: skip
+        self._thread = threading.Thread(target=self._run, name="trace-writer", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def submit(self, record: TraceRecord) -> None:
+        """Hand over a record; never blocks. A full queue drops it, and counts that."""
+        with self._idle:
+            try:
+                self._queue.put_nowait(record)
+            except queue.Full:
+                self._stats["dropped"] += 1
+            else:
+                self._pending += 1
+
+    def flush(self, timeout_s: float) -> bool:
+        """Wait until every record is in Postgres, the spilled ones too; False when that took too long."""
+        with self._idle:
+            return self._idle.wait_for(lambda: self._pending == 0 and self._spill.files == 0, timeout_s)
+
+    def close(self) -> None:
+        """Write what is queued, or spill it where the database is away; then end."""
+        self._stop.set()
+        self._thread.join()
+
+    def stats(self) -> dict[str, Any]:
+        """Counts since the start, and how much waits in queue and spill."""
+        waiting = {"queue": self._queue.qsize(), "queue_max": self._settings.queue_records}
+        spill = {"spill_files": self._spill.files, "spill_bytes": self._spill.bytes}
+        return {**self._stats, **waiting, **spill}
+
+    def _run(self) -> None:
+        while True:
+            stopping = self._stop.is_set()
+            records = self._take()
+            if records:
+                self._handle(Batch(self._writer_id, self._next_seq(), records))
+            elif stopping:
+                return
+            if self._spill.files and not stopping and self._clock() >= self._retry_at:
+                self._replay()
+            with self._idle:
+                self._pending -= len(records)
+                self._idle.notify_all()
+
+    def _take(self) -> list[TraceRecord]:
+        """Up to a batch of records; waits ``batch_delay_s`` for the first and as long again for it to fill."""
+        records: list[TraceRecord] = []
+        deadline = self._clock() + self._settings.batch_delay_s
+        while len(records) < self._settings.batch_records:
+            left = 0.0 if self._stop.is_set() else deadline - self._clock()
+            try:
+                records.append(self._queue.get(timeout=left) if left > 0 else self._queue.get_nowait())
+            except queue.Empty:
+                break
+        return records
+
+    def _handle(self, batch: Batch) -> None:
+        """Write a batch, else spill it, else drop it and say so."""
+        try:
+            if self._clock() >= self._retry_at and self._write(batch):
+                self._stats["written"] += len(batch.records)
+                return
+            self._spill.put(batch, self._now())
+            self._stats["spilled"] += len(batch.records)
+        except OSError as error:
+            self._stats["dropped"] += len(batch.records)
+            self._stats["error"] = f"spill: {error}"
+            lost = len(batch.records)
+            log.error("%d traces are lost: neither Postgres nor the spill folder takes them: %s", lost, error)
+
+    def _replay(self) -> None:
+        found = self._spill.oldest()
+        if found is None:
+            return
+        name, batch = found
+        if self._write(batch):
+            self._spill.remove(name)
+            self._stats["replayed"] += len(batch.records)
+
+    def _write(self, batch: Batch) -> bool:
+        """Whether the batch needs nothing more; False when the database is away. A bad record is set aside alone."""
+        try:
+            self._transaction(batch)
+        except REFUSED as error:
+            return self._isolate(batch, error)
+        except (
+            SQLAlchemyError,
+            psycopg.Error,
+        ) as error:  # away, restarting, out of disk, not migrated: all of these pass
+            if self._stats["error"] is None:
+                log.warning("traces go to the spill folder: %s", str(error).splitlines()[0])
+            self._stats["error"] = str(error).splitlines()[0]
+            self._retry_at = self._clock() + RETRY_S
+            return False
+        if self._stats["error"] is not None:
+            log.info("Postgres takes traces again")
+        self._stats |= {"error": None, "last_write": self._now().isoformat()}
+        return True
+
+    def _isolate(self, batch: Batch, error: Exception) -> bool:
+        """Find the record that Postgres refuses, by halves; the others are written."""
+        if len(batch.records) > 1:
+            middle = len(batch.records) // 2
+            halves = (batch.records[:middle], batch.records[middle:])
+            parts = [Batch(self._writer_id, self._next_seq(), half) for half in halves]
+            done = [self._write(part) for part in parts]
+            for part, written in zip(parts, done, strict=True):
+                if not written:
+                    self._spill.put(part, self._now())
+            return True
+        if isinstance(getattr(error, "orig", error), psycopg.errors.UniqueViolation):
+            return True  # it is there already, from a replay that was interrupted while isolating
+        record = batch.records[0]
+        log.error("trace %s is set aside, Postgres refuses it: %s", record.trace_id, error)
+        self._spill.set_aside(self._spill.put(batch, self._now()))
+        self._stats["set_aside"] += 1
+        return True
+
+    def _transaction(self, batch: Batch) -> None:
+        deltas = rollup.deltas(batch.records)
+        with self._database.write() as session:
+            if not ingest.claim(session, batch.writer_id, batch.seq, len(batch.records)):
+                return
+            days = {record.started_at.astimezone(UTC).date() for record in batch.records}
+            for day in sorted(days - self._known_days):
+                partitions.ensure(session, day)
+            ingest.copy_traces(session, map(_trace_row, batch.records))
+            ingest.copy_payloads(session, (_payload_row(r) for r in batch.records if r.payload is not None))
+            ingest.add_rollups(session, *_rollup_rows(batch, deltas))
+        self._known_days |= days
+
+    def _next_seq(self) -> int:
+        self._seq += 1
+        return self._seq
+
+
+def _trace_row(record: TraceRecord) -> Sequence[Any]:
+    values = [getattr(record, name) for name in ingest.TRACE_COLUMNS]
+    return [list(value) if isinstance(value, tuple) else value for value in values]
+
+
+def _payload_row(record: TraceRecord) -> Sequence[Any]:
+    payload = record.payload
+    assert payload is not None
+    row = {
+        "started_at": record.started_at,
+        "trace_id": record.trace_id,
+        "prompt_ids": list(payload.prompt_ids),
+        "output_ids": list(payload.output_ids),
+        "proposed": [token for step in payload.steps for token in step.proposed],
+        "step_drafted": [len(step.proposed) for step in payload.steps],
+        "step_accepted": [step.accepted for step in payload.steps],
+        "step_emitted": [step.emitted for step in payload.steps],
+    }
+    return [row[name] for name in ingest.PAYLOAD_COLUMNS]
+
+
+def _rollup_rows(batch: Batch, deltas: Sequence[rollup.Delta]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    sums: list[dict[str, Any]] = []
+    histograms: list[dict[str, Any]] = []
+    for ordinal, delta in enumerate(deltas):
+        shared = asdict(delta.key) | {"writer_id": batch.writer_id, "seq": batch.seq, "ordinal": ordinal}
+        sums.append(shared | asdict(delta.sums))
+        for metric, (indices, counts) in delta.histograms.items():
+            histograms.append(shared | {"metric": metric, "idx": indices, "cnt": counts})
+    return sums, histograms

@@ -2,7 +2,8 @@
 
 Per class one sorted table of n-grams (plain arrays in a safetensors file, 20 bytes an entry): the hash of the last n
 tokens, the token that followed most often, how often it did, and how often the n-gram was seen at all. A request
-drafts from its own context and from the table together; the longer match wins, its own context before the table.
+drafts from its own context and from the table together; the longer match wins, its own context before the table. The
+draft ends where it is no longer likely that everything up to there is accepted: a row verified for nothing costs time.
 """
 
 from __future__ import annotations
@@ -22,7 +23,10 @@ from engine.speculation.proposer import PolicyError, read_settings
 __all__ = ["MEMORY_FILE", "TraceMemory", "TraceMemoryBuilder", "TraceMemoryProposer", "load"]
 
 MEMORY_FILE = "memory.safetensors"
-DEFAULTS: dict[str, int | float] = {"min_n": MIN_ORDER, "max_n": MAX_ORDER, "min_confidence": 0.3}
+CONTEXT_CONFIDENCE = {2: 0.5, 3: 0.6, 4: 0.85}
+"""How often a token drafted from the request's own context was right, by the length of the match. Measured by replay
+on 193 responses of SmolLM2-135M: 0.53, 0.63, 0.85."""
+DEFAULTS: dict[str, int | float] = {"min_n": MIN_ORDER, "max_n": MAX_ORDER, "min_confidence": 0.35}
 
 
 class ClassMemory:
@@ -93,22 +97,26 @@ class TraceMemoryDrafter:
         self.index, self.memory, self.min_confidence = index, memory, min_confidence
 
     def propose(self, k: int) -> list[int]:
-        draft = list[int]()
+        draft, confidence = list[int](), 1.0  # confidence: that everything up to here is accepted
         window = self.index.tokens[-self.index.max_n :]  # the last tokens of context + draft
-        while len(draft) < k and (token := self._next(window)) is not None:
+        while len(draft) < k and (found := self._next(window)) is not None:
+            token, share = found
+            confidence *= share
+            if confidence < self.min_confidence:
+                break
             draft.append(token)
             window.append(token)
         return draft
 
-    def _next(self, window: Sequence[int]) -> int | None:
-        """Back off from the longest n-gram until context or table knows a token; an unsure one ends the draft."""
+    def _next(self, window: Sequence[int]) -> tuple[int, float] | None:
+        """(token, confidence): back off from the longest n-gram until the context or the table knows it."""
         for n in range(min(self.index.max_n, len(window)), self.index.min_n - 1, -1):
             tail = tuple(window[-n:])
             token = self.index.next_after(tail)
             if token is not None:
-                return token
+                return token, CONTEXT_CONFIDENCE[n]
             if self.memory is not None and (found := self.memory.next_after(tail)) is not None:
-                return found[0] if found[1] >= self.min_confidence else None
+                return found
         return None
 
     def observe(self, tokens: Sequence[int]) -> None:
@@ -121,7 +129,7 @@ class TraceMemoryProposer:
     memory: TraceMemory
     min_n: int = MIN_ORDER
     max_n: int = MAX_ORDER
-    min_confidence: float = 0.3
+    min_confidence: float = 0.35
     kind: ProposerKind = ProposerKind.TRACE_MEMORY
 
     def __post_init__(self) -> None:

@@ -51,7 +51,7 @@ Clock = Callable[[], datetime]
 
 
 def run(settings: Settings, db: Database, stop: threading.Event, clock: Clock = lambda: datetime.now(UTC)) -> None:
-    """Tick until ``stop`` is set. What fails is logged and tried again: a rollout outlives its controller's troubles."""
+    """Tick until ``stop`` is set. What fails is logged and tried again."""
     controller = Controller(
         db, f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:6]}", settings.rollout.lease_s
     )

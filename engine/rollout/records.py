@@ -120,7 +120,7 @@ class GuardResult:
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """The outcome of one tick. ``status`` is the rollout's next; ``with_plan`` adds the plan that ``action`` appends."""
+    """The outcome of one tick. ``status`` is what follows; ``with_plan`` adds the plan that ``action`` appends."""
 
     verdict: Verdict
     action: Action

@@ -14,11 +14,14 @@ HEADER_BYTES_PER_CLASS = 512
 
 _MASK = (1 << 64) - 1
 _MULTIPLIER = 0x9E3779B97F4A7C15  # 2^64 / golden ratio, odd: a bijection of 64-bit words
+_SEEDS = [n * 0xD1B54A32D192ED03 & _MASK for n in range(MAX_ORDER + 1)]
+"""A beginning of its own for every length, far from any token id: from a small one, an n-gram of small ids can come by
+way of 0 to the beginning of a shorter one."""
 
 
 def ngram_hash(tokens: Sequence[int]) -> int:
     """64-bit hash of an n-gram, its length included. With a million entries a false match has odds of 1 in 10^13."""
-    h = len(tokens)
+    h = _SEEDS[len(tokens)]
     for token in tokens:
         h = ((h ^ token) * _MULTIPLIER) & _MASK
         h ^= h >> 29
@@ -27,7 +30,7 @@ def ngram_hash(tokens: Sequence[int]) -> int:
 
 def _hash_columns(columns: Sequence[np.ndarray]) -> np.ndarray:
     """``ngram_hash`` of many n-grams at once; ``columns[i]`` holds the i-th token of each, uint64."""
-    h = np.full(columns[0].shape, len(columns), np.uint64)
+    h = np.full(columns[0].shape, _SEEDS[len(columns)], np.uint64)
     for column in columns:
         h = (h ^ column) * np.uint64(_MULTIPLIER)
         h ^= h >> np.uint64(29)

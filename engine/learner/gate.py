@@ -29,7 +29,7 @@ MIN_CLASS = 3
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """Tokens per verify step of champion and candidate over the same ``n`` requests; ``low``, ``high``: one-sided 95 %."""
+    """Tokens per verify step of both over the same ``n`` requests; ``low`` and ``high`` are one-sided 95 % bounds."""
 
     n: int
     champion: float

@@ -64,7 +64,7 @@ def served_target(session: ReadSession, now: datetime) -> ServedTarget:
 def load(session: ReadSession, model: str, window: int, gate_share: float) -> Split:
     """The newest ``window`` trainable traces of ``model``, split."""
     found = learning.recent_trainable(session, model, window)
-    train, held_out = [], []
+    train, held_out = list[TrainableTrace](), list[TrainableTrace]()
     for trace in found:
         (held_out if is_held_out(trace.trace_id, gate_share) else train).append(trace)
     return Split(tuple(train), tuple(held_out[:MAX_HELD_OUT]))

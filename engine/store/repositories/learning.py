@@ -8,7 +8,7 @@ from datetime import datetime
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import and_, func, select
+from sqlalchemy import and_, func, select, update
 
 from engine.contracts import Status
 from engine.store.database import ReadSession, WriteSession
@@ -105,6 +105,32 @@ def attempts(session: ReadSession | WriteSession, limit: int = 200) -> list[Atte
     """Newest first."""
     query = select(LearningAttemptRow).order_by(LearningAttemptRow.id.desc()).limit(limit)
     return [_attempt(row) for row in session.scalars(query)]
+
+
+def without_run(session: ReadSession | WriteSession, limit: int = 50) -> list[Attempt]:
+    """Attempts that MLflow does not show yet, oldest first."""
+    query = (
+        select(LearningAttemptRow)
+        .where(LearningAttemptRow.mlflow_run_id.is_(None))
+        .order_by(LearningAttemptRow.id)
+        .limit(limit)
+    )
+    return [_attempt(row) for row in session.scalars(query)]
+
+
+def of_version(session: ReadSession | WriteSession, version: int) -> Attempt | None:
+    """The attempt that made a version; None for one that was published without the learner."""
+    row = session.scalar(select(LearningAttemptRow).where(LearningAttemptRow.version == version).limit(1))
+    return _attempt(row) if row else None
+
+
+def set_run(session: WriteSession, attempt_id: int, run_id: str) -> None:
+    """Record under which run MLflow shows an attempt; once, the rest of the row never changes."""
+    session.execute(
+        update(LearningAttemptRow)
+        .where(LearningAttemptRow.id == attempt_id, LearningAttemptRow.mlflow_run_id.is_(None))
+        .values(mlflow_run_id=run_id)
+    )
 
 
 def awaiting_rollout(session: ReadSession | WriteSession, champion: int) -> int | None:

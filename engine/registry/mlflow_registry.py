@@ -1,0 +1,224 @@
+"""MLflow as a mirror of Postgres: each learning attempt a run, each policy version a registered model version.
+
+Nothing waits for MLflow. Learning and serving write Postgres; ``sync`` brings MLflow up to date whenever it answers,
+and may be repeated or killed at any point: what it made is found again by tag. Aliases follow the ledger, never the
+other way round.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from engine.contracts import CANARY, PolicyVersion, ServingPlan
+from engine.registry.artifacts import ArtifactStore
+from engine.store.database import Database
+from engine.store.repositories import learning, plans, policies
+from engine.store.repositories.learning import Attempt
+from engine.store.repositories.policies import Lineage
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+MODEL = "slipstream-draft"
+ATTEMPT_TAG = "slipstream.attempt"
+DIGEST_TAG = "slipstream.digest"
+ALIASES = ("champion", "canary", "previous")
+ARTIFACT_PATH = "policy"
+
+
+def connect(tracking_uri: str, experiment: str) -> MlflowRegistry:
+    """The registry behind an MLflow address; nothing is asked of it yet."""
+    from mlflow import MlflowClient
+
+    return MlflowRegistry(MlflowClient(tracking_uri=tracking_uri, registry_uri=tracking_uri), experiment)
+
+
+class MlflowRegistry:
+    def __init__(self, client: MlflowClient, experiment: str) -> None:
+        self.client, self.experiment = client, experiment
+
+    def sync(self, db: Database, store: ArtifactStore) -> int:
+        """Show in MLflow what it lacks, then point its aliases where the ledger points; how many things were made.
+
+        Attempts that were refused are runs as well; only versions are registered.
+        """
+        with db.read() as session:
+            attempts = learning.without_run(session)
+            missing = [v for v in reversed(policies.all_versions(session)) if v.mlflow_version is None]
+        made = 0
+        if attempts or missing:
+            experiment_id = self._experiment()
+            self._ensure_model()
+            for attempt in attempts:
+                run_id = self._attempt_run(experiment_id, attempt)
+                with db.write() as session:
+                    learning.set_run(session, attempt.id or 0, run_id)
+                made += 1
+            for version in missing:
+                self._register(db, store, experiment_id, version)
+                made += 1
+        with db.read() as session:
+            plan = plans.latest(session)
+            wanted = aliases(plan, plans.previous_champion(session, plan)) if plan is not None else {}
+            numbers = {v.version: v.mlflow_version for v in policies.all_versions(session)}
+        if wanted:
+            reconcile_aliases(self.client, {k: numbers.get(v) if v else None for k, v in wanted.items()})
+        return made
+
+    def _register(self, db: Database, store: ArtifactStore, experiment_id: str, version: PolicyVersion) -> None:
+        """One version, found by its digest where an earlier try got as far as registering it."""
+        found = self.client.search_model_versions(f"name = '{MODEL}' and tags.`{DIGEST_TAG}` = '{version.digest}'")
+        if found:
+            number, run_id = str(found[0].version), found[0].run_id
+        else:
+            run_id = self._version_run(db, store, experiment_id, version)
+            made = self.client.create_model_version(
+                MODEL,
+                source=f"runs:/{run_id}/{ARTIFACT_PATH}",
+                run_id=run_id,
+                tags={
+                    DIGEST_TAG: version.digest,
+                    "slipstream.version": str(version.version),
+                    "slipstream.kind": version.kind.value,
+                },
+                description=f"Slipstream policy v{version.version}: {version.kind.value}",
+            )
+            number = str(made.version)
+        with db.write() as session:
+            policies.set_mlflow(session, version.version, number, run_id)
+
+    def _version_run(self, db: Database, store: ArtifactStore, experiment_id: str, version: PolicyVersion) -> str:
+        """The run that holds a version's files: that of the attempt which made it, or, where none did, its own."""
+        with db.read() as session:
+            attempt = learning.of_version(session, version.version)
+            lineage = policies.lineage(session, version.version)
+        if attempt is not None:
+            run_id = attempt.mlflow_run_id or self._attempt_run(experiment_id, attempt)
+        else:
+            tags = {DIGEST_TAG: version.digest}
+            name = f"v{version.version} {version.kind.value}"
+            run_id = self._run(experiment_id, DIGEST_TAG, version.digest, tags, name)
+            self._finish(run_id, "FINISHED")
+        with tempfile.TemporaryDirectory() as folder:
+            for name, data in store.files(version.digest).items():
+                (Path(folder) / name).write_bytes(data)
+            self.client.log_artifacts(run_id, folder, ARTIFACT_PATH)
+        self._log_lineage(run_id, lineage)
+        return run_id
+
+    def _attempt_run(self, experiment_id: str, attempt: Attempt) -> str:
+        began, ended = (int(t.timestamp() * 1000) for t in (attempt.started_at, attempt.finished_at))
+        tags = {
+            ATTEMPT_TAG: str(attempt.id),
+            "slipstream.outcome": attempt.outcome,
+            "slipstream.reason": attempt.reason,
+        }
+        if attempt.version is not None:
+            tags["slipstream.version"] = str(attempt.version)
+        run_id = self._run(experiment_id, ATTEMPT_TAG, str(attempt.id), tags, f"attempt {attempt.id}", began)
+        if self.client.get_run(run_id).info.status == "RUNNING":
+            self._log(run_id, attempt, ended)
+            self._finish(run_id, "FAILED" if attempt.outcome == learning.ERROR else "FINISHED", ended)
+        return run_id
+
+    def _log(self, run_id: str, attempt: Attempt, at_ms: int) -> None:
+        from mlflow.entities import Metric, Param
+
+        params = {
+            "parent_version": attempt.parent_version,
+            "train_traces": attempt.train_traces,
+            "gate_traces": attempt.gate_traces,
+        }
+        self.client.log_batch(
+            run_id,
+            metrics=[Metric(name, value, at_ms, 0) for name, value in metrics(attempt).items()],
+            params=[Param(name, str(value)) for name, value in params.items()],
+        )
+        self.client.log_dict(run_id, attempt.gate, "gate.json")
+
+    def _log_lineage(self, run_id: str, lineage: list[Lineage]) -> None:
+        """Which traces taught and judged, as dataset inputs; every id in an artifact beside them."""
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        for part in lineage:
+            ids = sorted(str(trace_id) for trace_id in part.trace_ids)
+            window = {"from": part.window_from.isoformat(), "to": part.window_to.isoformat()}
+            dataset = Dataset(
+                name=f"traces-{part.role}",
+                digest=hashlib.sha256("".join(ids).encode()).hexdigest()[:32],
+                source_type="postgres",
+                source=json.dumps({"table": "traces", **window}),
+                profile=json.dumps({"traces": len(ids), "classes": dict(part.classes)}),
+            )
+            self.client.log_inputs(run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", part.role)])])
+            tree = {"role": part.role, **window, "classes": dict(part.classes), "trace_ids": ids}
+            self.client.log_dict(run_id, tree, f"lineage/{part.role}.json")
+
+    def _run(
+        self, experiment_id: str, tag: str, value: str, tags: dict[str, str], name: str, began: int | None = None
+    ) -> str:
+        """The run with this tag, made on first use."""
+        found = self.client.search_runs([experiment_id], f"tags.`{tag}` = '{value}'", max_results=1)
+        if found:
+            return str(found[0].info.run_id)
+        made = self.client.create_run(experiment_id, start_time=began, tags=tags, run_name=name)
+        return str(made.info.run_id)
+
+    def _finish(self, run_id: str, status: str, ended: int | None = None) -> None:
+        self.client.set_terminated(run_id, status, ended)
+
+    def _experiment(self) -> str:
+        found = self.client.get_experiment_by_name(self.experiment)
+        return str(found.experiment_id if found is not None else self.client.create_experiment(self.experiment))
+
+    def _ensure_model(self) -> None:
+        from mlflow.exceptions import MlflowException
+
+        try:
+            self.client.create_registered_model(
+                MODEL, description="Draft policies of Slipstream; aliases mirror its ledger."
+            )
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+
+
+def aliases(plan: ServingPlan, previous: int | None) -> dict[str, int | None]:
+    """Where the three aliases belong, by policy version; None means that the alias points nowhere."""
+    canary = plan.arm(CANARY)
+    return {"champion": plan.champion, "canary": canary.policy_version if canary else None, "previous": previous}
+
+
+def reconcile_aliases(client: MlflowClient, wanted: Mapping[str, str | None]) -> list[str]:
+    """Move every alias that is not where it belongs; says which. A version MLflow lacks yet moves nothing."""
+    found = {str(k): str(v) for k, v in client.get_registered_model(MODEL).aliases.items()}
+    moved = []
+    for alias in ALIASES:
+        number = wanted.get(alias)
+        if found.get(alias) == number:
+            continue
+        if number is None:
+            client.delete_registered_model_alias(MODEL, alias)
+        else:
+            client.set_registered_model_alias(MODEL, alias, number)
+        moved.append(alias)
+    return moved
+
+
+def metrics(attempt: Attempt) -> dict[str, float]:
+    """The gate's numbers, flat, under names that MLflow takes."""
+    found = {"cpu_s": attempt.cpu_s}
+    gate: Mapping[str, Any] = attempt.gate
+    tables = {"all": gate.get("overall"), **(gate.get("classes") or {})}
+    for segment, table in tables.items():
+        for key, value in (table or {}).items():
+            found[f"gate/{re.sub(r'[^A-Za-z0-9_.-]', '_', segment)}/{key}"] = float(value)
+    if gate.get("speedup") is not None:
+        found["gate/speedup"] = float(gate["speedup"])
+    return found

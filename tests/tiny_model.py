@@ -28,6 +28,7 @@ def tiny_config(vocab_size: int = 320) -> LlamaConfig:
         num_kv_heads=2,
         head_dim=8,
         max_position=512,
+        tie_embeddings=False,
     )
 
 

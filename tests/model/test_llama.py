@@ -1,0 +1,154 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from engine.contracts import SlipstreamError
+from engine.model.batch import Row, build_batch
+from engine.model.config import LlamaConfig
+from engine.model.kv_cache import KVCache
+from engine.model.linear import linear
+from engine.model.llama import Llama
+from engine.model.random_weights import TINY, random_llama, random_tensors
+from tests.model.plain_llama import plain_logits
+
+CPU = torch.device("cpu")
+MAX_LEN = 64
+
+
+def ids(count: int, seed: int = 0) -> list[int]:
+    return torch.randint(0, TINY.vocab_size, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def run(model: Llama, cache: KVCache, decodes: list[Row], prefills: list[Row]) -> torch.Tensor:
+    batch = build_batch(decodes, prefills, cache.max_len, model.config.group_size, model.dtype, CPU)
+    return model.logits(model.forward(batch, cache))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_one_prefill_is_the_plain_model(tied: bool, kv_heads: int) -> None:
+    config = replace(TINY, tie_embeddings=tied, num_kv_heads=kv_heads)
+    model, tokens = random_llama(config, seed=1), ids(20)
+    got = run(model, KVCache(config, 2, MAX_LEN, model.dtype), [], [Row(1, 0, tokens)])
+    torch.testing.assert_close(got, plain_logits(config, random_tensors(config, 1), tokens))
+
+
+def test_chunks_decodes_and_drafts_together_are_the_plain_model() -> None:
+    """Slots with holes, rows of unequal width and length, chunked prompts beside them: one pass each."""
+    model, tensors = random_llama(), random_tensors(TINY, 0)
+    cache = KVCache(TINY, 6, MAX_LEN, model.dtype)
+    texts = {slot: ids(30, seed=slot) for slot in (0, 2, 5)}
+    want = {slot: plain_logits(TINY, tensors, tokens) for slot, tokens in texts.items()}
+    run(model, cache, [], [Row(0, 0, texts[0][:7]), Row(5, 0, texts[5][:3])])
+
+    mixed = run(
+        model,
+        cache,
+        [Row(0, 7, texts[0][7:8]), Row(5, 3, texts[5][3:8])],
+        [Row(2, 0, texts[2][:10])],
+    )
+    torch.testing.assert_close(mixed, torch.cat([want[0][7:8], want[5][3:8], want[2][:10]]))
+
+    after = run(model, cache, [Row(2, 20, texts[2][20:21])], [Row(2, 10, texts[2][10:20])])
+    torch.testing.assert_close(after[1:], want[2][10:20])
+    torch.testing.assert_close(
+        run(model, cache, [Row(s, 8, texts[s][8:11]) for s in (0, 5)], []), torch.cat([want[0][8:11], want[5][8:11]])
+    )
+
+
+def test_rejected_drafts_leave_no_trace() -> None:
+    model, tokens = random_llama(), ids(20)
+    cache = KVCache(TINY, 1, MAX_LEN, model.dtype)
+    run(model, cache, [], [Row(0, 0, tokens[:8])])
+    run(model, cache, [Row(0, 8, [tokens[8], 1, 2, 3, 4])], [])  # its drafts are all wrong
+    got = run(model, cache, [Row(0, 9, tokens[9:12])], [])
+    torch.testing.assert_close(got, plain_logits(TINY, random_tensors(TINY, 0), tokens)[9:12])
+
+
+def test_garbage_in_unused_slots_cannot_reach_a_row() -> None:
+    model, tokens = random_llama(), ids(12)
+    cache = KVCache(TINY, 3, MAX_LEN, model.dtype)
+    for slot in (0, 1):  # sequences that have left, longer than the one that stays
+        run(model, cache, [], [Row(slot, 0, ids(40, seed=9))])
+    run(model, cache, [], [Row(2, 0, tokens[:11])])
+    got = run(model, cache, [Row(2, 11, tokens[11:])], [])
+    torch.testing.assert_close(got, plain_logits(TINY, random_tensors(TINY, 0), tokens)[11:])
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-5), (torch.float32, 2e-4)])
+def test_parity_with_transformers(dtype: torch.dtype, tolerance: float) -> None:
+    """In float64 too only to 1e-5: transformers computes norms and rotations in float32 whatever the dtype."""
+    transformers = pytest.importorskip("transformers")
+    reference = transformers.LlamaForCausalLM(transformers.LlamaConfig(**TINY.to_json(), attn_implementation="eager"))
+    tensors = random_tensors(TINY, 0, dtype)
+    reference = reference.to(dtype)
+    reference.load_state_dict(tensors)
+    tokens = ids(40)
+    with torch.no_grad():
+        want = reference(torch.tensor([tokens])).logits[0]
+    model = Llama.from_checkpoint(TINY, tensors, dtype, CPU)
+    got = run(model, KVCache(TINY, 1, MAX_LEN, dtype), [], [Row(0, 0, tokens)])
+    torch.testing.assert_close(got, want, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 7, 10, 13, 16, 64, 65])
+def test_linear_is_linear_for_every_number_of_rows(rows: int) -> None:
+    x, weight = torch.randn(rows, 12), torch.randn(20, 12)
+    out = linear(x, weight)
+    torch.testing.assert_close(out, torch.nn.functional.linear(x, weight))
+    assert out.is_contiguous()
+
+
+def test_bfloat16_runs() -> None:
+    model = random_llama(dtype=torch.bfloat16)
+    assert run(model, KVCache(TINY, 1, MAX_LEN, model.dtype), [], [Row(0, 0, ids(5))]).isfinite().all()
+
+
+def test_loading_is_strict_and_names_the_tensors() -> None:
+    def refused(message: str, drop: str = "", **add: torch.Tensor) -> None:
+        tensors = random_tensors(TINY, 0) | add
+        tensors.pop(drop, None)
+        with pytest.raises(SlipstreamError, match=message):
+            Llama.from_checkpoint(TINY, tensors, torch.float64, CPU)
+
+    refused("missing model.layers.1.mlp.up_proj.weight", drop="model.layers.1.mlp.up_proj.weight")
+    refused("unexpected model.layers.9.bias", **{"model.layers.9.bias": torch.zeros(1)})
+    refused("model.norm.weight has shape", **{"model.norm.weight": torch.zeros(3)})
+    refused("missing lm_head.weight", drop="lm_head.weight")
+
+
+def test_derived_tensors_of_old_checkpoints_are_no_error() -> None:
+    config = replace(TINY, tie_embeddings=True)
+    tensors = random_tensors(config, 0)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.zeros(4)
+    Llama.from_checkpoint(config, tensors, torch.float64, CPU)
+
+
+def test_config_round_trip_and_rope_of_transformers_5() -> None:
+    assert LlamaConfig.from_json(TINY.to_json()) == TINY
+    tree = TINY.to_json() | {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}
+    del tree["rope_theta"]
+    assert LlamaConfig.from_json(tree).rope_theta == 5e5
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "gpt2"}, "model_type = 'gpt2'"),
+        ({"hidden_act": "gelu"}, "hidden_act"),
+        ({"attention_bias": True}, "attention_bias"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8}}, "rope_scaling of type 'llama3'"),
+        ({"rope_parameters": {"rope_type": "yarn"}}, "rope_parameters of type 'yarn'"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config"),
+        ({"vocab_size": None}, "vocab_size must be a positive integer"),
+        ({"num_key_value_heads": 3}, "not a multiple"),
+        ({"head_dim": 7}, "even"),
+    ],
+)
+def test_what_is_not_supported_is_refused_by_name(change: dict[str, object], message: str) -> None:
+    with pytest.raises(SlipstreamError, match=message):
+        LlamaConfig.from_json(TINY.to_json() | change)

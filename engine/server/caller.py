@@ -1,0 +1,67 @@
+"""Who asks, for which class of traffic, and is it a retry: read from headers and the request, never from the model."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from engine.server.errors import invalid
+
+CLASS_NAME = re.compile(r"^[a-z0-9_]{1,32}$")
+LONG_PROMPT_TOKENS = 512
+LONG_OUTPUT_TOKENS = 512
+CODE = re.compile(
+    r"```|\bdef \w+\(|\bclass \w+[:(]|#include\b|\bfunction \w*\(|\bSELECT\b.+\bFROM\b|python|javascript", re.I
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """``key`` decides the arm. ``retry`` counts the attempts before this one. ``payload`` False keeps no token ids."""
+
+    request_id: str
+    key: str
+    tenant: str | None
+    traffic_class: str | None
+    retry: int
+    trainable: bool
+    payload: bool
+
+
+def read_caller(
+    headers: Mapping[str, str], metadata: Mapping[str, str] | None, user: str | None, request_id: str
+) -> Caller:
+    """The assignment key is the conversation, else the user, else the request itself.
+
+    A retry is what the client says it is: the OpenAI SDKs send ``x-stainless-retry-count``.
+    """
+    extra = metadata or {}
+    conversation = headers.get("x-conversation-id") or extra.get("conversation_id")
+    traffic_class = headers.get("x-traffic-class") or extra.get("traffic_class")
+    if traffic_class is not None and not CLASS_NAME.match(traffic_class):
+        raise invalid(
+            f"X-Traffic-Class {traffic_class[:40]!r} is not a class name: 1 to 32 of a–z, 0–9 and _.", "traffic_class"
+        )
+    retries = headers.get("x-stainless-retry-count", "0")
+    return Caller(
+        request_id=request_id,
+        key=conversation or user or request_id,
+        tenant=headers.get("x-tenant"),
+        traffic_class=traffic_class,
+        retry=min(int(retries), 100) if retries.isdigit() else 0,
+        trainable=not _flag(headers.get("x-no-train")),
+        payload=not _flag(headers.get("x-no-payload")),
+    )
+
+
+def classify(text: str, prompt_tokens: int, max_tokens: int) -> str:
+    """The class of a request that names none: a long prompt or answer is long_form, what looks like code is code,
+    all else is chat. ``batch`` is never guessed: only its sender knows that nobody waits."""
+    if prompt_tokens > LONG_PROMPT_TOKENS or max_tokens > LONG_OUTPUT_TOKENS:
+        return "long_form"
+    return "code" if CODE.search(text) else "chat"
+
+
+def _flag(value: str | None) -> bool:
+    return value is not None and value.strip().lower() not in ("", "0", "false", "no")

@@ -1,0 +1,138 @@
+"""The one thread that owns the engine. Everybody else leaves it a note and is called back on the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import TypeVar
+
+from engine.contracts import SlipstreamError, Status
+from engine.runner.engine import Engine, EngineRequest, Output
+
+log = logging.getLogger(__name__)
+Deliver = Callable[[Output | SlipstreamError], None]
+"""Takes what became of a request: outputs while it runs, or why it was not queued."""
+T = TypeVar("T")
+
+
+class EngineThread:
+    """``submit`` and ``cancel`` return at once; ``call`` runs something between two steps and waits for it.
+
+    ``clock`` is monotonic seconds; a request older than ``timeout_s`` ends with status timeout.
+    """
+
+    def __init__(self, engine: Engine, timeout_s: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self.engine = engine
+        self._timeout_s, self._clock = timeout_s, clock
+        self._notes: deque[Callable[[], None]] = deque()
+        self._wake = threading.Condition()
+        self._stopping = False
+        self._waiting: dict[str, tuple[Deliver, float]] = {}  # request id → (callback, deadline)
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    def start(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._thread.start()
+
+    def submit(self, request: EngineRequest, deliver: Deliver) -> None:
+        self._leave(lambda: self._add(request, deliver))
+
+    def cancel(self, request_id: str) -> None:
+        """End a request because nobody waits for it any more; its last output is delivered like any other."""
+        self._leave(lambda: self._end(request_id, Status.CANCELLED))
+
+    def call(self, action: Callable[[], T], timeout_s: float = 60.0) -> T:
+        """Run ``action`` at the next step boundary and give its result."""
+        future: Future[T] = Future()
+
+        def note() -> None:
+            try:
+                future.set_result(action())
+            except Exception as error:
+                future.set_exception(error)
+
+        self._leave(note)
+        return future.result(timeout_s)
+
+    def stop(self) -> None:
+        """End the thread; requests that still run end as cancelled."""
+        with self._wake:
+            self._stopping = True
+            self._wake.notify()
+        self._thread.join()
+
+    @property
+    def running(self) -> int:
+        return len(self._waiting)
+
+    def _leave(self, note: Callable[[], None]) -> None:
+        with self._wake:
+            self._notes.append(note)
+            self._wake.notify()
+
+    def _run(self) -> None:
+        while True:
+            with self._wake:
+                while not (self._notes or self._stopping or self.engine.has_work):
+                    self._wake.wait()
+                notes, stopping = list(self._notes), self._stopping
+                self._notes.clear()
+            for note in notes:
+                note()
+            if stopping:
+                for request_id in list(self._waiting):
+                    self._end(request_id, Status.CANCELLED)
+                return
+            if self.engine.has_work:
+                self._deliver(self.engine.step())
+                self._end_overdue()
+
+    def _add(self, request: EngineRequest, deliver: Deliver) -> None:
+        try:
+            self.engine.add(request)
+        except SlipstreamError as error:
+            self._post([(deliver, error)])
+        else:
+            self._waiting[request.request_id] = (deliver, self._clock() + self._timeout_s)
+
+    def _end(self, request_id: str, status: Status) -> None:
+        output = self.engine.cancel(request_id, status)
+        if output is not None:
+            self._deliver([output])
+
+    def _end_overdue(self) -> None:
+        now = self._clock()
+        for request_id in [r for r, (_, deadline) in self._waiting.items() if deadline < now]:
+            self._end(request_id, Status.TIMEOUT)
+
+    def _deliver(self, outputs: list[Output]) -> None:
+        posts: list[tuple[Deliver, Output | SlipstreamError]] = []
+        for output in outputs:
+            entry = (
+                self._waiting.pop(output.request_id, None) if output.finished else self._waiting.get(output.request_id)
+            )
+            if entry is None:
+                log.error("the engine gave an output of %s, which nobody waits for", output.request_id)
+                continue
+            posts.append((entry[0], output))
+        if posts:
+            self._post(posts)
+
+    def _post(self, posts: list[tuple[Deliver, Output | SlipstreamError]]) -> None:
+        """One wake-up of the event loop a step, not one a token."""
+
+        def run() -> None:
+            for deliver, what in posts:
+                deliver(what)
+
+        assert self._loop is not None
+        try:
+            self._loop.call_soon_threadsafe(run)
+        except RuntimeError:  # the loop is closed: the server has shut down, but traces must still be made
+            run()

@@ -51,7 +51,7 @@ class PolicyLineageRow(Base):
 
 
 class LearningAttemptRow(Base):
-    """One try of the learner, with its reason when refused. Append-only but for the run id, set once. Writer: engine.learner."""
+    """One try of the learner, with its reason when refused. Append-only, the run id apart. Writer: engine.learner."""
 
     __tablename__ = "learning_attempts"
     id: Mapped[int] = mapped_column(Identity(always=True), primary_key=True)

@@ -1,0 +1,227 @@
+"""Each way a rollout can go, one decision at a time."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from engine.contracts import CANARY, CONTROL, RolloutState, Verdict
+from engine.rollout import guards
+from engine.rollout.decide import decide
+from engine.rollout.records import Action, Replica
+from tests.rollout.world import CANARY_VERSION, CHAMPION, FALLBACK, World, ramping, segment
+
+
+def to_soaking(world: World) -> None:
+    for _ in world.spec.steps:
+        world.both(400, canary=2.3, stage_requests=400)
+        world.tick(10)
+    assert world.status.state is RolloutState.SOAKING
+
+
+def promoted(world: World) -> None:
+    to_soaking(world)
+    world.both(400, canary=2.3)
+    assert world.tick(world.spec.soak_s).action is Action.PROMOTE
+
+
+def test_a_better_canary_climbs_its_steps_and_becomes_champion() -> None:
+    world = ramping()
+    promoted(world)
+    assert world.ledger.champion == CANARY_VERSION
+    states = [world.tick(s).to_state for s in (1, 1, world.spec.watch_s, 1)]
+    assert states == [RolloutState.PROMOTED, RolloutState.WATCHING, RolloutState.DONE, RolloutState.DONE]
+    assert [stage.weight for stage in world.status.stages] == list(world.spec.steps)
+
+
+def test_a_canary_that_drafts_badly_is_rolled_back_to_the_recorded_champion() -> None:
+    world = ramping()
+    world.both(40, canary=1.05)
+    decision = world.tick(10)
+    assert (decision.verdict, decision.action) == (Verdict.FAIL, Action.ROLL_BACK)
+    assert "tokens_per_step" in decision.reason
+    assert world.ledger.champion == CHAMPION
+    assert world.tick().to_state is RolloutState.ROLLED_BACK
+
+
+def test_one_ruined_class_fails_the_whole_and_is_named() -> None:
+    world = ramping()
+    world.traffic(
+        *(segment(arm, 400, value) for arm, value in ((CANARY, 2.3), (CONTROL, 2.0))),
+        *(segment(arm, 340, value, "chat") for arm, value in ((CANARY, 2.5), (CONTROL, 2.0))),
+        *(segment(arm, 60, value, "code") for arm, value in ((CANARY, 1.2), (CONTROL, 2.0))),
+    )
+    decision = world.tick(10)
+    assert decision.verdict is Verdict.FAIL
+    assert "in class code" in decision.reason
+
+
+def test_errors_of_the_canary_fail_it() -> None:
+    world = ramping()
+    world.traffic(segment(CANARY, 100, errors=25), segment(CONTROL, 100, errors=1))
+    decision = world.tick(10)
+    assert decision.verdict is Verdict.FAIL
+    assert "25 of 100 keys met an error" in decision.reason
+
+
+def test_the_latency_fuse_blows_without_statistics() -> None:
+    world = ramping()
+    world.traffic(segment(CANARY, 100, p95=4.0), segment(CONTROL, 100, p95=1.0))
+    assert "fuse_p95" in world.tick(10).reason
+
+
+def test_a_broken_split_holds_and_blames_nobody() -> None:
+    world = ramping()
+    world.traffic(segment(CANARY, 300, 2.3), segment(CONTROL, 100))
+    decision = world.tick(10)
+    assert (decision.verdict, decision.to_state, decision.action) == (Verdict.ERROR, RolloutState.HELD, Action.NONE)
+    assert "split is broken" in decision.reason
+
+
+def test_an_equal_canary_passes_its_first_steps_but_is_not_promoted_without_proof() -> None:
+    world = ramping()
+    world.both(30)
+    assert world.tick(10).action is Action.SET_WEIGHT
+    world.both(60, stage_requests=30)
+    decision = world.tick(10)
+    assert (decision.verdict, decision.to_state) == (Verdict.INSUFFICIENT, RolloutState.RAMPING)
+    world.both(20_000)
+    assert world.tick(10).to_state is RolloutState.SOAKING
+
+
+def test_no_data_for_an_hour_ends_inconclusive_with_the_champion_back() -> None:
+    world = ramping()
+    seen = {world.tick(60).verdict for _ in range(14)}
+    assert seen <= {Verdict.INSUFFICIENT, Verdict.STALE}
+    assert all(world.tick(60).verdict is not Verdict.FAIL for _ in range(46))
+    final = next(d for d in world.decisions if d.to_state is RolloutState.INCONCLUSIVE)
+    assert final.action is Action.ROLL_BACK
+    assert world.ledger.champion == CHAMPION
+    assert world.status.state is RolloutState.INCONCLUSIVE
+
+
+def test_silence_holds_and_traffic_resumes() -> None:
+    world = ramping()
+    world.both(10, canary=2.3)
+    world.tick(5)
+    assert world.tick(world.spec.stale_s + 1).verdict is Verdict.STALE
+    assert world.status.state is RolloutState.HELD
+    world.both(30, canary=2.3)
+    assert world.tick().to_state is RolloutState.RAMPING
+    assert world.tick().action is Action.SET_WEIGHT
+
+
+def test_a_rollback_by_somebody_else_is_believed_and_not_undone() -> None:
+    world = ramping()
+    world.outsider(reason="customers complain")
+    decision = world.tick()
+    assert (decision.to_state, decision.action) == (RolloutState.ROLLED_BACK, Action.NONE)
+    assert decision.reason == "rolled back by bob: customers complain"
+    assert all(world.tick().action is Action.NONE for _ in range(5))
+
+
+def test_a_rollback_after_promotion_is_believed_as_well() -> None:
+    world = ramping()
+    promoted(world)
+    world.outsider()
+    assert world.tick().to_state is RolloutState.ROLLED_BACK
+
+
+def test_a_person_who_holds_stops_progress_but_not_the_guards() -> None:
+    world = ramping()
+    world.ask("hold", "lunch")
+    world.both(40, canary=2.3)
+    assert world.tick(10).to_state is RolloutState.HELD
+    assert world.tick(10).to_state is RolloutState.HELD
+    world.ask("resume")
+    assert world.tick().to_state is RolloutState.RAMPING
+    world.ask("hold")
+    world.tick()
+    world.both(60, canary=1.05)
+    assert world.tick().verdict is Verdict.FAIL
+
+
+def test_a_promotion_is_refused_without_data_and_obeyed_with_it() -> None:
+    world = ramping()
+    world.ask("promote", "I am sure")
+    decision = world.tick()
+    assert decision.action is Action.NONE
+    assert "promotion refused" in decision.reason
+    assert decision.command_id == 1
+    world.both(30)
+    world.ask("promote", "good enough")
+    decision = world.tick(10)
+    assert (decision.action, decision.verdict) == (Action.PROMOTE, Verdict.PASS)
+
+
+def test_a_promotion_does_not_overrule_a_failing_guard() -> None:
+    world = ramping()
+    world.both(40, canary=1.05)
+    world.ask("promote")
+    assert world.tick(10).action is Action.ROLL_BACK
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_abort_cancels_before_traffic_and_rolls_back_with_it(before: bool) -> None:
+    world = World() if before else ramping()
+    world.ask("abort", "wrong version")
+    decision = world.tick()
+    wanted = (RolloutState.CANCELLED, Action.NONE) if before else (RolloutState.ROLLING_BACK, Action.ROLL_BACK)
+    assert (decision.to_state, decision.action) == wanted
+    assert "ann: wrong version" in decision.reason
+
+
+@pytest.mark.parametrize(
+    ("replicas", "message"),
+    [
+        ((), "no replica is alive"),
+        ((Replica("r1", 10, (FALLBACK,)),), "r1 does not hold the champion"),
+        ((Replica("r1", 10, (CHAMPION,)),), "r1 does not hold the fallback"),
+    ],
+)
+def test_nothing_starts_that_could_not_be_rolled_back(replicas: tuple[Replica, ...], message: str) -> None:
+    world = World(replicas=replicas)
+    decision = world.tick()
+    assert (decision.to_state, decision.action) == (RolloutState.READY, Action.NONE)
+    assert message in decision.reason
+    assert world.tick(world.spec.deadline_s + 1).to_state is RolloutState.CANCELLED
+
+
+def test_a_champion_that_changed_before_the_start_cancels() -> None:
+    world = World()
+    world.outsider(champion=FALLBACK)
+    assert world.tick().to_state is RolloutState.CANCELLED
+
+
+def test_a_replica_that_cannot_load_the_canary_holds() -> None:
+    world = ramping()
+    world.replicas = (replace(world.replicas[0], observed_generation=10, load_error="no such file"),)
+    decision = world.tick()
+    assert (decision.verdict, decision.to_state) == (Verdict.ERROR, RolloutState.HELD)
+    assert "no such file" in decision.reason
+
+
+def test_a_rollback_is_claimed_only_when_every_replica_routes_by_it() -> None:
+    world = ramping()
+    world.both(40, canary=1.05)
+    world.tick(10)
+    world.replicas = (replace(world.replicas[0], observed_generation=world.ledger.generation - 1),)
+    assert world.tick().to_state is RolloutState.ROLLING_BACK
+    world.observe()
+    assert world.tick().to_state is RolloutState.ROLLED_BACK
+
+
+def test_deciding_twice_on_the_same_facts_gives_the_same() -> None:
+    world = ramping()
+    world.both(40, canary=2.3)
+    one, two = (decide(world.spec, world.status, world.evidence(), [], world.now) for _ in range(2))
+    assert one == two
+
+
+def test_the_standard_preset_needs_its_own_evidence() -> None:
+    world = ramping(guards.preset("standard"))
+    world.both(99, canary=3.0)
+    assert world.tick(100).verdict is Verdict.INSUFFICIENT
+    world.both(100, canary=3.0)
+    assert world.tick().action is Action.SET_WEIGHT

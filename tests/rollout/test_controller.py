@@ -1,0 +1,259 @@
+"""The controller against a real Postgres: one writer, all or nothing, and a record that replays."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+
+import numpy as np
+import pytest
+
+from engine.contracts import CANARY, RolloutState, SlipstreamError, Verdict
+from engine.rollout import guards
+from engine.rollout.controller import Controller, gather, launch_awaiting, load
+from engine.rollout.decide import decide
+from engine.rollout.launch import launch
+from engine.rollout.records import Action
+from engine.rollout.replay import replay
+from engine.store.database import Database
+from engine.store.models import RolloutRow
+from engine.store.repositories import learning, plans, rollouts
+from engine.store.repositories.learning import Attempt
+from engine.store.repositories.leases import LeaseLost
+from engine.store.repositories.plans import StalePlan
+from tests.rollout import database_world as world
+
+NONE, CHAMPION, TRIED = 1, 2, 3
+
+
+@pytest.fixture
+def now() -> datetime:
+    return datetime.now(UTC)
+
+
+@pytest.fixture
+def ready(db: Database, now: datetime) -> Database:
+    """Three versions, v2 champion, one replica that holds what a rollback needs, and a rollout of v3."""
+    assert world.versions(db, 3) == [NONE, CHAMPION, TRIED]
+    world.first_plan(db, CHAMPION, NONE)
+    world.beat(db, now, (NONE, CHAMPION))
+    launch(db, canary=TRIED, actor="ann", preset="fast", now=now)
+    return db
+
+
+def controller(db: Database, name: str = "a") -> Controller:
+    return Controller(db, name, lease_s=15.0)
+
+
+def current(db: Database) -> rollouts.Rollout:
+    with db.read() as session:
+        return rollouts.list_rollouts(session)[0]
+
+
+def run(
+    db: Database, now: datetime, tried: float, until: Callable[[RolloutState], bool], rate: float = 0.0, limit: int = 80
+) -> datetime:
+    """Traffic and ticks, five seconds apart, until the rollout's state fits."""
+    rng, acting = np.random.default_rng(0), controller(db)
+    for _ in range(limit):
+        now += timedelta(seconds=5)
+        world.beat(db, now, (NONE, CHAMPION, TRIED))
+        world.serve(db, rng, now, 40, {NONE: 0.0, CHAMPION: 1.0, TRIED: tried}, {TRIED: rate})
+        acting.tick(now)
+        if until(current(db).state):
+            return now
+    raise AssertionError(f"still {current(db).state} after {limit} ticks: {current(db).status['reason']}")
+
+
+def test_a_better_version_becomes_champion_and_the_record_replays(ready: Database, now: datetime) -> None:
+    run(ready, now, 1.6, lambda state: state is RolloutState.DONE)
+    with ready.read() as session:
+        plan = plans.latest(session)
+        decisions = rollouts.decisions(session, current(ready).id)
+    assert plan is not None
+    assert (plan.champion, plan.arms, plan.rollback_to) == (TRIED, (), CHAMPION)
+    assert [d.action for d in decisions if d.action != "none"] == ["set_weight", "set_weight", "promote"]
+    assert replay(current(ready).spec, decisions) == []
+    assert decisions[1].evidence["guards"][0]["guard"] == "tokens_per_step"
+    assert set(decisions[1].evidence["weights"]) == {"desired", "acknowledged", "observed"}
+
+
+def test_replay_notices_a_record_that_was_changed(ready: Database, now: datetime) -> None:
+    run(ready, now, 0.1, lambda state: state is RolloutState.ROLLED_BACK)
+    with ready.read() as session:
+        decisions = rollouts.decisions(session, current(ready).id)
+    failed = next(i for i, d in enumerate(decisions) if d.verdict is Verdict.FAIL)
+    decisions[failed] = replace(decisions[failed], verdict=Verdict.PASS)
+    assert [d.stored[0] for d in replay(current(ready).spec, decisions)] == ["PASS"]
+
+
+@pytest.mark.parametrize(("tried", "rate"), [(0.1, 0.0), (1.0, 0.6)])
+def test_a_worse_version_is_rolled_back(ready: Database, now: datetime, tried: float, rate: float) -> None:
+    run(ready, now, tried, lambda state: state is RolloutState.ROLLED_BACK, rate)
+    with ready.read() as session:
+        plan = plans.latest(session)
+    assert plan is not None
+    assert (plan.champion, plan.arms) == (CHAMPION, ())
+
+
+def test_of_two_controllers_one_acts(ready: Database, now: datetime) -> None:
+    first, second = controller(ready, "a"), controller(ready, "b")
+    assert first.tick(now) is not None
+    assert second.tick(now) is None
+    later = now + timedelta(seconds=16)
+    world.beat(ready, later, (NONE, CHAMPION))
+    assert second.tick(later) is not None
+    with ready.read() as session:
+        tokens = [d.fencing_token for d in rollouts.decisions(session, current(ready).id)]
+    assert tokens == [1, 2]
+
+
+def test_a_controller_that_slept_through_its_lease_writes_nothing(ready: Database, now: datetime) -> None:
+    """Loaded and decided, then stopped while another took over: its write is fenced off."""
+    sleeper = controller(ready, "a")
+    sleeper.tick(now - timedelta(seconds=20))  # takes the lease; the replica's heartbeat is not seen as later than now
+    with ready.read() as session:
+        rollout = rollouts.active(session)
+        assert rollout is not None
+        spec, status = load(rollout)
+        evidence, commands = gather(session, spec, status, now)
+    decision = decide(spec, status, evidence, commands, now)
+    assert controller(ready, "b").tick(now) is not None
+    before = current(ready), _generation(ready)
+    with pytest.raises(LeaseLost, match="held by b with token 2"):
+        sleeper.apply(spec, status, evidence, commands, decision, 1, now)
+    assert (current(ready), _generation(ready)) == before
+
+
+def test_killed_between_load_and_apply_nothing_is_half_done(
+    ready: Database, now: datetime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    killed = controller(ready)
+
+    def kill(*args: object, **kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(rollouts, "apply", kill)  # after the plan was appended, before the transaction commits
+        with pytest.raises(KeyboardInterrupt):
+            killed.tick(now)
+    assert current(ready).state is RolloutState.READY
+    assert _generation(ready) == 1
+    again = controller(ready).tick(now)
+    assert again is not None
+    assert (again.to_state, _generation(ready)) == (RolloutState.RAMPING, 2)
+
+
+def test_a_rollback_in_the_ledger_is_noticed_and_never_undone(ready: Database, now: datetime) -> None:
+    acting = controller(ready)
+    acting.tick(now)
+    with ready.write() as session:
+        plans.roll_back(session, actor="bob", reason="customers complain")
+    world.beat(ready, now, (NONE, CHAMPION))
+    decision = acting.tick(now + timedelta(seconds=1))
+    assert decision is not None
+    assert (decision.to_state, decision.reason) == (RolloutState.ROLLED_BACK, "rolled back by bob: customers complain")
+    assert acting.tick(now + timedelta(seconds=2)) is None
+    assert _generation(ready) == 3
+
+
+def test_a_rollback_during_the_tick_wins_over_its_decision(ready: Database, now: datetime) -> None:
+    acting = controller(ready)
+    with ready.read() as session:
+        rollout = rollouts.active(session)
+        assert rollout is not None
+        spec, status = load(rollout)
+        evidence, commands = gather(session, spec, status, now)
+    with ready.write() as session:
+        plans.roll_back(session, actor="bob", reason="not now")
+    decision = decide(spec, status, evidence, commands, now)
+    assert decision.action is Action.SET_WEIGHT
+    assert acting.tick(now - timedelta(seconds=9)) is not None  # holds the lease with token 1
+    with pytest.raises(SlipstreamError) as caught:
+        acting.apply(spec, status, evidence, commands, decision, 1, now)
+    assert isinstance(caught.value, StalePlan)
+
+
+def test_an_hour_without_traffic_blames_nobody(ready: Database, now: datetime) -> None:
+    acting = controller(ready)
+    for minute in range(60):
+        at = now + timedelta(minutes=minute)
+        world.beat(ready, at, (NONE, CHAMPION, TRIED))
+        acting.tick(at)
+    with ready.read() as session:
+        decisions = rollouts.decisions(session, current(ready).id)
+        plan = plans.latest(session)
+    assert current(ready).state is RolloutState.INCONCLUSIVE
+    assert {d.verdict for d in decisions} <= {Verdict.INSUFFICIENT, Verdict.STALE}
+    assert plan is not None
+    assert (plan.champion, plan.arm(CANARY)) == (CHAMPION, None)
+
+
+def test_a_decision_that_repeats_is_not_written_on_every_tick(ready: Database, now: datetime) -> None:
+    acting = controller(ready)
+    for second in range(31):
+        world.beat(ready, now + timedelta(seconds=second), (NONE, CHAMPION))
+        acting.tick(now + timedelta(seconds=second))
+    with ready.read() as session:
+        assert len(rollouts.decisions(session, current(ready).id)) <= 5
+
+
+def test_a_command_is_consumed_once_and_recorded(ready: Database, now: datetime) -> None:
+    acting = controller(ready)
+    acting.tick(now)
+    with ready.write() as session:
+        asked = rollouts.command(session, current(ready).id, "hold", "ann", "lunch", "key-1")
+        assert rollouts.command(session, current(ready).id, "hold", "ann", "lunch", "key-1") == asked
+    for second in (1, 2, 3):
+        acting.tick(now + timedelta(seconds=second))
+    with ready.read() as session:
+        consumed = [d.command_id for d in rollouts.decisions(session, current(ready).id) if d.command_id]
+    assert consumed == [asked.id]
+    assert current(ready).state is RolloutState.HELD
+    with ready.write() as session, pytest.raises(SlipstreamError, match="knows no command"):
+        rollouts.command(session, current(ready).id, "explode", "ann", "")
+
+
+def test_guards_changed_after_launch_are_refused(ready: Database, now: datetime) -> None:
+    with ready.write() as session:
+        row = session.get(RolloutRow, current(ready).id)
+        assert row is not None
+        row.spec = guards.to_dict(replace(guards.preset("fast"), alpha=0.4))
+    with pytest.raises(SlipstreamError, match="not those it was started with"):
+        controller(ready).tick(now)
+
+
+def test_one_rollout_at_a_time_and_none_of_the_champion(ready: Database, now: datetime) -> None:
+    with pytest.raises(SlipstreamError, match="one runs at a time"):
+        launch(ready, canary=TRIED, actor="ann", preset="fast")
+    with pytest.raises(SlipstreamError, match="champion already"):
+        launch(ready, canary=CHAMPION, actor="ann", preset="fast")
+    with pytest.raises(SlipstreamError, match="no policy version 99"):
+        launch(ready, canary=99, actor="ann", preset="fast")
+
+
+def test_what_passed_the_gate_is_tried_once(db: Database, now: datetime) -> None:
+    world.versions(db, 3)
+    world.first_plan(db, CHAMPION, NONE)
+    assert launch_awaiting(db, "fast", now) is None
+    with db.write() as session:
+        learning.record(
+            session, Attempt(now, now, learning.REGISTERED, "better", 60, 20, {}, 0.1, TRIED, parent_version=CHAMPION)
+        )
+    made = launch_awaiting(db, "fast", now)
+    assert made is not None
+    assert (made.canary, made.actor) == (TRIED, "learner")
+    assert launch_awaiting(db, "fast", now) is None
+    with db.write() as session:
+        rollouts.command(session, made.id, "abort", "ann", "no")
+    world.beat(db, now, (NONE, CHAMPION))
+    controller(db).tick(now)
+    assert launch_awaiting(db, "fast", now) is None
+
+
+def _generation(db: Database) -> int:
+    with db.read() as session:
+        plan = plans.latest(session)
+    assert plan is not None
+    return plan.generation

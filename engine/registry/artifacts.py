@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import uuid
@@ -38,13 +39,12 @@ class ArtifactStore:
         try:
             for name, data in files.items():
                 _write(fresh / name, data)
-            if folder.exists():
-                self._clear(folder)
             try:
                 fresh.rename(folder)
-            except OSError:
-                if not self.is_sound(digest):  # otherwise somebody else was faster with the same bytes
-                    raise
+            except OSError:  # there is a folder: somebody else's with the same bytes, or a damaged one
+                if not self.is_sound(digest):
+                    self._clear(folder)
+                    fresh.rename(folder)
         finally:
             shutil.rmtree(fresh, ignore_errors=True)
         return digest
@@ -81,7 +81,8 @@ class ArtifactStore:
     def _clear(self, folder: Path) -> None:
         """Take a damaged folder out of the way in one step, then delete it."""
         aside = self.root / f".damaged-{uuid.uuid4().hex}"
-        folder.rename(aside)
+        with contextlib.suppress(FileNotFoundError):  # somebody else repairs it as well
+            folder.rename(aside)
         shutil.rmtree(aside, ignore_errors=True)
 
 

@@ -6,15 +6,8 @@ from datetime import datetime
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import (
-    ARRAY,
-    ForeignKey,
-    Identity,
-    Index,
-    Integer,
-    SmallInteger,
-    Uuid,
-)
+from sqlalchemy import ForeignKey, Identity, Index, Integer, SmallInteger, Uuid
+from sqlalchemy.dialects.postgresql import ARRAY
 from sqlalchemy.orm import Mapped, mapped_column
 
 from engine.store.models.base import NOW, Base

@@ -1,0 +1,160 @@
+"""MLflow mirrors Postgres: against a real MLflow with a database of its own, and against one that is down."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from uuid import uuid4
+
+import pytest
+
+from engine.contracts import CANARY, Arm, ProposerKind
+from engine.registry import mlflow_registry
+from engine.registry.artifacts import ArtifactStore
+from engine.registry.mlflow_registry import MODEL, MlflowRegistry
+from engine.registry.publish import ensure_version, publish
+from engine.speculation.artifact import build_artifact
+from engine.store.database import Database
+from engine.store.repositories import learning, plans, policies
+from engine.store.repositories.learning import Attempt
+from engine.store.repositories.policies import Lineage
+
+NOW = datetime.now(UTC)
+GATE = {
+    "passed": True,
+    "overall": {"n": 20, "champion": 1.5, "candidate": 1.8, "delta": 0.3, "low": 0.2, "high": 0.4},
+    "classes": {"long form!": {"n": 20, "champion": 1.5, "candidate": 1.8, "delta": 0.3, "low": 0.2, "high": 0.4}},
+    "speedup": 1.4,
+}
+
+
+@pytest.fixture(scope="module")
+def tracking_uri(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return f"sqlite:///{tmp_path_factory.mktemp('mlflow') / 'mlflow.db'}"
+
+
+@pytest.fixture
+def registry(tracking_uri: str, tmp_path: Path) -> Iterator[MlflowRegistry]:
+    """An experiment of its own; the registered model is emptied afterwards."""
+    connected = mlflow_registry.connect(tracking_uri, f"test-{uuid4().hex}")
+    connected.client.create_experiment(connected.experiment, artifact_location=(tmp_path / "artifacts").as_uri())
+    yield connected
+    connected.client.delete_registered_model(MODEL)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> ArtifactStore:
+    return ArtifactStore(tmp_path / "policies")
+
+
+@pytest.fixture
+def learned(db: Database, store: ArtifactStore) -> int:
+    """none, ngram, and one version that an attempt made; one attempt that was refused."""
+    none = ensure_version(db, store, build_artifact(ProposerKind.NONE, 0))
+    ngram = ensure_version(db, store, build_artifact(ProposerKind.NGRAM, 4))
+    lineage = [Lineage("train", [uuid4(), uuid4()], NOW, NOW, {"chat": 2})]
+    made = publish(db, store, build_artifact(ProposerKind.NGRAM, 3), parent=ngram.version, gate=GATE, lineage=lineage)
+    with db.write() as session:
+        learning.record(session, Attempt(NOW, NOW, "refused", "no certain gain", 60, 20, {}, 0.1, None, ngram.version))
+        learning.record(
+            session, Attempt(NOW, NOW, "registered", "good", 60, 20, GATE, 0.2, made.version, ngram.version)
+        )
+        plans.append(session, champion=ngram.version, fallback=none.version, actor="t", reason="t")
+    return made.version
+
+
+def test_versions_attempts_and_aliases_are_mirrored_once(
+    db: Database, store: ArtifactStore, registry: MlflowRegistry, learned: int
+) -> None:
+    assert registry.sync(db, store) == 5
+    assert registry.sync(db, store) == 0
+    with db.read() as session:
+        versions = policies.all_versions(session)
+        attempts = learning.attempts(session)
+    assert all(v.mlflow_version and v.mlflow_run_id for v in versions)
+    assert all(a.mlflow_run_id for a in attempts)
+    registered = registry.client.search_model_versions(f"name = '{MODEL}'")
+    assert {m.tags["slipstream.digest"] for m in registered} == {v.digest for v in versions}
+    assert alias_versions(registry) == {"champion": learned - 1}
+    run = registry.client.get_run(attempts[0].mlflow_run_id or "")
+    assert run.data.metrics["gate/all/delta"] == 0.3
+    assert run.data.metrics["gate/long_form_/low"] == 0.2
+    assert run.info.status == "FINISHED"
+    assert [d.dataset.name for d in run.inputs.dataset_inputs] == ["traces-train"]
+    made = next(v for v in versions if v.version == learned)
+    assert made.mlflow_run_id == attempts[0].mlflow_run_id
+    assert registry.client.get_run(attempts[1].mlflow_run_id or "").data.tags["slipstream.reason"] == "no certain gain"
+
+
+def test_the_artifact_in_mlflow_is_the_artifact(
+    db: Database, store: ArtifactStore, registry: MlflowRegistry, learned: int, tmp_path: Path
+) -> None:
+    registry.sync(db, store)
+    with db.read() as session:
+        made = policies.get(session, learned)
+    assert made is not None
+    folder = Path(registry.client.download_artifacts(made.mlflow_run_id or "", "policy", str(tmp_path)))
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == store.files(made.digest)
+
+
+def test_a_crash_before_postgres_heard_of_it_registers_nothing_twice(
+    db: Database, store: ArtifactStore, registry: MlflowRegistry, learned: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def crash(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    for name, module in (("set_run", learning), ("set_mlflow", policies)):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, crash)
+            with pytest.raises(KeyboardInterrupt):
+                registry.sync(db, store)
+    registry.sync(db, store)
+    assert len(registry.client.search_model_versions(f"name = '{MODEL}'")) == 3
+    experiment = registry.client.get_experiment_by_name(registry.experiment)
+    assert experiment is not None
+    assert len(registry.client.search_runs([experiment.experiment_id])) == 4  # two attempts, none, ngram
+
+
+def test_aliases_follow_the_ledger_and_are_repaired(
+    db: Database, store: ArtifactStore, registry: MlflowRegistry, learned: int
+) -> None:
+    registry.sync(db, store)
+    none, ngram = learned - 2, learned - 1
+    with db.write() as session:
+        plans.append(session, champion=ngram, fallback=none, arms=(Arm(CANARY, learned, 0.5),), actor="t", reason="t")
+    registry.sync(db, store)
+    assert alias_versions(registry) == {"champion": ngram, "canary": learned}
+    registry.client.set_registered_model_alias(MODEL, "champion", alias_number(registry, learned))
+    registry.sync(db, store)
+    assert alias_versions(registry) == {"champion": ngram, "canary": learned}
+    with db.write() as session:
+        plans.append(session, champion=learned, fallback=none, actor="t", reason="promoted")
+    registry.sync(db, store)
+    assert alias_versions(registry) == {"champion": learned, "previous": ngram}
+
+
+def test_mlflow_down_fails_the_chore_and_nothing_else(
+    db: Database, store: ArtifactStore, learned: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    down = mlflow_registry.connect("http://127.0.0.1:9", "slipstream")
+    with pytest.raises(Exception, match=r"127\.0\.0\.1"):
+        down.sync(db, store)
+    with db.read() as session:
+        assert policies.get(session, learned) is not None
+
+
+def alias_versions(registry: MlflowRegistry) -> dict[str, int]:
+    """Alias → policy version, by the tag of the model version it points to."""
+    found = registry.client.get_registered_model(MODEL).aliases
+    return {
+        alias: int(registry.client.get_model_version(MODEL, str(number)).tags["slipstream.version"])
+        for alias, number in found.items()
+    }
+
+
+def alias_number(registry: MlflowRegistry, version: int) -> str:
+    """The model version in MLflow of a policy version."""
+    found = registry.client.search_model_versions(f"name = '{MODEL}' and tags.`slipstream.version` = '{version}'")
+    return str(found[0].version)

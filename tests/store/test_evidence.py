@@ -1,0 +1,95 @@
+"""The evidence query against sums made by hand."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+
+import numpy as np
+import pytest
+from sqlalchemy import select, update
+
+from engine.contracts import CANARY, CONTROL, Arm
+from engine.store.database import Database
+from engine.store.models import TraceRow
+from engine.store.repositories import evidence, leases, plans
+from engine.store.repositories.evidence import Window
+from tests.rollout import database_world as world
+
+NOW = datetime.now(UTC)
+
+
+@pytest.fixture
+def served(db: Database) -> Database:
+    """Two hundred requests of two classes under a plan with a canary."""
+    one, two = world.versions(db, 2)
+    with db.write() as session:
+        arms = (Arm(CANARY, two, 0.4), Arm(CONTROL, one, 0.4))
+        plans.append(session, champion=one, fallback=one, arms=arms, actor="t", reason="t")
+    rng = np.random.default_rng(0)
+    for name in ("chat", "code"):
+        world.serve(db, rng, NOW, 100, {one: 1.0, two: 1.5}, {two: 0.3}, name)
+    return db
+
+
+def test_moments_and_counts_are_those_of_the_rows(served: Database) -> None:
+    with served.read() as session:
+        found = evidence.segments(session, [Window(1, NOW, NOW)])
+        rows = session.scalars(select(TraceRow)).all()
+    assert {(s.arm, s.traffic_class) for s in found} == {
+        (a, c) for a in (CANARY, CONTROL) for c in (None, "chat", "code")
+    }
+    for s in found:
+        mine = [r for r in rows if r.arm == s.arm and s.traffic_class in (None, r.traffic_class)]
+        x, y = [r.steps + r.accepted for r in mine], [r.steps for r in mine]
+        assert (s.requests, s.stage_requests, s.n) == (len(mine), len(mine), len(mine))
+        assert (s.x, s.y, s.xx, s.yy) == (sum(x), sum(y), sum(v * v for v in x), sum(v * v for v in y))
+        assert s.xy == sum(a * b for a, b in zip(x, y, strict=True))
+        assert s.errors == s.error_keys == sum(r.status == "error" for r in mine)
+        assert s.e2e_p95 == 1.0
+
+
+def test_a_retrying_client_is_one_key_and_one_error(served: Database) -> None:
+    with served.write() as session:
+        session.execute(
+            update(TraceRow).where(TraceRow.arm == CANARY).values(assignment_key="one", status="error", retry=3)
+        )
+    with served.read() as session:
+        canary = next(s for s in evidence.segments(session, [Window(1, NOW, NOW)]) if s.arm == CANARY)
+    assert (canary.keys, canary.error_keys) == (1, 1)
+    assert canary.errors == canary.retries == canary.requests > 10
+    assert canary.e2e_p95 is None
+
+
+def test_warm_up_and_other_generations_do_not_count(served: Database) -> None:
+    later = NOW + timedelta(milliseconds=50)
+    with served.read() as session:
+        whole = evidence.segments(session, [Window(1, NOW, NOW)])
+        warm = evidence.segments(session, [Window(1, NOW, later)])
+        assert 0 < sum(s.requests for s in warm) < sum(s.requests for s in whole)
+        assert evidence.segments(session, [Window(2, NOW, NOW)]) == []
+        assert evidence.segments(session, []) == []
+        assert evidence.newest(session, Window(2, NOW, NOW)) is None
+
+
+def test_the_observed_share_is_the_canarys(served: Database) -> None:
+    with served.read() as session:
+        share = evidence.observed_share(session, Window(1, NOW, NOW))
+        assert share == pytest.approx(0.4, abs=0.12)
+        assert evidence.observed_share(session, Window(1, NOW, NOW), {"batch"}) is None
+
+
+def test_a_lease_changes_hands_only_when_it_has_ended_and_its_token_grows(db: Database) -> None:
+    def take(holder: str, seconds: float) -> int | None:
+        with db.write() as session:
+            return leases.acquire(session, "test", holder, NOW + timedelta(seconds=seconds), 10.0)
+
+    assert take("a", 0) == 1
+    assert take("a", 5) == 1
+    assert take("b", 14) is None
+    assert take("b", 15) == 2
+    assert take("a", 16) is None
+    with db.write() as session, pytest.raises(leases.LeaseLost, match="held by b with token 2"):
+        leases.check(session, "test", "a", 1)
+    with db.write() as session:
+        leases.release(session, "test", "b", NOW + timedelta(seconds=17))
+    assert take("a", 17) == 3

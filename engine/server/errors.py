@@ -41,5 +41,6 @@ def invalid(message: str, param: str | None = None, code: str | None = None) -> 
     return ApiError(400, message, param=param, code=code)
 
 
-def internal(trace_id: object) -> ApiError:
-    return ApiError(500, f"The engine failed on this request; its trace is {trace_id}.", code="internal_error")
+def internal(what: object) -> ApiError:
+    """``what`` names the request or its trace, by which the log can be searched."""
+    return ApiError(500, f"The server failed on this request ({what}); its log says why.", code="internal_error")

@@ -1,0 +1,182 @@
+"""Put the server together, run it, and take it down in order."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import resource
+import socket
+import sys
+import threading
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import uvicorn
+from starlette.applications import Starlette
+
+from engine.contracts import SlipstreamError
+from engine.model.loading import Target, load_target
+from engine.registry.artifacts import ArtifactStore
+from engine.runner.engine import Engine
+from engine.runner.profile import profile_step_costs
+from engine.server.api import Api
+from engine.server.engine_thread import EngineThread
+from engine.server.residency import Residency
+from engine.server.service import Service
+from engine.server.subscriber import PlanSubscriber
+from engine.settings import Settings
+from engine.store.database import Database
+from engine.telemetry.metrics import Metrics
+from engine.telemetry.spill import Spill
+from engine.telemetry.writer import TraceWriter
+
+GRACE_S = 10
+"""How long requests may run on after the server was told to stop, seconds."""
+log = logging.getLogger(__name__)
+
+
+class EngineServer:
+    """One replica: target, engine thread, subscriber, trace writer, HTTP. ``settings.database_url`` must be set."""
+
+    def __init__(self, settings: Settings, target: Target | None = None) -> None:
+        if settings.database_url is None:
+            raise SlipstreamError("The engine needs a database_url; `slipstream engine` finds the embedded one.")
+        self.settings = settings
+        chosen = settings.engine
+        self.target = target or load_target(
+            chosen.model, settings.dir("models"), chosen.dtype, chosen.device, chosen.threads or None, log.info
+        )
+        self.engine = Engine(
+            self.target,
+            max_num_seqs=chosen.max_num_seqs,
+            max_model_len=chosen.max_model_len,
+            prefill_chunk=chosen.prefill_chunk,
+            max_queue=chosen.max_queue,
+        )
+        self.database = Database(settings.database_url, application=f"slipstream {chosen.replica_id}")
+        store = ArtifactStore(settings.dir("policies"))
+        self.thread = EngineThread(self.engine, chosen.request_timeout_s)
+        self.residency = Residency(self.thread, self.target, store, chosen.plan_lease_s)
+        spill = Spill(settings.dir("spill") / chosen.replica_id, settings.telemetry.spill_max_bytes)
+        self.writer = TraceWriter(self.database, spill, settings.telemetry)
+        self.metrics = Metrics(self.target.name, self._gauges)
+        self.service = Service(
+            self.target,
+            self.thread,
+            self.residency,
+            self.writer,
+            self.metrics,
+            chosen.replica_id,
+            settings.telemetry.payloads,
+        )
+        self.subscriber = PlanSubscriber(self.database, self.residency, store, chosen, self._describe)
+        self._step_cost_ms: dict[int, float] = {}
+        self.socket = _listen(chosen.host, chosen.port)
+        app = Api(self.service, chosen.max_body_bytes, self._not_ready).app()
+        app.router.lifespan_context = self._lifespan
+        self._uvicorn = uvicorn.Server(
+            uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=GRACE_S)
+        )
+
+    @property
+    def url(self) -> str:
+        host, port = self.socket.getsockname()[:2]
+        return f"http://{host}:{port}"
+
+    def run(self) -> None:
+        """Serve until SIGTERM or SIGINT."""
+        log.info("listening on %s/v1", self.url)
+        self._uvicorn.run(sockets=[self.socket])
+
+    @asynccontextmanager
+    async def _lifespan(self, _: Starlette) -> AsyncIterator[None]:
+        self.thread.start(asyncio.get_running_loop())
+        self._step_cost_ms = self.thread.call(lambda: profile_step_costs(self.engine.runner))
+        log.info("milliseconds of a target pass by rows: %s", {k: round(v, 1) for k, v in self._step_cost_ms.items()})
+        self.residency.start()
+        self.writer.start()
+        self.subscriber.start()
+        yield
+        self.subscriber.stop()
+        self.thread.stop()
+        self.writer.close()
+        self.database.close()
+
+    def _not_ready(self) -> str | None:
+        if self.residency.plan is None:
+            return f"no serving plan is in force ({self.subscriber.error or 'it is being loaded'})"
+        return None
+
+    def _gauges(self) -> dict[str, float]:
+        engine, writer, plan = self.engine.stats(), self.writer.stats(), self.residency.plan
+        return {
+            "vllm:num_requests_running": engine["running"],
+            "vllm:num_requests_waiting": engine["waiting"],
+            "slipstream:draft_errors": engine["draft_errors"],
+            "slipstream:step_errors": engine["step_errors"],
+            "slipstream:plan_generation": plan.generation if plan is not None else 0,
+            "slipstream:plan_lease_expired": float(self.residency.lease_expired),
+            "slipstream:trace_queue": writer["queue"],
+            "slipstream:traces_written": writer["written"] + writer["replayed"],
+            "slipstream:traces_dropped": writer["dropped"],
+            "slipstream:traces_set_aside": writer["set_aside"],
+            "slipstream:spill_files": writer["spill_files"],
+            "slipstream:spill_bytes": writer["spill_bytes"],
+        }
+
+    def _describe(self) -> tuple[str, str, dict[str, Any]]:
+        """(address, model, what else the heartbeat says)."""
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        stats = {
+            "pid": os.getpid(),
+            "dtype": str(self.target.model.dtype).removeprefix("torch."),
+            "device": str(self.target.model.device),
+            "target_fingerprint": self.target.fingerprint,
+            "tokenizer_fingerprint": self.target.tokenizer_fingerprint,
+            "tokenizer": str(self.target.folder / "tokenizer.json"),
+            "step_cost_ms": {str(rows): ms for rows, ms in self._step_cost_ms.items()},
+            "peak_rss_bytes": peak,
+            "lease_expired": self.residency.lease_expired,
+            "engine": self.engine.stats(),
+            "writer": self.writer.stats(),
+        }
+        return self.url, self.target.name, stats
+
+
+class ServerThread:
+    """A server in a thread of this process, for tests and measurements."""
+
+    def __init__(self, server: EngineServer) -> None:
+        self.server = server
+        self._thread = threading.Thread(target=self._run, name="server", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        """As SIGTERM would: finish what runs, write what is queued."""
+        self.server._uvicorn.should_exit = True
+        self._thread.join()
+
+    def _run(self) -> None:
+        asyncio.run(self.server._uvicorn.serve(sockets=[self.server.socket]))
+
+
+def serve(settings: Settings) -> None:
+    """Run one replica in this process until it is told to stop."""
+    EngineServer(settings).run()
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """Bound before the model is loaded, so that a taken port is known at once."""
+    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except OSError as error:
+        raise SlipstreamError(
+            f"Cannot listen on {host}:{port}: {error.strerror}. Choose another: --set engine.port=N."
+        ) from None
+    return listener

@@ -32,7 +32,9 @@ def settings(base: Settings) -> Settings:
     """The operator's settings with a learner and guards quick enough for ten minutes on a laptop."""
     return base.model_copy(
         update={
-            "learner": base.learner.model_copy(update={"every_requests": 64, "min_requests": 64, "auto_rollout": True}),
+            "learner": base.learner.model_copy(
+                update={"every_requests": 160, "min_requests": 64, "auto_rollout": True}
+            ),
             "rollout": base.rollout.model_copy(update={"preset": "fast"}),
         }
     )
@@ -55,8 +57,8 @@ def tell(chosen: Settings, supervisor: Supervisor, say: Say, patience_s: float, 
         say(f"traces arrive: see {board}")
         stage.until("a learned policy is promoted", lambda: stage.ended_well() is not None)
         say("now a deliberately bad policy: a memory that drafts garbage, registered past the gate")
-        stage.until("no other rollout is active", stage.quiet)
         bad = garbage.publish(chosen, database, np.random.default_rng(SEED))
+        stage.until("no other rollout is active", stage.quiet)
         trial = launch(database, canary=bad.version, preset="fast", name=f"bad v{bad.version}", actor="demo")
         stage.until("the bad policy is rolled back by a guard", lambda: stage.state(trial.id) in TERMINAL_STATES)
         _close(stage, trial.id, say)
@@ -119,7 +121,7 @@ class _Stage:
 
     def quiet(self) -> bool:
         with self.database.read() as session:
-            return not rollouts.active(session)
+            return rollouts.active(session) is None
 
     def state(self, rollout_id: int) -> RolloutState:
         with self.database.read() as session:

@@ -1,0 +1,206 @@
+"""The gate lets good memories through and refuses planted bad updates, each with its reason."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import UTC, datetime, timedelta
+from uuid import UUID
+
+import numpy as np
+import pytest
+
+from engine.contracts import ProposerKind, SpecCounts, VerifyStep, artifact_digest
+from engine.learner import gate
+from engine.learner.gate import GateReport
+from engine.learner.memory import build_memory
+from engine.learner.traces import ServedTarget
+from engine.settings import LearnerSettings
+from engine.speculation.artifact import build_artifact, load_proposer
+from engine.speculation.memory import MEMORY_FILE, TraceMemoryBuilder
+from engine.speculation.ngram import NgramProposer
+from engine.speculation.none import NoneProposer
+from engine.store.repositories.learning import TrainableTrace
+
+COSTS = {1: 30.0, 3: 36.0, 5: 44.0, 8: 60.0}
+TARGET = ServedTarget("tiny", "f" * 64, "t" * 64, COSTS)
+START = datetime(2026, 3, 1, tzinfo=UTC)
+LONG = 60
+
+
+def traffic(rng: np.random.Generator, requests: int, names: tuple[str, ...] = ("chat", "code")) -> list[TrainableTrace]:
+    """Responses put together from a few phrases per class, so that the past teaches the future."""
+    phrases = {
+        name: np.random.default_rng(10 + i).integers(1_000 * i, 1_000 * (i + 1), (6, 12)).tolist()
+        for i, name in enumerate(names)
+    }
+    found = []
+    for n in range(requests):
+        name = names[n % len(names)]
+        output = [t for phrase in rng.integers(0, 6, LONG // 12) for t in phrases[name][phrase]]
+        at = START + timedelta(seconds=n)
+        prompt = rng.integers(5_000, 9_000, 8).tolist()
+        found.append(TrainableTrace(UUID(bytes=rng.bytes(16)), at, at, name, prompt, output, 512))
+    return found
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(0)
+
+
+@pytest.fixture
+def held_out(rng: np.random.Generator) -> list[TrainableTrace]:
+    return traffic(rng, 40)
+
+
+def memory(train: list[TrainableTrace], target: ServedTarget = TARGET) -> dict[str, bytes]:
+    return build_memory(train, target, LearnerSettings())
+
+
+def examine(
+    files: Mapping[str, bytes], held_out: list[TrainableTrace], target: ServedTarget = TARGET, champion: object = None
+) -> GateReport:
+    return gate.examine(
+        files,
+        champion or NgramProposer(4),
+        held_out,
+        target,
+        0.02,
+        np.random.default_rng(1),  # type: ignore[arg-type]
+    )
+
+
+def test_a_memory_of_the_same_traffic_passes(rng: np.random.Generator, held_out: list[TrainableTrace]) -> None:
+    report = examine(memory(traffic(rng, 80)), held_out)
+    assert report.passed, report.reasons
+    assert report.overall is not None
+    assert report.overall.low > 0
+    assert report.overall.candidate > report.overall.champion
+    assert report.speedup is not None
+    assert report.speedup > 1
+    assert set(report.classes or {}) == {"chat", "code"}
+    assert report.to_json()["classes"]["chat"]["n"] == 20
+
+
+def test_the_same_policy_again_is_refused(rng: np.random.Generator, held_out: list[TrainableTrace]) -> None:
+    files = memory(traffic(rng, 80))
+    champion = load_proposer(files, artifact_digest(files), TARGET.fingerprint)
+    report = examine(files, held_out, champion=champion)
+    assert not report.passed
+    assert "no certain gain" in report.reasons[0]
+
+
+def test_garbage_is_refused(rng: np.random.Generator, held_out: list[TrainableTrace]) -> None:
+    """The right contexts, each with a wrong next token."""
+    good = traffic(rng, 80)
+    champion_files = memory(good)
+    champion = load_proposer(champion_files, artifact_digest(champion_files), TARGET.fingerprint)
+    wrong = [
+        TrainableTrace(
+            t.trace_id, t.started_at, t.written_at, t.traffic_class, [], rng.permutation(t.output_ids).tolist(), 512
+        )
+        for t in good
+    ]
+    report = examine(memory(wrong), held_out, champion=champion)
+    assert not report.passed
+    assert any("no certain gain" in reason for reason in report.reasons)
+    assert any("loses" in reason for reason in report.reasons)
+
+
+def test_one_ruined_class_is_refused_though_the_blend_improves(rng: np.random.Generator) -> None:
+    """Champion knows code a little; the candidate has learned chat and forgotten code."""
+    mostly_chat = ("chat", "chat", "chat", "code")
+    train, held_out = traffic(rng, 160, mostly_chat), traffic(rng, 80, mostly_chat)
+    code = [t for t in train if t.traffic_class == "code"]
+    champion_files = memory(code[:4])
+    champion = load_proposer(champion_files, artifact_digest(champion_files), TARGET.fingerprint)
+    report = examine(memory([t for t in train if t.traffic_class == "chat"]), held_out, champion=champion)
+    assert report.overall is not None
+    assert report.overall.low > 0
+    assert not report.passed
+    assert [reason for reason in report.reasons if "class code loses" in reason]
+
+
+def test_a_policy_for_another_target_does_not_load(rng: np.random.Generator, held_out: list[TrainableTrace]) -> None:
+    stale = ServedTarget("tiny", "0" * 64, "t" * 64, COSTS)
+    report = examine(memory(traffic(rng, 80), stale), held_out)
+    assert not report.passed
+    assert "does not load" in report.reasons[0]
+    assert "made for target" in report.reasons[0]
+
+
+def test_an_empty_memory_is_refused(held_out: list[TrainableTrace]) -> None:
+    files = build_artifact(
+        ProposerKind.TRACE_MEMORY,
+        4,
+        settings={"min_confidence": 2.0},
+        files={MEMORY_FILE: TraceMemoryBuilder().build(1_000)},
+        target_fingerprint=TARGET.fingerprint,
+    )
+    never_alike = [
+        TrainableTrace(t.trace_id, t.started_at, t.written_at, "x", [1, 2], list(range(n * 100, n * 100 + 40)), 512)
+        for n, t in enumerate(held_out)
+    ]
+    report = examine(files, never_alike)
+    assert not report.passed
+    assert "it is empty" in report.reasons[0]
+
+
+def test_a_damaged_file_is_refused(rng: np.random.Generator, held_out: list[TrainableTrace]) -> None:
+    files = memory(traffic(rng, 80))
+    files[MEMORY_FILE] = files[MEMORY_FILE][:-7]
+    assert "does not load" in examine(files, held_out).reasons[0]
+
+
+def test_too_few_held_out_requests_prove_nothing(rng: np.random.Generator, held_out: list[TrainableTrace]) -> None:
+    assert "only 3 held-out requests" in examine(memory(traffic(rng, 80)), held_out[:3]).reasons[0]
+
+
+def test_what_verification_costs_more_than_it_saves_is_refused(
+    rng: np.random.Generator, held_out: list[TrainableTrace]
+) -> None:
+    dear = ServedTarget("tiny", TARGET.fingerprint, None, {1: 10.0, 2: 100.0, 5: 400.0})
+    report = examine(memory(traffic(rng, 80), dear), held_out, dear)
+    assert not report.passed
+    assert any("speed-up" in reason for reason in report.reasons)
+
+
+def test_without_measured_costs_the_speed_up_is_not_claimed(
+    rng: np.random.Generator, held_out: list[TrainableTrace]
+) -> None:
+    unknown = ServedTarget("tiny", TARGET.fingerprint, None, {})
+    report = examine(memory(traffic(rng, 80), unknown), held_out, unknown)
+    assert report.passed
+    assert report.speedup is None
+
+
+def test_the_same_seed_gives_the_same_report(rng: np.random.Generator, held_out: list[TrainableTrace]) -> None:
+    files = memory(traffic(rng, 80))
+    assert examine(files, held_out) == examine(files, held_out)
+
+
+def test_the_predicted_speed_up_is_tokens_over_cost() -> None:
+    counts = SpecCounts()
+    counts.add(VerifyStep((1, 2), 2, 3))  # 3 rows, 3 tokens
+    counts.add(VerifyStep((), 0, 1))  # 1 row, 1 token
+    assert gate.predicted_speedup([counts], {1: 10.0, 3: 20.0}) == pytest.approx(4 * 10.0 / (20.0 + 10.0))
+    assert gate.predicted_speedup([], {1: 10.0}) == 1.0
+
+
+def test_plain_decoding_as_champion_is_one_token_a_step(
+    rng: np.random.Generator, held_out: list[TrainableTrace]
+) -> None:
+    report = examine(memory(traffic(rng, 80)), held_out, champion=NoneProposer())
+    assert report.overall is not None
+    assert report.overall.champion == 1.0
+
+
+def test_identical_quality_seldom_passes(rng: np.random.Generator) -> None:
+    """Two memories of different halves of one traffic: 5 % of such candidates may pass by luck, not many more."""
+    passed = 0
+    for seed in range(20):
+        own = np.random.default_rng(100 + seed)
+        one, two = memory(traffic(own, 30)), memory(traffic(own, 30))
+        champion = load_proposer(one, artifact_digest(one), TARGET.fingerprint)
+        passed += examine(two, traffic(own, 20), champion=champion).passed
+    assert passed <= 4

@@ -1,0 +1,56 @@
+"""A spilled batch is there whole or not at all, and comes back as it was."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from uuid import uuid4
+
+import pytest
+
+from engine.telemetry.spill import Batch, Spill, SpillFull
+from tests.telemetry.records import START, record
+
+
+def test_a_batch_comes_back_as_it_was(tmp_path: Path) -> None:
+    batch = Batch(uuid4(), 7, [record(n) for n in range(5)] + [record(9, payload=None)])
+    name = Spill(tmp_path, 10**8).put(batch, START)
+    again = Spill(tmp_path, 10**8)
+    assert again.oldest() == (name, batch)
+    again.remove(name)
+    assert again.oldest() is None
+    assert again.files == again.bytes == 0
+
+
+def test_a_write_cut_short_by_a_kill_is_not_a_batch(tmp_path: Path) -> None:
+    (tmp_path / "20260301T000000000000-00-000000001.jsonl.tmp").write_text('{"half": ')
+    spill = Spill(tmp_path, 10**8)
+    assert spill.oldest() is None
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_unreadable_file_is_set_aside_and_the_next_one_served(tmp_path: Path) -> None:
+    spill = Spill(tmp_path, 10**8)
+    first = spill.put(Batch(uuid4(), 1, [record(1)]), START)
+    good = Batch(uuid4(), 2, [record(2)])
+    second = spill.put(good, START.replace(hour=23, minute=59, second=1))
+    (tmp_path / first).write_text("no json")
+    again = Spill(tmp_path, 10**8)
+    assert again.oldest() == (second, good)
+    assert again.set_aside_files == 1
+
+
+def test_the_oldest_batch_comes_first(tmp_path: Path) -> None:
+    spill = Spill(tmp_path, 10**8)
+    late = spill.put(Batch(uuid4(), 1, [record(1)]), START.replace(second=9))
+    early = spill.put(Batch(uuid4(), 2, [record(2)]), START)
+    assert early < late
+    found = spill.oldest()
+    assert found is not None
+    assert found[0] == early
+
+
+def test_a_bound_is_a_bound(tmp_path: Path) -> None:
+    spill = Spill(tmp_path, 10)
+    with pytest.raises(SpillFull, match="of at most 10"):
+        spill.put(Batch(uuid4(), 1, [record(1)]), START)
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,117 @@
+"""Rollups as DataFrames: one row a time bin or group. Durations in milliseconds, as pages show them."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Any
+
+import pandas as pd
+import streamlit as st
+
+from app.queries.database import database
+from engine.store import histogram
+from engine.store.repositories import overview
+from engine.store.repositories.overview import Slice
+
+TTL = timedelta(seconds=4)
+QS = (0.5, 0.95, 0.99)
+LATENCIES = ("e2e", "ttft", "tpot")
+
+
+@st.cache_data(ttl=TTL, show_spinner=False)
+def totals(part: Slice, by: tuple[str, ...] = ()) -> pd.DataFrame:
+    """One row a group: sums, the ratios made of them, and p50, p95, p99 of e2e, p50 of TTFT and TPOT (ms)."""
+    with database().read() as session:
+        frame = with_ratios(pd.DataFrame(overview.sums(session, part, by)))
+        for metric in LATENCIES:
+            found = pd.DataFrame(overview.quantiles(session, part, metric, QS, by))
+            frame = _join(frame, found, metric, list(by))
+    return frame
+
+
+@st.cache_data(ttl=TTL, show_spinner=False)
+def over_time(part: Slice, by: tuple[str, ...] = ()) -> pd.DataFrame:
+    """The same per time bin ("at"), with a row for every bin: where there was no traffic, values are missing."""
+    width = part.bin()
+    with database().read() as session:
+        frame = with_ratios(pd.DataFrame(overview.sums(session, part, by, width)))
+        for metric in LATENCIES:
+            found = pd.DataFrame(overview.quantiles(session, part, metric, QS, by, width))
+            frame = _join(frame, found, metric, ["at", *by])
+    if frame.empty:
+        return frame
+    frame["requests_s"] = frame["requests"] / width.total_seconds()
+    frame["tokens_s"] = frame["output_tokens"] / width.total_seconds()
+    return _with_gaps(frame, width, list(by))
+
+
+@st.cache_data(ttl=TTL, show_spinner=False)
+def heat(part: Slice, metric: str = "e2e") -> pd.DataFrame:
+    """(at, ms, requests) for the latency heat map; buckets joined by eights, which is 17 % wide."""
+    with database().read() as session:
+        rows = overview.buckets(session, part, metric, part.bin(60))
+    frame = pd.DataFrame(rows, columns=["at", "bucket", "requests"])
+    if frame.empty:
+        return frame
+    frame["bucket"] = frame["bucket"] // 8 * 8 + 4
+    frame = frame.groupby(["at", "bucket"], as_index=False)["requests"].sum()
+    frame["ms"] = [histogram.value(int(bucket)) * 1e3 for bucket in frame["bucket"]]
+    return frame
+
+
+@st.cache_data(ttl=TTL, show_spinner=False)
+def positions(part: Slice) -> pd.DataFrame:
+    """Unconditional acceptance by draft position and version: accepted at the position / verify steps that drafted."""
+    with database().read() as session:
+        frame = pd.DataFrame(overview.positions(session, part, ("policy_version",)))
+    if not frame.empty:
+        first = frame.groupby("policy_version")["drafted"].transform("max")
+        frame["acceptance"] = frame["accepted"] / first.where(first > 0)
+    return frame
+
+
+@st.cache_data(ttl=TTL, show_spinner=False)
+def known(part: Slice) -> dict[str, list[Any]]:
+    with database().read() as session:
+        return overview.known(session, part)
+
+
+@st.cache_data(ttl=timedelta(seconds=1), show_spinner=False)
+def newest() -> pd.Timestamp | None:
+    with database().read() as session:
+        at = overview.newest(session)
+    return pd.Timestamp(at) if at is not None else None
+
+
+def with_ratios(frame: pd.DataFrame) -> pd.DataFrame:
+    """Ratios are made here, of counts: acceptance length is 1 + accepted / steps, bonus included."""
+    if frame.empty or frame["requests"].isna().all():
+        return pd.DataFrame()
+    steps, drafted = (frame[name].where(frame[name] > 0) for name in ("steps", "drafted"))
+    frame["acceptance_length"] = 1 + frame["accepted"] / steps
+    frame["acceptance_rate"] = frame["accepted"] / drafted
+    frame["error_rate"] = frame["errors"] / frame["requests"]
+    frame["retry_rate"] = frame["retries"] / frame["requests"]
+    frame["draft_share"] = frame["draft_s"] / (frame["draft_s"] + frame["verify_s"]).where(lambda total: total > 0)
+    return frame
+
+
+def _join(frame: pd.DataFrame, found: pd.DataFrame, metric: str, keys: list[str]) -> pd.DataFrame:
+    names = {f"q{q * 100:g}": f"{metric}_p{q * 100:g}" for q in QS}
+    if frame.empty or found.empty:
+        return frame.assign(**dict.fromkeys(names.values(), float("nan")))
+    found = found.rename(columns=names)
+    found[list(names.values())] *= 1e3
+    return frame.merge(found, on=keys, how="left") if keys else pd.concat([frame, found], axis=1)
+
+
+def _with_gaps(frame: pd.DataFrame, width: timedelta, by: list[str]) -> pd.DataFrame:
+    every = pd.date_range(frame["at"].min(), frame["at"].max(), freq=width)
+    if not by:
+        return frame.set_index("at").reindex(every).rename_axis("at").reset_index()
+    parts = []
+    for group, rows in frame.groupby(by):
+        full = rows.set_index("at").reindex(every).rename_axis("at").reset_index()
+        full[by] = list(group)
+        parts.append(full)
+    return pd.concat(parts, ignore_index=True)

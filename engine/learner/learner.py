@@ -42,6 +42,8 @@ def run(settings: Settings, db: Database, stop: threading.Event, clock: Clock = 
             learner.attempt_if_due()
         except (SlipstreamError, SQLAlchemyError) as error:
             log.error("%s", error)
+        except Exception:
+            log.exception("learning failed in a way nobody foresaw, trying again")
         stop.wait(settings.learner.poll_s)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import re
 import tempfile
 from collections.abc import Mapping
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine.contracts import CANARY, PolicyVersion, ServingPlan
-from engine.registry.artifacts import ArtifactStore
+from engine.registry.artifacts import ArtifactError, ArtifactStore
 from engine.store.database import Database
 from engine.store.repositories import learning, plans, policies
 from engine.store.repositories.learning import Attempt
@@ -30,6 +31,7 @@ ATTEMPT_TAG = "slipstream.attempt"
 DIGEST_TAG = "slipstream.digest"
 ALIASES = ("champion", "canary", "previous")
 ARTIFACT_PATH = "policy"
+log = logging.getLogger(__name__)
 
 
 def connect(tracking_uri: str, experiment: str) -> MlflowRegistry:
@@ -61,7 +63,11 @@ class MlflowRegistry:
                     learning.set_run(session, attempt.id or 0, run_id)
                 made += 1
             for version in missing:
-                self._register(db, store, experiment_id, version)
+                try:
+                    self._register(db, store, experiment_id, version)
+                except ArtifactError as error:  # its files are lost here; the others need not wait for them
+                    log.error("v%d is not registered in MLflow: %s", version.version, error)
+                    continue
                 made += 1
         with db.read() as session:
             plan = plans.latest(session)

@@ -17,33 +17,27 @@ from datetime import UTC, datetime, timedelta
 
 from sqlalchemy.exc import SQLAlchemyError
 
-from engine.contracts import CANARY, CONTROL, Arm, ServingPlan, SlipstreamError
-from engine.rollout import guards
+from engine.contracts import CANARY, CONTROL, Arm, RolloutState, ServingPlan, SlipstreamError, Verdict
 from engine.rollout.decide import decide
 from engine.rollout.guards import RolloutSpec
 from engine.rollout.launch import launch
+from engine.rollout.loading import Untrusted, gather, load
 from engine.rollout.records import (
     Action,
     Decision,
     Evidence,
     Ledger,
-    Replica,
     RolloutStatus,
     evidence_to_json,
-    status_from_json,
     status_to_json,
     with_plan,
 )
 from engine.settings import Settings
-from engine.store.database import Database, ReadSession, WriteSession
-from engine.store.repositories import evidence as evidence_store
-from engine.store.repositories import learning, leases, plans, policies, replicas, rollouts
-from engine.store.repositories.evidence import Window
+from engine.store.database import Database, WriteSession
+from engine.store.repositories import learning, leases, plans, rollouts
 from engine.store.repositories.rollouts import Command, DecisionRecord, Rollout
 
 LEASE = "rollout-controller"
-ALIVE_S = 10.0
-"""A replica whose last heartbeat is older is not waited for: it cannot serve what it does not know of either."""
 REPEAT_S = 15.0
 """A decision that repeats the last one is written this often, not on every tick."""
 log = logging.getLogger(__name__)
@@ -62,6 +56,8 @@ def run(settings: Settings, db: Database, stop: threading.Event, clock: Clock = 
             controller.tick(clock())
         except (SlipstreamError, SQLAlchemyError) as error:
             log.error("tick failed, trying again: %s", error)
+        except Exception:
+            log.exception("tick failed in a way nobody foresaw, trying again")
         stop.wait(settings.rollout.tick_s)
     try:
         controller.release(clock())
@@ -100,8 +96,16 @@ class Controller:
             rollout = rollouts.active(session)
             if rollout is None:
                 return None
-            spec, status = load(rollout)
-            evidence, commands = gather(session, spec, status, now)
+            fault: str | None = None
+            try:
+                spec, status = load(rollout)
+            except Untrusted as error:
+                fault = str(error)
+            else:
+                evidence, commands = gather(session, spec, status, now)
+        if fault is not None:
+            self._give_up(rollout, fault, token, now)
+            return None
         decision = decide(spec, status, evidence, commands, now)
         self.apply(spec, status, evidence, commands, decision, token, now)
         return decision
@@ -165,43 +169,50 @@ class Controller:
             self._written = (says, now)
             log.info("rollout %d: %s → %s, %s: %s", status.rollout_id, before.state, status.state, *_said(decision))
 
+    def _give_up(self, rollout: Rollout, fault: str, token: int, now: datetime) -> None:
+        """A rollout whose guards cannot be trusted must not serve: its canary goes back, and nobody is blamed."""
+        with self.db.write() as session:
+            leases.check(session, LEASE, self.holder, token)
+            plan = plans.latest(session)
+            serving = plan is not None and plan.rollout_id == rollout.id and plan.arm(CANARY) is not None
+            if plan is not None and serving:
+                plan = plans.append(
+                    session,
+                    champion=rollout.champion,
+                    fallback=plan.fallback,
+                    salt=plan.salt,
+                    rollout_id=rollout.id,
+                    actor=f"rollout {rollout.id}",
+                    reason=fault,
+                )
+            record = DecisionRecord(
+                rollout_id=rollout.id,
+                decided_at=now,
+                from_state=rollout.state,
+                to_state=RolloutState.INCONCLUSIVE,
+                verdict=Verdict.ERROR,
+                reason=fault,
+                action=(Action.ROLL_BACK if serving else Action.NONE).value,
+                generation=plan.generation if plan is not None else None,
+                command_id=None,
+                fencing_token=token,
+                status_before=rollout.status,
+                evidence={},
+            )
+            rollouts.apply(
+                session,
+                rollout.id,
+                expected=rollout.state,
+                state=RolloutState.INCONCLUSIVE,
+                status=rollout.status | {"state": RolloutState.INCONCLUSIVE.value, "reason": fault},
+                decision=record,
+                now=now,
+            )
+        log.error("rollout %d: %s", rollout.id, fault)
+
     def release(self, now: datetime) -> None:
         with self.db.write() as session:
             leases.release(session, LEASE, self.holder, now)
-
-
-def load(rollout: Rollout) -> tuple[RolloutSpec, RolloutStatus]:
-    """The frozen specification, verified against its hash, and the status."""
-    spec = guards.parse(rollout.spec)
-    if guards.spec_hash(spec) != rollout.spec_hash:
-        raise SlipstreamError(
-            f"The guards of rollout {rollout.id} are not those it was started with (hash {rollout.spec_hash[:12]}…). "
-            f"Take its canary back with `slipstream rollback` and start a new one."
-        )
-    return spec, status_from_json(rollout.status)
-
-
-def gather(
-    session: ReadSession | WriteSession, spec: RolloutSpec, status: RolloutStatus, now: datetime
-) -> tuple[Evidence, tuple[Command, ...]]:
-    """Everything a tick looks at."""
-    plan = plans.latest(session)
-    errors = {o.replica_id: o.error for o in plans.observations(session, plan.generation)} if plan else {}
-    live = replicas.live(session, now - timedelta(seconds=ALIVE_S))
-    warmup = timedelta(seconds=spec.warmup_s)
-    windows = [Window(stage.generation, stage.began, stage.began + warmup) for stage in status.stages]
-    evidence = Evidence(
-        ledger=_ledger(plan) if plan else None,
-        replicas=tuple(
-            Replica(r.replica_id, r.observed_generation, tuple(sorted(r.resident)), errors.get(r.replica_id))
-            for r in live
-        ),
-        segments=tuple(evidence_store.segments(session, windows)),
-        newest_trace=evidence_store.newest(session, windows[-1]) if windows else None,
-        observed=evidence_store.observed_share(session, windows[-1], spec.traffic_classes) if windows else None,
-        canary_known=policies.get(session, status.canary) is not None,
-    )
-    return evidence, tuple(rollouts.commands(session, status.rollout_id, status.last_command))
 
 
 def append_plan(session: WriteSession, spec: RolloutSpec, decision: Decision, ledger: Ledger) -> ServingPlan:
@@ -226,19 +237,6 @@ def append_plan(session: WriteSession, spec: RolloutSpec, decision: Decision, le
         actor=f"rollout {status.rollout_id}",
         reason=decision.reason,
         expected_generation=ledger.generation,
-    )
-
-
-def _ledger(plan: ServingPlan) -> Ledger:
-    canary = plan.arm(CANARY)
-    return Ledger(
-        generation=plan.generation,
-        champion=plan.champion,
-        fallback=plan.fallback,
-        canary=canary.policy_version if canary else None,
-        rollout_id=plan.rollout_id,
-        actor=plan.actor,
-        reason=plan.reason,
     )
 
 

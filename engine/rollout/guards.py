@@ -207,7 +207,12 @@ def validate(spec: RolloutSpec) -> RolloutSpec:
 
 def spec_hash(spec: RolloutSpec) -> str:
     """sha256 over the specification: whoever changes a guard after launch is found out."""
-    return hashlib.sha256(json.dumps(to_dict(spec), sort_keys=True).encode()).hexdigest()
+    return tree_hash(to_dict(spec))
+
+
+def tree_hash(tree: Mapping[str, Any]) -> str:
+    """The hash of a specification as it is stored; a later version of the code does not change it."""
+    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
 
 
 def _guard(tree: Any, where: str) -> Guard:

@@ -26,6 +26,8 @@ def replay(spec: Mapping[str, Any], decisions: Sequence[DecisionRecord]) -> list
     parsed = guards.parse(spec)
     found = []
     for record in decisions:
+        if "inputs" not in record.evidence:  # the end of a rollout whose specification could not be read
+            continue
         evidence, commands = evidence_from_json(record.evidence)
         again = decide(parsed, status_from_json(record.status_before), evidence, commands, record.decided_at)
         stored = (record.verdict.value, record.to_state.value, record.action)

@@ -134,6 +134,18 @@ def test_aliases_follow_the_ledger_and_are_repaired(
     assert alias_versions(registry) == {"champion": learned, "previous": ngram}
 
 
+def test_a_version_whose_files_are_lost_does_not_stop_the_others(
+    db: Database, store: ArtifactStore, registry: MlflowRegistry, learned: int
+) -> None:
+    with db.read() as session:
+        first = policies.get(session, learned - 2)
+    assert first is not None
+    (store.path(first.digest) / "manifest.json").unlink()
+    registry.sync(db, store)
+    assert len(registry.client.search_model_versions(f"name = '{MODEL}'")) == 2
+    assert alias_versions(registry) == {"champion": learned - 1}
+
+
 def test_mlflow_down_fails_the_chore_and_nothing_else(
     db: Database, store: ArtifactStore, learned: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -11,9 +11,10 @@ import pytest
 
 from engine.contracts import CANARY, RolloutState, SlipstreamError, Verdict
 from engine.rollout import guards
-from engine.rollout.controller import Controller, gather, launch_awaiting, load
+from engine.rollout.controller import Controller, launch_awaiting
 from engine.rollout.decide import decide
 from engine.rollout.launch import launch
+from engine.rollout.loading import gather, load
 from engine.rollout.records import Action
 from engine.rollout.replay import replay
 from engine.store.database import Database
@@ -215,13 +216,22 @@ def test_a_command_is_consumed_once_and_recorded(ready: Database, now: datetime)
         rollouts.command(session, current(ready).id, "explode", "ann", "")
 
 
-def test_guards_changed_after_launch_are_refused(ready: Database, now: datetime) -> None:
+def test_guards_changed_after_launch_end_the_rollout(ready: Database, now: datetime) -> None:
+    acting = controller(ready)
+    acting.tick(now)
+    assert current(ready).state is RolloutState.RAMPING
     with ready.write() as session:
         row = session.get(RolloutRow, current(ready).id)
         assert row is not None
         row.spec = guards.to_dict(replace(guards.preset("fast"), alpha=0.4))
-    with pytest.raises(SlipstreamError, match="not those it was started with"):
-        controller(ready).tick(now)
+    acting.tick(now + timedelta(seconds=1))
+    with ready.read() as session:
+        plan = plans.latest(session)
+        decisions = rollouts.decisions(session, current(ready).id)
+    assert plan is not None
+    assert (plan.generation, plan.champion, plan.arms) == (3, CHAMPION, ())
+    assert (decisions[-1].verdict, decisions[-1].to_state) == (Verdict.ERROR, RolloutState.INCONCLUSIVE)
+    assert "not those it was started with" in decisions[-1].reason
 
 
 def test_one_rollout_at_a_time_and_none_of_the_champion(ready: Database, now: datetime) -> None:

@@ -1,0 +1,71 @@
+"""What a tick starts from: a rollout that can be trusted, and everything that is known about it at this moment."""
+
+from __future__ import annotations
+
+from datetime import datetime, timedelta
+
+from engine.contracts import CANARY, ServingPlan, SlipstreamError
+from engine.rollout import guards
+from engine.rollout.guards import RolloutSpec, SpecError
+from engine.rollout.records import Evidence, Ledger, Replica, RolloutStatus, status_from_json
+from engine.store.database import ReadSession, WriteSession
+from engine.store.repositories import evidence as evidence_store
+from engine.store.repositories import plans, policies, replicas, rollouts
+from engine.store.repositories.evidence import Window
+from engine.store.repositories.rollouts import Command, Rollout
+
+ALIVE_S = 10.0
+"""A replica whose last heartbeat is older is not waited for: it cannot serve what it does not know of either."""
+
+
+class Untrusted(SlipstreamError):
+    """A rollout whose guards are not those it was started with, or cannot be read."""
+
+
+def load(rollout: Rollout) -> tuple[RolloutSpec, RolloutStatus]:
+    """The frozen specification, verified against its hash, and the status."""
+    if guards.tree_hash(rollout.spec) != rollout.spec_hash:
+        raise Untrusted(
+            f"The guards of rollout {rollout.id} are not those it was started with (hash {rollout.spec_hash[:12]}…). "
+            "Its canary goes back to the champion; start a new one."
+        )
+    try:
+        return guards.parse(rollout.spec), status_from_json(rollout.status)
+    except (SpecError, KeyError, TypeError, ValueError) as error:
+        raise Untrusted(f"Rollout {rollout.id} cannot be read by this version of the code: {error!r}") from error
+
+
+def gather(
+    session: ReadSession | WriteSession, spec: RolloutSpec, status: RolloutStatus, now: datetime
+) -> tuple[Evidence, tuple[Command, ...]]:
+    """Everything a tick looks at."""
+    plan = plans.latest(session)
+    errors = {o.replica_id: o.error for o in plans.observations(session, plan.generation)} if plan else {}
+    live = replicas.live(session, now - timedelta(seconds=ALIVE_S))
+    warmup = timedelta(seconds=spec.warmup_s)
+    windows = [Window(stage.generation, stage.began, stage.began + warmup) for stage in status.stages]
+    evidence = Evidence(
+        ledger=_ledger(plan) if plan else None,
+        replicas=tuple(
+            Replica(r.replica_id, r.observed_generation, tuple(sorted(r.resident)), errors.get(r.replica_id))
+            for r in live
+        ),
+        segments=tuple(evidence_store.segments(session, windows)),
+        newest_trace=evidence_store.newest(session, windows[-1]) if windows else None,
+        observed=evidence_store.observed_share(session, windows[-1], spec.traffic_classes) if windows else None,
+        canary_known=policies.get(session, status.canary) is not None,
+    )
+    return evidence, tuple(rollouts.commands(session, status.rollout_id, status.last_command))
+
+
+def _ledger(plan: ServingPlan) -> Ledger:
+    canary = plan.arm(CANARY)
+    return Ledger(
+        generation=plan.generation,
+        champion=plan.champion,
+        fallback=plan.fallback,
+        canary=canary.policy_version if canary else None,
+        rollout_id=plan.rollout_id,
+        actor=plan.actor,
+        reason=plan.reason,
+    )

@@ -83,9 +83,9 @@ def figure(colours: Palette, height: int = 280) -> go.Figure:
 
 
 def mark_deploys(made: go.Figure, plans: pd.DataFrame, colours: Palette) -> go.Figure:
-    """A dotted line where the ledger changed what is served. Labels of close marks would overlap: they are left to hovering.
+    """A dotted line where the ledger changed what is served. ``plans``: at, label; oldest first.
 
-    ``plans``: at, label; oldest first.
+    Marks close to the one before go without a label: two labels would overlap.
     """
     if plans.empty:
         return made

@@ -1,0 +1,148 @@
+"""The ledger, rollouts, versions and replicas, as records and small frames."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Any
+from uuid import UUID
+
+import pandas as pd
+import streamlit as st
+
+from app.queries.database import database
+from engine.contracts import CANARY, PolicyVersion, ReplicaState, ServingPlan
+from engine.store.models import PlanObservationRow
+from engine.store.repositories import learning, plans, policies, replicas, rollouts
+from engine.store.repositories.learning import Attempt
+from engine.store.repositories.overview import Slice
+from engine.store.repositories.policies import Lineage
+from engine.store.repositories.rollouts import DecisionRecord, Rollout
+
+TTL = timedelta(seconds=2)
+ALIVE = timedelta(seconds=15)
+
+
+@dataclass(frozen=True, slots=True)
+class Serving:
+    """What is served now: the newest plan, the champion before it, who has observed it, and the rollout at work."""
+
+    plan: ServingPlan | None
+    previous: int | None
+    observations: tuple[PlanObservationRow, ...]
+    replicas: tuple[ReplicaState, ...]
+    rollout: Rollout | None
+
+    def role(self, version: int) -> str:
+        if self.plan is None:
+            return ""
+        if version == self.plan.champion:
+            return "champion"
+        canary = self.plan.arm(CANARY)
+        if canary is not None and version == canary.policy_version:
+            return "canary"
+        return "previous" if version == self.previous else ""
+
+
+@st.cache_data(ttl=TTL, show_spinner=False)
+def serving() -> Serving:
+    with database().read() as session:
+        plan = plans.latest(session)
+        return Serving(
+            plan,
+            plans.previous_champion(session, plan) if plan else None,
+            tuple(plans.observations(session, plan.generation)) if plan else (),
+            tuple(replicas.live(session, datetime.now(UTC) - ALIVE)),
+            rollouts.active(session),
+        )
+
+
+@st.cache_data(ttl=TTL, show_spinner=False)
+def marks(part: Slice) -> pd.DataFrame:
+    """(at, label) of the plans in a window, oldest first: the deploy markers."""
+    with database().read() as session:
+        found = plans.history(session, part.since, part.until)
+        before = {plan.generation: plan for plan in plans.history(session, until=part.until)}
+    rows = [(plan.created_at, _label(plan, before.get(plan.generation - 1))) for plan in reversed(found)]
+    return pd.DataFrame(rows, columns=["at", "label"])
+
+
+@st.cache_data(ttl=TTL, show_spinner=False)
+def versions() -> list[PolicyVersion]:
+    with database().read() as session:
+        return policies.all_versions(session)
+
+
+@st.cache_data(ttl=timedelta(minutes=5), show_spinner=False)
+def lineage(version: int) -> list[Lineage]:
+    """Immutable, so it is kept long."""
+    with database().read() as session:
+        return policies.lineage(session, version)
+
+
+@st.cache_data(ttl=TTL, show_spinner=False)
+def taught(trace_id: UUID) -> list[int]:
+    """Which versions a trace taught."""
+    with database().read() as session:
+        return policies.influenced_by(session, trace_id)
+
+
+@st.cache_data(ttl=TTL, show_spinner=False)
+def attempts() -> list[Attempt]:
+    with database().read() as session:
+        return learning.attempts(session)
+
+
+@st.cache_data(ttl=TTL, show_spinner=False)
+def all_rollouts() -> list[Rollout]:
+    with database().read() as session:
+        return rollouts.list_rollouts(session)
+
+
+@st.cache_data(ttl=TTL, show_spinner=False)
+def decisions(rollout_id: int) -> list[DecisionRecord]:
+    with database().read() as session:
+        return rollouts.decisions(session, rollout_id)
+
+
+def roll_back(reason: str, key: str) -> ServingPlan:
+    """One transaction to the ledger; the same key again does nothing more."""
+    with database().write() as session:
+        plan = plans.roll_back(session, actor="dashboard", reason=reason, idempotency_key=key)
+    serving.clear()
+    return plan
+
+
+def command(rollout_id: int, verb: str, reason: str, key: str) -> None:
+    """Ask the controller for something; the same key again does nothing more."""
+    with database().write() as session:
+        rollouts.command(session, rollout_id, verb, "dashboard", reason, key)
+    decisions.clear()
+
+
+def time_to_effect(generation: int) -> tuple[int, int, float | None]:
+    """(replicas that observed it, live replicas, seconds until the last of them did); never cached."""
+    with database().read() as session:
+        plan = next((p for p in plans.history(session, limit=50) if p.generation == generation), None)
+        seen = [o for o in plans.observations(session, generation) if o.error is None]
+        live = replicas.live(session, datetime.now(UTC) - ALIVE)
+    if plan is None or not seen:
+        return 0, len(live), None
+    seconds = max((o.observed_at - plan.created_at).total_seconds() for o in seen)
+    return len(seen), max(len(live), len(seen)), seconds
+
+
+def _label(plan: ServingPlan, before: ServingPlan | None) -> str:
+    canary = plan.arm(CANARY)
+    if canary is not None:
+        return f"canary v{canary.policy_version} {canary.weight:.0%}"
+    if before is not None and before.arms and before.champion == plan.champion:
+        return f"back to v{plan.champion}"
+    return f"v{plan.champion} champion"
+
+
+def gate_of(version: int) -> dict[str, Any] | None:
+    """The gate's report on a version, from the attempt that made it."""
+    with database().read() as session:
+        attempt = learning.of_version(session, version)
+    return attempt.gate if attempt is not None else None

@@ -94,6 +94,7 @@ class MlflowRegistry:
                     "slipstream.kind": version.kind.value,
                 },
                 description=f"Slipstream policy v{version.version}: {version.kind.value}",
+                await_creation_for=0,  # the files are there already
             )
             number = str(made.version)
         with db.write() as session:

@@ -118,7 +118,7 @@ PRESETS: dict[str, RolloutSpec] = {
     ),
     "fast": RolloutSpec(
         preset="fast",
-        steps=(0.25, 0.5),
+        steps=(0.3, 0.5),
         guards=(
             TokensPerStep(max_drop=0.05, min_requests=12, horizon=60),
             Errors(),

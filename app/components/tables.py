@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pandas as pd
 import streamlit as st
 
 from app.queries.ledger import Serving
 
+Columns = dict[str, Any]
+"""Streamlit's column configuration: a label or a typed column per name."""
 NUMBER = st.column_config.NumberColumn
-SHOWN = {
+SHOWN: Columns = {
     "requests": NUMBER("requests", format="localized"),
     "e2e_p50": NUMBER("p50, ms", format="%.0f"),
     "e2e_p95": NUMBER("p95, ms", format="%.0f"),
@@ -23,7 +27,7 @@ SHOWN = {
 
 def by_class(frame: pd.DataFrame) -> None:
     """One row a traffic class."""
-    columns = {"traffic_class": "class", **SHOWN}
+    columns: Columns = {"traffic_class": "class", **SHOWN}
     frame = frame.sort_values("requests", ascending=False)
     st.dataframe(frame[list(columns)], column_config=columns, hide_index=True, key="classes")
 
@@ -38,7 +42,7 @@ def by_version(frame: pd.DataFrame, trend: pd.DataFrame, serving: Serving) -> No
         trend.loc[trend["policy_version"] == number, "acceptance_length"].dropna().round(3).tolist()
         for number in frame["policy_version"]
     ]
-    columns = {
+    columns: Columns = {
         "version": "version",
         "role": "role",
         "share": st.column_config.ProgressColumn("share of requests", format="percent", min_value=0.0, max_value=1.0),

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import select
+from sqlalchemy import UnaryExpression, select
 
 from engine.store.database import ReadSession
 from engine.store.models import TracePayloadRow, TraceRow
@@ -31,7 +31,7 @@ LISTED = (
     TraceRow.tenant,
     TraceRow.error,
 )
-ORDERS = {
+ORDERS: dict[str, UnaryExpression[Any]] = {
     "newest": TraceRow.started_at.desc(),
     "slowest": TraceRow.e2e_s.desc(),
     "most drafted": TraceRow.drafted.desc(),

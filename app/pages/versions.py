@@ -1,0 +1,170 @@
+"""Every draft policy: what it is, which traffic made it, what it did."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+
+import pandas as pd
+import streamlit as st
+
+from app.components import context
+from app.queries import ledger, overview
+from app.queries.database import settings
+from engine.contracts import PolicyVersion
+from engine.store.repositories.policies import Lineage
+
+current = context.bar()
+SHOWN_TRACES = 20
+
+
+def page() -> None:
+    versions = ledger.versions()
+    if not versions:
+        st.info(
+            "No version yet. The engine makes the first two when it starts: `slipstream up`.", icon=":material/info:"
+        )
+        return
+    serving = ledger.serving()
+    champion = serving.plan.champion if serving.plan is not None else None
+    learned = sum(bool(v.parent_version) for v in versions)
+    st.markdown(f"{len(versions)} versions, {learned} of them learned from traffic. **v{champion}** is champion.")
+    chosen = _table(versions, serving)
+    left, right = st.columns([3, 2])
+    with left.container(border=True):
+        _detail(chosen, versions)
+    with right.container(border=True):
+        st.markdown(f"**Gate** of v{chosen.version}: accepted tokens a verify step on held-out requests")
+        _gate(chosen.version)
+    with st.container(border=True):
+        st.markdown("**Attempts** of the learner, the refused ones too")
+        _attempts()
+
+
+def _table(versions: list[PolicyVersion], serving: ledger.Serving) -> PolicyVersion:
+    totals = overview.totals(current().part, ("policy_version",))
+    frame = pd.DataFrame(
+        [
+            {
+                "policy_version": v.version,
+                "version": f"v{v.version}",
+                "role": serving.role(v.version),
+                "kind": v.kind.value.replace("_", " "),
+                "K": v.num_speculative_tokens,
+                "parent": f"v{v.parent_version}" if v.parent_version else "",
+                "created": v.created_at,
+            }
+            for v in versions
+        ]
+    )
+    measured = ["requests", "acceptance_length", "e2e_p50", "e2e_p95", "e2e_p99"]
+    if totals.empty:
+        frame[measured] = float("nan")
+    else:
+        frame = frame.merge(totals[["policy_version", *measured]], on="policy_version", how="left")
+    number = st.column_config.NumberColumn
+    columns = {
+        "policy_version": None,
+        "created": st.column_config.DatetimeColumn("created", format="MMM D, HH:mm:ss"),
+        "requests": number("requests", format="localized"),
+        "acceptance_length": number("acceptance length", format="%.2f", help="1 + accepted / verify steps"),
+        "e2e_p50": number("p50, ms", format="%.0f"),
+        "e2e_p95": number("p95, ms", format="%.0f"),
+        "e2e_p99": number("p99, ms", format="%.0f"),
+    }
+    with st.container(border=True):
+        st.markdown("**Versions** measured in the chosen window; choose one to read about it")
+        event = st.dataframe(
+            frame,
+            column_config=columns,
+            hide_index=True,
+            key="all-versions",
+            on_select="rerun",
+            selection_mode="single-row",
+        )
+    row = event.selection.rows[0] if event.selection.rows else 0
+    return versions[row if row < len(versions) else 0]
+
+
+def _detail(version: PolicyVersion, versions: list[PolicyVersion]) -> None:
+    st.markdown(f"**Lineage** of v{version.version}: which traffic made it")
+    chain, at = [f"v{version.version}"], version
+    known = {v.version: v for v in versions}
+    while at.parent_version is not None and (parent := known.get(at.parent_version)) is not None:
+        chain.append(f"v{parent.version} ({parent.kind.value.replace('_', ' ')})")
+        at = parent
+    st.markdown(" ← ".join(chain))
+    found = ledger.lineage(version.version)
+    if not found:
+        st.caption("Built in: it was made from no traffic.")
+    for part in found:
+        _traffic(part)
+    st.caption(f"sha256 {version.digest}")
+    if version.mlflow_version is not None and (uri := settings().mlflow_tracking_uri):
+        link = f"{uri}/#/models/slipstream-draft/versions/{version.mlflow_version}"
+        st.link_button("Open in MLflow", link, icon=":material/open_in_new:")
+
+
+def _traffic(part: Lineage) -> None:
+    role = "Learned from" if part.role == "train" else "Judged on"
+    window = f"{_time(part.window_from)} to {_time(part.window_to)}"
+    classes = ", ".join(f"{name} {count}" for name, count in sorted(part.classes.items()))
+    st.markdown(f"{role} **{len(part.trace_ids):,} traces**, {window}: {classes}")
+    with st.expander("Traces", key=f"traces-{part.role}"):
+        for trace_id in part.trace_ids[:SHOWN_TRACES]:
+            st.page_link("pages/traces.py", label=str(trace_id), query_params={"trace": str(trace_id)})
+        if len(part.trace_ids) > SHOWN_TRACES:
+            st.caption(
+                f"and {len(part.trace_ids) - SHOWN_TRACES:,} more: `slipstream policy show V --traces` lists all"
+            )
+
+
+def _gate(version: int) -> None:
+    report = ledger.gate_of(version)
+    comparisons = (report or {}).get("classes") or {}
+    overall = (report or {}).get("overall")
+    if not comparisons and not overall:
+        st.caption("No gate: it was built in, or registered by hand.")
+        return
+    rows = [{"class": name, **values} for name, values in comparisons.items()]
+    if overall:
+        rows.insert(0, {"class": "all", **overall})
+    number = st.column_config.NumberColumn
+    frame = pd.DataFrame(rows)
+    columns = {name: number(name, format="%.3f") for name in frame.columns if name not in ("class", "n", "requests")}
+    st.dataframe(frame, column_config=columns, hide_index=True, key="gate")
+    st.markdown("; ".join((report or {}).get("reasons", [])))
+
+
+def _attempts() -> None:
+    found = ledger.attempts()
+    if not found:
+        needed = settings().learner.min_requests
+        st.caption(f"None yet. The learner begins after {needed} requests whose tokens it may learn from.")
+        return
+    frame = pd.DataFrame(
+        [
+            {
+                "at": a.finished_at,
+                "outcome": a.outcome,
+                "version": f"v{a.version}" if a.version is not None else "",
+                "parent": f"v{a.parent_version}" if a.parent_version is not None else "",
+                "taught by": a.train_traces,
+                "judged on": a.gate_traces,
+                "CPU, s": a.cpu_s,
+                "because": a.reason,
+            }
+            for a in found
+        ]
+    )
+    columns = {
+        "at": st.column_config.DatetimeColumn("at", format="MMM D, HH:mm:ss"),
+        "CPU, s": st.column_config.NumberColumn("CPU, s", format="%.2f"),
+    }
+    st.dataframe(frame, column_config=columns, hide_index=True, key="attempts")
+
+
+def _time(at: datetime) -> str:
+    return f"{at.astimezone(UTC):%b %d, %H:%M:%S} UTC"
+
+
+context.live(page)

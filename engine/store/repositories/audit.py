@@ -28,7 +28,7 @@ def times_stored(session: ReadSession, request_ids: Collection[str]) -> dict[str
         .where(TraceRow.request_id.in_(request_ids))
         .group_by(TraceRow.request_id)
     )
-    return dict(session.execute(query).tuples().all())
+    return dict(session.execute(query).all())
 
 
 def rolled_up(session: ReadSession) -> int:

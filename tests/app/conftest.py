@@ -1,0 +1,34 @@
+"""The dashboard on a database of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import streamlit as st
+
+from engine.settings import environment_name
+from engine.store.database import Database
+from tests.app.seed import seed
+
+
+@pytest.fixture
+def dashboard(database_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The environment of a dashboard on an empty database; caches of other tests are forgotten."""
+    monkeypatch.setenv(environment_name("database_url"), database_url)
+    monkeypatch.setenv(environment_name("home"), str(tmp_path))
+    st.cache_resource.clear()
+    st.cache_data.clear()
+    yield database_url
+    from app.queries.database import database
+
+    database().close()
+    st.cache_resource.clear()
+    st.cache_data.clear()
+
+
+@pytest.fixture
+def seeded(dashboard: str, db: Database, tmp_path: Path) -> Database:
+    seed(db, tmp_path / "spill")
+    return db

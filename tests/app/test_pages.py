@@ -1,0 +1,104 @@
+"""Every page draws on an empty database and on a full one, and its buttons write what they say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from streamlit.testing.v1 import AppTest
+
+from engine.store.database import Database
+from engine.store.repositories import plans, rollouts, traces
+from engine.store.repositories.overview import Slice
+from tests.app.seed import beat
+
+PAGES = Path(__file__).parents[2] / "app" / "pages"
+NAMES = ("overview", "rollouts", "versions", "traces")
+
+
+def page(name: str, **query: str) -> AppTest:
+    test = AppTest.from_file(str(PAGES / f"{name}.py"), default_timeout=60)
+    for key, value in query.items():
+        test.query_params[key] = value
+    return test.run()
+
+
+def text(test: AppTest) -> str:
+    return "\n".join(str(element.value) for element in [*test.markdown, *test.caption, *test.info, *test.success])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_empty_database_says_what_to_do(dashboard: str, name: str) -> None:
+    test = page(name)
+    assert not test.exception
+    assert any(word in text(test) for word in ("slipstream up", "Choose a longer"))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_full_database_draws(seeded: Database, name: str) -> None:
+    test = page(name)
+    assert not test.exception, test.exception
+
+
+def test_the_verdict_comes_first(seeded: Database) -> None:
+    test = page("overview")
+    first = test.markdown[0].value
+    assert first.startswith("**v3** is champion: p95 ")
+    assert "Canary **v5** takes 25%" in first
+    assert len(test.metric) == 9
+
+
+def test_filters_come_from_the_url(seeded: Database) -> None:
+    test = page("traces", **{"class": "code"})
+    shown = test.dataframe[0].value
+    assert set(shown["traffic_class"]) == {"code"}
+
+
+def test_one_trace_shows_its_tokens(seeded: Database) -> None:
+    with seeded.read() as session:
+        plan = plans.latest(session)
+        assert plan is not None
+        from datetime import UTC, datetime, timedelta
+
+        now = datetime.now(UTC)
+        trace_id = traces.listed(session, Slice(now - timedelta(hours=2), now), limit=1)[0]["trace_id"]
+    test = page("traces", trace=str(trace_id))
+    assert not test.exception
+    assert "acceptance length" in text(test)
+    assert test.button(key="back")
+
+
+def test_a_trace_that_is_not_there(seeded: Database) -> None:
+    assert "looks like" in page("traces", trace="nonsense").error[0].value
+    missing = page("traces", trace="00000000-0000-4000-8000-000000000000")
+    assert "no such trace" in missing.warning[0].value
+
+
+def test_roll_back_writes_one_plan_and_shows_when_it_took_effect(seeded: Database) -> None:
+    test = page("rollouts")
+    test.button(key="roll_back").click().run()
+    assert test.button(key="confirm").disabled, "a reason is asked for"
+    test.text_input(key="reason").set_value("p99 went up").run()
+    test.button(key="confirm").click().run()
+    with seeded.read() as session:
+        history = plans.history(session)
+    assert len(history) == 8
+    newest = history[0]
+    assert (newest.champion, newest.arms, newest.actor, newest.reason) == (3, (), "dashboard", "p99 went up")
+    assert "No replica has observed it yet" in test.warning[0].value
+    beat(seeded, newest.created_at)
+    test.run()
+    assert "effective on 1 of 1 replicas after 0.12 s" in test.success[0].value
+
+
+def test_hold_asks_the_controller_and_writes_no_plan(seeded: Database) -> None:
+    test = page("rollouts")
+    test.button(key="hold").click().run()
+    test.text_input(key="reason").set_value("let us look first").run()
+    test.button(key="confirm").click().run()
+    with seeded.read() as session:
+        active = rollouts.active(session)
+        assert active is not None
+        asked = rollouts.commands(session, active.id)
+        assert len(plans.history(session)) == 7
+    assert [(c.verb, c.actor, c.reason) for c in asked] == [("hold", "dashboard", "let us look first")]

@@ -1,0 +1,173 @@
+"""The dashboard in Chromium: every page, light and dark; a deep link; the rollback; a narrow window.
+
+Screenshots go to SLIPSTREAM_SCREENSHOTS, or to screenshots/ in the checkout.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import httpx
+import pytest
+
+from engine.settings import environment_name
+from engine.store.database import Database
+from engine.store.repositories import plans, traces
+from engine.store.repositories.overview import Slice
+from tests.app.seed import beat, seed
+
+playwright = pytest.importorskip("playwright.sync_api")
+pytestmark = pytest.mark.browser
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+ARGS = [
+    *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
+    *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
+]
+SHOTS = Path(os.environ.get("SLIPSTREAM_SCREENSHOTS", Path(__file__).parents[2] / "screenshots"))
+PAGES = {"overview": "/", "rollouts": "/rollouts", "versions": "/versions", "traces": "/traces"}
+LAST = {"overview": "Versions", "rollouts": "Decisions", "versions": "Attempts", "traces": "Choose one to open it"}
+"""A text near the end of each page: when it is there, the page is drawn."""
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[playwright.Browser]:
+    if CHROMIUM is None:
+        pytest.skip("no Chromium on this machine: install Debian's package chromium")
+    with playwright.sync_playwright() as started:
+        chromium = started.chromium.launch(executable_path=CHROMIUM, args=ARGS)
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture
+def url(database_url: str, db: Database, tmp_path: Path) -> Iterator[str]:
+    """A dashboard process on a seeded database."""
+    seed(db, tmp_path / "spill")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    environ = {k: v for k, v in os.environ.items() if not k.startswith("SLIPSTREAM_")} | {
+        environment_name("database_url"): database_url,
+        environment_name("home"): str(tmp_path),
+        environment_name("dashboard.port"): str(port),
+    }
+    process = subprocess.Popen([sys.executable, "-m", "app"], env=environ, cwd=tmp_path, stdout=subprocess.DEVNULL)
+    address = f"http://127.0.0.1:{port}"
+    try:
+        _wait_for(f"{address}/_stcore/health")
+        yield address
+    finally:
+        process.terminate()
+        process.wait(20)
+
+
+def open_page(
+    browser: playwright.Browser, address: str, scheme: str = "light", width: int = 1500, height: int = 1000
+) -> playwright.Page:
+    context = browser.new_context(viewport={"width": width, "height": height}, color_scheme=scheme)
+    context.set_default_timeout(60_000)
+    page = context.new_page()
+    page.goto(address)
+    return page
+
+
+def settled(page: playwright.Page, name: str) -> None:
+    """Drawn to its end, without an error box, fonts and charts included."""
+    page.get_by_text(LAST[name]).first.wait_for()
+    page.wait_for_function("document.querySelectorAll('[data-testid=stSkeleton]').length === 0")
+    page.wait_for_function("document.fonts.status === 'loaded'")
+    assert page.locator("[data-testid=stException]").count() == 0
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_every_page_in_light_and_dark(browser: playwright.Browser, url: str, scheme: str) -> None:
+    SHOTS.mkdir(parents=True, exist_ok=True)
+    for name, path in PAGES.items():
+        page = open_page(browser, url + path, scheme)
+        outside: list[str] = []
+        page.on("request", lambda request, seen=outside: seen.append(request.url))
+        settled(page, name)
+        page.screenshot(path=SHOTS / f"{name}_{scheme}.png")
+        assert [u for u in outside if not u.startswith((url, "data:", "blob:", "ws"))] == []
+        page.context.close()
+
+
+def test_a_narrow_window_scrolls_only_downwards(browser: playwright.Browser, url: str) -> None:
+    page = open_page(browser, url, width=900)
+    settled(page, "overview")
+    wide = page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
+    page.screenshot(path=SHOTS / "overview_narrow.png")
+    assert wide <= 0
+    page.context.close()
+
+
+def test_a_deep_link_opens_one_trace_with_its_tokens(browser: playwright.Browser, url: str, db: Database) -> None:
+    now = datetime.now(UTC)
+    with db.read() as session:
+        found = traces.listed(session, Slice(now - timedelta(hours=2), now), order="most drafted", limit=1)[0]
+    page = open_page(browser, f"{url}/traces?trace={found['trace_id']}")
+    page.get_by_text("hover a token to see its step").wait_for()
+    page.locator("span[title^='step 1: ']").first.wait_for()
+    page.screenshot(path=SHOTS / "trace_light.png")
+    page.context.close()
+
+
+def test_a_filter_is_in_the_url_and_survives_the_link(browser: playwright.Browser, url: str) -> None:
+    page = open_page(browser, f"{url}/?class=code&range=6h")
+    settled(page, "overview")
+    assert page.locator("[data-testid=stSelectbox]").first.get_by_text("code").count() >= 1
+    assert "class=code" in page.url
+    page.context.close()
+
+
+def test_one_click_rollback_with_its_time_to_effect(browser: playwright.Browser, url: str, db: Database) -> None:
+    """The engine's part, observing the plan, is played by a thread that waits for the ledger as a replica does."""
+    page = open_page(browser, f"{url}/rollouts")
+    page.get_by_role("button", name="Roll back to v3").click()
+    page.get_by_placeholder("It stays in the record").fill("p99 went up")
+    page.get_by_placeholder("It stays in the record").press("Enter")
+    done = threading.Event()
+
+    def replica() -> None:
+        while not done.is_set():
+            with db.read() as session:
+                plan = plans.latest(session)
+            if plan is not None and plan.generation == 8:
+                beat(db, datetime.now(UTC))
+                return
+            done.wait(0.05)
+
+    thread = threading.Thread(target=replica)
+    thread.start()
+    try:
+        page.get_by_test_id("stDialog").get_by_role("button", name="Roll back", exact=True).click()
+        page.get_by_text("Rolled back: effective on 1 of 1 replicas after 0.12 s").wait_for()
+        page.screenshot(path=SHOTS / "rolled_back_light.png")
+    finally:
+        done.set()
+        thread.join()
+    with db.read() as session:
+        newest = plans.latest(session)
+    assert newest is not None
+    assert (newest.generation, newest.champion, newest.arms, newest.reason) == (8, 3, (), "p99 went up")
+    page.context.close()
+
+
+def _wait_for(address: str) -> None:
+    pause = threading.Event()
+    for _ in range(600):
+        try:
+            if httpx.get(address, timeout=2).is_success:
+                return
+        except httpx.TransportError:
+            pass
+        pause.wait(0.1)
+    raise AssertionError(f"{address} never answered")

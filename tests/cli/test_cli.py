@@ -1,0 +1,101 @@
+"""The command line: help without a system, clear errors, verbs that write what they say."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from engine.cli.main import app
+from engine.contracts import SlipstreamError
+from engine.store.database import Database
+from engine.store.repositories import plans
+from tests.app.seed import beat, seed
+
+run = CliRunner()
+
+
+@pytest.fixture
+def flags(database_url: str, tmp_path: Path) -> list[str]:
+    return ["--set", f"database_url={database_url}", "--set", f"home={tmp_path}"]
+
+
+def test_every_command_has_help() -> None:
+    for command in ((), ("up",), ("demo",), ("rollback",), ("rollout",), ("policy",), ("bench",), ("bench", "rollback")):
+        answer = run.invoke(app, [*command, "--help"])
+        assert answer.exit_code == 0, answer.output
+
+
+def test_an_error_is_one_line_on_stderr(tmp_path: Path) -> None:
+    answer = subprocess.run(
+        [sys.executable, "-m", "engine.cli", "--set", "engine.prot=1", "status"], capture_output=True, text=True
+    )
+    assert answer.returncode == 1
+    assert answer.stderr == "slipstream: Unknown setting engine.prot (flag). Did you mean engine.port?\n"
+
+
+def test_nothing_running_is_said_and_is_not_healthy(tmp_path: Path) -> None:
+    answer = run.invoke(app, ["--set", f"home={tmp_path}", "status", "--json"])
+    assert answer.exit_code == 1
+    assert json.loads(answer.output)["running"] is False
+
+
+def test_a_verb_without_a_database_says_how_to_get_one(tmp_path: Path) -> None:
+    answer = run.invoke(app, ["--set", f"home={tmp_path}", "rollback", "--reason", "x"])
+    assert isinstance(answer.exception, SlipstreamError)
+    assert "slipstream up" in str(answer.exception)
+
+
+def test_rollback_writes_the_ledger(flags: list[str], db: Database, tmp_path: Path) -> None:
+    seed(db, tmp_path / "spill")
+    with db.write() as session:  # no live replica: the verb must not wait for one
+        from sqlalchemy import delete
+
+        from engine.store.models import ReplicaRow
+
+        session.execute(delete(ReplicaRow))
+    answer = run.invoke(app, [*flags, "rollback", "--reason", "p99 went up"], catch_exceptions=False)
+    assert "v3 serves all traffic" in answer.output
+    with db.read() as session:
+        plan = plans.latest(session)
+    assert plan is not None
+    assert (plan.champion, plan.arms, plan.reason) == (3, (), "p99 went up")
+
+
+def test_rollback_to_a_version_that_is_not_there(flags: list[str], db: Database, tmp_path: Path) -> None:
+    seed(db, tmp_path / "spill")
+    answer = run.invoke(app, [*flags, "rollback", "--reason", "x", "--to", "99"])
+    assert "no policy version 99" in str(answer.exception)
+
+
+def test_lineage_in_both_directions(flags: list[str], db: Database, tmp_path: Path) -> None:
+    seed(db, tmp_path / "spill")
+    shown = json.loads(run.invoke(app, [*flags, "policy", "show", "3", "--traces"]).output)
+    (train,) = shown["lineage"]
+    assert train["traces"] == len(train["trace_ids"]) == 200
+    answer = run.invoke(app, [*flags, "policy", "influenced-by", train["trace_ids"][0]])
+    assert answer.output.split() == ["v3"]
+
+
+def test_status_tells_plan_and_replicas(flags: list[str], db: Database, tmp_path: Path) -> None:
+    seed(db, tmp_path / "spill")
+    beat(db, datetime.now(UTC))
+    found = json.loads(run.invoke(app, [*flags, "status", "--json"]).output)
+    assert found["plan"]["champion"] == 3
+    assert found["replicas"][0]["observed_generation"] == 7
+    assert found["healthy"] is False  # nothing was started by `slipstream up` here
+
+
+def test_rollout_verbs(flags: list[str], db: Database, tmp_path: Path) -> None:
+    seed(db, tmp_path / "spill")
+    listed = run.invoke(app, [*flags, "rollout", "list"]).output
+    assert "READY" in listed
+    asked = run.invoke(app, [*flags, "rollout", "pause", "1", "--reason", "look first"])
+    assert asked.exit_code == 0, asked.output
+    assert run.invoke(app, [*flags, "rollout", "status", "1"]).exit_code == 2
+    assert "no rollout 9" in str(run.invoke(app, [*flags, "rollout", "status", "9"]).exception)

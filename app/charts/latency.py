@@ -42,7 +42,7 @@ def percentiles(
             hovertemplate="%{y:,.0f} ms",
         )
     made.update_yaxes(type="log", ticksuffix=" ms", dtick="D2", tickformat=",~r")
-    return mark_deploys(made, plans, colours)
+    return mark_deploys(made, plans, frame["at"], colours, labels=6)
 
 
 def heat_map(frame: pd.DataFrame, colours: Palette) -> go.Figure:
@@ -84,7 +84,7 @@ def by_version(frame: pd.DataFrame, column: str, plans: pd.DataFrame, colours: P
             connectgaps=False,
         )
     made.update_layout(showlegend=True)
-    return mark_deploys(made, plans, colours)
+    return mark_deploys(made, plans, frame["at"], colours)
 
 
 def positions(frame: pd.DataFrame, colours: Palette) -> go.Figure:

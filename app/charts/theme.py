@@ -82,18 +82,25 @@ def figure(colours: Palette, height: int = 280) -> go.Figure:
     return made
 
 
-def mark_deploys(made: go.Figure, plans: pd.DataFrame, colours: Palette) -> go.Figure:
+def mark_deploys(
+    made: go.Figure, plans: pd.DataFrame, times: pd.Series, colours: Palette, labels: int = 3
+) -> go.Figure:
     """A dotted line where the ledger changed what is served. ``plans``: at, label; oldest first.
 
-    Marks close to the one before go without a label: two labels would overlap.
+    ``times`` is what the chart shows, ``labels`` how many fit beside each other: a mark too close to the label before
+    goes without one, and hovering still tells it.
     """
-    if plans.empty:
+    if plans.empty or times.empty:
         return made
-    span = (plans["at"].max() - plans["at"].min()).total_seconds() or 1.0
+    first, end = times.min(), times.max()
+    apart = (end - first).total_seconds() / labels
     last = None
     for at, label in zip(plans["at"], plans["label"], strict=True):
+        if not first - (end - first) / 20 <= at <= end:
+            continue
         made.add_vline(x=at, line={"color": colours.muted, "width": 1, "dash": "dot"})
-        if last is None or (at - last).total_seconds() > span / 6:
+        fits = last is None or (at - last).total_seconds() > apart
+        if fits and (end - at).total_seconds() > apart * 0.6:
             made.add_annotation(
                 x=at,
                 y=1,

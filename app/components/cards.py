@@ -31,7 +31,13 @@ CARDS = (
     Card("TTFT p50", "ttft_p50", "{:,.0f} ms", help="Time to first token"),
     Card("TPOT p50", "tpot_p50", "{:,.1f} ms", help="Time per output token after the first"),
     Card("Tokens / s", "tokens_s", "{:,.1f}", better="higher", help="Output tokens a second, all requests"),
-    Card("Acceptance length", "acceptance_length", "{:.2f}", better="higher", help="1 + accepted / verify steps"),
+    Card(
+        "Accept. length",
+        "acceptance_length",
+        "{:.2f}",
+        better="higher",
+        help="Acceptance length: 1 + accepted / verify steps",
+    ),
     Card("Errors", "error_rate", "{:.2f} %", scale=100.0),
     Card("Retries", "retry_rate", "{:.2f} %", scale=100.0),
 )

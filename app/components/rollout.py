@@ -41,15 +41,11 @@ def slice_now(serving: Serving, observed: float | None) -> None:
     for row in rows:
         row["acknowledged"] = None if behind or not serving.replicas else row["desired"]
         row["observed"] = observed if row["arm"] == CANARY else None
-    percent = st.column_config.ProgressColumn
+    number = st.column_config.NumberColumn
     columns = {
-        "desired": percent("desired", format="percent", min_value=0.0, max_value=1.0, help="What the ledger asks for"),
-        "acknowledged": percent(
-            "acknowledged", format="percent", min_value=0.0, max_value=1.0, help="What every live replica routes by"
-        ),
-        "observed": percent(
-            "observed", format="percent", min_value=0.0, max_value=1.0, help="Share of requests since this step began"
-        ),
+        "desired": number("desired", format="percent", help="What the ledger asks for"),
+        "acknowledged": number("acknowledged", format="percent", help="What every live replica routes by"),
+        "observed": number("observed", format="percent", help="Share of requests since this step began"),
     }
     st.dataframe(pd.DataFrame(rows), column_config=columns, hide_index=True, key="arms")
     if behind:
@@ -81,7 +77,13 @@ def guard_table(decision: DecisionRecord) -> None:
     number = st.column_config.NumberColumn
     columns = {name: number(name, format="%.3f") for name in ("canary", "control", "low", "high", "log E", "limit")}
     columns["low"] = number("low", format="%.3f", help="Confidence sequence of the difference, valid at every look")
-    st.dataframe(pd.DataFrame(rows), column_config=columns, hide_index=True, key="guards")
+    frame = pd.DataFrame(rows).style.map(_judgement, subset=["verdict"])
+    st.dataframe(frame, column_config=columns, hide_index=True, key="guards")
+
+
+def _judgement(verdict: str) -> str:
+    """The colour of a verdict: only PASS and FAIL judge."""
+    return {"PASS": "color: #1f9d6b", "FAIL": "color: #d6455d; font-weight: 600"}.get(verdict, "")
 
 
 def steps(rollout: Rollout) -> str:

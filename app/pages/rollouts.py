@@ -25,7 +25,7 @@ def page() -> None:
     st.markdown(_sentence(serving))
     rollout.effect()
     rollout.buttons(serving)
-    left, right = st.columns([2, 3])
+    left, right = st.columns([2, 5])
     with left.container(border=True, height="stretch"):
         st.markdown(f"**Serving** generation {serving.plan.generation}")
         observed = newest.evidence.get("weights", {}).get("observed") if newest is not None else None

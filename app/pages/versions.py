@@ -95,7 +95,7 @@ def _detail(version: PolicyVersion, versions: list[PolicyVersion]) -> None:
     st.markdown(" ← ".join(chain))
     found = ledger.lineage(version.version)
     if not found:
-        st.caption("Built in: it was made from no traffic.")
+        st.caption("No traffic on record: it was built in, or registered by hand.")
     for part in found:
         _traffic(part)
     st.caption(f"sha256 {version.digest}")

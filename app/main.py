@@ -7,10 +7,10 @@ import streamlit as st
 st.set_page_config(page_title="Slipstream", page_icon=":material/air:", layout="wide")
 
 PAGES = [
-    st.Page("pages/overview.py", title="Overview", icon=":material/monitoring:", default=True),
-    st.Page("pages/rollouts.py", title="Rollouts", icon=":material/alt_route:", url_path="rollouts"),
-    st.Page("pages/versions.py", title="Versions", icon=":material/layers:", url_path="versions"),
-    st.Page("pages/traces.py", title="Traces", icon=":material/receipt_long:", url_path="traces"),
+    st.Page("views/overview.py", title="Overview", icon=":material/monitoring:", default=True),
+    st.Page("views/rollouts.py", title="Rollouts", icon=":material/alt_route:", url_path="rollouts"),
+    st.Page("views/versions.py", title="Versions", icon=":material/layers:", url_path="versions"),
+    st.Page("views/traces.py", title="Traces", icon=":material/receipt_long:", url_path="traces"),
 ]
 
 st.navigation(PAGES, position="top").run()

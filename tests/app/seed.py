@@ -5,21 +5,32 @@ from __future__ import annotations
 import random
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from uuid import uuid4
+from uuid import UUID, uuid4
 
-from sqlalchemy import update
+from sqlalchemy import insert, update
 
-from engine.contracts import CANARY, CONTROL, Arm, PolicyVersion, ProposerKind, ReplicaState, ServingPlan, Status
-from engine.rollout.launch import launch
+from engine.contracts import (
+    CANARY,
+    CONTROL,
+    Arm,
+    PolicyVersion,
+    ProposerKind,
+    ReplicaState,
+    ServingPlan,
+    SpecCounts,
+    Status,
+    TraceRecord,
+)
 from engine.routing import assign
 from engine.settings import TelemetrySettings
 from engine.store.database import Database
-from engine.store.models import ServingPlanRow
+from engine.store.models import PolicyLineageRow, ServingPlanRow
 from engine.store.repositories import learning, plans, policies, replicas
 from engine.store.repositories.learning import Attempt
-from engine.store.repositories.policies import Lineage
 from engine.telemetry.spill import Batch, Spill
 from engine.telemetry.writer import TraceWriter
+from tests.app.seed_rollouts import roll_out
+from tests.app.seed_text import response, write_tokenizer
 from tests.telemetry.records import record
 
 MINUTES = 58
@@ -45,13 +56,15 @@ def seed(db: Database, folder: Path, now: datetime | None = None) -> list[Policy
     for seq, start in enumerate(range(0, len(records), 200), start=1):
         writer._transaction(Batch(writer._writer_id, seq, records[start : start + 200]))
     _learned(db, versions, [r.trace_id for r in records[:200]], begin)
-    launch(db, canary=versions[4].version, actor="learner", preset="fast", name="v5")
-    beat(db, end)
+    write_tokenizer(folder / "tokenizer.json")
+    beat(db, end, tokenizer=folder / "tokenizer.json")
+    roll_out(db, [v.version for v in versions], begin, end)
     return versions
 
 
-def beat(db: Database, at: datetime) -> None:
+def beat(db: Database, at: datetime, tokenizer: Path | None = None) -> None:
     """A replica that is alive and has observed the newest plan."""
+    stats = {"tokenizer": str(tokenizer)} if tokenizer else {}
     with db.write() as session:
         plan = plans.latest(session)
         assert plan is not None
@@ -59,7 +72,14 @@ def beat(db: Database, at: datetime) -> None:
         replicas.beat(
             session,
             ReplicaState(
-                "replica-0", "http://127.0.0.1:8100", "tiny", at, at, plan.generation, tuple(sorted(plan.versions)), {}
+                "replica-0",
+                "http://127.0.0.1:8100",
+                "tiny",
+                at,
+                at,
+                plan.generation,
+                tuple(sorted(plan.versions)),
+                stats,
             ),
         )
 
@@ -94,12 +114,12 @@ def _plans(db: Database, v: list[int], begin: datetime) -> None:
 
     turns: list[tuple[int, int, tuple[Arm, ...], str, str]] = [
         (0, v[1], (), "engine", "first start"),
-        (12, v[1], arms(v[2], v[1], 0.25), "rollout 1", "canary to 25%"),
+        (12, v[1], arms(v[2], v[1], 0.3), "rollout 1", "canary to 30%"),
         (18, v[1], arms(v[2], v[1], 0.5), "rollout 1", "canary to 50%"),
         (24, v[2], (), "rollout 1", "promoted"),
-        (36, v[2], arms(v[3], v[2], 0.25), "rollout 2", "canary to 25%"),
+        (36, v[2], arms(v[3], v[2], 0.3), "rollout 2", "canary to 30%"),
         (40, v[2], (), "rollout 2", "tokens_per_step: the canary is worse"),
-        (47, v[2], arms(v[4], v[2], 0.25), "rollout 3", "canary to 25%"),
+        (47, v[2], arms(v[4], v[2], 0.3), "rollout 3", "canary to 30%"),
     ]
     for minute, champion, split, actor, reason in turns:
         with db.write() as session:
@@ -119,16 +139,17 @@ def _plans(db: Database, v: list[int], begin: datetime) -> None:
             )
 
 
-def _trace(number: int, at: datetime, history: list[ServingPlan], rng: random.Random):  # type: ignore[no-untyped-def]
+def _trace(number: int, at: datetime, history: list[ServingPlan], rng: random.Random) -> TraceRecord:
     plan = next((p for p in history if p.created_at <= at), history[-1])
     traffic_class = rng.choices(("chat", "code", "long_form", "batch"), (5, 3, 2, 2))[0]
     given = assign(plan, f"key-{number}", traffic_class)
-    rate = _ACCEPTANCE[given.policy_version]
-    speed = 1.0 / (1.0 + 2 * rate)
-    e2e = speed * rng.lognormvariate({"chat": 0.1, "code": 0.4, "long_form": 0.9, "batch": -0.4}[traffic_class], 0.35)
-    steps = rng.randrange(8, 40)
-    drafted = steps * 2
-    accepted = sum(rng.random() < rate for _ in range(drafted))
+    payload = response(traffic_class, rng.randrange(24, 90), _ACCEPTANCE[given.policy_version], rng)
+    counts = SpecCounts()
+    for step in payload.steps:
+        counts.add(step)
+    ttft = 0.09 * rng.lognormvariate(0, 0.3)
+    decode = 0.024 * len(payload.steps) * rng.lognormvariate(0, 0.12) * (2.2 if rng.random() < 0.03 else 1.0)
+    output = len(payload.output_ids)
     return record(
         number,
         seed=3,
@@ -140,34 +161,57 @@ def _trace(number: int, at: datetime, history: list[ServingPlan], rng: random.Ra
         status=Status.ERROR if rng.random() < 0.004 else Status.OK,
         retry=int(rng.random() < 0.02),
         queue_s=0.01,
-        ttft_s=0.1 * rng.lognormvariate(0, 0.3),
-        e2e_s=0.1 + e2e,
-        tpot_s=e2e / (steps + accepted),
-        steps=steps,
-        drafted=drafted,
-        accepted=accepted,
-        drafted_per_pos=(steps, steps),
-        accepted_per_pos=((accepted + 1) // 2, accepted // 2),
-        output_tokens=1 + steps + accepted,
+        prefill_s=ttft - 0.012,
+        ttft_s=ttft,
+        e2e_s=ttft + decode,
+        tpot_s=decode / max(output - 1, 1),
+        draft_s=decode * 0.06,
+        verify_s=decode * 0.9,
+        steps=counts.steps,
+        drafted=counts.drafted,
+        accepted=counts.accepted,
+        drafted_per_pos=tuple(counts.drafted_per_pos),
+        accepted_per_pos=tuple(counts.accepted_per_pos),
+        prompt_tokens=len(payload.prompt_ids),
+        output_tokens=output,
+        payload=payload,
     )
 
 
-def _learned(db: Database, versions: list[PolicyVersion], traces: list, begin: datetime) -> None:  # type: ignore[type-arg]
-    comparison = {"requests": 40, "champion": 1.4, "candidate": 1.9, "low": 0.3, "high": 0.7}
-    gate = {"passed": True, "reasons": ["better"], "overall": comparison, "classes": {"chat": comparison}}
+def _learned(db: Database, versions: list[PolicyVersion], traces: list[UUID], begin: datetime) -> None:
+    """Lineage of the learned versions, and the learner's attempts: three that passed the gate and one refused."""
+    classes = {"chat": 88, "code": 51, "long_form": 34, "batch": 27}
+    attempts = (
+        (12, versions[2], versions[1], 0.62, "1.95 tokens per verify step against 1.45"),
+        (30, None, versions[2], -0.04, "the lower bound of the change is -0.08: not certainly better"),
+        (35, versions[3], versions[2], 0.12, "2.09 tokens per verify step against 1.97"),
+        (46, versions[4], versions[2], 0.31, "2.26 tokens per verify step against 1.95"),
+    )
     with db.write() as session:
-        policies.register(
-            session,
-            digest=versions[2].digest,
-            kind=ProposerKind.TRACE_MEMORY,
-            num_speculative_tokens=4,
-            manifest={},
-            lineage=[Lineage("train", traces, begin, begin + timedelta(minutes=12), {"chat": 120, "code": 80})],
-        )
-        for outcome, version, reason in (
-            ("registered", versions[2].version, "1.9 tokens per verify step against 1.4"),
-            ("refused", None, "the lower bound of the change is -0.02: not certainly better"),
-        ):
-            learning.record(
-                session, Attempt(begin, begin, outcome, reason, 200, 40, gate, 0.2, version, versions[1].version)
-            )
+        for minute, made, parent, gain, reason in attempts:
+            at = begin + timedelta(minutes=minute)
+            comparisons = {
+                name: {"n": n // 4, "champion": was, "candidate": was + gain * part, "delta": gain * part,
+                       "low": gain * part - 0.1, "high": gain * part + 0.1}
+                for (name, n), was, part in zip(
+                    classes.items(), (1.41, 1.73, 1.38, 1.52), (1, 1.3, 0.6, 0.9), strict=True
+                )
+            }  # fmt: skip
+            overall = {"n": 50, "champion": 1.5, "candidate": 1.5 + gain, "delta": gain,
+                       "low": gain - 0.04, "high": gain + 0.05}  # fmt: skip
+            gate = {"passed": made is not None, "reasons": [reason], "overall": overall, "classes": comparisons}
+            version = None
+            if made is not None:
+                version = made.version
+                window = (begin, at)
+                session.execute(
+                    insert(PolicyLineageRow),
+                    [
+                        {"version": version, "role": role, "trace_ids": ids, "window_from": window[0],
+                         "window_to": window[1], "classes": mix}
+                        for role, ids, mix in (("train", traces[:150], classes), ("gate", traces[150:], {"chat": 50}))
+                    ],
+                )  # fmt: skip
+                policies.set_mlflow(session, version, str(version - 2), f"run{version}")
+            outcome = "registered" if made is not None else "refused"
+            learning.record(session, Attempt(at, at, outcome, reason, 150, 50, gate, 0.42, version, parent.version))

@@ -12,7 +12,7 @@ from engine.store.repositories import plans, rollouts, traces
 from engine.store.repositories.overview import Slice
 from tests.app.seed import beat
 
-PAGES = Path(__file__).parents[2] / "app" / "pages"
+PAGES = Path(__file__).parents[2] / "app" / "views"
 NAMES = ("overview", "rollouts", "versions", "traces")
 
 

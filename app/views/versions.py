@@ -111,7 +111,7 @@ def _traffic(part: Lineage) -> None:
     st.markdown(f"{role} **{len(part.trace_ids):,} traces**, {window}: {classes}")
     with st.expander("Traces", key=f"traces-{part.role}"):
         for trace_id in part.trace_ids[:SHOWN_TRACES]:
-            st.page_link("pages/traces.py", label=str(trace_id), query_params={"trace": str(trace_id)})
+            st.page_link("views/traces.py", label=str(trace_id), query_params={"trace": str(trace_id)})
         if len(part.trace_ids) > SHOWN_TRACES:
             st.caption(
                 f"and {len(part.trace_ids) - SHOWN_TRACES:,} more: `slipstream policy show V --traces` lists all"

@@ -53,8 +53,8 @@ def run(settings: Settings, database: Database, stop: threading.Event) -> None:
             settings.mlflow.export_share,
             lambda: datetime.now(UTC),
         )
-        chores.append(Chore("trace export", 1.0, lambda: exporter.run_once() == exporter.batch))
-        chores.append(Chore("model registry", 5.0, lambda: mirror_registry(settings, database)))
+        chores.append(Chore("trace export", 2.0, lambda: exporter.run_once() == exporter.batch))
+        chores.append(Chore("model registry", 10.0, lambda: mirror_registry(settings, database)))
     else:
         log.warning("no MLflow tracking URI: traces are not exported and versions not registered there")
     while not stop.is_set():

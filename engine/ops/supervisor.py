@@ -31,13 +31,17 @@ STEADY_S = 60.0
 
 @dataclass(frozen=True, slots=True)
 class Component:
-    """One process of the system: how it starts and how one sees that it is ready."""
+    """One process of the system: how it starts and how one sees that it is ready.
+
+    ``niceness`` is added to the supervisor's own: what nobody waits for must not take the cores from serving.
+    """
 
     name: str
     argv: Sequence[str]
     environ: Mapping[str, str]
     url: str | None = None
     ready: Callable[[], bool] = lambda: True
+    niceness: int = 0
 
 
 @dataclass(slots=True)
@@ -120,9 +124,10 @@ class Supervisor:
     def _spawn(self, component: Component) -> subprocess.Popen[bytes]:
         path = log_file(self.home, component.name)
         path.parent.mkdir(parents=True, exist_ok=True)
+        lowered = ["nice", "-n", str(component.niceness)] if component.niceness else []
         with path.open("ab") as out:
             return subprocess.Popen(
-                list(component.argv),
+                [*lowered, *component.argv],
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=subprocess.STDOUT,

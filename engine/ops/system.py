@@ -16,6 +16,11 @@ from engine.settings import Settings, to_environment
 from engine.store import migrate
 from engine.store.database import sqlalchemy_url
 
+ENVIRONMENT = {
+    "PYTHONUNBUFFERED": "1",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+}
 READY_S = {"mlflow": 120.0, "engine": 600.0, "dashboard": 60.0}
 
 
@@ -48,7 +53,7 @@ def start(settings: Settings, supervisor: Supervisor, say: Say) -> Settings:
     supervisor.start(_part("controller", environ))
     if settings.learner.enabled:
         supervisor.start(_part("learner", environ))
-    supervisor.start(_part("housekeeping", environ))
+    supervisor.start(_part("housekeeping", environ, niceness=10))
     supervisor.wait_ready("dashboard", READY_S["dashboard"])
     say(f"dashboard: {board}")
     supervisor.wait_ready("engine", READY_S["engine"])
@@ -147,18 +152,22 @@ def _mlflow(settings: Settings, database_url: str, url: str) -> Component:
     argv = [sys.executable, "-m", "mlflow", "server", "--host", host, "--port", str(port), "--workers", "1"]
     argv += ["--artifacts-destination", str(settings.dir("mlflow") / "artifacts")]
     argv += ["--allowed-hosts", f"localhost:{port},127.0.0.1:{port},{host}:{port}"]
-    return Component("mlflow", argv, environ, url, _answers(f"{url}/health"))
+    return Component("mlflow", argv, environ, url, _answers(f"{url}/health"), niceness=10)
 
 
 def _part(
-    name: str, environ: dict[str, str], url: str | None = None, ready: Callable[[], bool] = lambda: True
+    name: str,
+    environ: dict[str, str],
+    url: str | None = None,
+    ready: Callable[[], bool] = lambda: True,
+    niceness: int = 0,
 ) -> Component:
-    return Component(name, [sys.executable, "-m", "engine.cli", name], environ, url, ready)
+    return Component(name, [sys.executable, "-m", "engine.cli", name], environ, url, ready, niceness)
 
 
 def _environment(settings: Settings) -> dict[str, str]:
     kept = {k: v for k, v in os.environ.items() if not k.startswith("SLIPSTREAM_")}
-    return kept | to_environment(settings) | {"PYTHONUNBUFFERED": "1", "MLFLOW_DISABLE_TELEMETRY": "true"}
+    return kept | to_environment(settings) | ENVIRONMENT
 
 
 def _answers(url: str) -> Callable[[], bool]:

@@ -26,7 +26,16 @@ def flags(database_url: str, tmp_path: Path) -> list[str]:
 
 
 def test_every_command_has_help() -> None:
-    for command in ((), ("up",), ("demo",), ("rollback",), ("rollout",), ("policy",), ("bench",), ("bench", "rollback")):
+    for command in (
+        (),
+        ("up",),
+        ("demo",),
+        ("rollback",),
+        ("rollout",),
+        ("policy",),
+        ("bench",),
+        ("bench", "rollback"),
+    ):
         answer = run.invoke(app, [*command, "--help"])
         assert answer.exit_code == 0, answer.output
 

@@ -24,7 +24,13 @@ def test_a_quantile_lies_in_its_interval_which_narrows_with_n() -> None:
     many = quantile_figure("p50", sample.tolist(), 0.5, "s", rng)
     assert few.low <= few.value <= few.high
     assert many.high - many.low < few.high - few.low
-    assert many.low < np.log(2) < many.high  # the true median of an exponential
+
+
+def test_the_interval_covers_the_truth_about_as_often_as_it_says() -> None:
+    rng = np.random.default_rng(1)
+    median = np.log(2)  # of the exponential with mean 1
+    figures = [quantile_figure("p50", rng.exponential(1.0, 50).tolist(), 0.5, "s", rng) for _ in range(100)]
+    assert sum(f.low <= median <= f.high for f in figures) >= 85
 
 
 def test_no_event_still_has_an_upper_bound() -> None:

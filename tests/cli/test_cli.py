@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from engine.cli.main import app
 from engine.contracts import SlipstreamError
 from engine.store.database import Database
-from engine.store.repositories import plans
+from engine.store.repositories import plans, rollouts
 from tests.app.seed import beat, seed
 
 run = CliRunner()
@@ -85,10 +85,10 @@ def test_rollback_to_a_version_that_is_not_there(flags: list[str], db: Database,
 def test_lineage_in_both_directions(flags: list[str], db: Database, tmp_path: Path) -> None:
     seed(db, tmp_path / "spill")
     shown = json.loads(run.invoke(app, [*flags, "policy", "show", "3", "--traces"]).output)
-    (train,) = shown["lineage"]
+    train = next(part for part in shown["lineage"] if part["role"] == "train")
     assert train["traces"] == len(train["trace_ids"]) == 200
     answer = run.invoke(app, [*flags, "policy", "influenced-by", train["trace_ids"][0]])
-    assert answer.output.split() == ["v3"]
+    assert "v3" in answer.output.split()
 
 
 def test_status_tells_plan_and_replicas(flags: list[str], db: Database, tmp_path: Path) -> None:
@@ -102,9 +102,13 @@ def test_status_tells_plan_and_replicas(flags: list[str], db: Database, tmp_path
 
 def test_rollout_verbs(flags: list[str], db: Database, tmp_path: Path) -> None:
     seed(db, tmp_path / "spill")
-    listed = run.invoke(app, [*flags, "rollout", "list"]).output
-    assert "READY" in listed
-    asked = run.invoke(app, [*flags, "rollout", "pause", "1", "--reason", "look first"])
+    with db.read() as session:
+        active = rollouts.active(session)
+    assert active is not None
+    assert f"v{active.canary} against v{active.champion}" in run.invoke(app, [*flags, "rollout", "list"]).output
+    asked = run.invoke(app, [*flags, "rollout", "pause", str(active.id), "--reason", "look first"])
     assert asked.exit_code == 0, asked.output
-    assert run.invoke(app, [*flags, "rollout", "status", "1"]).exit_code == 2
-    assert "no rollout 9" in str(run.invoke(app, [*flags, "rollout", "status", "9"]).exception)
+    with db.read() as session:
+        assert [c.verb for c in rollouts.commands(session, active.id)] == ["hold"]
+    assert run.invoke(app, [*flags, "rollout", "status", str(active.id)]).exit_code == 2
+    assert "no rollout 99" in str(run.invoke(app, [*flags, "rollout", "status", "99"]).exception)

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import streamlit as st
 
 st.set_page_config(page_title="Slipstream", page_icon=":material/air:", layout="wide")
+
+st.html(Path(__file__).with_name("style.css"))
+st.logo(str(Path(__file__).parent / "static" / "logo.svg"), size="medium")
 
 PAGES = [
     st.Page("views/overview.py", title="Overview", icon=":material/monitoring:", default=True),

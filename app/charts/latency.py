@@ -2,89 +2,102 @@
 
 from __future__ import annotations
 
+import math
+
 import pandas as pd
 import plotly.graph_objects as go
 
-from app.charts.theme import Palette, empty, figure, mark_deploys
+from app.charts.theme import Palette, Window, empty, figure, log_axis, mark_deploys, time_axis
 
 NOTHING = "No traffic in this window"
-LINE = {"width": 2}
+QUANTILES = ("p50", "p95", "p99")
+TALL = 320
 
 
 def percentiles(
-    frame: pd.DataFrame, canary: pd.DataFrame, plans: pd.DataFrame, colours: Palette, metric: str = "e2e"
+    frame: pd.DataFrame,
+    canary: pd.DataFrame,
+    plans: pd.DataFrame,
+    window: Window,
+    colours: Palette,
+    metric: str = "e2e",
 ) -> go.Figure:
     """p50, p95 and p99 in ms on a log axis; the canary's p95 dashed in its version's colour.
 
     ``frame`` and ``canary``: at, {metric}_p50, _p95, _p99; canary also policy_version.
     """
-    if frame.empty:
-        return empty(NOTHING, colours, 330)
-    made = figure(colours, 330)
-    for name, colour in zip(("p50", "p95", "p99"), colours.quantiles, strict=True):
-        made.add_scatter(
-            x=frame["at"],
-            y=frame[f"{metric}_{name}"],
-            name=name,
-            mode=_mode(frame, f"{metric}_{name}"),
-            line=LINE | {"color": colour},
-            hovertemplate="%{y:,.0f} ms",
-            connectgaps=False,
-        )
+    names = [f"{metric}_{name}" for name in QUANTILES]
+    if frame.empty or frame[names].isna().all(axis=None):
+        return empty(NOTHING, colours, TALL)
+    made = figure(colours, TALL)
+    for name, colour in zip(QUANTILES, colours.quantiles, strict=True):
+        _line(made, frame, f"{metric}_{name}", name, {"color": colour})
     for version, rows in canary.groupby("policy_version") if not canary.empty else ():
-        made.add_scatter(
-            x=rows["at"],
-            y=rows[f"{metric}_p95"],
-            name=f"canary v{version} p95",
-            mode="lines+markers",
-            marker={"size": 5},
-            line={"width": 2, "dash": "dash", "color": colours.version(int(version))},
-            hovertemplate="%{y:,.0f} ms",
-        )
-    made.update_yaxes(type="log", ticksuffix=" ms", dtick="D2", tickformat=",~r")
-    return mark_deploys(made, plans, frame["at"], colours, labels=6)
+        style = {"dash": "dash", "color": colours.version(int(version))}
+        _line(made, rows, f"{metric}_p95", f"canary v{version} p95", style)
+    made.update_traces(hovertemplate="%{y:,.0f} ms")
+    shown = pd.concat([frame[names], canary[names]]) if not canary.empty else frame[names]
+    log_axis(made, float(shown.min(axis=None)), float(shown.max(axis=None)))
+    return mark_deploys(time_axis(made, window), plans, window, colours, width=640)
 
 
-def heat_map(frame: pd.DataFrame, colours: Palette) -> go.Figure:
-    """Requests by time and latency. ``frame``: at, ms, requests."""
+def heat_map(frame: pd.DataFrame, window: Window, colours: Palette) -> go.Figure:
+    """Requests by time and latency on a log axis. ``frame``: at, until, low, high (ms), requests."""
     if frame.empty:
-        return empty(NOTHING, colours, 330)
-    grid = frame.pivot_table(index="ms", columns="at", values="requests", aggfunc="sum")
-    made = figure(colours, 330)
+        return empty(NOTHING, colours, TALL)
+    grid = frame.pivot_table(index="low", columns="at", values="requests", aggfunc="sum")
+    width = frame["until"].iloc[0] - frame["at"].iloc[0]
+    times = pd.date_range(grid.columns.min(), grid.columns.max(), freq=width)
+    ratio = float((frame["high"] / frame["low"]).iloc[0])
+    steps = round(math.log(grid.index.max() / grid.index.min(), ratio)) if len(grid) > 1 else 0
+    lows = [float(grid.index.min()) * ratio**step for step in range(steps + 1)]
+    rows = [round(math.log(low / lows[0], ratio)) for low in grid.index]
+    grid = grid.set_axis(rows, axis=0).reindex(index=range(len(lows)), columns=times)
+    made = figure(colours, TALL)
     low, middle, high = colours.heat
     made.add_heatmap(
-        x=grid.columns,
-        y=[f"{ms:,.0f}" if ms >= 10 else f"{ms:.1f}" for ms in grid.index],
+        x=[*times, times[-1] + width],
+        y=[*lows, lows[-1] * ratio],
         z=grid.to_numpy(),
         colorscale=[[0, low], [0.5, middle], [1, high]],
-        hovertemplate="%{x|%H:%M}, about %{y} ms: %{z} requests<extra></extra>",
-        colorbar={"orientation": "h", "thickness": 8, "len": 0.4, "x": 1, "xanchor": "right", "y": 1.02,
-                  "yanchor": "bottom", "tickfont": {"size": 10, "color": colours.muted}, "outlinewidth": 0},
-        xgap=1,
-        ygap=1,
-    )  # fmt: skip
+        customdata=[[f"{bottom:,.0f} to {bottom * ratio:,.0f} ms"] * len(times) for bottom in lows],
+        hovertemplate="%{customdata}: %{z:.0f} requests<extra></extra>",
+        hoverongaps=False,
+        colorbar={
+            "orientation": "h",
+            "thickness": 8,
+            "len": 0.42,
+            "x": 1,
+            "xanchor": "right",
+            "y": 1,
+            "yref": "container",
+            "yanchor": "top",
+            "tickfont": {"size": 10, "color": colours.muted},
+            "outlinewidth": 0,
+            "nticks": 5,
+            "xpad": 0,
+            "ypad": 0,
+        },
+    )
     made.update_layout(hovermode="closest")
-    made.update_yaxes(type="category", showgrid=False, nticks=10, ticksuffix=" ms")
-    return made
+    log_axis(made, lows[0], lows[-1] * ratio)
+    return time_axis(made, window)
 
 
-def by_version(frame: pd.DataFrame, column: str, plans: pd.DataFrame, colours: Palette, suffix: str = "") -> go.Figure:
+def by_version(
+    frame: pd.DataFrame, column: str, plans: pd.DataFrame, window: Window, colours: Palette, form: str = ".2f"
+) -> go.Figure:
     """One line a version, in its colour for life. ``frame``: at, policy_version, ``column``."""
     if frame.empty or frame[column].isna().all():
         return empty(NOTHING, colours)
     made = figure(colours)
     for version, rows in frame.groupby("policy_version"):
-        made.add_scatter(
-            x=rows["at"],
-            y=rows[column],
-            name=f"v{version}",
-            mode=_mode(rows, column),
-            line=LINE | {"color": colours.version(int(version))},
-            hovertemplate=f"%{{y:.2f}}{suffix}",
-            connectgaps=False,
-        )
+        if rows[column].notna().any():
+            _line(made, rows, column, f"v{version}", {"color": colours.version(int(version))})
+    made.update_traces(hovertemplate=f"%{{y:{form}}}")
     made.update_layout(showlegend=True)
-    return mark_deploys(made, plans, frame["at"], colours)
+    made.update_yaxes(nticks=6)
+    return mark_deploys(time_axis(made, window), plans, window, colours)
 
 
 def positions(frame: pd.DataFrame, colours: Palette) -> go.Figure:
@@ -100,11 +113,21 @@ def positions(frame: pd.DataFrame, colours: Palette) -> go.Figure:
             marker={"color": colours.version(int(version))},
             hovertemplate="%{y:.1f} %",
         )
-    made.update_layout(barmode="group", bargap=0.3, showlegend=True)
+    made.update_layout(barmode="group", bargap=0.3, showlegend=True, hovermode="x")
     made.update_yaxes(ticksuffix=" %", rangemode="tozero")
     return made
 
 
-def _mode(frame: pd.DataFrame, column: str) -> str:
-    """Points that stand alone between gaps would be invisible as lines."""
-    return "lines+markers" if frame[column].notna().sum() < 12 else "lines"
+def _line(made: go.Figure, rows: pd.DataFrame, column: str, name: str, style: dict[str, str]) -> None:
+    """A line that breaks where there was no traffic; points that stand alone between gaps get a marker."""
+    values = rows[column]
+    alone = values.notna() & values.shift().isna() & values.shift(-1).isna()
+    made.add_scatter(
+        x=rows["at"],
+        y=values,
+        name=name,
+        mode="lines+markers",
+        line={"width": 2, **style},
+        marker={"size": [5 if one else 0 for one in alone], "color": style["color"], "line": {"width": 0}},
+        connectgaps=False,
+    )

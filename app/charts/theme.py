@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from datetime import datetime, timedelta
 
 import pandas as pd
 import plotly.graph_objects as go
 
 CONFIG = {"displayModeBar": False, "responsive": True}
+TICKS: tuple[tuple[float, tuple[float, ...]], ...] = (
+    (0.7, (1, 1.5, 2, 3, 4, 5, 7)),
+    (1.6, (1, 2, 3, 5)),
+    (3.0, (1, 3)),
+    (math.inf, (1,)),
+)
+"""Decades that a log axis spans at most → the digits of its ticks."""
+FONT = "Inter, sans-serif"
+Window = tuple[datetime, datetime]
+"""What a time chart spans, [since, until)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +36,7 @@ class Palette:
     quantiles: tuple[str, str, str]
     versions: tuple[str, ...]
     heat: tuple[str, str, str]
-    slice_: str
+    card: str
 
     def version(self, number: int) -> str:
         return self.versions[number % len(self.versions)]
@@ -37,10 +49,10 @@ LIGHT = Palette(
     good="#1a7f5a",
     bad="#c4314b",
     warn="#b45f06",
-    quantiles=("#9cc0ee", "#3f7fd6", "#12408f"),
+    quantiles=("#8db8ef", "#3f7fd6", "#12408f"),
     versions=("#6c7076", "#0072b2", "#d55e00", "#009e73", "#b0508c", "#8a6d00", "#4a9fd0", "#6a3d9a", "#a65628"),
     heat=("#eef4fc", "#5b96de", "#0d3272"),
-    slice_="rgba(213, 94, 0, 0.07)",
+    card="#ffffff",
 )
 DARK = Palette(
     text="#e7e8ea",
@@ -49,10 +61,10 @@ DARK = Palette(
     good="#5cc49a",
     bad="#f0788c",
     warn="#e8a24a",
-    quantiles=("#345f9e", "#6ea5ef", "#c9dffb"),
+    quantiles=("#4470b4", "#6ea5ef", "#c9dffb"),
     versions=("#9a9fa7", "#5aaee6", "#f28a3c", "#3cc79c", "#dc8cc0", "#d8b33c", "#8fd0f5", "#b494e0", "#d08a66"),
     heat=("#1b2635", "#3f7fd6", "#d6e7fd"),
-    slice_="rgba(242, 138, 60, 0.10)",
+    card="#1e2023",
 )
 
 
@@ -65,54 +77,98 @@ def figure(colours: Palette, height: int = 280) -> go.Figure:
     made = go.Figure()
     made.update_layout(
         height=height,
-        margin={"l": 8, "r": 8, "t": 34, "b": 8},
+        margin={"l": 4, "r": 4, "t": 44, "b": 4},
         paper_bgcolor="rgba(0,0,0,0)",
         plot_bgcolor="rgba(0,0,0,0)",
-        font={"family": "Inter, sans-serif", "size": 12, "color": colours.text},
-        legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0, "xanchor": "left", "font": {"size": 11}},
+        font={"family": FONT, "size": 12, "color": colours.text},
+        legend={
+            "orientation": "h",
+            "x": 0,
+            "xanchor": "left",
+            "y": 1,
+            "yref": "container",
+            "yanchor": "top",
+            "font": {"size": 11},
+            "itemwidth": 30,
+            "bgcolor": "rgba(0,0,0,0)",
+        },
         hovermode="x unified",
-        hoverlabel={"font": {"family": "Inter, sans-serif", "size": 12}},
+        hoverlabel={"font": {"family": FONT, "size": 12, "color": colours.text}, "bgcolor": colours.card},
         barmode="overlay",
         uirevision="keep",
     )
-    made.update_xaxes(showgrid=False, zeroline=False, tickfont={"color": colours.muted, "size": 11}, automargin=True)
-    made.update_yaxes(
-        gridcolor=colours.grid, zeroline=False, tickfont={"color": colours.muted, "size": 11}, automargin=True
+    ticks = {"color": colours.muted, "size": 11}
+    made.update_xaxes(showgrid=False, zeroline=False, tickfont=ticks, automargin=True, linecolor=colours.grid)
+    made.update_yaxes(gridcolor=colours.grid, zeroline=False, tickfont=ticks, automargin=True)
+    return made
+
+
+def time_axis(made: go.Figure, window: Window) -> go.Figure:
+    """Every time chart of a page spans the whole window, so that the same moment is at the same place."""
+    since, until = window
+    short = (until - since) <= timedelta(hours=36)
+    made.update_xaxes(
+        range=[since, until], tickformat="%H:%M" if short else "%b %-d", hoverformat="%b %-d, %H:%M", nticks=8
     )
     return made
 
 
-def mark_deploys(
-    made: go.Figure, plans: pd.DataFrame, times: pd.Series, colours: Palette, labels: int = 3
-) -> go.Figure:
-    """A dotted line where the ledger changed what is served. ``plans``: at, label; oldest first.
-
-    ``times`` is what the chart shows, ``labels`` how many fit beside each other: a mark too close to the label before
-    goes without one, and hovering still tells it.
-    """
-    if plans.empty or times.empty:
+def log_axis(made: go.Figure, low: float, high: float) -> go.Figure:
+    """A logarithmic axis of milliseconds whose ticks are round numbers, more of them where it spans little."""
+    if not (low > 0 and high > 0 and math.isfinite(low) and math.isfinite(high)):
         return made
-    first, end = times.min(), times.max()
-    apart = (end - first).total_seconds() / labels
-    last = None
-    for at, label in zip(plans["at"], plans["label"], strict=True):
-        if not first - (end - first) / 20 <= at <= end:
-            continue
-        made.add_vline(x=at, line={"color": colours.muted, "width": 1, "dash": "dot"})
-        fits = last is None or (at - last).total_seconds() > apart
-        if fits and (end - at).total_seconds() > apart * 0.6:
-            made.add_annotation(
-                x=at,
-                y=1,
-                yref="paper",
-                yanchor="top",
-                xanchor="left",
-                text=label,
-                showarrow=False,
-                font={"size": 10, "color": colours.muted},
-                xshift=3,
+    low, high = low / 1.12, high * 1.12
+    decades = math.log10(high / low)
+    digits = (
+        (1, 1.5, 2, 3, 4, 5, 7) if decades < 0.7 else (1, 2, 3, 5) if decades < 1.6 else (1, 3) if decades < 3 else (1,)
+    )
+    places = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    values = [digit * 10.0**place for place in places for digit in digits if low <= digit * 10.0**place <= high]
+    made.update_yaxes(
+        type="log", range=[math.log10(low), math.log10(high)], tickvals=values, ticktext=[duration(v) for v in values]
+    )
+    return made
+
+
+def duration(ms: float) -> str:
+    """1500 → "1.5 s", 0.5 → "0.5 ms"."""
+    return f"{ms / 1e3:g} s" if ms >= 1e3 else f"{ms:g} ms"
+
+
+def mark_deploys(made: go.Figure, plans: pd.DataFrame, window: Window, colours: Palette, width: int = 380) -> go.Figure:
+    """A dotted line where the ledger changed what is served, its label above, and a tint while a canary served.
+
+    ``plans``: at, label, canary (its version, or missing); oldest first. ``width``: pixels the chart has at least. A
+    label that would run into the one before is left out; the line stays, and the ledger tells.
+    """
+    since, until = window
+    second = width / max((until - since).total_seconds(), 1.0)  # pixels
+    free = 0.0
+    ends = [*plans["at"].iloc[1:], until] if len(plans) else []
+    for at, label, canary, end in zip(plans["at"], plans["label"], plans["canary"], ends, strict=True):
+        if pd.notna(canary) and end > since:
+            tint = colours.version(int(canary))
+            made.add_vrect(
+                x0=max(at, since), x1=min(end, until), fillcolor=tint, opacity=0.09, line_width=0, layer="below"
             )
-            last = at
+        if not since <= at <= until:
+            continue
+        made.add_vline(x=at, line={"color": colours.muted, "width": 1, "dash": "dot"}, layer="below")
+        left, length = (at - since).total_seconds() * second, 5.8 * len(label) + 6
+        if left < free or left + length > width + 12:
+            continue
+        free = left + length
+        made.add_annotation(
+            x=at,
+            y=1,
+            yref="paper",
+            yanchor="bottom",
+            xanchor="left",
+            xshift=-2,
+            text=label,
+            showarrow=False,
+            font={"size": 10, "color": colours.muted},
+        )
     return made
 
 

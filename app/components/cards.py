@@ -21,23 +21,16 @@ class Card:
     form: str
     scale: float = 1.0
     better: Literal["lower", "higher"] = "lower"
-    help: str | None = None
 
 
 CARDS = (
-    Card("p50 latency", "e2e_p50", "{:,.0f} ms", help="End to end, median"),
-    Card("p95 latency", "e2e_p95", "{:,.0f} ms", help="End to end"),
-    Card("p99 latency", "e2e_p99", "{:,.0f} ms", help="End to end"),
-    Card("TTFT p50", "ttft_p50", "{:,.0f} ms", help="Time to first token"),
-    Card("TPOT p50", "tpot_p50", "{:,.1f} ms", help="Time per output token after the first"),
-    Card("Tokens / s", "tokens_s", "{:,.1f}", better="higher", help="Output tokens a second, all requests"),
-    Card(
-        "Accept. length",
-        "acceptance_length",
-        "{:.2f}",
-        better="higher",
-        help="Acceptance length: 1 + accepted / verify steps",
-    ),
+    Card("p50 latency", "e2e_p50", "{:,.0f} ms"),
+    Card("p95 latency", "e2e_p95", "{:,.0f} ms"),
+    Card("p99 latency", "e2e_p99", "{:,.0f} ms"),
+    Card("TTFT p50", "ttft_p50", "{:,.0f} ms"),
+    Card("TPOT p50", "tpot_p50", "{:,.1f} ms"),
+    Card("Output tokens / s", "tokens_s", "{:,.1f}", better="higher"),
+    Card("Acceptance length", "acceptance_length", "{:.2f}", better="higher"),
     Card("Errors", "error_rate", "{:.2f} %", scale=100.0),
     Card("Retries", "retry_rate", "{:.2f} %", scale=100.0),
 )
@@ -45,7 +38,7 @@ CARDS = (
 
 def cards(now: pd.Series, before: pd.Series, trend: pd.DataFrame) -> None:
     """A row of cards: value, change against the window before, sparkline."""
-    with st.grid(len(CARDS), min_column_width=132, gap="small", key="cards"):
+    with st.grid(len(CARDS), min_column_width=136, gap="xsmall", key="cards"):
         for card in CARDS:
             _card(card, now.get(card.column), before.get(card.column), trend)
 
@@ -66,41 +59,39 @@ def _card(card: Card, value: float | None, before: float | None, trend: pd.DataF
         delta_color="inverse" if card.better == "lower" else "normal",
         border=True,
         height="stretch",
-        help=card.help,
         chart_data=[round(float(v), 4) for v in series] if len(series) > 1 else None,
     )
 
 
-def verdict(serving: Serving, now: pd.Series, before: pd.Series) -> str:
-    """The first sentence of the page: what serves, how it does, what is tried."""
+def verdict(serving: Serving, now: pd.Series, before: pd.Series, window: str) -> str:
+    """The first sentence of the page: what serves, how it does, what is tried. ``window``: "hour", "15 minutes"…"""
     plan = serving.plan
     if plan is None:
         return "No engine has started yet. Run `slipstream up`."
+    canary = plan.arm(CANARY)
+    who = f"**v{plan.champion}** serves {'all traffic' if canary is None else 'as champion'}"
     if now.empty:
-        return f"**v{plan.champion}** is champion. No traffic in this window."
+        return f"{who}. No traffic in the last {window}."
+    text = f"{who}: p95 {_duration(now.get('e2e_p95'))}"
     p95, was = now.get("e2e_p95"), before.get("e2e_p95") if not before.empty else None
-    text = f"**v{plan.champion}** is champion: p95 {_duration(p95)}"
     if _is_number(p95) and _is_number(was) and was:
         assert p95 is not None
         change = p95 / was - 1
-        word = "as in the window before" if abs(change) < 0.02 else (
-            f"{abs(change):.0%} {'faster' if change < 0 else 'slower'} than the window before"
-        )  # fmt: skip
-        text += f", {word}"
-    if _is_number(length := now.get("acceptance_length")):
-        text += f", {length:.2f} tokens a verify step"
-    canary = plan.arm(CANARY)
+        word = f":green[{-change:.0%} faster] than" if change < 0 else f":red[{change:.0%} slower] than"
+        text += f", {'about as in' if abs(change) < 0.02 else word} the {window} before"
+    text += "."
     if canary is not None:
-        text += f". Canary **v{canary.policy_version}** takes {canary.weight:.0%}"
+        text += f" Canary **v{canary.policy_version}** takes {canary.weight * 100:g} %"
         if serving.rollout is not None and (reason := serving.rollout.status.get("reason")):
             text += f": {reason}"
-    return text + "."
+        text += "."
+    return text
 
 
 def _duration(ms: float | None) -> str:
     if not _is_number(ms) or ms is None:
         return "unknown"
-    return f"{ms / 1e3:.1f} s" if ms >= 1e3 else f"{ms:.0f} ms"
+    return f"{ms / 1e3:.2f} s" if ms >= 1e3 else f"{ms:.0f} ms"
 
 
 def _is_number(value: float | None) -> bool:

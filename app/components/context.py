@@ -11,7 +11,7 @@ from datetime import UTC, datetime, timedelta
 
 import streamlit as st
 
-from app.charts.theme import Palette, palette
+from app.charts.theme import Palette, Window, palette
 from app.queries import overview
 from app.queries.database import settings
 from engine.store.repositories.overview import Slice
@@ -23,7 +23,6 @@ RANGES = {
     "24h": timedelta(hours=24),
     "7d": timedelta(days=7),
 }
-ALL = "all"
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,17 +33,29 @@ class Context:
     range: str
     colours: Palette
 
+    @property
+    def window(self) -> Window:
+        return self.part.since, self.part.until
+
 
 def bar() -> Callable[[], Context]:
     """Draw the bar; gives the context of this moment, to be asked again at every refresh."""
-    with st.container(horizontal=True, vertical_alignment="bottom", key="context"):
-        st.segmented_control("Time range", list(RANGES), default="1h", key="range", bind="query-params", required=True)
+    with st.container(horizontal=True, vertical_alignment="center", key="context", gap="small"):
+        st.segmented_control(
+            "Time range",
+            list(RANGES),
+            default="1h",
+            key="range",
+            bind="query-params",
+            required=True,
+            label_visibility="collapsed",
+        )
         offered = overview.known(_slice(RANGES["7d"]))
-        chosen_class = _choice("Traffic class", "class", offered["classes"])
-        arm = _choice("Arm", "arm", offered["arms"])
-        version = _choice("Version", "version", [f"v{n}" for n in offered["versions"]])
+        chosen_class = _choice("All classes", "class", offered["classes"])
+        arm = _choice("All arms", "arm", offered["arms"])
+        version = _choice("All versions", "version", [f"v{n}" for n in offered["versions"]])
         st.space("stretch")
-        st.toggle("Live", value=True, key="live", bind="query-params", help="Refresh every few seconds")
+        st.toggle("Live", value=True, key="live", bind="query-params")
     name = st.session_state.get("range") or "1h"
 
     def now() -> Context:
@@ -61,21 +72,41 @@ def live(body: Callable[[], None]) -> None:
     st.fragment(body, run_every=every)()
 
 
-def age() -> None:
-    """How old the newest data are."""
-    newest = overview.newest()
-    if newest is None:
-        st.caption("No traffic yet")
-        return
-    seconds = (datetime.now(UTC) - newest).total_seconds()
-    shown = f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
-    paused = "" if st.session_state.get("live", True) else " · paused"
-    st.caption(f"Newest request began {shown} ago{paused}")
+def headline(sentence: str) -> None:
+    """The verdict first, in larger type, and beside it how old the newest data are."""
+    with st.container(horizontal=True, vertical_alignment="center", key="headline"):
+        st.markdown(sentence, width="stretch")
+        newest = overview.newest()
+        if newest is None:
+            return
+        seconds = (datetime.now(UTC) - newest).total_seconds()
+        ago = f"{seconds:.0f} s" if seconds < 120 else _long(seconds)
+        live = st.session_state.get("live", True)
+        st.caption(f"Newest request {ago} ago{'' if live else ' · paused'} · times in UTC", width="content")
 
 
-def _choice(label: str, key: str, options: list[str]) -> str | None:
-    chosen = st.selectbox(label, [ALL, *options], key=key, bind="query-params", width=140)
-    return None if chosen == ALL else chosen
+def heading(title: str, note: str = "") -> None:
+    """The title of a panel, and in grey what its numbers are."""
+    st.markdown(f"**{title}**" + (f" :gray[:small[{note}]]" if note else ""))
+
+
+def _long(seconds: float) -> str:
+    for unit, name in ((86_400, "d"), (3_600, "h"), (60, "min")):
+        if seconds >= 2 * unit:
+            return f"{seconds / unit:.0f} {name}"
+    return f"{seconds:.0f} s"
+
+
+def _choice(everything: str, key: str, options: list[str]) -> str | None:
+    """A filter; what an opened link asks for is offered even where it has had no traffic lately."""
+    asked = st.query_params.get(key)
+    if asked and asked != everything and asked not in options:
+        options = [*options, asked]
+    label = everything.removeprefix("All ")
+    chosen = st.selectbox(
+        label, [everything, *options], key=key, bind="query-params", width=142, label_visibility="collapsed"
+    )
+    return None if chosen == everything else chosen
 
 
 def _slice(

@@ -6,12 +6,15 @@ from typing import Any
 
 import pandas as pd
 import streamlit as st
+from pandas.io.formats.style import Styler
 
+from app.charts.theme import Palette
 from app.queries.ledger import Serving
 
 Columns = dict[str, Any]
 """Streamlit's column configuration: a label or a typed column per name."""
 NUMBER = st.column_config.NumberColumn
+SHARE = st.column_config.ProgressColumn("share of requests", format="percent", min_value=0.0, max_value=1.0)
 SHOWN: Columns = {
     "requests": NUMBER("requests", format="localized"),
     "e2e_p50": NUMBER("p50, ms", format="%.0f"),
@@ -20,21 +23,22 @@ SHOWN: Columns = {
     "ttft_p50": NUMBER("TTFT p50, ms", format="%.0f"),
     "tpot_p50": NUMBER("TPOT p50, ms", format="%.1f"),
     "acceptance_length": NUMBER("acceptance length", format="%.2f", help="1 + accepted / verify steps"),
-    "error_rate": NUMBER("errors", format="percent"),
-    "retry_rate": NUMBER("retries", format="percent"),
+    "error_rate": NUMBER("errors, %", format="%.2f"),
+    "retry_rate": NUMBER("retries, %", format="%.2f"),
 }
 
 
 def by_class(frame: pd.DataFrame) -> None:
     """One row a traffic class."""
-    columns: Columns = {"traffic_class": "class", **SHOWN}
-    frame = frame.sort_values("requests", ascending=False)
+    frame = _in_percent(frame.sort_values("requests", ascending=False))
+    frame["share"] = frame["requests"] / frame["requests"].sum()
+    columns: Columns = {"traffic_class": "class", "share": SHARE, **SHOWN}
     st.dataframe(frame[list(columns)], column_config=columns, hide_index=True, key="classes")
 
 
-def by_version(frame: pd.DataFrame, trend: pd.DataFrame, serving: Serving) -> None:
+def by_version(frame: pd.DataFrame, trend: pd.DataFrame, serving: Serving, colours: Palette) -> None:
     """One row a version: role, share of the traffic, and how its acceptance length moved."""
-    frame = frame.sort_values("policy_version", ascending=False)
+    frame = _in_percent(frame.sort_values("policy_version", ascending=False))
     frame["version"] = [f"v{number}" for number in frame["policy_version"]]
     frame["role"] = [serving.role(int(number)) for number in frame["policy_version"]]
     frame["share"] = frame["requests"] / frame["requests"].sum()
@@ -43,10 +47,24 @@ def by_version(frame: pd.DataFrame, trend: pd.DataFrame, serving: Serving) -> No
         for number in frame["policy_version"]
     ]
     columns: Columns = {
-        "version": "version",
-        "role": "role",
-        "share": st.column_config.ProgressColumn("share of requests", format="percent", min_value=0.0, max_value=1.0),
-        **SHOWN,
-        "trend": st.column_config.LineChartColumn("acceptance length", y_min=1.0),
+        "version": st.column_config.TextColumn("version", width=70),
+        "role": st.column_config.TextColumn("role", width=80),
+        "share": SHARE,
+        **{name: column for name, column in SHOWN.items() if name != "retry_rate"},
+        "trend": st.column_config.LineChartColumn("acceptance length over time", y_min=1.0),
     }
-    st.dataframe(frame[list(columns)], column_config=columns, hide_index=True, key="versions")
+    st.dataframe(in_colour(frame[list(columns)], colours), column_config=columns, hide_index=True, key="versions")
+
+
+def in_colour(frame: pd.DataFrame, colours: Palette) -> Styler:
+    """The frame with its versions ("v3") in the colours they have in every chart."""
+
+    def colour(version: str) -> str:
+        number = version.removeprefix("v")
+        return f"color: {colours.version(int(number))}; font-weight: 600" if number.isdigit() else ""
+
+    return frame.style.map(colour, subset=["version"])
+
+
+def _in_percent(frame: pd.DataFrame) -> pd.DataFrame:
+    return frame.assign(**{name: frame[name] * 100 for name in ("error_rate", "retry_rate")})

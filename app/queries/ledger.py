@@ -59,12 +59,14 @@ def serving() -> Serving:
 
 @st.cache_data(ttl=TTL, show_spinner=False)
 def marks(part: Slice) -> pd.DataFrame:
-    """(at, label) of the plans in a window, oldest first: the deploy markers."""
+    """(at, label, canary) of the plans in a window, oldest first: the deploy markers."""
     with database().read() as session:
         found = plans.history(session, part.since, part.until)
         before = {plan.generation: plan for plan in plans.history(session, until=part.until)}
-    rows = [(plan.created_at, _label(plan, before.get(plan.generation - 1))) for plan in reversed(found)]
-    return pd.DataFrame(rows, columns=["at", "label"])
+    rows = [(plan.created_at, _label(plan, before.get(plan.generation - 1)), _canary(plan)) for plan in reversed(found)]
+    if found and (earlier := before.get(found[-1].generation - 1)) is not None and earlier.arms:
+        rows.insert(0, (earlier.created_at, "", _canary(earlier)))  # its canary still served when the window began
+    return pd.DataFrame(rows, columns=["at", "label", "canary"])
 
 
 @st.cache_data(ttl=TTL, show_spinner=False)
@@ -135,10 +137,15 @@ def time_to_effect(generation: int) -> tuple[int, int, float | None]:
 def _label(plan: ServingPlan, before: ServingPlan | None) -> str:
     canary = plan.arm(CANARY)
     if canary is not None:
-        return f"canary v{canary.policy_version} {canary.weight:.0%}"
+        return f"v{canary.policy_version} {canary.weight * 100:g} %"
     if before is not None and before.arms and before.champion == plan.champion:
         return f"back to v{plan.champion}"
     return f"v{plan.champion} champion"
+
+
+def _canary(plan: ServingPlan) -> int | None:
+    canary = plan.arm(CANARY)
+    return canary.policy_version if canary is not None else None
 
 
 def gate_of(version: int) -> dict[str, Any] | None:

@@ -16,6 +16,8 @@ from engine.store.repositories.overview import Slice
 TTL = timedelta(seconds=4)
 QS = (0.5, 0.95, 0.99)
 LATENCIES = ("e2e", "ttft", "tpot")
+JOINED = 8
+"""Histogram buckets in one row of the heat map."""
 
 
 @st.cache_data(ttl=TTL, show_spinner=False)
@@ -32,7 +34,7 @@ def totals(part: Slice, by: tuple[str, ...] = ()) -> pd.DataFrame:
 @st.cache_data(ttl=TTL, show_spinner=False)
 def over_time(part: Slice, by: tuple[str, ...] = ()) -> pd.DataFrame:
     """The same per time bin ("at"), with a row for every bin: where there was no traffic, values are missing."""
-    width = part.bin()
+    width = _bin(part, 90)
     with database().read() as session:
         frame = with_ratios(pd.DataFrame(overview.sums(session, part, by, width)))
         for metric in LATENCIES:
@@ -47,16 +49,26 @@ def over_time(part: Slice, by: tuple[str, ...] = ()) -> pd.DataFrame:
 
 @st.cache_data(ttl=TTL, show_spinner=False)
 def heat(part: Slice, metric: str = "e2e") -> pd.DataFrame:
-    """(at, ms, requests) for the latency heat map; buckets joined by eights, which is 17 % wide."""
+    """(at, until, low, high, requests) for the latency heat map, ms; buckets joined by eights, 17 % wide."""
+    width = _bin(part, 60)
     with database().read() as session:
-        rows = overview.buckets(session, part, metric, part.bin(60))
+        rows = overview.buckets(session, part, metric, width)
     frame = pd.DataFrame(rows, columns=["at", "bucket", "requests"])
     if frame.empty:
         return frame
-    frame["bucket"] = frame["bucket"] // 8 * 8 + 4
+    frame["bucket"] = frame["bucket"] // JOINED * JOINED
     frame = frame.groupby(["at", "bucket"], as_index=False)["requests"].sum()
-    frame["ms"] = [histogram.value(int(bucket)) * 1e3 for bucket in frame["bucket"]]
+    frame["until"] = frame["at"] + width
+    frame["low"] = [histogram.upper(int(bucket) - 1) * 1e3 for bucket in frame["bucket"]]
+    frame["high"] = [histogram.upper(int(bucket) - 1 + JOINED) * 1e3 for bucket in frame["bucket"]]
     return frame
+
+
+def _bin(part: Slice, most: int) -> timedelta:
+    """Bins wide enough for some 25 requests each: percentiles of fewer say more about chance than about the service."""
+    total = totals(part)
+    requests = int(total["requests"].iloc[0]) if not total.empty else 0
+    return part.bin(max(12, min(most, requests // 25)))
 
 
 @st.cache_data(ttl=TTL, show_spinner=False)

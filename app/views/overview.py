@@ -3,64 +3,65 @@
 from __future__ import annotations
 
 import pandas as pd
+import plotly.graph_objects as go
 import streamlit as st
 
 from app.charts import latency
 from app.charts.theme import CONFIG
 from app.components import context
 from app.components.cards import cards, verdict
+from app.components.context import heading
 from app.components.tables import by_class, by_version
 from app.queries import ledger, overview
 from app.queries.database import settings
 from engine.contracts import CANARY
 
 current = context.bar()
+WORDS = {"15m": "15 minutes", "1h": "hour", "6h": "6 hours", "24h": "24 hours", "7d": "7 days"}
 
 
 def page() -> None:
     here = current()
-    part, colours = here.part, here.colours
+    part, colours, window = here.part, here.colours, here.window
     serving = ledger.serving()
     now, before = overview.totals(part), overview.totals(part.before())
-    st.markdown(verdict(serving, _first(now, part), _first(before, part)))
-    context.age()
+    context.headline(verdict(serving, _first(now, part), _first(before, part.before()), WORDS[here.range]))
     if now.empty:
         _how_to_begin()
         return
     trend = overview.over_time(part)
-    cards(_first(now, part), _first(before, part), trend)
+    cards(_first(now, part), _first(before, part.before()), trend)
     marks = ledger.marks(part)
     left, right = st.columns([3, 2])
     with left.container(border=True):
-        st.markdown("**End-to-end latency** percentiles, ms, log scale")
+        heading("End-to-end latency", "percentiles, log scale")
         arms = overview.over_time(part, ("arm", "policy_version"))
         canary = arms[arms["arm"] == CANARY]
-        figure = latency.percentiles(trend, canary, marks, colours)
-        st.plotly_chart(figure, key="latency", config=CONFIG, theme=None)
+        _draw(latency.percentiles(trend, canary, marks, window, colours), "latency")
     with right.container(border=True):
-        st.markdown("**Latency heat map** requests by end-to-end latency")
-        st.plotly_chart(latency.heat_map(overview.heat(part), colours), key="heat", config=CONFIG, theme=None)
+        heading("Latency heat map", "requests by end-to-end latency")
+        _draw(latency.heat_map(overview.heat(part), window, colours), "heat")
     versions = overview.over_time(part, ("policy_version",))
     columns = st.columns(3)
     with columns[0].container(border=True):
-        st.markdown("**Acceptance length** by version, tokens a verify step, bonus included")
-        figure = latency.by_version(versions, "acceptance_length", marks, colours)
-        st.plotly_chart(figure, key="acceptance", config=CONFIG, theme=None)
+        heading("Acceptance length", "1 + accepted / steps, by version")
+        _draw(latency.by_version(versions, "acceptance_length", marks, window, colours), "acceptance")
     with columns[1].container(border=True):
-        st.markdown("**Output tokens** by version, a second")
-        figure = latency.by_version(versions, "tokens_s", marks, colours, " / s")
-        st.plotly_chart(figure, key="tokens", config=CONFIG, theme=None)
+        heading("Output tokens", "per second, by version")
+        _draw(latency.by_version(versions, "tokens_s", marks, window, colours, ",.1f"), "tokens")
     with columns[2].container(border=True):
-        st.markdown("**Acceptance by position** in the draft, % of steps that drafted")
-        st.plotly_chart(
-            latency.positions(overview.positions(part), colours), key="positions", config=CONFIG, theme=None
-        )
+        heading("Acceptance by draft position", "% of first-position drafts")
+        _draw(latency.positions(overview.positions(part), colours), "positions")
     with st.container(border=True):
-        st.markdown("**Traffic classes**")
+        heading("Versions", "that served in this window; latency in ms")
+        by_version(overview.totals(part, ("policy_version",)), versions, serving, colours)
+    with st.container(border=True):
+        heading("Traffic classes", "latency in ms")
         by_class(overview.totals(part, ("traffic_class",)))
-    with st.container(border=True):
-        st.markdown("**Versions** that served in this window")
-        by_version(overview.totals(part, ("policy_version",)), versions, serving)
+
+
+def _draw(figure: go.Figure, key: str) -> None:
+    st.plotly_chart(figure, key=key, config=CONFIG, theme=None)
 
 
 def _first(frame: pd.DataFrame, part: overview.Slice) -> pd.Series:
@@ -74,7 +75,7 @@ def _first(frame: pd.DataFrame, part: overview.Slice) -> pd.Series:
 
 def _how_to_begin() -> None:
     engine = settings().engine
-    st.info("Nothing was served in this window. Choose a longer one, or send a request:", icon=":material/info:")
+    st.info("No traffic yet. Choose a longer window, or send a request:", icon=":material/info:")
     st.code(
         f"curl http://{engine.host}:{engine.port}/v1/chat/completions -H 'content-type: application/json' \\\n"
         f'  -d \'{{"model": "{engine.model}", "messages": [{{"role": "user", "content": "Hello"}}]}}\'',

@@ -33,8 +33,11 @@ from tests.app.seed_rollouts import roll_out
 from tests.app.seed_text import response, write_tokenizer
 from tests.telemetry.records import record
 
-MINUTES = 58
-PER_MINUTE = 12
+MINUTES = 118
+PER_MINUTE = 20
+"""Requests a minute in the last hour; half as many before."""
+QUIET = 60
+"""Minutes at the beginning in which nothing changed: what the last hour is compared with."""
 
 
 def seed(db: Database, folder: Path, now: datetime | None = None) -> list[PolicyVersion]:
@@ -49,16 +52,20 @@ def seed(db: Database, folder: Path, now: datetime | None = None) -> list[Policy
     records = []
     for number in range(MINUTES * PER_MINUTE):
         at = begin + timedelta(seconds=number * 60 / PER_MINUTE)
-        if 30 <= (at - begin).total_seconds() / 60 < 33:
+        minute = (at - begin).total_seconds() / 60
+        if minute < QUIET and number % 2:
+            continue
+        if 30 <= minute - QUIET < 33:
             continue  # nothing was served for three minutes: a gap that charts must show
         records.append(_trace(number, at, history, rng))
     writer = TraceWriter(db, Spill(folder, 10**8), TelemetrySettings())
     for seq, start in enumerate(range(0, len(records), 200), start=1):
         writer._transaction(Batch(writer._writer_id, seq, records[start : start + 200]))
-    _learned(db, versions, [r.trace_id for r in records[:200]], begin)
+    changed = begin + timedelta(minutes=QUIET)
+    _learned(db, versions, [r.trace_id for r in records[-1500:-1300]], changed)
     write_tokenizer(folder / "tokenizer.json")
     beat(db, end, tokenizer=folder / "tokenizer.json")
-    roll_out(db, [v.version for v in versions], begin, end)
+    roll_out(db, [v.version for v in versions], changed, end)
     return versions
 
 
@@ -133,7 +140,7 @@ def _plans(db: Database, v: list[int], begin: datetime) -> None:
                 actor=actor,
                 reason=reason,
             )
-            at = begin + timedelta(minutes=minute)
+            at = begin + timedelta(minutes=minute + (QUIET if minute else 0))
             session.execute(
                 update(ServingPlanRow).where(ServingPlanRow.generation == plan.generation).values(created_at=at)
             )

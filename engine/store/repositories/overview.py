@@ -46,7 +46,7 @@ class Slice:
     def bin(self, most: int = 90) -> timedelta:
         """A round bin width that gives at most so many bins; never under the minute of a rollup."""
         seconds = (self.until - self.since).total_seconds() / most
-        rounds = (60, 120, 300, 600, 900, 1_800, 3_600, 7_200, 14_400, 21_600, 43_200, 86_400)
+        rounds = (60, 120, 180, 300, 600, 900, 1_800, 3_600, 7_200, 14_400, 21_600, 43_200, 86_400)
         return timedelta(seconds=next((r for r in rounds if r >= seconds), rounds[-1]))
 
 

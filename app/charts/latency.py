@@ -65,7 +65,7 @@ def heat_map(frame: pd.DataFrame, window: Window, colours: Palette) -> go.Figure
         hoverongaps=False,
         colorbar={
             "orientation": "h",
-            "thickness": 8,
+            "thickness": 9,
             "len": 0.42,
             "x": 1,
             "xanchor": "right",

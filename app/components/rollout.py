@@ -1,182 +1,193 @@
-"""The parts of the rollouts page: slice, guard table, log, and the buttons with their confirmation."""
+"""The parts of the rollouts page: slice, steps, guard table and decision log."""
 
 from __future__ import annotations
 
-import uuid
+from collections.abc import Mapping
+from html import escape
 from typing import Any
 
 import pandas as pd
 import streamlit as st
+from pandas.io.formats.style import Styler
 
-from app.queries import ledger
+from app.charts.theme import Palette
+from app.components.tables import in_colour
 from app.queries.ledger import Serving
-from engine.contracts import CANARY, RolloutState, Verdict
+from engine.contracts import CHAMPION, RolloutState, ServingPlan
 from engine.store.repositories.rollouts import DecisionRecord, Rollout
 
-ICONS = {
-    Verdict.PASS: ":green[:material/check_circle:]",
-    Verdict.FAIL: ":red[:material/cancel:]",
-    Verdict.INSUFFICIENT: ":gray[:material/hourglass_empty:]",
-    Verdict.STALE: ":orange[:material/schedule:]",
-    Verdict.ERROR: ":orange[:material/error:]",
+NAMES = {
+    "tokens_per_step": "tokens / step",
+    "errors": "errors",
+    "fuse_p95": "p95 fuse",
+    "srm": "even split",
 }
-ROLL_BACK = "roll_back"
-ASKED = {
-    ROLL_BACK: "Takes effect at the next step of every replica, without the controller.",
-    "promote": "The controller makes the canary champion unless a guard fails.",
-    "hold": "Keeps the present weights. Guards stay on.",
-    "resume": "Lets the rollout go on from where it was held.",
-}
-LABELS = {ROLL_BACK: "Roll back", "promote": "Promote", "hold": "Hold", "resume": "Resume"}
+PERCENT = "%.0f %%"
 
 
-def slice_now(serving: Serving, observed: float | None) -> None:
+def slice_now(serving: Serving, counts: Mapping[str, int], colours: Palette) -> None:
     """Arms with three weights: what the ledger asks for, what replicas have taken, what traffic shows."""
     plan = serving.plan
     assert plan is not None
-    behind = [r.replica_id for r in serving.replicas if (r.observed_generation or 0) < plan.generation]
-    rest = 1.0 - sum(arm.weight for arm in plan.arms)
-    rows: list[dict[str, Any]] = [{"arm": "champion", "version": f"v{plan.champion}", "desired": rest}]
-    rows += [{"arm": a.name, "version": f"v{a.policy_version}", "desired": a.weight} for a in plan.arms]
-    for row in rows:
-        row["acknowledged"] = None if behind or not serving.replicas else row["desired"]
-        row["observed"] = observed if row["arm"] == CANARY else None
-    number = st.column_config.NumberColumn
-    columns = {
-        "desired": number("desired", format="percent", help="What the ledger asks for"),
-        "acknowledged": number("acknowledged", format="percent", help="What every live replica routes by"),
-        "observed": number("observed", format="percent", help="Share of requests since this step began"),
-    }
-    st.dataframe(pd.DataFrame(rows), column_config=columns, hide_index=True, key="arms")
-    if behind:
-        st.warning(f"Generation {plan.generation} is not yet observed by {', '.join(behind)}.")
-
-
-def guard_table(decision: DecisionRecord) -> None:
-    """What each guard saw, and how far it is from its limit."""
+    total = sum(counts.values())
     rows = [
         {
-            "verdict": guard["verdict"],
-            "guard": guard["guard"].replace("_", " "),
-            "segment": guard["segment"],
-            "n canary": guard["n_canary"],
-            "n control": guard["n_control"],
-            "canary": guard["canary"],
-            "control": guard["control"],
-            "low": guard["low"],
-            "high": guard["high"],
-            "log E": guard["log_e"],
-            "limit": guard["limit"],
-            "because": guard["reason"],
+            "arm": name,
+            "version": f"v{version}",
+            "desired": _weight(plan, name),
+            "acknowledged": _weight(serving.acknowledged, name) if serving.acknowledged is not None else None,
+            "observed": counts.get(name, 0) / total * 100 if total else None,
         }
-        for guard in decision.evidence.get("guards", [])
+        for name, version in [(CHAMPION, plan.champion), *((arm.name, arm.policy_version) for arm in plan.arms)]
     ]
-    if not rows:
+    number = st.column_config.NumberColumn
+    columns = {
+        "desired": number("desired", format=PERCENT, help="What the ledger asks for"),
+        "acknowledged": number("acknowledged", format=PERCENT, help="What every live replica routes by"),
+        "observed": number("observed", format=PERCENT, help="Share of the requests under this plan, last hour at most"),
+    }
+    st.dataframe(in_colour(pd.DataFrame(rows), colours), column_config=columns, hide_index=True, key="arms")
+    behind = [r.replica_id for r in serving.replicas if (r.observed_generation or 0) < plan.generation]
+    if behind:
+        st.warning(f"Generation {plan.generation} is not yet observed by {', '.join(behind)}.")
+    elif not serving.replicas:
+        st.caption("No replica is alive. The newest plan takes effect when one starts.")
+    else:
+        many = "replica routes" if len(serving.replicas) == 1 else "replicas route"
+        st.caption(f"{len(serving.replicas)} {many} by generation {plan.generation}, {total:,} requests under it.")
+
+
+def steps(rollout: Rollout, colours: Palette) -> str:
+    """Where a rollout is on its way, as a line of stations (HTML)."""
+    stages = len(rollout.status.get("stages", []))
+    state = RolloutState(rollout.state)
+    weights = [f"{weight * 100:g} %" for weight in rollout.spec.get("steps", [])]
+    names = [*weights, "soak", "champion"]
+    won = {RolloutState.PROMOTED, RolloutState.WATCHING, RolloutState.DONE}
+    at = len(names) if state in won else len(weights) + 1 if state is RolloutState.PROMOTING else stages - 1
+    if state is RolloutState.SOAKING:
+        at = len(weights)
+    colour = colours.version(rollout.canary)
+    parts = []
+    for place, name in enumerate(names):
+        if place:
+            line = colour if place <= at else colours.grid
+            parts.append(f'<span style="flex:1;height:2px;background:{line};margin:0 6px"></span>')
+        passed, here = place < at, place == at
+        dot = f"background:{colour if passed or here else 'transparent'};border:2px solid " + (
+            colour if passed or here else colours.muted
+        )
+        ring = f"box-shadow:0 0 0 4px {colour}33;" if here else ""
+        weight = 600 if here else 400
+        parts.append(
+            f'<span style="display:inline-flex;align-items:center;gap:6px;white-space:nowrap;font-weight:{weight}">'
+            f'<span style="width:10px;height:10px;border-radius:50%;box-sizing:border-box;{dot};{ring}"></span>'
+            f"{escape(name)}</span>"
+        )
+    return f'<div style="display:flex;align-items:center;font-size:0.88rem;padding:8px 4px 2px">{"".join(parts)}</div>'
+
+
+def guard_rows(guards: list[dict[str, Any]]) -> pd.DataFrame:
+    """The guard table as text: each guard in its own unit, with its interval and how near it is to its limit."""
+    rows = []
+    for guard in guards:
+        form = _FORMS.get(guard["guard"], "{:.3g}")
+        low, high = guard["low"], guard["high"]
+        evidence, limit = guard["log_e"], guard["limit"]
+        if guard["guard"] == "fuse_p95" and guard["canary"] and guard["control"]:
+            evidence = guard["canary"] / guard["control"]
+        near = 100 * min(max(evidence / limit, 0.0), 1.0) if evidence is not None and limit else None
+        rows.append(
+            {
+                "verdict": guard["verdict"],
+                "guard": NAMES.get(guard["guard"], guard["guard"].replace("_", " ")),
+                "segment": guard["segment"],
+                "n": f"{guard['n_canary']:,} / {guard['n_control']:,}",
+                "canary": form.format(guard["canary"]) if guard["canary"] is not None else "",
+                "control": form.format(guard["control"]) if guard["control"] is not None else "",
+                "interval": f"{low:+.2f} to {high:+.2f}" if low is not None and high is not None else "",
+                "near": near,
+                "because": guard["reason"],
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+_FORMS = {"tokens_per_step": "{:.2f}", "errors": "{:.0f}", "fuse_p95": "{:.3f} s"}
+
+
+def guard_table(decision: DecisionRecord, colours: Palette) -> None:
+    """What each guard saw, and how far it is from its limit."""
+    frame = guard_rows(decision.evidence.get("guards", []))
+    if frame.empty:
         st.caption("No guard has been evaluated yet: the canary has not served.")
         return
-    number = st.column_config.NumberColumn
-    columns = {name: number(name, format="%.3f") for name in ("canary", "control", "low", "high", "log E", "limit")}
-    columns["low"] = number("low", format="%.3f", help="Confidence sequence of the difference, valid at every look")
-    frame = pd.DataFrame(rows).style.map(_judgement, subset=["verdict"])
-    st.dataframe(frame, column_config=columns, hide_index=True, key="guards")
+    if set(frame["segment"]) == {"all"}:
+        frame = frame.drop(columns="segment")
+    text = st.column_config.TextColumn
+    columns = {
+        "verdict": text("verdict", width=108),
+        "n": text("n", help="Requests or keys of each arm: canary / control"),
+        "interval": text("difference", help="Confidence sequence, valid at every look"),
+        "near": st.column_config.ProgressColumn(
+            "to its limit", format=PERCENT, min_value=0, max_value=100, help="At 100 % the guard fails", width=110
+        ),
+        "because": text("because", width="large"),
+    }
+    st.dataframe(judged(frame, colours), column_config=columns, hide_index=True, key="guards")
 
 
-def _judgement(verdict: str) -> str:
-    """The colour of a verdict: only PASS and FAIL judge."""
-    return {"PASS": "color: #1f9d6b", "FAIL": "color: #d6455d; font-weight: 600"}.get(verdict, "")
+def judged(frame: pd.DataFrame, colours: Palette) -> Styler:
+    """Verdicts in colour: only PASS and FAIL judge, the rest wait."""
+    shades = {"PASS": colours.good, "FAIL": colours.bad, "ERROR": colours.warn, "STALE": colours.warn}
+
+    def colour(verdict: str) -> str:
+        return f"color: {shades.get(verdict, colours.muted)}; font-weight: 600"
+
+    return frame.style.map(colour, subset=["verdict"])
 
 
-def steps(rollout: Rollout) -> str:
-    """Where a rollout is on its way, as one line."""
-    state = RolloutState(rollout.state)
-    stages = rollout.status.get("stages", [])
-    planned = [f"{weight:.0%}" for weight in rollout.spec.get("steps", [])]
-    done = [f":blue[{text}]" if at < len(stages) else f":gray[{text}]" for at, text in enumerate(planned)]
-    return f"{' → '.join(done)} → {'**promoted**' if state in _WON else ':gray[promoted]'}"
+def differences(decisions: list[DecisionRecord], max_drop: float) -> pd.DataFrame:
+    """(at, difference, low, high, allowed) of tokens per step over all decisions that had an estimate."""
+    rows = []
+    for decision in decisions:
+        for guard in decision.evidence.get("guards", []):
+            if guard["guard"] == "tokens_per_step" and guard["segment"] == "all" and guard["canary"] is not None:
+                control = guard["control"]
+                rows.append(
+                    (decision.decided_at, guard["canary"] - control, guard["low"], guard["high"], -max_drop * control)
+                )
+    return pd.DataFrame(rows, columns=["at", "difference", "low", "high", "allowed"])
 
 
-_WON = {RolloutState.PROMOTED, RolloutState.WATCHING, RolloutState.DONE}
-
-
-def log(decisions: list[DecisionRecord]) -> None:
+def log(decisions: list[DecisionRecord], colours: Palette) -> None:
     """Every turn and every minute's verdict, newest first."""
     frame = pd.DataFrame(
         [
             {
                 "at": d.decided_at,
-                "from": d.from_state.value,
-                "to": d.to_state.value,
                 "verdict": d.verdict.value,
-                "action": d.action.replace("_", " "),
+                "state": d.to_state.value if d.from_state is d.to_state else f"{d.from_state} → {d.to_state}",
+                "action": "" if d.action == "none" else d.action.replace("_", " "),
                 "because": d.reason,
             }
             for d in reversed(decisions)
         ]
     )
-    columns = {"at": st.column_config.DatetimeColumn("at", format="MMM D, HH:mm:ss")}
-    st.dataframe(frame, column_config=columns, hide_index=True, key="decisions", height=260)
-
-
-def buttons(serving: Serving) -> None:
-    """The verbs. What is pressed opens a confirmation; the write happens there, once."""
-    rollout, plan = serving.rollout, serving.plan
-    with st.container(horizontal=True):
-        if rollout is not None:
-            held = RolloutState(rollout.state) is RolloutState.HELD
-            _button("promote", rollout)
-            _button("resume" if held else "hold", rollout)
-        if plan is not None and (plan.arms or serving.previous is not None):
-            target = plan.rollback_to or (plan.champion if plan.arms else serving.previous)
-            if st.button(
-                f"Roll back to v{target}", key=ROLL_BACK, type="primary", icon=":material/undo:", help=ASKED[ROLL_BACK]
-            ):
-                confirm(ROLL_BACK, None)
-
-
-def effect() -> None:
-    """After a rollback: when the replicas began to route by it."""
-    generation = st.session_state.get("rolled_back")
-    if generation is None:
+    if frame.empty:
+        st.caption("No decision yet. The controller writes the first one when it has looked at the rollout.")
         return
-    seen, live, seconds = ledger.time_to_effect(generation)
-    if seconds is None:
-        st.warning(f"Generation {generation} is in the ledger. No replica has observed it yet.")
-    else:
-        text = f"Rolled back: effective on {seen} of {live} replicas after {seconds:.2f} s (generation {generation})."
-        (st.success if seen >= live else st.warning)(text)
+    columns = {
+        "at": st.column_config.DatetimeColumn("at", format="MMM D, HH:mm:ss"),
+        "because": st.column_config.TextColumn("because", width="large"),
+    }
+    height = min(38 * (len(frame) + 1) + 2, 300)
+    st.dataframe(judged(frame, colours), column_config=columns, hide_index=True, key="decisions", height=height)
 
 
-@st.dialog("Are you sure?")
-def confirm(verb: str, rollout_id: int | None) -> None:
-    """One key for this dialog: pressing twice, or a repeated request, writes once."""
-    key = st.session_state.setdefault(f"intent-{verb}-{rollout_id}", f"dashboard-{uuid.uuid4().hex}")
-    st.write(ASKED[verb])
-    reason = st.text_input("Reason", key="reason", placeholder="It stays in the record", max_chars=200)
-    with st.container(horizontal=True):
-        st.button(
-            LABELS[verb],
-            key="confirm",
-            type="primary",
-            disabled=not reason.strip(),
-            on_click=_write,
-            args=(verb, rollout_id, key),
-        )
-        st.button("Cancel", key="cancel")
-
-
-def _write(verb: str, rollout_id: int | None, key: str) -> None:
-    """Runs before the page is drawn again, so the page shows what was done."""
-    reason = str(st.session_state["reason"]).strip()
-    if verb == ROLL_BACK:
-        st.session_state["rolled_back"] = ledger.roll_back(reason, key).generation
-    else:
-        assert rollout_id is not None
-        ledger.command(rollout_id, verb, reason, key)
-        st.toast(f"Asked the controller to {verb} rollout {rollout_id}.")
-    st.session_state.pop(f"intent-{verb}-{rollout_id}", None)
-
-
-def _button(verb: str, rollout: Rollout) -> None:
-    icons = {"promote": ":material/trending_up:", "hold": ":material/pause:", "resume": ":material/play_arrow:"}
-    if st.button(LABELS[verb], key=verb, icon=icons[verb], help=ASKED[verb]):
-        confirm(verb, rollout.id)
+def _weight(plan: ServingPlan, name: str) -> float:
+    """Percent of the eligible keys."""
+    if name == CHAMPION:
+        return 100 * (1.0 - sum(arm.weight for arm in plan.arms))
+    arm = plan.arm(name)
+    return 100 * arm.weight if arm is not None else 0.0

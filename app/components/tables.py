@@ -14,7 +14,7 @@ from app.queries.ledger import Serving
 Columns = dict[str, Any]
 """Streamlit's column configuration: a label or a typed column per name."""
 NUMBER = st.column_config.NumberColumn
-SHARE = st.column_config.ProgressColumn("share of requests", format="percent", min_value=0.0, max_value=1.0)
+SHARE = st.column_config.ProgressColumn("share of requests", format="%.1f %%", min_value=0, max_value=100)
 SHOWN: Columns = {
     "requests": NUMBER("requests", format="localized"),
     "e2e_p50": NUMBER("p50, ms", format="%.0f"),
@@ -31,7 +31,7 @@ SHOWN: Columns = {
 def by_class(frame: pd.DataFrame) -> None:
     """One row a traffic class."""
     frame = _in_percent(frame.sort_values("requests", ascending=False))
-    frame["share"] = frame["requests"] / frame["requests"].sum()
+    frame["share"] = 100 * frame["requests"] / frame["requests"].sum()
     columns: Columns = {"traffic_class": "class", "share": SHARE, **SHOWN}
     st.dataframe(frame[list(columns)], column_config=columns, hide_index=True, key="classes")
 
@@ -41,7 +41,7 @@ def by_version(frame: pd.DataFrame, trend: pd.DataFrame, serving: Serving, colou
     frame = _in_percent(frame.sort_values("policy_version", ascending=False))
     frame["version"] = [f"v{number}" for number in frame["policy_version"]]
     frame["role"] = [serving.role(int(number)) for number in frame["policy_version"]]
-    frame["share"] = frame["requests"] / frame["requests"].sum()
+    frame["share"] = 100 * frame["requests"] / frame["requests"].sum()
     frame["trend"] = [
         trend.loc[trend["policy_version"] == number, "acceptance_length"].dropna().round(3).tolist()
         for number in frame["policy_version"]

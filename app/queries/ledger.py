@@ -13,11 +13,11 @@ import streamlit as st
 from app.queries.database import database
 from engine.contracts import CANARY, PolicyVersion, ReplicaState, ServingPlan
 from engine.store.models import PlanObservationRow
-from engine.store.repositories import learning, plans, policies, replicas, rollouts
+from engine.store.repositories import learning, plans, policies, replicas, rollouts, traces
 from engine.store.repositories.learning import Attempt
 from engine.store.repositories.overview import Slice
 from engine.store.repositories.policies import Lineage
-from engine.store.repositories.rollouts import DecisionRecord, Rollout
+from engine.store.repositories.rollouts import Command, DecisionRecord, Rollout
 
 TTL = timedelta(seconds=2)
 ALIVE = timedelta(seconds=15)
@@ -32,6 +32,19 @@ class Serving:
     observations: tuple[PlanObservationRow, ...]
     replicas: tuple[ReplicaState, ...]
     rollout: Rollout | None
+    acknowledged: ServingPlan | None = None
+    """The newest plan that every live replica routes by."""
+    waiting: tuple[Command, ...] = ()
+    """What was asked of the rollout and not answered yet."""
+
+    @property
+    def target(self) -> int | None:
+        """Where a rollback goes; None where there is nothing to go back to."""
+        if self.plan is None:
+            return None
+        if self.plan.arms or self.plan.rollback_to is not None:
+            return self.plan.rollback_to if self.plan.rollback_to is not None else self.plan.champion
+        return self.previous
 
     def role(self, version: int) -> str:
         if self.plan is None:
@@ -48,13 +61,25 @@ class Serving:
 def serving() -> Serving:
     with database().read() as session:
         plan = plans.latest(session)
+        live = tuple(replicas.live(session, datetime.now(UTC) - ALIVE))
+        active = rollouts.active(session)
+        seen = min((replica.observed_generation or 0 for replica in live), default=0)
         return Serving(
             plan,
             plans.previous_champion(session, plan) if plan else None,
             tuple(plans.observations(session, plan.generation)) if plan else (),
-            tuple(replicas.live(session, datetime.now(UTC) - ALIVE)),
-            rollouts.active(session),
+            live,
+            active,
+            next((p for p in plans.history(session, limit=50) if p.generation == seen), None),
+            tuple(rollouts.commands(session, active.id, active.status.get("last_command", 0))) if active else (),
         )
+
+
+@st.cache_data(ttl=timedelta(seconds=4), show_spinner=False)
+def observed(generation: int, since: datetime) -> dict[str, int]:
+    """Requests per arm under one generation, of the last hour at most."""
+    with database().read() as session:
+        return traces.arms(session, generation, max(since, datetime.now(UTC) - timedelta(hours=1)))
 
 
 @st.cache_data(ttl=TTL, show_spinner=False)
@@ -104,7 +129,7 @@ def all_rollouts() -> list[Rollout]:
 @st.cache_data(ttl=TTL, show_spinner=False)
 def decisions(rollout_id: int) -> list[DecisionRecord]:
     with database().read() as session:
-        return rollouts.decisions(session, rollout_id)
+        return rollouts.decisions(session, rollout_id, limit=600)
 
 
 def roll_back(reason: str, key: str) -> ServingPlan:
@@ -120,6 +145,7 @@ def command(rollout_id: int, verb: str, reason: str, key: str) -> None:
     with database().write() as session:
         rollouts.command(session, rollout_id, verb, "dashboard", reason, key)
     decisions.clear()
+    serving.clear()
 
 
 def time_to_effect(generation: int) -> tuple[int, int, float | None]:

@@ -42,8 +42,12 @@ def over_time(part: Slice, by: tuple[str, ...] = ()) -> pd.DataFrame:
             frame = _join(frame, found, metric, ["at", *by])
     if frame.empty:
         return frame
-    frame["requests_s"] = frame["requests"] / width.total_seconds()
-    frame["tokens_s"] = frame["output_tokens"] / width.total_seconds()
+    seconds = _seconds_inside(frame["at"], width, part)
+    frame["requests_s"] = frame["requests"] / seconds
+    frame["tokens_s"] = frame["output_tokens"] / seconds
+    whole = seconds >= width.total_seconds() / 2  # a bin that has hardly begun says more about chance
+    if whole.any():
+        frame = frame[whole]
     return _with_gaps(frame, width, list(by))
 
 
@@ -115,6 +119,13 @@ def _join(frame: pd.DataFrame, found: pd.DataFrame, metric: str, keys: list[str]
     found = found.rename(columns=names)
     found[list(names.values())] *= 1e3
     return frame.merge(found, on=keys, how="left") if keys else pd.concat([frame, found], axis=1)
+
+
+def _seconds_inside(at: pd.Series, width: timedelta, part: Slice) -> pd.Series:
+    """How much of each bin lies in the window and in the past, seconds: the first and last bins are cut."""
+    begins = at.clip(lower=pd.Timestamp(part.since).floor("min"))
+    ends = (at + width).clip(upper=min(pd.Timestamp(part.until), pd.Timestamp.now("UTC")))
+    return (ends - begins).dt.total_seconds().clip(lower=1.0)
 
 
 def _with_gaps(frame: pd.DataFrame, width: timedelta, by: list[str]) -> pd.DataFrame:

@@ -50,7 +50,7 @@ def page() -> None:
         heading("Output tokens", "per second, by version")
         _draw(latency.by_version(versions, "tokens_s", marks, window, colours, ",.1f"), "tokens")
     with columns[2].container(border=True):
-        heading("Acceptance by draft position", "% of first-position drafts")
+        heading("Acceptance by draft position", "% of steps that drafted")
         _draw(latency.positions(overview.positions(part), colours), "positions")
     with st.container(border=True):
         heading("Versions", "that served in this window; latency in ms")

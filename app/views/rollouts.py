@@ -3,81 +3,104 @@
 from __future__ import annotations
 
 import pandas as pd
+import plotly.graph_objects as go
 import streamlit as st
 
 from app.charts import latency
+from app.charts import rollout as charts
 from app.charts.theme import CONFIG
-from app.components import context, rollout
+from app.components import context, rollout, verbs
+from app.components.context import heading
+from app.components.tables import Columns, in_colour
 from app.queries import ledger, overview
-from engine.contracts import CANARY, CONTROL, Verdict
+from engine.contracts import CANARY, CONTROL
+from engine.store.repositories.rollouts import DecisionRecord, Rollout
 
 current = context.bar()
+
+
+def head() -> None:
+    """What stands, what came of the last press, and what the controller has yet to answer."""
+    serving = ledger.serving()
+    context.headline(_sentence(serving))
+    verbs.effect()
+    for command in serving.waiting:
+        st.info(
+            f"{command.actor} asked to {command.verb}: {command.reason}. The controller answers at its next tick.",
+            icon=":material/hourglass_empty:",
+        )
 
 
 def page() -> None:
     serving = ledger.serving()
     if serving.plan is None:
-        st.info("No engine has started yet, so nothing is served. Run `slipstream up`.", icon=":material/info:")
+        st.info("Nothing is served yet. Start an engine with `slipstream up`.", icon=":material/info:")
         return
+    verbs.follow(serving)
+    here = current()
     active = serving.rollout
     decisions = ledger.decisions(active.id) if active is not None else []
-    newest = decisions[-1] if decisions else None
-    st.markdown(_sentence(serving))
-    rollout.effect()
-    rollout.buttons(serving)
-    left, right = st.columns([2, 5])
+    left, right = st.columns([5, 9])
     with left.container(border=True, height="stretch"):
-        st.markdown(f"**Serving** generation {serving.plan.generation}")
-        observed = newest.evidence.get("weights", {}).get("observed") if newest is not None else None
-        rollout.slice_now(serving, observed)
+        heading("Serving now", f"generation {serving.plan.generation}, share of eligible traffic")
+        counts = ledger.observed(serving.plan.generation, serving.plan.created_at)
+        rollout.slice_now(serving, counts, here.colours)
         if active is not None:
-            st.markdown(rollout.steps(active))
+            st.html(rollout.steps(active, here.colours))
     with right.container(border=True, height="stretch"):
-        st.markdown("**Guards** set before the start, evaluated on every tick")
-        if newest is not None:
-            rollout.guard_table(newest)
+        heading("Guards", "set before the start, evaluated on every tick")
+        judged = [decision for decision in decisions if decision.evidence.get("guards")]
+        if judged:
+            rollout.guard_table(judged[-1], here.colours)
         else:
             st.caption(
-                "No rollout is active. `slipstream rollout start VERSION` begins one; "
-                "so does a policy that passed its gate."
+                "No guard has anything to judge. `slipstream rollout start VERSION` begins a rollout; "
+                "so does a policy that passes its gate."
             )
     if active is not None:
-        _arms()
+        _arms(active, decisions)
     with st.container(border=True):
-        st.markdown("**Rollouts** newest first; choose one to read its decisions")
+        heading("Rollouts", "newest first; choose one to read its decisions")
         _history()
 
 
 def _sentence(serving: ledger.Serving) -> str:
     active, plan = serving.rollout, serving.plan
-    assert plan is not None
+    if plan is None:
+        return "No engine has started yet. Run `slipstream up`."
     if active is None:
-        return (
-            f"**v{plan.champion}** serves everybody; no rollout is active. Last change: {plan.reason} ({plan.actor})."
-        )
-    icon = rollout.ICONS.get(Verdict(active.status.get("verdict", "INSUFFICIENT")), "")
+        return f"**v{plan.champion}** serves all traffic; no rollout is active. Last change: {plan.reason}."
+    canary = plan.arm(CANARY)
+    share = f"takes {canary.weight * 100:g} %" if canary is not None else "takes no traffic"
+    state = active.state.value.lower().replace("_", " ")
     return (
-        f"{icon} **{active.name}** against v{active.champion}: {active.state.value}. {active.status.get('reason', '')}."
+        f"Canary **v{active.canary}** {share} against **v{active.champion}**, {state}: {active.status.get('reason')}."
     )
 
 
-def _arms() -> None:
-    """Canary and control side by side over the chosen window."""
+def _arms(active: Rollout, decisions: list[DecisionRecord]) -> None:
+    """Canary and control side by side over the chosen window, and how sure the guard is of the difference."""
     here = current()
     frame = overview.over_time(here.part, ("arm", "policy_version"))
-    if frame.empty:
-        return
-    frame = frame[frame["arm"].isin((CANARY, CONTROL))]
+    if not frame.empty:
+        frame = frame[frame["arm"].isin((CANARY, CONTROL))]
     marks = ledger.marks(here.part)
-    columns = st.columns(2)
-    for place, column, title, suffix in (
-        (columns[0], "acceptance_length", "**Acceptance length** canary against control", ""),
-        (columns[1], "e2e_p95", "**p95 end-to-end latency** canary against control, ms", " ms"),
-    ):
-        with place.container(border=True):
-            st.markdown(title)
-            figure = latency.by_version(frame, column, marks, here.colours, suffix)
-            st.plotly_chart(figure, key=f"arms-{column}", config=CONFIG, theme=None)
+    columns = st.columns(3)
+    with columns[0].container(border=True):
+        heading("Certainty", "tokens per step, canary − control")
+        drops = [g["max_drop"] for g in active.spec.get("guards", []) if g["kind"] == "tokens_per_step"]
+        differences = rollout.differences(decisions, drops[0] if drops else 0.0)
+        _draw(charts.certainty(differences, active.canary, here.colours), "certainty")
+    with columns[1].container(border=True):
+        heading("Acceptance length", "canary and control arms")
+        _draw(latency.by_version(frame, "acceptance_length", marks, here.window, here.colours), "arms-acceptance")
+    with columns[2].container(border=True):
+        heading("p95 end-to-end latency", "canary and control arms, ms")
+        _draw(latency.by_version(frame, "e2e_p95", marks, here.window, here.colours, ",.0f"), "arms-latency")
+
+
+def _draw(figure: go.Figure, key: str) -> None:
+    st.plotly_chart(figure, key=key, config=CONFIG, theme=None)
 
 
 def _history() -> None:
@@ -88,10 +111,9 @@ def _history() -> None:
     rows = [
         {
             "id": r.id,
-            "name": r.name,
-            "canary": f"v{r.canary}",
-            "champion at start": f"v{r.champion}",
-            "state": r.state.value,
+            "version": f"v{r.canary}",
+            "against": f"v{r.champion}",
+            "state": r.state.value.lower().replace("_", " "),
             "by": r.actor,
             "began": r.created_at,
             "minutes": (r.updated_at - r.created_at).total_seconds() / 60,
@@ -99,12 +121,16 @@ def _history() -> None:
         }
         for r in found
     ]
-    columns = {
+    columns: Columns = {
+        "id": st.column_config.NumberColumn("id", width=50),
+        "version": "canary",
         "began": st.column_config.DatetimeColumn("began", format="MMM D, HH:mm:ss"),
         "minutes": st.column_config.NumberColumn("minutes", format="%.1f"),
+        "because": st.column_config.TextColumn("because", width="large"),
     }
+    colours = current().colours
     event = st.dataframe(
-        pd.DataFrame(rows),
+        in_colour(pd.DataFrame(rows), colours),
         column_config=columns,
         hide_index=True,
         key="history",
@@ -114,8 +140,10 @@ def _history() -> None:
     chosen = event.selection.rows[0] if event.selection.rows else 0
     if chosen < len(found):
         one = found[chosen]
-        st.markdown(f"**Decisions** of {one.name} ({one.state.value})")
-        rollout.log(ledger.decisions(one.id))
+        heading(f"Decisions on v{one.canary}", f"rollout {one.id}, each with its evidence in the ledger")
+        rollout.log(ledger.decisions(one.id), colours)
 
 
+context.live(head)
+verbs.buttons(ledger.serving())
 context.live(page)

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 from uuid import UUID
 
+import pandas as pd
+import plotly.graph_objects as go
 import streamlit as st
 
 from app.charts import trace as charts
 from app.charts.theme import CONFIG, Palette
 from app.components import context, tokens
-from app.components.tables import Columns
+from app.components.context import heading
+from app.components.tables import Columns, in_colour
 from app.components.tokens import Origin
 from app.queries import ledger, traces
 from engine.contracts import Status
@@ -18,7 +22,9 @@ from engine.store.models import TraceRow
 from engine.store.repositories.traces import Trace
 
 current = context.bar()
-ORDERS = ["newest", "slowest", "most drafted"]
+STATUSES = ["All statuses", *(status.value for status in Status)]
+ORDERS = {"Newest first": "newest", "Slowest first": "slowest", "Most drafted first": "most drafted"}
+HIDDEN: dict[str, Any] = {"label_visibility": "collapsed"}
 
 
 def page() -> None:
@@ -27,46 +33,50 @@ def page() -> None:
     if asked:
         _one(asked, here.colours)
         return
-    with st.container(horizontal=True, vertical_alignment="bottom"):
-        statuses = [status.value for status in Status]
-        chosen = st.selectbox("Status", ["all", *statuses], key="status", bind="query-params", width=140)
-        order = st.selectbox("Order", ORDERS, key="order", bind="query-params", width=160)
-        st.text_input("Trace id", key="wanted", width=340, on_change=_go, placeholder="Paste one to open it")
-    frame = traces.listed(here.part, None if chosen == "all" else chosen, order)
-    context.age()
+    with st.container(horizontal=True, vertical_alignment="center", gap="small"):
+        chosen = st.selectbox("Status", STATUSES, key="status", bind="query-params", width=142, **HIDDEN)
+        order = st.selectbox("Order", ORDERS, key="order", bind="query-params", width=162, **HIDDEN)
+        st.text_input("Trace id", key="wanted", width=300, on_change=_go, placeholder="Trace id", **HIDDEN)
+    status = None if chosen == STATUSES[0] else chosen
+    frame = traces.listed(here.part, status, ORDERS[order])
     if frame.empty:
-        st.info("No request matches. Choose a longer window or fewer filters.", icon=":material/info:")
+        context.headline("**No request** matches.")
+        st.info("Choose a longer window or fewer filters.", icon=":material/info:")
         return
-    more = f" The first {traces.LIMIT:,} are shown." if len(frame) == traces.LIMIT else ""
-    st.caption(f"{len(frame):,} requests. Choose one to open it.{more}")
+    many = f"The first **{traces.LIMIT:,}** requests" if len(frame) == traces.LIMIT else f"**{len(frame):,}** requests"
+    failed = int((frame["status"] != Status.OK.value).sum())
+    context.headline(f"{many}, {failed or 'none'} of them not ok. Choose one to open it.")
+    _table(frame, here.colours)
+
+
+def _table(frame: pd.DataFrame, colours: Palette) -> None:
     number = st.column_config.NumberColumn
+    frame = frame.assign(version=[f"v{version}" for version in frame["policy_version"]])
     columns: Columns = {
         "started_at": st.column_config.DatetimeColumn("began", format="MMM D, HH:mm:ss.SSS"),
         "traffic_class": "class",
         "arm": "arm",
-        "policy_version": number("version", format="v%d"),
+        "version": st.column_config.TextColumn("version", width=70),
         "status": "status",
         "e2e_ms": number("e2e, ms", format="%.0f"),
         "ttft_ms": number("TTFT, ms", format="%.0f"),
         "tpot_ms": number("TPOT, ms", format="%.1f"),
         "prompt_tokens": number("prompt", help="tokens"),
         "output_tokens": number("output", help="tokens"),
-        "drafted": "drafted",
-        "accepted": "accepted",
-        "acceptance_length": number("acceptance length", format="%.2f"),
-        "retry": "retry",
-        "tenant": "tenant",
-        "error": "error",
+        "drafted": number("drafted", help="tokens"),
+        "accepted": number("accepted", help="tokens"),
+        "acceptance_length": number("acceptance length", format="%.2f", help="1 + accepted / verify steps"),
+        "retry": number("retry", width=60),
         "trace_id": "trace",
     }
     event = st.dataframe(
-        frame[list(columns)],
+        in_colour(frame[list(columns)], colours),
         column_config=columns,
         hide_index=True,
         key="list",
         on_select="rerun",
         selection_mode="single-row",
-        height=620,
+        height=720,
     )
     if event.selection.rows:
         st.query_params["trace"] = frame.iloc[event.selection.rows[0]]["trace_id"]
@@ -74,39 +84,48 @@ def page() -> None:
 
 
 def _one(asked: str, colours: Palette) -> None:
-    if st.button("All traces", icon=":material/arrow_back:", key="back"):
-        del st.query_params["trace"]
-        st.rerun()
     try:
         found = traces.one(UUID(asked))
     except ValueError:
+        _back()
         st.error(f"`{asked}` is not a trace id. It looks like 0b0e3a1c-5b1d-4f0e-9d4f-6f2b8f1c2d3e.")
         return
     if found is None:
+        _back()
         st.warning("There is no such trace, or it is past its retention.")
         return
     row = found.row
-    length = f"{1 + row.accepted / row.steps:.2f}" if row.steps else "–"
-    st.markdown(
-        f"**{row.traffic_class}** request served by **v{row.policy_version}** ({row.arm}, "
-        f"generation {row.generation}): "
-        f"{row.status}, {row.output_tokens} tokens in {row.e2e_s * 1e3:,.0f} ms, {row.drafted} drafted, "
-        f"{row.accepted} accepted, acceptance length {length}."
-    )
+    length = f", acceptance length {1 + row.accepted / row.steps:.2f}" if row.steps else ""
+    with st.container(horizontal=True, vertical_alignment="center", key="headline"):
+        _back()
+        st.markdown(
+            f"**{row.traffic_class}** request on **v{row.policy_version}** ({row.arm}), {row.status}: "
+            f"{row.output_tokens} tokens in {row.e2e_s * 1e3:,.0f} ms{length}",
+            width="stretch",
+        )
     left, right = st.columns([3, 2])
     with left.container(border=True, height="stretch"):
-        st.markdown("**Response** hover a token to see its step")
+        heading("Response", "hover a token to see its step")
         _response(found, colours)
     with right.container(border=True, height="stretch"):
-        st.markdown("**Time** from arrival, ms")
-        st.plotly_chart(charts.waterfall(_parts(row), colours), key="waterfall", config=CONFIG, theme=None)
+        heading("Time", "from arrival, ms")
+        _draw(charts.waterfall(_parts(row), colours), "waterfall")
         if found.payload is not None:
-            st.markdown("**Verify steps** tokens drafted and accepted")
-            figure = charts.steps(found.payload.step_drafted, found.payload.step_accepted, colours)
-            st.plotly_chart(figure, key="steps", config=CONFIG, theme=None)
+            heading("Verify steps", "tokens drafted, and how many of them were accepted")
+            _draw(charts.steps(found.payload.step_drafted, found.payload.step_accepted, colours), "steps")
     with st.container(border=True):
-        st.markdown("**Fields**")
+        heading("Fields")
         _fields(row)
+
+
+def _back() -> None:
+    if st.button("All traces", icon=":material/arrow_back:", key="back", width="content"):
+        del st.query_params["trace"]
+        st.rerun()
+
+
+def _draw(figure: go.Figure, key: str) -> None:
+    st.plotly_chart(figure, key=key, config=CONFIG, theme=None)
 
 
 def _response(found: Trace, colours: Palette) -> None:
@@ -136,7 +155,7 @@ def _shades(colours: Palette) -> dict[Origin, str]:
 
 
 def _parts(row: TraceRow) -> list[tuple[str, float, float]]:
-    """Queue, prefill and decode end to end; inside decode its drafting and verifying, then the rest."""
+    """Queue, prefill and decode end to end; below decode the drafting and verifying it is made of."""
     parts, at = [], 0.0
     queue, ttft = row.queue_s or 0.0, row.ttft_s
     if row.queue_s is not None:
@@ -145,11 +164,11 @@ def _parts(row: TraceRow) -> list[tuple[str, float, float]]:
     if ttft is None:
         return parts
     parts.append(("prefill", at, (ttft - queue) * 1e3))
-    decode, start = (row.e2e_s - ttft) * 1e3, ttft * 1e3
+    decode, start = max(row.e2e_s - ttft, 0.0) * 1e3, ttft * 1e3
     parts.append(("decode", start, decode))
-    draft, verify = row.draft_s * 1e3, min(row.verify_s * 1e3, decode)
-    parts.append(("· draft", start, draft))
-    parts.append(("· verify", start + draft, verify))
+    draft, verify = min(row.draft_s * 1e3, decode), min(row.verify_s * 1e3, decode)
+    parts.append(("draft, sum", start, draft))
+    parts.append(("verify, sum", start + draft, min(verify, decode - draft)))
     return parts
 
 

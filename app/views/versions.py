@@ -10,7 +10,7 @@ import streamlit as st
 from app.components import context
 from app.queries import ledger, overview
 from app.queries.database import settings
-from engine.contracts import PolicyVersion
+from engine.contracts import PolicyVersion, ProposerKind
 from engine.store.repositories.policies import Lineage
 
 current = context.bar()
@@ -26,8 +26,12 @@ def page() -> None:
         return
     serving = ledger.serving()
     champion = serving.plan.champion if serving.plan is not None else None
-    learned = sum(bool(v.parent_version) for v in versions)
-    st.markdown(f"{len(versions)} versions, {learned} of them learned from traffic. **v{champion}** is champion.")
+    learned = sum(v.kind is ProposerKind.TRACE_MEMORY for v in versions)
+    refused = sum(a.outcome == "refused" for a in ledger.attempts())
+    context.headline(
+        f"**v{champion}** is champion. {len(versions)} versions, {learned} of them learned from traffic"
+        f"{f'; {refused} refused by the gate' if refused else ''}."
+    )
     chosen = _table(versions, serving)
     left, right = st.columns([3, 2])
     with left.container(border=True):

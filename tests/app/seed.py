@@ -55,8 +55,8 @@ def seed(db: Database, folder: Path, now: datetime | None = None) -> list[Policy
         minute = (at - begin).total_seconds() / 60
         if minute < QUIET and number % 2:
             continue
-        if 30 <= minute - QUIET < 33:
-            continue  # nothing was served for three minutes: a gap that charts must show
+        if 29 <= minute - QUIET < 35:
+            continue  # nothing was served for six minutes: a gap that charts must show
         records.append(_trace(number, at, history, rng))
     writer = TraceWriter(db, Spill(folder, 10**8), TelemetrySettings())
     for seq, start in enumerate(range(0, len(records), 200), start=1):

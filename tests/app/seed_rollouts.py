@@ -40,12 +40,13 @@ def roll_out(db: Database, v: list[int], begin: datetime, end: datetime) -> None
     _over(db, v[2], v[1], begin, PROMOTED)
     _over(db, v[3], v[2], begin, TAKEN_BACK)
     began = begin + timedelta(minutes=47)
-    rollout = launch(db, canary=v[4], actor="learner", preset="fast", name=f"v{v[4]}", now=began)
+    spec = replace(guards.preset("fast"), min_requests=120)
+    rollout = launch(db, canary=v[4], actor="learner", spec=spec, name=f"v{v[4]}", now=began)
     _served_by(db, rollout, "rollout 3")
     status = RolloutStatus(
         rollout.id, v[4], v[2], RAMPING, began, (Stage(0.3, 7, began),), 7, reason="warming up for 4 s"
     )
-    for moment in (began + timedelta(minutes=2), began + timedelta(minutes=5), end):
+    for moment in (*(began + timedelta(seconds=40 * n) for n in range(2, 16)), end):
         status = _tick(db, rollout, status, moment)
 
 
@@ -55,12 +56,22 @@ def _tick(db: Database, rollout: Rollout, before: RolloutStatus, now: datetime) 
     with db.read() as session:
         evidence, commands = gather(session, spec, before, now)
     made = decide(spec, before, evidence, commands, now)
+    tree = evidence_to_json(evidence, commands, made.guards, before)
+    _as_early_as(tree["guards"], (now - before.stage.began) / timedelta(minutes=11))
     status = replace(before, verdict=made.verdict, reason=made.reason)
     with db.write() as session:
-        session.add(_row(rollout.id, now, RAMPING, RAMPING, made.verdict, made.reason, Action.NONE, before, {
-            **evidence_to_json(evidence, commands, made.guards, before)}))  # fmt: skip
+        session.add(_row(rollout.id, now, RAMPING, RAMPING, made.verdict, made.reason, Action.NONE, before, tree))  # fmt: skip
         _set(session, rollout.id, status, now)
     return status
+
+
+def _as_early_as(guards: list[dict], part: float) -> None:  # type: ignore[type-arg]
+    """The evidence is that of now; an earlier look had part of the requests and a wider interval."""
+    for guard in guards:
+        guard["n_canary"], guard["n_control"] = (round(guard[n] * part) for n in ("n_canary", "n_control"))
+        if guard["low"] is not None:
+            middle, half = (guard["low"] + guard["high"]) / 2, (guard["high"] - guard["low"]) / 2
+            guard["low"], guard["high"] = middle - half / part**0.6, middle + half / part**0.6
 
 
 def _over(db: Database, canary: int, champion: int, begin: datetime, turns: list[Turn]) -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import UnaryExpression, select
+from sqlalchemy import UnaryExpression, func, select
 
 from engine.store.database import ReadSession
 from engine.store.models import TracePayloadRow, TraceRow
@@ -67,6 +68,16 @@ def listed(
     if trace_ids is not None:
         query = query.where(TraceRow.trace_id.in_(trace_ids))
     return [dict(row) for row in session.execute(query.order_by(ORDERS[order]).limit(limit)).mappings()]
+
+
+def arms(session: ReadSession, generation: int, since: datetime) -> dict[str, int]:
+    """Requests per arm that were assigned by one generation of the ledger: the observed split."""
+    query = (
+        select(TraceRow.arm, func.count())
+        .where(TraceRow.started_at >= since, TraceRow.generation == generation)
+        .group_by(TraceRow.arm)
+    )
+    return {row[0]: row[1] for row in session.execute(query)}
 
 
 def one(session: ReadSession, trace_id: UUID) -> Trace | None:

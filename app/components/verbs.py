@@ -1,0 +1,111 @@
+"""The buttons that change what is served, each behind a confirmation that asks for a reason."""
+
+from __future__ import annotations
+
+import uuid
+from typing import Literal
+
+import streamlit as st
+
+from app.queries import ledger
+from app.queries.ledger import Serving
+from engine.contracts import RolloutState as State
+from engine.contracts import SlipstreamError
+
+ROLL_BACK = "roll_back"
+ASKED = {
+    ROLL_BACK: "Takes effect at the next step of every replica. It needs neither the controller nor MLflow.",
+    "promote": "The controller makes the canary champion, unless a guard fails.",
+    "hold": "Keeps the present weights. The guards stay on.",
+    "resume": "Lets the rollout go on from where it was held.",
+}
+LABELS = {ROLL_BACK: "Roll back", "promote": "Promote", "hold": "Hold", "resume": "Resume"}
+ICONS = {
+    ROLL_BACK: ":material/undo:",
+    "promote": ":material/trending_up:",
+    "hold": ":material/pause:",
+    "resume": ":material/play_arrow:",
+}
+SEEN, OPEN = "buttons-of", "dialog-open"
+
+
+def buttons(serving: Serving) -> None:
+    """Drawn by the page itself, not by a part that refreshes: a refresh must not close the dialog."""
+    st.session_state[SEEN], st.session_state[OPEN] = _offered(serving), False
+    with st.container(horizontal=True, key="verbs"):
+        for verb in _offered(serving):
+            target = f" to v{serving.target}" if verb == ROLL_BACK else ""
+            at_work = serving.plan is not None and bool(serving.plan.arms)
+            kind: Literal["primary", "secondary"] = "primary" if verb == ROLL_BACK and at_work else "secondary"
+            if st.button(LABELS[verb] + target, key=verb, type=kind, icon=ICONS[verb], help=ASKED[verb]):
+                st.session_state[OPEN] = True
+                _confirm(verb, serving.rollout.id if serving.rollout and verb != ROLL_BACK else None)
+
+
+def follow(serving: Serving) -> None:
+    """Draw the page again where other buttons are due, for example after somebody else held the rollout."""
+    if st.session_state.get(SEEN) != _offered(serving) and not st.session_state.get(OPEN):
+        st.rerun()
+
+
+def effect() -> None:
+    """What came of the last press: when the replicas began to route by it."""
+    if (problem := st.session_state.get("problem")) is not None:
+        st.error(problem)
+    generation = st.session_state.get("rolled_back")
+    if generation is None:
+        return
+    seen, live, seconds = ledger.time_to_effect(generation)
+    if seconds is None:
+        st.warning(f"Generation {generation} is in the ledger. No replica has observed it yet.")
+    else:
+        text = f"Rolled back: effective on {seen} of {live} replicas after {seconds:.2f} s (generation {generation})."
+        (st.success if seen >= live else st.warning)(text)
+
+
+def _offered(serving: Serving) -> tuple[str, ...]:
+    verbs: list[str] = [ROLL_BACK] if serving.target is not None else []
+    rollout, plan = serving.rollout, serving.plan
+    if rollout is not None and plan is not None:
+        if any(arm.policy_version == rollout.canary for arm in plan.arms):
+            verbs.append("promote")
+        if rollout.state is not State.ROLLING_BACK:
+            verbs.append("resume" if rollout.state is State.HELD else "hold")
+    return tuple(verbs)
+
+
+@st.dialog("Are you sure?", on_dismiss="rerun")
+def _confirm(verb: str, rollout_id: int | None) -> None:
+    """One key for this dialog: pressing twice, or a repeated request, writes once."""
+    key = st.session_state.setdefault(f"intent-{verb}-{rollout_id}", f"dashboard-{uuid.uuid4().hex}")
+    st.write(ASKED[verb])
+    st.text_input("Reason", key="reason", placeholder="It stays in the record", max_chars=200)
+    with st.container(horizontal=True):
+        sure = st.button(LABELS[verb], key="confirm", type="primary", on_click=_write, args=(verb, rollout_id, key))
+        if st.button("Cancel", key="cancel"):
+            st.rerun()
+    if sure and not _reason():
+        st.warning("Write a reason first.", icon=":material/edit:")
+    elif sure:
+        st.rerun()
+
+
+def _reason() -> str:
+    return str(st.session_state.get("reason") or "").strip()
+
+
+def _write(verb: str, rollout_id: int | None, key: str) -> None:
+    """Runs before anything is drawn again, so the page shows what was done."""
+    if not _reason():
+        return
+    st.session_state["problem"] = None
+    try:
+        if verb == ROLL_BACK:
+            st.session_state["rolled_back"] = ledger.roll_back(_reason(), key).generation
+        else:
+            assert rollout_id is not None
+            ledger.command(rollout_id, verb, _reason(), key)
+            st.toast(f"Asked the controller to {verb}.", icon=ICONS[verb])
+    except SlipstreamError as error:
+        st.session_state["problem"] = str(error)
+    st.session_state.pop(f"intent-{verb}-{rollout_id}", None)

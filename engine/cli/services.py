@@ -16,7 +16,7 @@ from engine.settings import to_environment
 
 
 def add(app: typer.Typer) -> None:
-    for command in (engine, learner, controller, housekeeping, dashboard, migrate):
+    for command in (engine, learner, controller, housekeeping, dashboard, migrate, fetch):
         app.command()(command)
 
 
@@ -72,6 +72,14 @@ def migrate(context: typer.Context) -> None:
     url = postgres.database_url(chosen, start_embedded=True)
     migration.upgrade(url)
     typer.echo(f"The schema is up to date: {url}")
+
+
+def fetch(context: typer.Context) -> None:
+    """Fetch and convert the model now, so that the first start need not."""
+    from engine.model.weights import resolve_model
+
+    chosen = settings(context)
+    typer.echo(f"ready in {resolve_model(chosen.engine.model, chosen.dir('models'), typer.echo)}")
 
 
 def _log() -> None:

@@ -31,11 +31,15 @@ def data_directory(home: Path) -> Path:
     """Where the server keeps its files.
 
     As root the server runs as another user, which must be able to reach its folder. A private home (mode 0700) is not
-    opened up for that: the server's files then live in /var/lib/slipstream, one folder per home.
+    opened up for that: the server's files then live in /var/lib/slipstream, one folder per home. Where they were begun
+    they stay, whatever becomes of the permissions.
     """
-    if os.name == "posix" and os.geteuid() == 0 and not _reachable(home):
-        return ROOT_DATA / hashlib.sha256(str(home).encode()).hexdigest()[:12] / "postgres"
-    return home / "postgres"
+    beside = ROOT_DATA / hashlib.sha256(str(home).encode()).hexdigest()[:12] / "postgres"
+    begun = [place for place in (home / "postgres", beside) if (place / "PG_VERSION").exists()]
+    if begun:
+        return begun[0]
+    is_root = os.name == "posix" and os.geteuid() == 0
+    return beside if is_root and not _reachable(home) else home / "postgres"
 
 
 def start(home: Path) -> str:

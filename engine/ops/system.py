@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import httpx
 
@@ -46,6 +48,7 @@ def start(settings: Settings, supervisor: Supervisor, say: Say) -> Settings:
         settings = settings.model_copy(update={"mlflow_tracking_uri": mlflow_url})
     located = settings.model_copy(update={"database_url": url})
     environ = _environment(located)
+    _fetch_model(located, environ, say)
     api = f"http://{settings.engine.host}:{settings.engine.port}"
     board = f"http://{settings.dashboard.host}:{settings.dashboard.port}"
     supervisor.start(engine_component(located))
@@ -62,6 +65,20 @@ def start(settings: Settings, supervisor: Supervisor, say: Say) -> Settings:
         supervisor.wait_ready("mlflow", READY_S["mlflow"])
         say(f"MLflow: {settings.mlflow_tracking_uri}")
     return located
+
+
+def _fetch_model(settings: Settings, environ: dict[str, str], say: Say) -> None:
+    """Let a first start show the download and conversion of its model; later starts find it."""
+    model = settings.engine.model
+    if Path(model).expanduser().is_dir() or (settings.home_path / "models" / model).is_dir():
+        return
+    argv = [sys.executable, "-m", "engine.cli", "fetch"]
+    with subprocess.Popen(argv, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as fetching:
+        assert fetching.stdout is not None
+        for line in fetching.stdout:
+            say(f"model: {line.strip()}")
+    if fetching.returncode != 0:
+        raise SlipstreamError(f"The model {model!r} could not be fetched; the lines above say why.")
 
 
 def start_database(settings: Settings) -> str:

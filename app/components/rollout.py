@@ -11,7 +11,7 @@ import streamlit as st
 from pandas.io.formats.style import Styler
 
 from app.charts.theme import Palette
-from app.components.tables import in_colour
+from app.components.tables import in_colour, table
 from app.queries.ledger import Serving
 from engine.contracts import CHAMPION, RolloutState, ServingPlan
 from engine.store.repositories.rollouts import DecisionRecord, Rollout
@@ -46,7 +46,9 @@ def slice_now(serving: Serving, counts: Mapping[str, int], colours: Palette) -> 
         "acknowledged": number("acknowledged", format=PERCENT, help="What every live replica routes by"),
         "observed": number("observed", format=PERCENT, help="Share of the requests under this plan, last hour at most"),
     }
-    st.dataframe(in_colour(pd.DataFrame(rows), colours), column_config=columns, hide_index=True, key="arms")
+    st.dataframe(
+        in_colour(pd.DataFrame(rows), colours), column_config=columns, hide_index=True, placeholder="–", key="arms"
+    )
     behind = [r.replica_id for r in serving.replicas if (r.observed_generation or 0) < plan.generation]
     if behind:
         st.warning(f"Generation {plan.generation} is not yet observed by {', '.join(behind)}.")
@@ -134,7 +136,7 @@ def guard_table(decision: DecisionRecord, colours: Palette) -> None:
         ),
         "because": text("because", width="large"),
     }
-    st.dataframe(judged(frame, colours), column_config=columns, hide_index=True, key="guards")
+    table(judged(frame, colours), columns, "guards")
 
 
 def judged(frame: pd.DataFrame, colours: Palette) -> Styler:
@@ -182,7 +184,9 @@ def log(decisions: list[DecisionRecord], colours: Palette) -> None:
         "because": st.column_config.TextColumn("because", width="large"),
     }
     height = min(38 * (len(frame) + 1) + 2, 300)
-    st.dataframe(judged(frame, colours), column_config=columns, hide_index=True, key="decisions", height=height)
+    st.dataframe(
+        judged(frame, colours), column_config=columns, hide_index=True, placeholder="–", key="decisions", height=height
+    )
 
 
 def _weight(plan: ServingPlan, name: str) -> float:

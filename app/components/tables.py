@@ -28,12 +28,17 @@ SHOWN: Columns = {
 }
 
 
+def table(data: pd.DataFrame | Styler, columns: Columns, key: str, **more: Any) -> Any:
+    """A table as all of them are: no index, a dash where there is no value."""
+    return st.dataframe(data, column_config=columns, hide_index=True, placeholder="–", key=key, **more)
+
+
 def by_class(frame: pd.DataFrame) -> None:
     """One row a traffic class."""
     frame = _in_percent(frame.sort_values("requests", ascending=False))
     frame["share"] = 100 * frame["requests"] / frame["requests"].sum()
     columns: Columns = {"traffic_class": "class", "share": SHARE, **SHOWN}
-    st.dataframe(frame[list(columns)], column_config=columns, hide_index=True, key="classes")
+    table(frame[list(columns)], columns, "classes")
 
 
 def by_version(frame: pd.DataFrame, trend: pd.DataFrame, serving: Serving, colours: Palette) -> None:
@@ -53,7 +58,13 @@ def by_version(frame: pd.DataFrame, trend: pd.DataFrame, serving: Serving, colou
         **{name: column for name, column in SHOWN.items() if name != "retry_rate"},
         "trend": st.column_config.LineChartColumn("acceptance length over time", y_min=1.0),
     }
-    st.dataframe(in_colour(frame[list(columns)], colours), column_config=columns, hide_index=True, key="versions")
+    st.dataframe(
+        in_colour(frame[list(columns)], colours),
+        column_config=columns,
+        hide_index=True,
+        placeholder="–",
+        key="versions",
+    )
 
 
 def in_colour(frame: pd.DataFrame, colours: Palette) -> Styler:

@@ -52,7 +52,8 @@ def html(found: Sequence[Mark], pieces: Callable[[list[int]], list[str]], colour
     spans = []
     for mark, text in zip(found, pieces([mark.token for mark in found]), strict=True):
         struck = "text-decoration:line-through;opacity:.65;" if mark.origin == "rejected" else ""
-        shown = escape(text).replace("\n", "⏎<br>") if text.strip(" ") else escape(text).replace(" ", "&nbsp;")
+        newline = "⏎" if mark.origin == "rejected" else "⏎<br>"  # what was not kept broke no line
+        shown = escape(text).replace("\n", newline) if text.strip(" ") else escape(text).replace(" ", "&nbsp;")
         spans.append(
             f'<span title="step {mark.step}: {TITLES[mark.origin]}" '
             f'style="background:{colours[mark.origin]};border-radius:3px;padding:1px 1px;{struck}">{shown}</span>'

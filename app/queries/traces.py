@@ -18,7 +18,7 @@ from engine.store.repositories.overview import Slice
 from engine.store.repositories.traces import Trace
 
 TTL = timedelta(seconds=4)
-LIMIT = 2_000
+LIMIT = 500
 
 
 @st.cache_data(ttl=TTL, show_spinner=False)

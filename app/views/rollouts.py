@@ -11,7 +11,7 @@ from app.charts import rollout as charts
 from app.charts.theme import CONFIG
 from app.components import context, rollout, verbs
 from app.components.context import heading
-from app.components.tables import Columns, in_colour
+from app.components.tables import Columns, in_colour, table
 from app.queries import ledger, overview
 from engine.contracts import CANARY, CONTROL
 from engine.store.repositories.rollouts import DecisionRecord, Rollout
@@ -129,11 +129,10 @@ def _history() -> None:
         "because": st.column_config.TextColumn("because", width="large"),
     }
     colours = current().colours
-    event = st.dataframe(
+    event = table(
         in_colour(pd.DataFrame(rows), colours),
-        column_config=columns,
-        hide_index=True,
-        key="history",
+        columns,
+        "history",
         on_select="rerun",
         selection_mode="single-row",
     )

@@ -14,7 +14,7 @@ from app.charts import trace as charts
 from app.charts.theme import CONFIG, Palette
 from app.components import context, tokens
 from app.components.context import heading
-from app.components.tables import Columns, in_colour
+from app.components.tables import Columns, in_colour, table
 from app.components.tokens import Origin
 from app.queries import ledger, traces
 from engine.contracts import Status
@@ -69,11 +69,10 @@ def _table(frame: pd.DataFrame, colours: Palette) -> None:
         "retry": number("retry", width=60),
         "trace_id": "trace",
     }
-    event = st.dataframe(
+    event = table(
         in_colour(frame[list(columns)], colours),
-        column_config=columns,
-        hide_index=True,
-        key="list",
+        columns,
+        "list",
         on_select="rerun",
         selection_mode="single-row",
         height=720,

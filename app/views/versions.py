@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
+from html import escape
 
 import pandas as pd
 import streamlit as st
 
 from app.components import context
+from app.components.context import heading
+from app.components.tables import SHARE, Columns, in_colour, table
 from app.queries import ledger, overview
 from app.queries.database import settings
 from engine.contracts import PolicyVersion, ProposerKind
@@ -33,19 +36,20 @@ def page() -> None:
         f"{f'; {refused} refused by the gate' if refused else ''}."
     )
     chosen = _table(versions, serving)
-    left, right = st.columns([3, 2])
-    with left.container(border=True):
+    left, right = st.columns([1, 1])
+    with left.container(border=True, height="stretch"):
+        heading(f"Lineage of v{chosen.version}", "which traffic made it")
         _detail(chosen, versions)
-    with right.container(border=True):
-        st.markdown(f"**Gate** of v{chosen.version}: accepted tokens a verify step on held-out requests")
+    with right.container(border=True, height="stretch"):
+        heading(f"Gate of v{chosen.version}", "tokens per verify step on held-out requests")
         _gate(chosen.version)
     with st.container(border=True):
-        st.markdown("**Attempts** of the learner, the refused ones too")
+        heading("Attempts", "of the learner, the refused ones too")
         _attempts()
 
 
 def _table(versions: list[PolicyVersion], serving: ledger.Serving) -> PolicyVersion:
-    totals = overview.totals(current().part, ("policy_version",))
+    totals = overview.totals(current().part, ("policy_version"))
     frame = pd.DataFrame(
         [
             {
@@ -60,14 +64,17 @@ def _table(versions: list[PolicyVersion], serving: ledger.Serving) -> PolicyVers
             for v in versions
         ]
     )
+    frame["share"] = float("nan")
     measured = ["requests", "acceptance_length", "e2e_p50", "e2e_p95", "e2e_p99"]
     if totals.empty:
         frame[measured] = float("nan")
     else:
         frame = frame.merge(totals[["policy_version", *measured]], on="policy_version", how="left")
+        frame["share"] = 100 * frame["requests"] / frame["requests"].sum()
     number = st.column_config.NumberColumn
-    columns = {
+    columns: Columns = {
         "policy_version": None,
+        "share": SHARE,
         "created": st.column_config.DatetimeColumn("created", format="MMM D, HH:mm:ss"),
         "requests": number("requests", format="localized"),
         "acceptance_length": number("acceptance length", format="%.2f", help="1 + accepted / verify steps"),
@@ -76,27 +83,22 @@ def _table(versions: list[PolicyVersion], serving: ledger.Serving) -> PolicyVers
         "e2e_p99": number("p99, ms", format="%.0f"),
     }
     with st.container(border=True):
-        st.markdown("**Versions** measured in the chosen window; choose one to read about it")
-        event = st.dataframe(
-            frame,
-            column_config=columns,
-            hide_index=True,
-            key="all-versions",
+        heading("Versions", "measured in the chosen window; choose one to read about it")
+        event = table(
+            in_colour(frame, current().colours),
+            columns,
+            "all-versions",
             on_select="rerun",
             selection_mode="single-row",
         )
-    row = event.selection.rows[0] if event.selection.rows else 0
+    asked = current().part.version
+    first = next((place for place, v in enumerate(versions) if v.version == asked), 0)
+    row = event.selection.rows[0] if event.selection.rows else first
     return versions[row if row < len(versions) else 0]
 
 
 def _detail(version: PolicyVersion, versions: list[PolicyVersion]) -> None:
-    st.markdown(f"**Lineage** of v{version.version}: which traffic made it")
-    chain, at = [f"v{version.version}"], version
-    known = {v.version: v for v in versions}
-    while at.parent_version is not None and (parent := known.get(at.parent_version)) is not None:
-        chain.append(f"v{parent.version} ({parent.kind.value.replace('_', ' ')})")
-        at = parent
-    st.markdown(" ← ".join(chain))
+    st.html(_chain(version, versions))
     found = ledger.lineage(version.version)
     if not found:
         st.caption("No traffic on record: it was built in, or registered by hand.")
@@ -108,11 +110,27 @@ def _detail(version: PolicyVersion, versions: list[PolicyVersion]) -> None:
         st.link_button("Open in MLflow", link, icon=":material/open_in_new:")
 
 
+def _chain(version: PolicyVersion, versions: list[PolicyVersion]) -> str:
+    """The version and its ancestors, each in its colour (HTML)."""
+    colours, known = current().colours, {v.version: v for v in versions}
+    links, at = [], known.get(version.version)
+    while at is not None:
+        colour = colours.version(at.version)
+        links.append(
+            f'<span style="border:1px solid {colour};border-radius:6px;padding:2px 8px;white-space:nowrap">'
+            f'<b style="color:{colour}">v{at.version}</b> '
+            f'<span style="color:{colours.muted}">{escape(at.kind.value.replace("_", " "))}</span></span>'
+        )
+        at = known.get(at.parent_version) if at.parent_version is not None else None
+    arrow = f'<span style="color:{colours.muted}">←</span>'
+    return f'<div style="display:flex;flex-wrap:wrap;gap:8px;align-items:center">{arrow.join(links)}</div>'
+
+
 def _traffic(part: Lineage) -> None:
     role = "Learned from" if part.role == "train" else "Judged on"
     window = f"{_time(part.window_from)} to {_time(part.window_to)}"
-    classes = ", ".join(f"{name} {count}" for name, count in sorted(part.classes.items()))
-    st.markdown(f"{role} **{len(part.trace_ids):,} traces**, {window}: {classes}")
+    classes = ", ".join(f"{count:,} {name}" for name, count in sorted(part.classes.items(), key=lambda c: -c[1]))
+    st.markdown(f"{role} **{len(part.trace_ids):,} traces**: {classes}  \n:gray[{window}]")
     with st.expander("Traces", key=f"traces-{part.role}"):
         for trace_id in part.trace_ids[:SHOWN_TRACES]:
             st.page_link("views/traces.py", label=str(trace_id), query_params={"trace": str(trace_id)})
@@ -132,11 +150,25 @@ def _gate(version: int) -> None:
     rows = [{"class": name, **values} for name, values in comparisons.items()]
     if overall:
         rows.insert(0, {"class": "all", **overall})
-    number = st.column_config.NumberColumn
-    frame = pd.DataFrame(rows)
-    columns = {name: number(name, format="%.3f") for name in frame.columns if name not in ("class", "n", "requests")}
-    st.dataframe(frame, column_config=columns, hide_index=True, key="gate")
-    st.markdown("; ".join((report or {}).get("reasons", [])))
+    form = "{:.2f}".format
+    frame = pd.DataFrame(
+        [
+            {
+                "class": row["class"],
+                "requests": row["n"],
+                "parent": form(row["champion"]),
+                "candidate": form(row["candidate"]),
+                "difference": f"{row['delta']:+.2f}",
+                "interval": f"{row['low']:+.2f} to {row['high']:+.2f}",
+            }
+            for row in rows
+        ]
+    )
+    columns = {"parent": st.column_config.TextColumn("champion", help="The champion of that moment")}
+    table(frame, columns, "gate")
+    passed = (report or {}).get("passed")
+    mark = ":green[**Passed**]" if passed else ":red[**Refused**]"
+    st.markdown(f"{mark}: {'; '.join((report or {}).get('reasons', []))}.")
 
 
 def _attempts() -> None:
@@ -164,11 +196,18 @@ def _attempts() -> None:
         "at": st.column_config.DatetimeColumn("at", format="MMM D, HH:mm:ss"),
         "CPU, s": st.column_config.NumberColumn("CPU, s", format="%.2f"),
     }
-    st.dataframe(frame, column_config=columns, hide_index=True, key="attempts")
+    frame = frame.style.map(_outcome, subset=["outcome"])
+    table(frame, columns, "attempts")
+
+
+def _outcome(outcome: str) -> str:
+    colours = current().colours
+    shade = {"registered": colours.good, "refused": colours.bad}.get(outcome, colours.muted)
+    return f"color: {shade}; font-weight: 600"
 
 
 def _time(at: datetime) -> str:
-    return f"{at.astimezone(UTC):%b %d, %H:%M:%S} UTC"
+    return f"{at.astimezone(UTC):%b %d, %H:%M:%S}"
 
 
 context.live(page)

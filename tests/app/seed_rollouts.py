@@ -60,7 +60,8 @@ def _tick(db: Database, rollout: Rollout, before: RolloutStatus, now: datetime) 
     _as_early_as(tree["guards"], (now - before.stage.began) / timedelta(minutes=11))
     status = replace(before, verdict=made.verdict, reason=made.reason)
     with db.write() as session:
-        session.add(_row(rollout.id, now, RAMPING, RAMPING, made.verdict, made.reason, Action.NONE, before, tree))  # fmt: skip
+        told = (made.verdict, made.reason, Action.NONE)
+        session.add(_row(rollout.id, now, RAMPING, RAMPING, *told, before, tree))
         _set(session, rollout.id, status, now)
     return status
 

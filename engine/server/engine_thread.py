@@ -20,6 +20,10 @@ Deliver = Callable[[Output | SlipstreamError], None]
 T = TypeVar("T")
 
 
+class EngineFailure(SlipstreamError):
+    """The engine failed on a request in a way it does not know (HTTP 500)."""
+
+
 class EngineThread:
     """``submit`` and ``cancel`` return at once; ``call`` runs something between two steps and waits for it.
 
@@ -68,8 +72,8 @@ class EngineThread:
         self._thread.join()
 
     @property
-    def running(self) -> int:
-        return len(self._waiting)
+    def is_alive(self) -> bool:
+        return self._thread.is_alive()
 
     def _leave(self, note: Callable[[], None]) -> None:
         with self._wake:
@@ -84,20 +88,34 @@ class EngineThread:
                 notes, stopping = list(self._notes), self._stopping
                 self._notes.clear()
             for note in notes:
-                note()
+                _run_guarded(note)
             if stopping:
                 for request_id in list(self._waiting):
                     self._end(request_id, Status.CANCELLED)
                 return
             if self.engine.has_work:
-                self._deliver(self.engine.step())
+                self._step()
                 self._end_overdue()
+
+    def _step(self) -> None:
+        """One step. The engine contains a failure of the model; should it fail itself, what runs ends with it."""
+        try:
+            outputs = self.engine.step()
+        except Exception:
+            log.exception("the engine failed; the %d requests it had end", len(self._waiting))
+            for request_id in list(self._waiting):
+                self._end(request_id, Status.ERROR)
+            return
+        self._deliver(outputs)
 
     def _add(self, request: EngineRequest, deliver: Deliver) -> None:
         try:
             self.engine.add(request)
         except SlipstreamError as error:
             self._post([(deliver, error)])
+        except Exception as error:
+            log.exception("request %s could not be queued", request.request_id)
+            self._post([(deliver, EngineFailure(f"{type(error).__name__}: {error}"))])
         else:
             self._waiting[request.request_id] = (deliver, self._clock() + self._timeout_s)
 
@@ -129,10 +147,18 @@ class EngineThread:
 
         def run() -> None:
             for deliver, what in posts:
-                deliver(what)
+                _run_guarded(lambda deliver=deliver, what=what: deliver(what))  # type: ignore[misc]
 
         assert self._loop is not None
         try:
             self._loop.call_soon_threadsafe(run)
         except RuntimeError:  # the loop is closed: the server has shut down, but traces must still be made
             run()
+
+
+def _run_guarded(note: Callable[[], object]) -> None:
+    """One note that fails must not take the thread, and every other request, with it."""
+    try:
+        note()
+    except Exception:
+        log.exception("a note left for the engine failed")

@@ -102,6 +102,8 @@ class EngineServer:
         self.database.close()
 
     def _not_ready(self) -> str | None:
+        if not self.thread.is_alive:
+            return "the engine thread has ended; restart this replica"
         if self.residency.plan is None:
             return f"no serving plan is in force ({self.subscriber.error or 'it is being loaded'})"
         return None

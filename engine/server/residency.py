@@ -112,7 +112,8 @@ class Residency:
     def _load(self, proposers: Mapping[int, Proposer]) -> None:
         def load() -> None:
             for version, proposer in proposers.items():
-                self._thread.engine.load(version, proposer)
+                if version not in self._thread.engine.resident:  # loaded by a call that was given up on
+                    self._thread.engine.load(version, proposer)
 
         self._thread.call(load)
         self._resident |= frozenset(proposers)

@@ -14,7 +14,7 @@ from engine.model.loading import Target
 from engine.runner.engine import EngineRequest, Output, PolicyNotResident, RequestResult
 from engine.scheduler.errors import QueueFull, RequestTooLong
 from engine.server.caller import Caller
-from engine.server.engine_thread import EngineThread
+from engine.server.engine_thread import EngineFailure, EngineThread
 from engine.server.errors import ApiError, internal, invalid
 from engine.server.residency import PLAIN, Residency
 from engine.telemetry.metrics import Metrics
@@ -173,7 +173,8 @@ class Service:
             self._submit(running)
             return
         if isinstance(what, SlipstreamError):
-            self._record(self._trace(running, None, Status.REJECTED, str(what)))
+            status = Status.ERROR if isinstance(what, EngineFailure) else Status.REJECTED
+            self._record(self._trace(running, None, status, str(what)))
         elif what.result is not None:
             self._record(self._trace(running, what.result, what.result.status, what.result.error))
         running.outputs.put_nowait(what)
@@ -183,6 +184,8 @@ class Service:
             raise ApiError(429, str(what), code="queue_full", headers={"retry-after": str(RETRY_AFTER_S)})
         if isinstance(what, RequestTooLong):
             raise invalid(str(what), "max_tokens", "context_length_exceeded")
+        if isinstance(what, EngineFailure):
+            raise internal(f"trace {running.trace_id}")
         if isinstance(what, SlipstreamError):
             raise invalid(str(what))
         if what.result is not None and what.result.status is Status.ERROR:

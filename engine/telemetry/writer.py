@@ -92,12 +92,18 @@ class TraceWriter:
         while True:
             stopping = self._stop.is_set()
             records = self._take()
-            if records:
-                self._handle(Batch(self._writer_id, self._next_seq(), records))
-            elif stopping:
+            if not records and stopping:
                 return
-            if self._spill.files and not stopping and self._clock() >= self._retry_at:
-                self._replay()
+            try:
+                if records:
+                    self._handle(Batch(self._writer_id, self._next_seq(), records))
+                if self._spill.files and not stopping and self._clock() >= self._retry_at:
+                    self._replay()
+            except Exception as error:
+                # Whatever went wrong, the traces to come need this thread.
+                log.exception("a batch of traces could not be handled")
+                self._stats["error"] = f"{type(error).__name__}: {error}"
+                self._retry_at = self._clock() + RETRY_S
             with self._idle:
                 self._pending -= len(records)
                 self._idle.notify_all()

@@ -1,0 +1,56 @@
+"""The engine's thread outlives whatever fails in it, and nobody waits for an answer that will not come."""
+
+from __future__ import annotations
+
+import pytest
+from sqlalchemy import select
+
+from engine.runner.engine import EngineRequest, Output
+from engine.store.models import TraceRow
+from tests.server.conftest import Served
+
+
+def test_a_step_that_fails_ends_its_requests_and_the_server_lives(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = served.server.engine.step
+
+    def fail_once() -> list[Output]:
+        monkeypatch.setattr(served.server.engine, "step", step)
+        raise RuntimeError("planted")
+
+    monkeypatch.setattr(served.server.engine, "step", fail_once)
+    answer = served.completion()
+    assert answer.status_code == 500
+    assert "trace" in answer.json()["error"]["message"]
+    assert served.completion().status_code == 200
+    served.traces(2)
+    with served.db.read() as session:
+        assert sorted(session.scalars(select(TraceRow.status))) == ["error", "ok"]
+    served.server.engine.check_integrity()
+
+
+def test_a_request_that_cannot_be_queued_is_a_500_not_a_wait(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_: EngineRequest) -> None:
+        raise RuntimeError("planted")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(served.server.engine, "add", refuse)
+        assert served.completion().status_code == 500
+    assert served.completion().status_code == 200
+
+
+def test_a_note_that_fails_is_raised_where_it_was_left(served: Served) -> None:
+    def fail() -> None:
+        raise RuntimeError("planted")
+
+    with pytest.raises(RuntimeError, match="planted"):
+        served.server.thread.call(fail)
+    assert served.completion().status_code == 200
+
+
+def test_a_dead_thread_is_not_ready(served: Served) -> None:
+    served.server.thread.stop()
+    answer = served.http.get("/readyz")
+    assert answer.status_code == 503
+    assert "thread has ended" in answer.text

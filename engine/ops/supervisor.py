@@ -33,7 +33,8 @@ STEADY_S = 60.0
 class Component:
     """One process of the system: how it starts and how one sees that it is ready.
 
-    ``niceness`` is added to the supervisor's own: what nobody waits for must not take the cores from serving.
+    ``niceness`` is added to the supervisor's own: what nobody waits for must not take the cores from serving. One that
+    ``outlives`` the others is ended after them, for they may still be talking to it.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Component:
     url: str | None = None
     ready: Callable[[], bool] = lambda: True
     niceness: int = 0
+    outlives: bool = False
 
 
 @dataclass(slots=True)
@@ -98,17 +100,9 @@ class Supervisor:
                 self._write_state()
 
     def stop(self) -> None:
-        """End every component, last started first, and all their children."""
-        for running in reversed(list(self._running.values())):
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(running.process.pid, signal.SIGTERM)
-        for name, running in reversed(list(self._running.items())):
-            try:
-                running.process.wait(GRACE_S)
-            except subprocess.TimeoutExpired:
-                self.say(f"{name} did not end within {GRACE_S:.0f} s and was killed")
-            end_group(running.process.pid, grace_s=1.0)
-            running.process.wait()
+        """End every component and all their children: together, but for those that outlive the others."""
+        for outlives in (False, True):
+            self._stop_together([r for r in self._running.values() if r.component.outlives is outlives])
         self._running.clear()
         with contextlib.suppress(FileNotFoundError):
             state_file(self.home).unlink()
@@ -120,6 +114,18 @@ class Supervisor:
         path = log_file(self.home, name)
         text = path.read_text(errors="replace").splitlines()[-lines:] if path.exists() else []
         return f"The end of {path}:\n  " + "\n  ".join(text)
+
+    def _stop_together(self, ending: list[_Running]) -> None:
+        for running in ending:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(running.process.pid, signal.SIGTERM)
+        for running in ending:
+            try:
+                running.process.wait(GRACE_S)
+            except subprocess.TimeoutExpired:
+                self.say(f"{running.component.name} did not end within {GRACE_S:.0f} s and was killed")
+            end_group(running.process.pid, grace_s=1.0)
+            running.process.wait()
 
     def _spawn(self, component: Component) -> subprocess.Popen[bytes]:
         path = log_file(self.home, component.name)

@@ -21,6 +21,7 @@ from engine.store.database import sqlalchemy_url
 ENVIRONMENT = {
     "PYTHONUNBUFFERED": "1",
     "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",  # housekeeping tries again by itself, and must end when told to
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
 }
 READY_S = {"mlflow": 120.0, "engine": 600.0, "dashboard": 60.0}
@@ -169,7 +170,7 @@ def _mlflow(settings: Settings, database_url: str, url: str) -> Component:
     argv = [sys.executable, "-m", "mlflow", "server", "--host", host, "--port", str(port), "--workers", "1"]
     argv += ["--artifacts-destination", str(settings.dir("mlflow") / "artifacts")]
     argv += ["--allowed-hosts", f"localhost:{port},127.0.0.1:{port},{host}:{port}"]
-    return Component("mlflow", argv, environ, url, _answers(f"{url}/health"), niceness=10)
+    return Component("mlflow", argv, environ, url, _answers(f"{url}/health"), niceness=10, outlives=True)
 
 
 def _part(

@@ -33,7 +33,12 @@ ARGS = [
 ]
 SHOTS = Path(os.environ.get("SLIPSTREAM_SCREENSHOTS", Path(__file__).parents[2] / "screenshots"))
 PAGES = {"overview": "/", "rollouts": "/rollouts", "versions": "/versions", "traces": "/traces"}
-LAST = {"overview": "Versions", "rollouts": "Decisions", "versions": "Attempts", "traces": "Choose one to open it"}
+LAST = {
+    "overview": "latency in ms",
+    "rollouts": "Decisions on",
+    "versions": "the refused ones too",
+    "traces": "Choose one to open it",
+}
 """A text near the end of each page: when it is there, the page is drawn."""
 
 
@@ -81,8 +86,12 @@ def open_page(
 
 def settled(page: playwright.Page, name: str) -> None:
     """Drawn to its end, without an error box, fonts and charts included."""
-    page.get_by_text(LAST[name]).first.wait_for()
+    page.get_by_text(LAST[name]).last.wait_for()
     page.wait_for_function("document.querySelectorAll('[data-testid=stSkeleton]').length === 0")
+    page.wait_for_function("document.querySelectorAll('[data-testid=stStatusWidget]').length === 0")
+    charts = page.get_by_test_id("stPlotlyChart").count()
+    page.wait_for_function(f"document.querySelectorAll('.js-plotly-plot .main-svg').length >= {charts}")
+    page.wait_for_timeout(400)  # tables draw on a canvas, which nothing announces
     page.wait_for_function("document.fonts.status === 'loaded'")
     assert page.locator("[data-testid=stException]").count() == 0
 
@@ -101,12 +110,14 @@ def test_every_page_in_light_and_dark(browser: playwright.Browser, url: str, sch
 
 
 def test_a_narrow_window_scrolls_only_downwards(browser: playwright.Browser, url: str) -> None:
-    page = open_page(browser, url, width=900)
-    settled(page, "overview")
-    wide = page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
-    page.screenshot(path=SHOTS / "overview_narrow.png")
-    assert wide <= 0
-    page.context.close()
+    SHOTS.mkdir(parents=True, exist_ok=True)
+    for name, path in PAGES.items():
+        page = open_page(browser, url + path, width=900)
+        settled(page, name)
+        wide = page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
+        page.screenshot(path=SHOTS / f"{name}_narrow.png")
+        assert wide <= 0, name
+        page.context.close()
 
 
 def test_a_deep_link_opens_one_trace_with_its_tokens(browser: playwright.Browser, url: str, db: Database) -> None:
@@ -123,7 +134,7 @@ def test_a_deep_link_opens_one_trace_with_its_tokens(browser: playwright.Browser
 def test_a_filter_is_in_the_url_and_survives_the_link(browser: playwright.Browser, url: str) -> None:
     page = open_page(browser, f"{url}/?class=code&range=6h")
     settled(page, "overview")
-    assert page.locator("[data-testid=stSelectbox]").first.get_by_text("code").count() >= 1
+    page.get_by_test_id("stSelectbox").first.get_by_text("code").first.wait_for()
     assert "class=code" in page.url
     page.context.close()
 
@@ -133,7 +144,6 @@ def test_one_click_rollback_with_its_time_to_effect(browser: playwright.Browser,
     page = open_page(browser, f"{url}/rollouts")
     page.get_by_role("button", name="Roll back to v3").click()
     page.get_by_placeholder("It stays in the record").fill("p99 went up")
-    page.get_by_placeholder("It stays in the record").press("Enter")
     done = threading.Event()
 
     def replica() -> None:
@@ -150,6 +160,7 @@ def test_one_click_rollback_with_its_time_to_effect(browser: playwright.Browser,
     try:
         page.get_by_test_id("stDialog").get_by_role("button", name="Roll back", exact=True).click()
         page.get_by_text("Rolled back: effective on 1 of 1 replicas after 0.12 s").wait_for()
+        page.get_by_test_id("stDialog").wait_for(state="detached")
         page.screenshot(path=SHOTS / "rolled_back_light.png")
     finally:
         done.set()

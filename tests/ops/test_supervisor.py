@@ -7,6 +7,7 @@ import signal
 import sys
 import textwrap
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -111,3 +112,23 @@ def test_a_component_that_never_gets_ready_is_an_error(supervisor: Supervisor) -
 
 def test_ending_a_group_that_is_gone_is_no_error() -> None:
     end_group(2**22 - 1, grace_s=0.0)
+
+
+def test_what_others_talk_to_is_ended_after_them(supervisor: Supervisor, tmp_path: Path) -> None:
+    """Each writes its name when it is told to end; the server must be last, though it was started first."""
+    order = tmp_path / "order"
+    code = """
+        import signal, sys, threading
+        def end(*_):
+            open({order!r}, "a").write({name!r} + "\\n")
+            sys.exit(0)
+        signal.signal(signal.SIGTERM, end)
+        open({order!r} + {name!r}, "w").close()
+        threading.Event().wait()
+    """
+    for name, outlives in (("server", True), ("client", False)):
+        made = component(code.format(order=str(order), name=name), name)
+        supervisor.start(replace(made, outlives=outlives))
+    wait(lambda: all(Path(f"{order}{name}").exists() for name in ("server", "client")))
+    supervisor.stop()
+    assert order.read_text().split() == ["client", "server"]

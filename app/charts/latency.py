@@ -38,7 +38,7 @@ def percentiles(
     made.update_traces(hovertemplate="%{y:,.0f} ms")
     shown = pd.concat([frame[names], canary[names]]) if not canary.empty else frame[names]
     log_axis(made, float(shown.min(axis=None)), float(shown.max(axis=None)))
-    return mark_deploys(time_axis(made, window), plans, window, colours, width=640)
+    return mark_deploys(time_axis(made, window), plans, window, colours, width=560)
 
 
 def heat_map(frame: pd.DataFrame, window: Window, colours: Palette) -> go.Figure:

@@ -135,7 +135,7 @@ def duration(ms: float) -> str:
     return f"{ms / 1e3:g} s" if ms >= 1e3 else f"{ms:g} ms"
 
 
-def mark_deploys(made: go.Figure, plans: pd.DataFrame, window: Window, colours: Palette, width: int = 380) -> go.Figure:
+def mark_deploys(made: go.Figure, plans: pd.DataFrame, window: Window, colours: Palette, width: int = 340) -> go.Figure:
     """A dotted line where the ledger changed what is served, its label above, and a tint while a canary served.
 
     ``plans``: at, label, canary (its version, or missing); oldest first. ``width``: pixels the chart has at least. A

@@ -104,7 +104,7 @@ def _choice(everything: str, key: str, options: list[str]) -> str | None:
         options = [*options, asked]
     label = everything.removeprefix("All ")
     chosen = st.selectbox(
-        label, [everything, *options], key=key, bind="query-params", width=142, label_visibility="collapsed"
+        label, [everything, *options], key=key, bind="query-params", width=126, label_visibility="collapsed"
     )
     return None if chosen == everything else chosen
 

@@ -58,13 +58,7 @@ def by_version(frame: pd.DataFrame, trend: pd.DataFrame, serving: Serving, colou
         **{name: column for name, column in SHOWN.items() if name != "retry_rate"},
         "trend": st.column_config.LineChartColumn("acceptance length over time", y_min=1.0),
     }
-    st.dataframe(
-        in_colour(frame[list(columns)], colours),
-        column_config=columns,
-        hide_index=True,
-        placeholder="–",
-        key="versions",
-    )
+    table(in_colour(frame[list(columns)], colours), columns, "versions")
 
 
 def in_colour(frame: pd.DataFrame, colours: Palette) -> Styler:

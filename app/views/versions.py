@@ -17,7 +17,6 @@ from engine.contracts import PolicyVersion, ProposerKind
 from engine.store.repositories.policies import Lineage
 
 current = context.bar()
-SHOWN_TRACES = 20
 
 
 def page() -> None:
@@ -49,7 +48,7 @@ def page() -> None:
 
 
 def _table(versions: list[PolicyVersion], serving: ledger.Serving) -> PolicyVersion:
-    totals = overview.totals(current().part, ("policy_version"))
+    totals = overview.totals(current().part, ("policy_version",))
     frame = pd.DataFrame(
         [
             {
@@ -132,12 +131,9 @@ def _traffic(part: Lineage) -> None:
     classes = ", ".join(f"{count:,} {name}" for name, count in sorted(part.classes.items(), key=lambda c: -c[1]))
     st.markdown(f"{role} **{len(part.trace_ids):,} traces**: {classes}  \n:gray[{window}]")
     with st.expander("Traces", key=f"traces-{part.role}"):
-        for trace_id in part.trace_ids[:SHOWN_TRACES]:
-            st.page_link("views/traces.py", label=str(trace_id), query_params={"trace": str(trace_id)})
-        if len(part.trace_ids) > SHOWN_TRACES:
-            st.caption(
-                f"and {len(part.trace_ids) - SHOWN_TRACES:,} more: `slipstream policy show V --traces` lists all"
-            )
+        frame = pd.DataFrame({"trace": [f"/traces?trace={trace_id}" for trace_id in part.trace_ids]})
+        link = st.column_config.LinkColumn("trace", display_text="trace=(.*)")
+        table(frame, {"trace": link}, f"lineage-{part.role}", height=240)
 
 
 def _gate(version: int) -> None:

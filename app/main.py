@@ -6,10 +6,12 @@ from pathlib import Path
 
 import streamlit as st
 
-st.set_page_config(page_title="Slipstream", page_icon=":material/air:", layout="wide")
+STATIC = Path(__file__).with_name("static")
+# An icon by name would be fetched from the internet.
+st.set_page_config(page_title="Slipstream", page_icon=str(STATIC / "icon.svg"), layout="wide")
 
 st.html(Path(__file__).with_name("style.css"))
-st.logo(str(Path(__file__).parent / "static" / "logo.svg"), size="medium")
+st.logo(str(STATIC / "logo.svg"), size="medium")
 
 PAGES = [
     st.Page("views/overview.py", title="Overview", icon=":material/monitoring:", default=True),

@@ -139,13 +139,13 @@ def mark_deploys(made: go.Figure, plans: pd.DataFrame, window: Window, colours: 
     """A dotted line where the ledger changed what is served, its label above, and a tint while a canary served.
 
     ``plans``: at, label, canary (its version, or missing); oldest first. ``width``: pixels the chart has at least. A
-    label that would run into the one before is left out; the line stays, and the ledger tells.
+    label that would run into a newer one is left out; the line stays, and the ledger tells.
     """
     since, until = window
     second = width / max((until - since).total_seconds(), 1.0)  # pixels
-    free = 0.0
     ends = [*plans["at"].iloc[1:], until] if len(plans) else []
-    for at, label, canary, end in zip(plans["at"], plans["label"], plans["canary"], ends, strict=True):
+    taken = width + 16.0
+    for at, label, canary, end in reversed(list(zip(plans["at"], plans["label"], plans["canary"], ends, strict=True))):
         if pd.notna(canary) and end > since:
             tint = colours.version(int(canary))
             made.add_vrect(
@@ -155,9 +155,9 @@ def mark_deploys(made: go.Figure, plans: pd.DataFrame, window: Window, colours: 
             continue
         made.add_vline(x=at, line={"color": colours.muted, "width": 1, "dash": "dot"}, layer="below")
         left, length = (at - since).total_seconds() * second, 5.8 * len(label) + 6
-        if left < free or left + length > width + 12:
+        if left + length > taken:
             continue
-        free = left + length
+        taken = left
         made.add_annotation(
             x=at,
             y=1,

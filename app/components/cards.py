@@ -77,7 +77,7 @@ def verdict(serving: Serving, now: pd.Series, before: pd.Series, window: str) ->
     if _is_number(p95) and _is_number(was) and was:
         assert p95 is not None
         change = p95 / was - 1
-        word = f":green[{-change:.0%} faster] than" if change < 0 else f":red[{change:.0%} slower] than"
+        word = f":green[{-change * 100:.0f} % faster] than" if change < 0 else f":red[{change * 100:.0f} % slower] than"
         text += f", {'about as in' if abs(change) < 0.02 else word} the {window} before"
     text += "."
     if canary is not None:

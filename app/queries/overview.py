@@ -33,7 +33,7 @@ def totals(part: Slice, by: tuple[str, ...] = ()) -> pd.DataFrame:
 
 @st.cache_data(ttl=TTL, show_spinner=False)
 def over_time(part: Slice, by: tuple[str, ...] = ()) -> pd.DataFrame:
-    """The same per time bin ("at"), with a row for every bin: where there was no traffic, values are missing."""
+    """The same per time bin ("at"), the middle of it, with a row for every bin: values are missing without traffic."""
     width = _bin(part, 90)
     with database().read() as session:
         frame = with_ratios(pd.DataFrame(overview.sums(session, part, by, width)))
@@ -48,7 +48,9 @@ def over_time(part: Slice, by: tuple[str, ...] = ()) -> pd.DataFrame:
     whole = seconds >= width.total_seconds() / 2  # a bin that has hardly begun says more about chance
     if whole.any():
         frame = frame[whole]
-    return _with_gaps(frame, width, list(by))
+    full = _with_gaps(frame, width, list(by))
+    full["at"] = (full["at"] + width / 2).clip(upper=pd.Timestamp(part.until))
+    return full
 
 
 @st.cache_data(ttl=TTL, show_spinner=False)
@@ -72,7 +74,7 @@ def _bin(part: Slice, most: int) -> timedelta:
     """Bins wide enough for some 25 requests each: percentiles of fewer say more about chance than about the service."""
     total = totals(part)
     requests = int(total["requests"].iloc[0]) if not total.empty else 0
-    return part.bin(max(12, min(most, requests // 25)))
+    return part.bin(max(24, min(most, requests // 25)))
 
 
 @st.cache_data(ttl=TTL, show_spinner=False)

@@ -71,6 +71,8 @@ def _sentence(serving: ledger.Serving) -> str:
     if active is None:
         return f"**v{plan.champion}** serves all traffic; no rollout is active. Last change: {plan.reason}."
     canary = plan.arm(CANARY)
+    if canary is None and active.status.get("stages") and plan.champion != active.canary:
+        return f"**v{plan.champion}** serves all traffic. Canary **v{active.canary}** was taken back: {plan.reason}."
     share = f"takes {canary.weight * 100:g} %" if canary is not None else "takes no traffic"
     state = active.state.value.lower().replace("_", " ")
     return (

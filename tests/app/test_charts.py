@@ -67,12 +67,12 @@ def test_every_plan_has_a_mark_but_labels_do_not_collide() -> None:
     close = pd.DataFrame({"at": [AT[0], AT[0] + pd.Timedelta("1s")], "label": ["a", "b"], "canary": None})
     made = mark_deploys(go.Figure(), close, WINDOW, LIGHT)
     assert len(made.layout.shapes) == 2
-    assert [a.text for a in made.layout.annotations] == ["a"]
+    assert [a.text for a in made.layout.annotations] == ["b"]
 
 
 def test_a_canary_tints_the_time_it_served_even_when_it_began_before_the_window() -> None:
     plans = pd.DataFrame({"at": [AT[0] - pd.Timedelta("1h"), AT[2]], "label": ["", "v2 champion"], "canary": [3, None]})
-    tint, line = mark_deploys(go.Figure(), plans, WINDOW, LIGHT).layout.shapes
+    line, tint = mark_deploys(go.Figure(), plans, WINDOW, LIGHT).layout.shapes
     assert (tint.type, tint.x0, tint.x1, tint.fillcolor) == ("rect", WINDOW[0], AT[2], LIGHT.version(3))
     assert line.type == "line"
 

@@ -7,7 +7,7 @@ import math
 import pandas as pd
 import plotly.graph_objects as go
 
-from app.charts.theme import Palette, Window, empty, figure, log_axis, mark_deploys, time_axis
+from app.charts.theme import Palette, Window, empty, figure, instants, log_axis, mark_deploys, time_axis
 
 NOTHING = "No traffic in this window"
 QUANTILES = ("p50", "p95", "p99")
@@ -118,7 +118,7 @@ def _line(made: go.Figure, rows: pd.DataFrame, column: str, name: str, style: di
     values = rows[column]
     alone = values.notna() & values.shift().isna() & values.shift(-1).isna()
     made.add_scatter(
-        x=rows["at"],
+        x=instants(rows["at"]),
         y=values,
         name=name,
         mode="lines+markers",

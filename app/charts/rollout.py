@@ -5,7 +5,7 @@ from __future__ import annotations
 import pandas as pd
 import plotly.graph_objects as go
 
-from app.charts.theme import Palette, empty, figure
+from app.charts.theme import Palette, empty, figure, instants
 
 
 def certainty(frame: pd.DataFrame, canary: int, colours: Palette, height: int = 280) -> go.Figure:
@@ -21,9 +21,11 @@ def certainty(frame: pd.DataFrame, canary: int, colours: Palette, height: int = 
     single = len(frame) == 1
     if len(band):
         edge = {"width": 0, "color": colour}
-        made.add_scatter(x=band["at"], y=band["high"], mode="lines", line=edge, showlegend=False, name="upper bound")
         made.add_scatter(
-            x=band["at"],
+            x=instants(band["at"]), y=band["high"], mode="lines", line=edge, showlegend=False, name="upper bound"
+        )
+        made.add_scatter(
+            x=instants(band["at"]),
             y=band["low"],
             mode="lines",
             line=edge,
@@ -33,7 +35,7 @@ def certainty(frame: pd.DataFrame, canary: int, colours: Palette, height: int = 
             showlegend=False,
         )
     made.add_scatter(
-        x=frame["at"],
+        x=instants(frame["at"]),
         y=frame["difference"],
         mode="lines+markers" if single else "lines",
         line={"width": 2, "color": colour},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from typing import Any
 
 import pandas as pd
 import plotly.graph_objects as go
@@ -17,6 +18,7 @@ TICKS: tuple[tuple[float, tuple[float, ...]], ...] = (
     (math.inf, (1,)),
 )
 """Decades that a log axis spans at most → the digits of its ticks."""
+BAND = {"xref": "x", "yref": "paper", "y0": 0, "y1": 1, "layer": "below"}
 FONT = "Inter, sans-serif"
 Window = tuple[datetime, datetime]
 """What a time chart spans, [since, until)."""
@@ -113,6 +115,11 @@ def time_axis(made: go.Figure, window: Window) -> go.Figure:
     return made
 
 
+def instants(at: pd.Series) -> pd.Series:
+    """UTC without saying so, which is what Plotly draws."""
+    return at.dt.tz_convert(None) if len(at) else at
+
+
 def log_axis(made: go.Figure, low: float, high: float) -> go.Figure:
     """A logarithmic axis of milliseconds whose ticks are round numbers, more of them where it spans little."""
     if not (low > 0 and high > 0 and math.isfinite(low) and math.isfinite(high)):
@@ -145,31 +152,24 @@ def mark_deploys(made: go.Figure, plans: pd.DataFrame, window: Window, colours: 
     second = width / max((until - since).total_seconds(), 1.0)  # pixels
     ends = [*plans["at"].iloc[1:], until] if len(plans) else []
     taken = width + 16.0
+    shapes: list[dict[str, Any]] = []
+    labels: list[dict[str, Any]] = []
     for at, label, canary, end in reversed(list(zip(plans["at"], plans["label"], plans["canary"], ends, strict=True))):
         if pd.notna(canary) and end > since:
-            tint = colours.version(int(canary))
-            made.add_vrect(
-                x0=max(at, since), x1=min(end, until), fillcolor=tint, opacity=0.09, line_width=0, layer="below"
-            )
+            tint = {"fillcolor": colours.version(int(canary)), "opacity": 0.09, "line": {"width": 0}}
+            shapes.append(BAND | {"type": "rect", "x0": max(at, since), "x1": min(end, until), **tint})
         if not since <= at <= until:
             continue
-        made.add_vline(x=at, line={"color": colours.muted, "width": 1, "dash": "dot"}, layer="below")
+        stroke = {"color": colours.muted, "width": 1, "dash": "dot"}
+        shapes.append(BAND | {"type": "line", "x0": at, "x1": at, "line": stroke})
         left, length = (at - since).total_seconds() * second, 5.8 * len(label) + 6
         if left + length > taken:
             continue
         taken = left
-        made.add_annotation(
-            x=at,
-            y=1,
-            yref="paper",
-            yanchor="bottom",
-            xanchor="left",
-            xshift=-2,
-            text=label,
-            showarrow=False,
-            font={"size": 10, "color": colours.muted},
-        )
-    return made
+        place = {"x": at, "y": 1, "yref": "paper", "yanchor": "bottom", "xanchor": "left", "xshift": -2}
+        labels.append(place | {"text": label, "showarrow": False, "font": {"size": 10, "color": colours.muted}})
+    # All at once: Plotly checks every shape again for each one that is added.
+    return made.update_layout(shapes=shapes, annotations=labels)
 
 
 def empty(message: str, colours: Palette, height: int = 280) -> go.Figure:

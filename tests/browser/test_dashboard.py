@@ -12,10 +12,12 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import httpx
+import psycopg
 import pytest
 
 from engine.settings import environment_name
@@ -23,6 +25,7 @@ from engine.store.database import Database
 from engine.store.repositories import plans, traces
 from engine.store.repositories.overview import Slice
 from tests.app.seed import beat, seed
+from tests.conftest import TEMPLATE, _with_database
 
 playwright = pytest.importorskip("playwright.sync_api")
 pytestmark = pytest.mark.browser
@@ -38,6 +41,7 @@ LAST = {
     "rollouts": "Decisions on",
     "versions": "the refused ones too",
     "traces": "Choose one to open it",
+    "trace": "assignment key",
 }
 """A text near the end of each page: when it is there, the page is drawn."""
 
@@ -52,19 +56,46 @@ def browser() -> Iterator[playwright.Browser]:
         chromium.close()
 
 
+@pytest.fixture(scope="module")
+def shared(postgres_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Database]]:
+    """A dashboard on a seeded database, and that database, for the tests that only look."""
+    name = "dashboard_to_look_at"
+    with psycopg.connect(postgres_url, autocommit=True) as connection:
+        connection.execute(f"CREATE DATABASE {name} TEMPLATE {TEMPLATE}")
+    folder, done = tmp_path_factory.mktemp("dashboard"), threading.Event()
+    db = Database(_with_database(postgres_url, name), application="tests")
+
+    def replica() -> None:
+        while not done.wait(5):
+            beat(db, datetime.now(UTC), folder / "spill" / "tokenizer.json")
+
+    alive = threading.Thread(target=replica)
+    with _dashboard(_with_database(postgres_url, name), db, folder) as address:
+        alive.start()
+        yield address, db
+        done.set()
+        alive.join()
+    db.close()
+
+
 @pytest.fixture
-def url(database_url: str, db: Database, tmp_path: Path) -> Iterator[str]:
-    """A dashboard process on a seeded database."""
-    seed(db, tmp_path / "spill")
+def url(shared: tuple[str, Database]) -> str:
+    return shared[0]
+
+
+@contextmanager
+def _dashboard(database_url: str, db: Database, folder: Path) -> Iterator[str]:
+    """Seed the database and run a dashboard on it in a process of its own, started from another folder."""
+    seed(db, folder / "spill")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     environ = {k: v for k, v in os.environ.items() if not k.startswith("SLIPSTREAM_")} | {
         environment_name("database_url"): database_url,
-        environment_name("home"): str(tmp_path),
+        environment_name("home"): str(folder),
         environment_name("dashboard.port"): str(port),
     }
-    process = subprocess.Popen([sys.executable, "-m", "app"], env=environ, cwd=tmp_path, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen([sys.executable, "-m", "app"], env=environ, cwd=folder, stdout=subprocess.DEVNULL)
     address = f"http://127.0.0.1:{port}"
     try:
         _wait_for(f"{address}/_stcore/health")
@@ -120,14 +151,31 @@ def test_a_narrow_window_scrolls_only_downwards(browser: playwright.Browser, url
         page.context.close()
 
 
-def test_a_deep_link_opens_one_trace_with_its_tokens(browser: playwright.Browser, url: str, db: Database) -> None:
+def test_a_deep_link_opens_one_trace_with_its_tokens(browser: playwright.Browser, shared: tuple[str, Database]) -> None:
+    url, db = shared
     now = datetime.now(UTC)
     with db.read() as session:
         found = traces.listed(session, Slice(now - timedelta(hours=2), now), order="most drafted", limit=1)[0]
     page = open_page(browser, f"{url}/traces?trace={found['trace_id']}")
     page.get_by_text("hover a token to see its step").wait_for()
     page.locator("span[title^='step 1: ']").first.wait_for()
+    settled(page, "trace")
     page.screenshot(path=SHOTS / "trace_light.png")
+    page.context.close()
+
+
+def test_a_row_of_the_list_opens_its_trace_and_the_way_back_is_there(browser: playwright.Browser, url: str) -> None:
+    page = open_page(browser, f"{url}/traces?class=code")
+    settled(page, "traces")
+    box = page.get_by_test_id("stDataFrame").bounding_box()
+    assert box is not None
+    page.mouse.click(box["x"] + 22, box["y"] + 54)  # the mark of the first row; the table is one canvas
+    page.get_by_text("hover a token to see its step").wait_for()
+    assert "trace=" in page.url
+    page.get_by_role("button", name="All traces").click()
+    page.get_by_text("Choose one to open it").wait_for()
+    assert "trace=" not in page.url
+    assert "class=code" in page.url
     page.context.close()
 
 
@@ -139,37 +187,40 @@ def test_a_filter_is_in_the_url_and_survives_the_link(browser: playwright.Browse
     page.context.close()
 
 
-def test_one_click_rollback_with_its_time_to_effect(browser: playwright.Browser, url: str, db: Database) -> None:
+def test_one_click_rollback_with_its_time_to_effect(
+    browser: playwright.Browser, database_url: str, db: Database, tmp_path: Path
+) -> None:
     """The engine's part, observing the plan, is played by a thread that waits for the ledger as a replica does."""
-    page = open_page(browser, f"{url}/rollouts")
-    page.get_by_role("button", name="Roll back to v3").click()
-    page.get_by_placeholder("It stays in the record").fill("p99 went up")
-    done = threading.Event()
+    with _dashboard(database_url, db, tmp_path) as url:
+        page = open_page(browser, f"{url}/rollouts")
+        page.get_by_role("button", name="Roll back to v3").click()
+        page.get_by_placeholder("It stays in the record").fill("p99 went up")
+        done = threading.Event()
 
-    def replica() -> None:
-        while not done.is_set():
-            with db.read() as session:
-                plan = plans.latest(session)
-            if plan is not None and plan.generation == 8:
-                beat(db, datetime.now(UTC))
-                return
-            done.wait(0.05)
+        def replica() -> None:
+            while not done.is_set():
+                with db.read() as session:
+                    plan = plans.latest(session)
+                if plan is not None and plan.generation == 8:
+                    beat(db, datetime.now(UTC))
+                    return
+                done.wait(0.05)
 
-    thread = threading.Thread(target=replica)
-    thread.start()
-    try:
-        page.get_by_test_id("stDialog").get_by_role("button", name="Roll back", exact=True).click()
-        page.get_by_text("Rolled back: effective on 1 of 1 replicas after 0.12 s").wait_for()
-        page.get_by_test_id("stDialog").wait_for(state="detached")
-        page.screenshot(path=SHOTS / "rolled_back_light.png")
-    finally:
-        done.set()
-        thread.join()
-    with db.read() as session:
-        newest = plans.latest(session)
-    assert newest is not None
-    assert (newest.generation, newest.champion, newest.arms, newest.reason) == (8, 3, (), "p99 went up")
-    page.context.close()
+        thread = threading.Thread(target=replica)
+        thread.start()
+        try:
+            page.get_by_test_id("stDialog").get_by_role("button", name="Roll back", exact=True).click()
+            page.get_by_text("Rolled back: effective on 1 of 1 replicas after 0.12 s").wait_for()
+            page.get_by_test_id("stDialog").wait_for(state="detached")
+            page.screenshot(path=SHOTS / "rolled_back_light.png")
+        finally:
+            done.set()
+            thread.join()
+        with db.read() as session:
+            newest = plans.latest(session)
+        assert newest is not None
+        assert (newest.generation, newest.champion, newest.arms, newest.reason) == (8, 3, (), "p99 went up")
+        page.context.close()
 
 
 def _wait_for(address: str) -> None:

@@ -31,7 +31,7 @@ SEEN, OPEN = "buttons-of", "dialog-open"
 
 def buttons(serving: Serving) -> None:
     """Drawn by the page itself, not by a part that refreshes: a refresh must not close the dialog."""
-    st.session_state[SEEN], st.session_state[OPEN] = _offered(serving), False
+    st.session_state[SEEN], st.session_state[OPEN] = (_offered(serving), serving.target), False
     with st.container(horizontal=True, key="verbs"):
         for verb in _offered(serving):
             target = f" to v{serving.target}" if verb == ROLL_BACK else ""
@@ -39,12 +39,12 @@ def buttons(serving: Serving) -> None:
             kind: Literal["primary", "secondary"] = "primary" if verb == ROLL_BACK and at_work else "secondary"
             if st.button(LABELS[verb] + target, key=verb, type=kind, icon=ICONS[verb], help=ASKED[verb]):
                 st.session_state[OPEN] = True
-                _confirm(verb, serving.rollout.id if serving.rollout and verb != ROLL_BACK else None)
+                _confirm(verb, _subject(verb, serving))
 
 
 def follow(serving: Serving) -> None:
-    """Draw the page again where other buttons are due, for example after somebody else held the rollout."""
-    if st.session_state.get(SEEN) != _offered(serving) and not st.session_state.get(OPEN):
+    """Draw the page again where other buttons are due, for example after somebody else rolled back."""
+    if st.session_state.get(SEEN) != (_offered(serving), serving.target) and not st.session_state.get(OPEN):
         st.rerun()
 
 
@@ -74,14 +74,21 @@ def _offered(serving: Serving) -> tuple[str, ...]:
     return tuple(verbs)
 
 
+def _subject(verb: str, serving: Serving) -> int:
+    """What a verb is about, fixed when its dialog opens: the version to go back to, or the rollout."""
+    subject = serving.target if verb == ROLL_BACK else serving.rollout.id if serving.rollout is not None else None
+    assert subject is not None  # otherwise the verb is not offered
+    return subject
+
+
 @st.dialog("Are you sure?", on_dismiss="rerun")
-def _confirm(verb: str, rollout_id: int | None) -> None:
+def _confirm(verb: str, subject: int) -> None:
     """One key for this dialog: pressing twice, or a repeated request, writes once."""
-    key = st.session_state.setdefault(f"intent-{verb}-{rollout_id}", f"dashboard-{uuid.uuid4().hex}")
-    st.write(ASKED[verb])
+    key = st.session_state.setdefault(f"intent-{verb}-{subject}", f"dashboard-{uuid.uuid4().hex}")
+    st.write((f"**v{subject}** will serve all traffic. " if verb == ROLL_BACK else "") + ASKED[verb])
     st.text_input("Reason", key="reason", placeholder="It stays in the record", max_chars=200)
     with st.container(horizontal=True):
-        sure = st.button(LABELS[verb], key="confirm", type="primary", on_click=_write, args=(verb, rollout_id, key))
+        sure = st.button(LABELS[verb], key="confirm", type="primary", on_click=_write, args=(verb, subject, key))
         if st.button("Cancel", key="cancel"):
             st.rerun()
     if sure and not _reason():
@@ -94,18 +101,17 @@ def _reason() -> str:
     return str(st.session_state.get("reason") or "").strip()
 
 
-def _write(verb: str, rollout_id: int | None, key: str) -> None:
+def _write(verb: str, subject: int, key: str) -> None:
     """Runs before anything is drawn again, so the page shows what was done."""
     if not _reason():
         return
     st.session_state["problem"] = None
     try:
         if verb == ROLL_BACK:
-            st.session_state["rolled_back"] = ledger.roll_back(_reason(), key).generation
+            st.session_state["rolled_back"] = ledger.roll_back(subject, _reason(), key).generation
         else:
-            assert rollout_id is not None
-            ledger.command(rollout_id, verb, _reason(), key)
+            ledger.command(subject, verb, _reason(), key)
             st.toast(f"Asked the controller to {verb}.", icon=ICONS[verb])
     except SlipstreamError as error:
         st.session_state["problem"] = str(error)
-    st.session_state.pop(f"intent-{verb}-{rollout_id}", None)
+    st.session_state.pop(f"intent-{verb}-{subject}", None)

@@ -132,10 +132,13 @@ def decisions(rollout_id: int) -> list[DecisionRecord]:
         return rollouts.decisions(session, rollout_id, limit=600)
 
 
-def roll_back(reason: str, key: str) -> ServingPlan:
-    """One transaction to the ledger; the same key again does nothing more."""
+def roll_back(to: int, reason: str, key: str) -> ServingPlan:
+    """One transaction to the ledger; the same key again does nothing more.
+
+    ``to`` is the version the reader was shown: whatever the ledger did meanwhile, no other one is served.
+    """
     with database().write() as session:
-        plan = plans.roll_back(session, actor="dashboard", reason=reason, idempotency_key=key)
+        plan = plans.roll_back(session, actor="dashboard", reason=reason, to=to, idempotency_key=key)
     serving.clear()
     return plan
 

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import streamlit as st
 
-from engine.settings import environment_name
+from engine.settings import ENV_PREFIX, environment_name
 from engine.store.database import Database
 from tests.app.seed import seed
 
 
 @pytest.fixture
 def dashboard(database_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """The environment of a dashboard on an empty database; caches of other tests are forgotten."""
+    """The environment of a dashboard on an empty database; caches of other tests are forgotten.
+
+    Whatever else the caller's environment sets (SLIPSTREAM_SCREENSHOTS, say) is no setting of this dashboard.
+    """
+    for name in [name for name in os.environ if name.startswith(ENV_PREFIX)]:
+        monkeypatch.delenv(name)
     monkeypatch.setenv(environment_name("database_url"), database_url)
     monkeypatch.setenv(environment_name("home"), str(tmp_path))
     st.cache_resource.clear()

@@ -99,6 +99,20 @@ def test_roll_back_writes_one_plan_and_shows_when_it_took_effect(seeded: Databas
     assert "effective on 1 of 1 replicas after 0.12 s" in test.success[0].value
 
 
+def test_roll_back_serves_the_version_it_showed_whatever_happened_meanwhile(seeded: Database) -> None:
+    test = page("rollouts")
+    assert test.button(key="roll_back").label == "Roll back to v3"
+    test.button(key="roll_back").click().run()
+    assert "**v3** will serve all traffic" in text(test)
+    with seeded.write() as session:
+        plans.roll_back(session, actor="rollout 3", reason="tokens_per_step: the canary is worse")
+    test.text_input(key="reason").set_value("p99 went up")
+    test.button(key="confirm").click().run()
+    with seeded.read() as session:
+        newest = plans.history(session)[0]
+    assert (newest.actor, newest.champion, newest.arms) == ("dashboard", 3, ())
+
+
 def test_hold_asks_the_controller_and_writes_no_plan(seeded: Database) -> None:
     test = page("rollouts")
     confirmed(test, "hold", "let us look first")

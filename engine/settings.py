@@ -47,9 +47,6 @@ class EngineSettings(Section):
     request_timeout_s: PositiveFloat = Field(300.0, description="a request that runs longer ends with status timeout")
     plan_poll_s: PositiveFloat = Field(1.0, description="ledger poll interval beside LISTEN/NOTIFY, seconds")
     plan_lease_s: PositiveFloat = Field(60.0, description="silence of the ledger after which canary traffic goes home")
-    fault_injection: bool = Field(
-        False, description="load policies that are broken on purpose (demo and benchmarks only)"
-    )
 
 
 class TelemetrySettings(Section):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from html import escape
 from typing import Any
 from uuid import UUID
 
@@ -129,7 +130,8 @@ def _draw(figure: go.Figure, key: str) -> None:
 
 def _response(found: Trace, colours: Palette) -> None:
     if found.row.error:
-        st.error(found.row.error)
+        st.error("This request failed:")
+        st.code(found.row.error, language=None, wrap_lines=True)
     if found.payload is None:
         st.caption("The tokens of this request were not kept, or are past their retention.")
         return
@@ -188,7 +190,10 @@ def _fields(row: TraceRow) -> None:
     }
     for column, chunk in zip(st.columns(3), range(3), strict=True):
         items = list(fields.items())[chunk::3]
-        column.markdown("  \n".join(f":gray[{name}] {value}" for name, value in items))
+        # HTML with everything escaped: as Markdown, a client's own words could fetch images and disguise links.
+        column.html(
+            "<br>".join(f'<span style="opacity:.65">{name}</span> {escape(str(value))}' for name, value in items)
+        )
 
 
 def _go() -> None:

@@ -51,7 +51,10 @@ class Report:
 
 
 def quantile_figure(name: str, values: Sequence[float], q: float, unit: str, rng: np.random.Generator) -> Figure:
-    """A sample quantile with its percentile-bootstrap interval (Efron 1979; 2,000 resamples)."""
+    """A sample quantile with its percentile-bootstrap interval (Efron 1979; 2,000 resamples).
+
+    No resample exceeds the largest observation: for p99 of n = 50 ``high`` is that maximum, not a bound on the truth.
+    """
     sample = np.asarray(values, dtype=float)
     resampled = np.quantile(rng.choice(sample, size=(2_000, len(sample))), q, axis=1)
     low, high = np.quantile(resampled, (0.025, 0.975))
@@ -64,6 +67,8 @@ def count_figure(name: str, events: int, trials: int, unit: str) -> Figure:
 
     if trials == 0:
         return Figure(name, 0.0, 0.0, 0.0, 0, unit)
+    if events > trials:  # more than can be counted in trials: certain, and out of all proportion
+        return Figure(name, float(events), float(trials), float("inf"), trials, unit)
     interval = binomtest(events, trials).proportion_ci(method="exact")
     return Figure(name, float(events), float(interval.low * trials), float(interval.high * trials), trials, unit)
 

@@ -31,6 +31,7 @@ def up(context: typer.Context) -> None:
     from engine.ops import system
 
     chosen = settings(context)
+    system.refuse_a_second(chosen)
     with _Interruptible():
         supervisor = Supervisor(chosen.home_path, say)
         try:
@@ -63,11 +64,12 @@ def demo(
     from engine.ops import system
 
     chosen = system.free_ports(story.settings(settings(context)))
+    system.refuse_a_second(chosen)
     with _Interruptible():
         supervisor = Supervisor(chosen.home_path, say)
         try:
             running = system.start(chosen, supervisor, say)
-            story.tell(running, supervisor, say, minutes * 60.0, hold)
+            story.tell(running, chosen, supervisor, say, minutes * 60.0, hold)
         except KeyboardInterrupt:
             say("stopping")
         finally:
@@ -110,16 +112,19 @@ def say(line: str) -> None:
 
 
 class _Interruptible:
-    """SIGTERM means what Ctrl-C means, so `slipstream down` and a container's stop end the system cleanly."""
+    """SIGTERM and SIGHUP mean what Ctrl-C means: `slipstream down`, a container's stop, a terminal that is closed."""
+
+    _SIGNALS = (signal.SIGTERM, signal.SIGHUP)
 
     def __enter__(self) -> None:
         def interrupt(_signal: int, _frame: FrameType | None) -> None:
             raise KeyboardInterrupt
 
-        self._before = signal.signal(signal.SIGTERM, interrupt)
+        self._before = [signal.signal(number, interrupt) for number in self._SIGNALS]
 
     def __exit__(self, *_: object) -> None:
-        signal.signal(signal.SIGTERM, self._before)
+        for number, handler in zip(self._SIGNALS, self._before, strict=True):
+            signal.signal(number, handler)
 
 
 def _status(chosen: Settings) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 
 import numpy as np
+from sqlalchemy.exc import SQLAlchemyError
 
 from engine.contracts import TERMINAL_STATES, RolloutState, SlipstreamError
 from engine.demo import garbage, prompts
@@ -41,8 +42,13 @@ def settings(base: Settings) -> Settings:
     )
 
 
-def tell(chosen: Settings, supervisor: Supervisor, say: Say, patience_s: float, hold: bool) -> None:
-    """Play the story; SlipstreamError naming the chapter that did not come to its end within ``patience_s``."""
+def tell(
+    chosen: Settings, configured: Settings, supervisor: Supervisor, say: Say, patience_s: float, hold: bool
+) -> None:
+    """Play the story; ``configured`` is what the operator chose, ``chosen`` the same with addresses filled in.
+
+    SlipstreamError naming the chapter that did not come to its end within ``patience_s``.
+    """
     database = Database(chosen.database_url or "", application="slipstream demo")
     url = f"http://{chosen.engine.host}:{chosen.engine.port}"
     traffic = Traffic(
@@ -50,7 +56,7 @@ def tell(chosen: Settings, supervisor: Supervisor, say: Say, patience_s: float, 
     )
     with database.read() as session:
         narrator = Narrator.from_now(session)
-    stage = _Stage(chosen, database, supervisor, narrator, say, patience_s)
+    stage = _Stage(configured, database, supervisor, narrator, say, patience_s)
     board = f"http://{chosen.dashboard.host}:{chosen.dashboard.port}"
     try:
         say(f"traffic of four classes begins: {CLIENTS} clients, greedy, prompts of the project's own set")
@@ -85,14 +91,14 @@ class _Stage:
 
     def __init__(
         self,
-        chosen: Settings,
+        configured: Settings,
         database: Database,
         supervisor: Supervisor,
         narrator: Narrator,
         say: Say,
         patience_s: float,
     ) -> None:
-        self.chosen, self.database, self.supervisor = chosen, database, supervisor
+        self.configured, self.database, self.supervisor = configured, database, supervisor
         self.narrator, self.say, self.patience_s = narrator, say, patience_s
         self.began = datetime.now(UTC)
         with database.read() as session:
@@ -100,18 +106,22 @@ class _Stage:
 
     def until(self, what: str, condition: Callable[[], bool], patience_s: float | None = None) -> None:
         deadline = time.monotonic() + (self.patience_s if patience_s is None else patience_s)
-        while not condition():
-            self._tell()
-            system.watch_once(self.chosen, self.supervisor, self.say)
+        while not self._look(condition):
+            system.watch_once(self.configured, self.supervisor, self.say)
             if time.monotonic() > deadline:
                 raise SlipstreamError(f"Waited {self.patience_s:.0f} s in vain for: {what}. See `slipstream logs`.")
             threading.Event().wait(0.5)
-        self._tell()
 
-    def _tell(self) -> None:
-        with self.database.read() as session:
-            for line in self.narrator.lines(session):
-                self.say(line)
+    def _look(self, condition: Callable[[], bool]) -> bool:
+        """Tell what is new and see whether the chapter is over. A database that is away is no end of the story."""
+        try:
+            with self.database.read() as session:
+                for line in self.narrator.lines(session):
+                    self.say(line)
+            return condition()
+        except SQLAlchemyError as error:
+            self.say(f"the database is away: {str(error).splitlines()[0]}")
+            return False
 
     def traces(self) -> int:
         """Traces written since the story began."""

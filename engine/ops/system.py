@@ -27,11 +27,9 @@ ENVIRONMENT = {
 READY_S = {"mlflow": 120.0, "engine": 600.0, "dashboard": 60.0}
 
 
-def start(settings: Settings, supervisor: Supervisor, say: Say) -> Settings:
-    """Start everything; returns the settings with every address filled in.
-
-    Nothing waits for MLflow: it is started first, because it is slow, and looked at last.
-    """
+def refuse_a_second(settings: Settings) -> None:
+    """SlipstreamError where this system runs already or its ports are taken. Asked before anything is started, so that
+    nothing of the first one is touched."""
     home = settings.home_path
     if (running := read_state(home)) is not None:
         raise SlipstreamError(
@@ -39,6 +37,14 @@ def start(settings: Settings, supervisor: Supervisor, say: Say) -> Settings:
             "`slipstream down` stops it; with another SLIPSTREAM_HOME a second one can run beside it."
         )
     _check_ports(settings)
+
+
+def start(settings: Settings, supervisor: Supervisor, say: Say) -> Settings:
+    """Start everything; returns the settings with every address filled in.
+
+    Nothing waits for MLflow: it is started first, because it is slow, and looked at last.
+    """
+    home = settings.home_path
     home.mkdir(parents=True, exist_ok=True)
     if settings.database_url is None:
         say(f"Postgres: embedded, in {postgres.data_directory(home)}")

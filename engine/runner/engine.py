@@ -111,7 +111,7 @@ class Engine:
         return {
             "running": len(self.scheduler.running),
             "waiting": len(self.scheduler.waiting),
-            "draft_errors": self.draft_errors + sum(live.draft_errors for live in self._lives.values()),
+            "draft_errors": self.draft_errors + sum(live.draft_errors for live in list(self._lives.values())),
             "step_errors": self.step_errors,
         }
 

@@ -17,7 +17,7 @@ from starlette.routing import Route
 from engine.contracts import FinishReason, SlipstreamError
 from engine.runner.engine import Output
 from engine.server.answers import DONE, Shape, event, token_usage
-from engine.server.caller import Caller, classify, read_caller
+from engine.server.caller import Caller, classify, clean, read_caller
 from engine.server.errors import ApiError, internal, invalid
 from engine.server.schemas import ChatRequest, CompletionRequest, parse
 from engine.server.service import Running, Service
@@ -117,7 +117,7 @@ class _Call:
     def __init__(self, api: Api, request: Request, kind: type[ChatRequest] | type[CompletionRequest]) -> None:
         self.api, self.service, self.request, self.kind = api, api.service, request, kind
         self.arrived, self.started_at = self.service.clock(), self.service.now()
-        self.request_id = request.headers.get("x-request-id") or f"req-{uuid4().hex}"
+        self.request_id = clean(request.headers.get("x-request-id") or f"req-{uuid4().hex}")
         self.caller: Caller | None = None
 
     async def answer(self) -> Response:

@@ -9,6 +9,9 @@ from dataclasses import dataclass
 from engine.server.errors import invalid
 
 CLASS_NAME = re.compile(r"^[a-z0-9_]{1,32}$")
+RESERVED = frozenset({"all", "unknown"})
+"""Names that guards and charts use for totals and for what has no class."""
+LONGEST = 256
 LONG_PROMPT_TOKENS = 512
 LONG_OUTPUT_TOKENS = 512
 CODE = re.compile(
@@ -39,17 +42,19 @@ def read_caller(
     extra = metadata or {}
     conversation = headers.get("x-conversation-id") or extra.get("conversation_id")
     traffic_class = headers.get("x-traffic-class") or extra.get("traffic_class")
-    if traffic_class is not None and not CLASS_NAME.match(traffic_class):
+    if traffic_class is not None and (not CLASS_NAME.match(traffic_class) or traffic_class in RESERVED):
         raise invalid(
-            f"X-Traffic-Class {traffic_class[:40]!r} is not a class name: 1 to 32 of a–z, 0–9 and _.", "traffic_class"
+            f"X-Traffic-Class {traffic_class[:40]!r} is not a class name: 1 to 32 of a–z, 0–9 and _, and not one of "
+            f"{', '.join(sorted(RESERVED))}.",
+            "traffic_class",
         )
     retries = headers.get("x-stainless-retry-count", "0")
     return Caller(
         request_id=request_id,
-        key=conversation or user or request_id,
-        tenant=headers.get("x-tenant"),
+        key=clean(conversation or user or request_id),
+        tenant=clean(headers["x-tenant"]) if "x-tenant" in headers else None,
         traffic_class=traffic_class,
-        retry=min(int(retries), 100) if retries.isdigit() else 0,
+        retry=min(int(retries), 100) if retries.isdecimal() else 0,
         trainable=not _flag(headers.get("x-no-train")),
         payload=not _flag(headers.get("x-no-payload")),
     )
@@ -61,6 +66,11 @@ def classify(text: str, prompt_tokens: int, max_tokens: int) -> str:
     if prompt_tokens > LONG_PROMPT_TOKENS or max_tokens > LONG_OUTPUT_TOKENS:
         return "long_form"
     return "code" if CODE.search(text) else "chat"
+
+
+def clean(text: str) -> str:
+    """Client text as Postgres can store it: no NUL, no lone surrogate, no more than ``LONGEST`` characters."""
+    return text[:LONGEST].replace("\x00", "\ufffd").encode("utf-8", "replace").decode()
 
 
 def _flag(value: str | None) -> bool:

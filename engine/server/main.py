@@ -96,9 +96,10 @@ class EngineServer:
         self.writer.start()
         self.subscriber.start()
         yield
-        self.subscriber.stop()
-        self.thread.stop()
-        self.writer.close()
+        await asyncio.to_thread(self.subscriber.stop)
+        await asyncio.to_thread(self.thread.stop)
+        await asyncio.sleep(0)  # the last outputs are callbacks of this loop; each makes a trace
+        await asyncio.to_thread(self.writer.close)
         self.database.close()
 
     def _not_ready(self) -> str | None:

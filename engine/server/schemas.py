@@ -117,6 +117,7 @@ def parse(kind: type[T], body: bytes) -> T:
         raise invalid(f"The body is not valid JSON: {error}.") from None
     if not isinstance(tree, dict):
         raise invalid(f"The body must be a JSON object, not {type(tree).__name__}.")
+    tree = {name: value for name, value in tree.items() if value is not None}  # OpenAI's null means: not given
     for name, harmless in NEUTRAL.items():
         if name in tree and tree.pop(name) not in harmless:
             raise invalid(f"{name} is not supported here; leave it out.", name, "unsupported_parameter")

@@ -13,7 +13,7 @@ from engine.contracts import Assignment, SamplingParams, SlipstreamError, Status
 from engine.model.loading import Target
 from engine.runner.engine import EngineRequest, Output, PolicyNotResident, RequestResult
 from engine.scheduler.errors import QueueFull, RequestTooLong
-from engine.server.caller import Caller
+from engine.server.caller import Caller, clean
 from engine.server.engine_thread import EngineFailure, EngineThread
 from engine.server.errors import ApiError, internal, invalid
 from engine.server.residency import PLAIN, Residency
@@ -147,7 +147,7 @@ class Service:
                 endpoint=endpoint,
                 assignment_key=caller.key if caller is not None else request_id,
                 tenant=caller.tenant if caller is not None else None,
-                error=f"{error.status} {error.message}"[:500],
+                error=clean(f"{error.status} {error.message}"),
                 e2e_s=self.clock() - arrived,
                 retry=caller.retry if caller is not None else 0,
                 trainable=False,
@@ -173,7 +173,7 @@ class Service:
             self._submit(running)
             return
         if isinstance(what, SlipstreamError):
-            status = Status.ERROR if isinstance(what, EngineFailure) else Status.REJECTED
+            status = Status.ERROR if isinstance(what, (EngineFailure, PolicyNotResident)) else Status.REJECTED
             self._record(self._trace(running, None, status, str(what)))
         elif what.result is not None:
             self._record(self._trace(running, what.result, what.result.status, what.result.error))
@@ -184,7 +184,7 @@ class Service:
             raise ApiError(429, str(what), code="queue_full", headers={"retry-after": str(RETRY_AFTER_S)})
         if isinstance(what, RequestTooLong):
             raise invalid(str(what), "max_tokens", "context_length_exceeded")
-        if isinstance(what, EngineFailure):
+        if isinstance(what, (EngineFailure, PolicyNotResident)):
             raise internal(f"trace {running.trace_id}")
         if isinstance(what, SlipstreamError):
             raise invalid(str(what))
@@ -216,7 +216,7 @@ class Service:
             assignment_key=caller.key,
             tenant=caller.tenant,
             finish_reason=result.finish_reason.value if result is not None else None,
-            error=error[:500] if error else None,
+            error=clean(error) if error else None,
             stream=running.stream,
             temperature=request.sampling.temperature,
             max_tokens=request.sampling.max_tokens,

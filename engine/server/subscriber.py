@@ -18,7 +18,7 @@ from engine.registry.publish import ensure_version
 from engine.server.residency import Residency
 from engine.settings import EngineSettings
 from engine.speculation.artifact import build_artifact
-from engine.store.database import Database, libpq_url
+from engine.store.database import KEEPALIVE, Database, libpq_url
 from engine.store.repositories import plans, policies, replicas
 
 log = logging.getLogger(__name__)
@@ -66,6 +66,7 @@ class PlanSubscriber:
                     autocommit=True,
                     connect_timeout=5,
                     application_name="slipstream plans",
+                    **KEEPALIVE,
                 ) as connection:
                     connection.execute(f"LISTEN {plans.CHANNEL}")
                     self._follow(connection)

@@ -8,9 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from sqlalchemy import Engine, create_engine, text
 from sqlalchemy.orm import Session
+
+BOUNDS = "-c idle_in_transaction_session_timeout=30s -c lock_timeout=10s -c statement_timeout=60s"
+"""Nobody holds the ledger's lock by falling asleep, nobody waits for it for ever: a rollback must get through."""
+KEEPALIVE: dict[str, Any] = {
+    "keepalives_idle": 5,
+    "keepalives_interval": 2,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 10_000,
+}
+"""libpq's options: a server that has gone without a word is noticed in seconds."""
 
 
 class ReadSession(Session):
@@ -31,7 +42,7 @@ class Database:
             pool_size=pool_size,
             max_overflow=8,
             pool_pre_ping=True,
-            connect_args={"application_name": application, "connect_timeout": 5},
+            connect_args={"application_name": application, "connect_timeout": 5, "options": BOUNDS, **KEEPALIVE},
         )
 
     @contextmanager

@@ -75,6 +75,9 @@ class Spill:
         for name in sorted(self._sizes):
             try:
                 return name, _read(self.folder / name)
+            except FileNotFoundError:
+                log.error("spill file %s was removed by somebody else; its traces are lost", name)
+                del self._sizes[name]
             except (ValueError, KeyError, TypeError) as error:
                 log.error("spill file %s cannot be read and is set aside as %s: %s", name, name + BROKEN, error)
                 self.set_aside(name)

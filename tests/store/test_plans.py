@@ -82,11 +82,24 @@ def test_rollback_goes_to_the_champion_recorded_at_the_start(db: Database, versi
     assert (plan.champion, plan.arms, plan.rollback_to) == (versions[0], (), None)
 
 
-def test_rollback_without_a_canary_restores_the_champion_before(db: Database, versions: list[int]) -> None:
+def test_a_promotion_is_taken_back_once_however_often_it_is_asked(db: Database, versions: list[int]) -> None:
+    """A second rollback, by another person or by a guard, must not bring the bad version back."""
+    append(db, versions[0])
+    start_canary(db, versions[0], versions[1])
+    append(db, versions[1], rollback_to=versions[0])  # promoted
+    for _ in range(3):
+        with db.write() as session:
+            plan = plans.roll_back(session, actor="t", reason="bad")
+        assert (plan.champion, plan.generation) == (versions[0], 4)
+
+
+def test_an_earlier_champion_must_be_named(db: Database, versions: list[int]) -> None:
     append(db, versions[0])
     append(db, versions[1])
     with db.write() as session:
-        assert plans.roll_back(session, actor="t", reason="bad").champion == versions[0]
+        assert plans.roll_back(session, actor="t", reason="?").generation == 2
+    with db.write() as session:
+        assert plans.roll_back(session, actor="t", reason="bad", to=versions[0]).champion == versions[0]
 
 
 def test_an_unknown_version_is_refused_by_name(db: Database, versions: list[int]) -> None:

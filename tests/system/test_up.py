@@ -78,6 +78,7 @@ def test_up_serves_traces_and_leaves_nothing_behind(environ: dict[str, str]) -> 
         second = slipstream(environ, "up")
         assert second.returncode == 1
         assert "already runs" in second.stderr
+        assert json.loads(slipstream(environ, "status", "--json").stdout)["healthy"], "the first one is untouched"
 
         api = status["components"]["engine"]["url"]
         body = {"model": "tiny", "prompt": "hello", "max_tokens": 4}

@@ -83,7 +83,9 @@ def roll_back(
 ) -> ServingPlan:
     """Take the canary away and serve ``to``: by default the champion recorded when the canary started.
 
-    One transaction, needing no controller, no learner and no MLflow. Safe to repeat.
+    One transaction, needing no controller, no learner and no MLflow. Safe to repeat: where there is neither a canary
+    nor a promotion to take back, the plan in force is given back unchanged. An earlier champion is never guessed, it
+    may be the very version that was taken back a moment ago; name it with ``to``.
     """
     if to is not None and session.get(PolicyVersionRow, to) is None:
         raise SlipstreamError(f"There is no policy version {to}. `slipstream policy list` shows them.")
@@ -91,12 +93,12 @@ def roll_back(
     now = latest(session)
     if now is None:
         raise SlipstreamError("There is no serving plan yet: start an engine first (`slipstream up`).")
+    if to is None and not now.arms and now.rollback_to is None:
+        return now
     if to is not None:
         target = to
-    elif now.rollback_to is not None:
-        target = now.rollback_to
     else:
-        target = now.champion if now.arms else (previous_champion(session, now) or now.champion)
+        target = now.rollback_to if now.rollback_to is not None else now.champion
     return append(
         session,
         champion=target,

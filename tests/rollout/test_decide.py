@@ -35,6 +35,16 @@ def test_a_better_canary_climbs_its_steps_and_becomes_champion() -> None:
     assert [stage.weight for stage in world.status.stages] == list(world.spec.steps)
 
 
+def test_what_was_proved_for_one_class_does_not_become_champion_of_all() -> None:
+    world = ramping(replace(guards.preset("fast"), traffic_classes=("chat",)))
+    to_soaking(world)
+    world.both(400, canary=2.3)
+    decision = world.tick(world.spec.soak_s)
+    assert (decision.to_state, decision.action) == (RolloutState.HELD, Action.NONE)
+    assert "proved for chat only" in decision.reason
+    assert world.ledger.champion == CHAMPION
+
+
 def test_a_canary_that_drafts_badly_is_rolled_back_to_the_recorded_champion() -> None:
     world = ramping()
     world.both(40, canary=1.05)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import openai
@@ -97,6 +98,35 @@ def test_headers_say_what_served_and_the_trace_agrees(served: Served) -> None:
     assert 0 <= row.queue_s <= row.ttft_s <= row.e2e_s
 
 
+def test_whatever_a_client_calls_itself_its_trace_is_stored(served: Served) -> None:
+    """Postgres takes neither NUL nor a lone surrogate, and nobody needs a name of a megabyte."""
+    for user in ("nul \x00", "surrogate \ud800", "x" * 5_000):
+        body = json.dumps({"model": served.model, "prompt": "hello", "max_tokens": 1, "user": user})
+        assert served.http.post("/v1/completions", content=body).status_code == 200
+    assert (
+        served.completion(temperature=None, stop=None, headers={b"x-stainless-retry-count": b"\xb2"}).status_code == 200
+    )
+    served.traces(4)
+    assert served.server.writer.stats()["set_aside"] == 0
+    with served.db.read() as session:
+        assert max(len(key) for key in session.scalars(select(TraceRow.assignment_key))) <= 256
+
+
+def test_a_shutdown_keeps_the_traces_of_what_still_ran(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    served = start()
+    served.server._uvicorn.config.timeout_graceful_shutdown = 1
+    engine = served.server.engine
+    monkeypatch.setattr(engine, "step", list)  # it runs for ever
+    with ThreadPoolExecutor(1) as pool:
+        pending = pool.submit(served.completion)
+        until(lambda: engine.has_work, "the request runs")
+        served.server._uvicorn.should_exit = True
+        pending.exception(30)
+    served.traces(1)
+    with served.db.read() as session:
+        assert session.scalars(select(TraceRow.status)).one() == "cancelled"
+
+
 def test_opting_out_of_payload_and_training(served: Served) -> None:
     served.completion(headers={"X-No-Payload": "1"})
     served.completion(headers={"X-No-Train": "1"})
@@ -124,6 +154,7 @@ BAD: list[tuple[str, dict[str, Any] | bytes, int, str]] = [
     ("unsupported n", {"n": 2}, 400, "n is not supported"),
     ("too many stops", {"stop": ["a", "b", "c", "d", "e"]}, 400, "at most 4"),
     ("bad class", {"metadata": {"traffic_class": "No Spaces!"}}, 400, "class name"),
+    ("a class that means all of them", {"metadata": {"traffic_class": "all"}}, 400, "class name"),
     ("10 MB body", {"prompt": "x" * 10_000_000}, 413, "larger than"),
 ]
 
@@ -173,9 +204,8 @@ def test_a_full_queue_is_429_with_retry_after(start: Start) -> None:
     ]
     thread_engine = served.server.engine
     waiting = served.openai.with_options(timeout=30)
-    import concurrent.futures
 
-    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+    with ThreadPoolExecutor(1) as pool:
         second = pool.submit(
             lambda: waiting.completions.create(model=served.model, prompt="y", max_tokens=1, temperature=0)
         )

@@ -12,7 +12,8 @@ from engine.settings import load_settings
 def main() -> None:
     dashboard = load_settings().dashboard
     script = str(Path(__file__).with_name("main.py"))
-    argv = [sys.executable, "-m", "streamlit", "run", script]
+    # -P: a file of the working directory must not stand in for a package that Streamlit needs.
+    argv = [sys.executable, "-P", "-m", "streamlit", "run", script]
     argv += ["--server.address", dashboard.host, "--server.port", str(dashboard.port)]
     os.execv(sys.executable, argv)
 

@@ -5,22 +5,24 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
+from dataclasses import replace
 from uuid import uuid4
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
 from engine.contracts import FinishReason, SlipstreamError
 from engine.runner.engine import Output
 from engine.server.answers import DONE, Shape, event, token_usage
-from engine.server.caller import Caller, classify, clean, read_caller
+from engine.server.caller import Caller, Repeats, classify, clean, read_caller
 from engine.server.errors import ApiError, internal, invalid
 from engine.server.schemas import ChatRequest, CompletionRequest, parse
 from engine.server.service import Running, Service
+from engine.server.streaming import EventStream
 
 log = logging.getLogger(__name__)
 CLIENT_CLOSED = 499
@@ -28,6 +30,8 @@ CLIENT_CLOSED = 499
 
 MOST_FORGOTTEN = 32
 """A body this many times larger than allowed is no mistake any more; its sender is cut off."""
+LARGE_BODY = 32_768
+"""Bytes from which a prompt is tokenised beside the event loop: a megabyte takes long enough for others to notice."""
 
 
 class Api:
@@ -35,6 +39,8 @@ class Api:
 
     def __init__(self, service: Service, max_body_bytes: int, not_ready: Callable[[], str | None]) -> None:
         self.service, self._max_body_bytes, self._not_ready = service, max_body_bytes, not_ready
+        self.repeats = Repeats()
+        self._created = int(service.now().timestamp())
 
     def app(self) -> Starlette:
         return Starlette(
@@ -107,8 +113,7 @@ class Api:
         return b"".join(chunks)
 
     def _model(self) -> dict[str, object]:
-        created = int(self.service.now().timestamp())
-        return {"id": self.service.target.name, "object": "model", "created": created, "owned_by": "slipstream"}
+        return {"id": self.service.target.name, "object": "model", "created": self._created, "owned_by": "slipstream"}
 
 
 class _Call:
@@ -136,10 +141,12 @@ class _Call:
 
     async def _start(self) -> tuple[Running, Shape, ChatRequest | CompletionRequest]:
         service = self.service
-        body = parse(self.kind, await self.api.read_body(self.request))
-        self.caller = read_caller(self.request.headers, body.metadata, body.user, self.request_id)
+        data = await self.api.read_body(self.request)
+        body = parse(self.kind, data)
+        self.caller = self._who(body)
         self.api.check_model(body.model)
-        prompt_ids, text = self._prompt(body)
+        prompt = self._prompt(body) if len(data) < LARGE_BODY else await asyncio.to_thread(self._prompt, body)
+        prompt_ids, text = prompt
         if not prompt_ids:
             raise invalid("The prompt is empty.", "prompt")
         max_tokens = service.max_tokens(body.wanted_tokens(), len(prompt_ids))
@@ -157,6 +164,13 @@ class _Call:
         chat = isinstance(body, ChatRequest)
         name = f"{'chatcmpl' if chat else 'cmpl'}-{running.trace_id.hex}"
         return running, Shape(name, int(self.started_at.timestamp()), service.target.name, chat), body
+
+    def _who(self, body: ChatRequest | CompletionRequest) -> Caller:
+        headers = self.request.headers
+        caller = read_caller(headers, body.metadata, body.user, self.request_id)
+        if (key := headers.get("idempotency-key")) is None:
+            return caller
+        return replace(caller, retry=max(caller.retry, self.api.repeats.count(caller.tenant, clean(key))))
 
     def _prompt(self, body: ChatRequest | CompletionRequest) -> tuple[list[int], str]:
         """Token ids, and the text by which a class is guessed."""
@@ -219,11 +233,11 @@ class _Call:
         finally:
             gone.cancel()
             begin.cancel()
-        headers = running.headers | {"cache-control": "no-cache", "x-accel-buffering": "no"}
-        events = self._events(running, shape, first, include_usage)
-        return StreamingResponse(events, media_type="text/event-stream", headers=headers)
+        return EventStream(self._events(running, shape, first, include_usage), running.headers)
 
-    async def _events(self, running: Running, shape: Shape, first: Output, include_usage: bool) -> AsyncIterator[str]:
+    async def _events(
+        self, running: Running, shape: Shape, first: Output, include_usage: bool
+    ) -> AsyncGenerator[str, None]:
         output = first
         try:
             if shape.chat:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from engine.contracts import SamplingParams
 from engine.server.errors import ApiError, invalid
@@ -33,9 +33,22 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 """Fields of OpenAI's API that are accepted only where they change nothing."""
 
 
+def _whole_characters(text: str) -> str:
+    """JSON can hold half an emoji (a client that cuts UTF-16 in the middle sends one); no tokenizer can."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"half of a surrogate pair at character {error.start}, which is no text") from None
+    return text
+
+
+Text = Annotated[str, AfterValidator(_whole_characters)]
+
+
 class StreamOptions(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
     include_usage: bool = False
+    include_obfuscation: Literal[False] = False
 
 
 class _Request(BaseModel):
@@ -47,7 +60,7 @@ class _Request(BaseModel):
     top_p: float = Field(1.0, gt=0.0, le=1.0)
     top_k: int = Field(0, ge=0)
     seed: int | None = Field(None, ge=0, lt=2**63)
-    stop: str | list[str] | None = None
+    stop: Text | list[Text] | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
     user: str | None = None
@@ -79,13 +92,13 @@ class _Request(BaseModel):
 class TextPart(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
     type: Literal["text"]
-    text: str
+    text: Text
 
 
 class Message(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    content: Text | list[TextPart]
     name: str | None = None
 
     def plain(self) -> dict[str, str]:
@@ -103,7 +116,7 @@ class ChatRequest(_Request):
 
 
 class CompletionRequest(_Request):
-    prompt: str | list[int] | list[str]
+    prompt: Text | list[int] | list[Text]
 
 
 T = TypeVar("T", bound=_Request)
@@ -117,7 +130,9 @@ def parse(kind: type[T], body: bytes) -> T:
         raise invalid(f"The body is not valid JSON: {error}.") from None
     if not isinstance(tree, dict):
         raise invalid(f"The body must be a JSON object, not {type(tree).__name__}.")
-    tree = {name: value for name, value in tree.items() if value is not None}  # OpenAI's null means: not given
+    tree = _given(tree)
+    if isinstance(messages := tree.get("messages"), list):  # a client sends an answer back with its ``refusal: null``
+        tree["messages"] = [_given(message) if isinstance(message, dict) else message for message in messages]
     for name, harmless in NEUTRAL.items():
         if name in tree and tree.pop(name) not in harmless:
             raise invalid(f"{name} is not supported here; leave it out.", name, "unsupported_parameter")
@@ -127,15 +142,25 @@ def parse(kind: type[T], body: bytes) -> T:
         raise _from_pydantic(error) from None
 
 
+def _given(fields: dict[str, Any]) -> dict[str, Any]:
+    """OpenAI's null means: not given."""
+    return {name: value for name, value in fields.items() if value is not None}
+
+
 def _from_pydantic(error: ValidationError) -> ApiError:
-    """The first complaint, in OpenAI's words where it has some."""
-    first = error.errors()[0]
-    param = ".".join(str(part) for part in first["loc"]) or None
+    """One complaint, in OpenAI's words where it has some: where a field may be of several types, about the nearest."""
+    first = max(error.errors(), key=lambda complaint: len(complaint["loc"]))
+    param = ".".join(str(part) for part in first["loc"] if not _is_branch(part)) or None
     if first["type"] == "extra_forbidden":
         return invalid(f"Unrecognized request argument supplied: {param}", param)
     if first["type"] == "missing":
         return invalid(f"You must provide a {param} parameter.", param)
     return invalid(f"{param}: {first['msg']} (got {_short(first['input'])}).", param)
+
+
+def _is_branch(part: int | str) -> bool:
+    """Whether this part of a location only says which type of a union was tried: no field of ours looks like it."""
+    return isinstance(part, str) and (part in ("str", "list") or "[" in part)
 
 
 def _short(value: Any) -> str:

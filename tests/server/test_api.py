@@ -1,17 +1,18 @@
-"""The API is OpenAI's: its own client works unchanged, and every mistake has its answer."""
+"""The API is OpenAI's: its own client works unchanged, and a trace says what became of each request."""
 
 from __future__ import annotations
 
 import json
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import openai
 import pytest
 from sqlalchemy import select
 
+from engine.server.caller import Repeats
 from engine.store.models import TracePayloadRow, TraceRow
-from tests.server.conftest import Served, Start, until
+from tests.server.conftest import Served
 
 HELLO: Any = [{"role": "user", "content": "Say hello"}]
 
@@ -112,21 +113,6 @@ def test_whatever_a_client_calls_itself_its_trace_is_stored(served: Served) -> N
         assert max(len(key) for key in session.scalars(select(TraceRow.assignment_key))) <= 256
 
 
-def test_a_shutdown_keeps_the_traces_of_what_still_ran(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
-    served = start()
-    served.server._uvicorn.config.timeout_graceful_shutdown = 1
-    engine = served.server.engine
-    monkeypatch.setattr(engine, "step", list)  # it runs for ever
-    with ThreadPoolExecutor(1) as pool:
-        pending = pool.submit(served.completion)
-        until(lambda: engine.has_work, "the request runs")
-        served.server._uvicorn.should_exit = True
-        pending.exception(30)
-    served.traces(1)
-    with served.db.read() as session:
-        assert session.scalars(select(TraceRow.status)).one() == "cancelled"
-
-
 def test_opting_out_of_payload_and_training(served: Served) -> None:
     served.completion(headers={"X-No-Payload": "1"})
     served.completion(headers={"X-No-Train": "1"})
@@ -136,99 +122,6 @@ def test_opting_out_of_payload_and_training(served: Served) -> None:
         payloads = set(session.scalars(select(TracePayloadRow.trace_id)))
     assert [row.trainable for row in rows] == [False, False]
     assert [row.trace_id in payloads for row in rows] == [False, True]
-
-
-BAD: list[tuple[str, dict[str, Any] | bytes, int, str]] = [
-    ("malformed JSON", b'{"model": ', 400, "not valid JSON"),
-    ("no object", b"[1]", 400, "must be a JSON object"),
-    ("wrong type", {"prompt": 5}, 400, "prompt"),
-    ("wrong type of max_tokens", {"max_tokens": "many"}, 400, "max_tokens"),
-    ("unknown model", {"model": "gpt-9"}, 404, "does not exist"),
-    ("prompt too long", {"prompt": "hello " * 600}, 400, "context holds"),
-    ("max_tokens zero", {"max_tokens": 0}, 400, "max_tokens"),
-    ("max_tokens too large", {"max_tokens": 10_000}, 400, "at most"),
-    ("negative temperature", {"temperature": -0.1}, 400, "temperature"),
-    ("empty prompt", {"prompt": ""}, 400, "empty"),
-    ("token ids outside the vocabulary", {"prompt": [10_000_000]}, 400, "vocabulary"),
-    ("unknown field", {"temprature": 1}, 400, "Unrecognized request argument supplied: temprature"),
-    ("unsupported n", {"n": 2}, 400, "n is not supported"),
-    ("too many stops", {"stop": ["a", "b", "c", "d", "e"]}, 400, "at most 4"),
-    ("bad class", {"metadata": {"traffic_class": "No Spaces!"}}, 400, "class name"),
-    ("a class that means all of them", {"metadata": {"traffic_class": "all"}}, 400, "class name"),
-    ("10 MB body", {"prompt": "x" * 10_000_000}, 413, "larger than"),
-]
-
-
-def test_every_mistake_has_its_answer_and_the_server_lives(served: Served) -> None:
-    base = {"model": served.model, "prompt": "hello", "max_tokens": 4}
-    for name, body, status, says in BAD:
-        content = body if isinstance(body, bytes) else json.dumps(base | body).encode()
-        answer = served.http.post("/v1/completions", content=content)
-        assert answer.status_code == status, (name, answer.text)
-        error = answer.json()["error"]
-        assert says in error["message"], (name, error)
-        assert set(error) == {"message", "type", "param", "code"}
-        assert answer.headers["x-slipstream-trace-id"]
-    assert served.completion().is_success
-    served.traces(len(BAD) + 1)  # each of them is a trace too
-    with served.db.read() as session:
-        statuses = list(session.scalars(select(TraceRow.status)))
-    assert statuses.count("rejected") == len(BAD)
-
-
-@pytest.mark.parametrize(
-    ("messages", "says"),
-    [([], "messages"), ([{"role": "robot", "content": "x"}], "role"), ([{"role": "user"}], "content")],
-)
-def test_bad_messages(served: Served, messages: list[Any], says: str) -> None:
-    with pytest.raises(openai.BadRequestError, match=says):
-        served.openai.chat.completions.create(model=served.model, messages=messages)
-
-
-def test_unknown_routes_and_methods(served: Served) -> None:
-    assert served.http.get("/v1/nothing").json()["error"]["message"] == "Unknown request URL: GET /v1/nothing."
-    assert served.http.get("/v1/completions").status_code == 405
-
-
-def test_a_full_queue_is_429_with_retry_after(start: Start) -> None:
-    served = start("engine.max_num_seqs=1", "engine.max_queue=1")
-    streams = [
-        served.http.send(
-            served.http.build_request(
-                "POST",
-                "/v1/completions",
-                json={"model": served.model, "prompt": "x", "max_tokens": 400, "stream": True, "ignore_eos": True},
-            ),
-            stream=True,
-        )
-    ]
-    thread_engine = served.server.engine
-    waiting = served.openai.with_options(timeout=30)
-
-    with ThreadPoolExecutor(1) as pool:
-        second = pool.submit(
-            lambda: waiting.completions.create(model=served.model, prompt="y", max_tokens=1, temperature=0)
-        )
-        until(lambda: thread_engine.stats()["waiting"] == 1, "one request waits")
-        answer = served.completion()
-        assert answer.status_code == 429
-        assert answer.headers["retry-after"] == "1"
-        assert answer.json()["error"]["type"] == "rate_limit_error"
-        streams[0].close()  # its client goes away; the one that waits gets its turn
-        assert second.result(30).usage is not None
-
-
-def test_a_client_that_goes_away_frees_its_slot_and_leaves_a_trace(served: Served) -> None:
-    body = {"model": served.model, "prompt": "x", "max_tokens": 450, "stream": True, "ignore_eos": True}
-    with served.http.stream("POST", "/v1/completions", json=body) as answer:
-        next(answer.iter_lines())
-    until(lambda: served.server.engine.stats()["running"] == 0, "the slot is free")
-    served.traces(1)
-    with served.db.read() as session:
-        row = session.scalars(select(TraceRow)).one()
-    assert row.status == "cancelled"
-    assert 0 < row.output_tokens < 450
-    served.server.engine.check_integrity()
 
 
 def test_metrics_have_vllms_names(served: Served) -> None:
@@ -246,10 +139,45 @@ def test_metrics_have_vllms_names(served: Served) -> None:
     assert 'vllm:generation_tokens_total{model_name="tiny"} 8.0' in text
 
 
-def test_a_request_that_takes_too_long_ends(start: Start) -> None:
-    served = start("engine.request_timeout_s=0.05")
-    answer = served.completion(max_tokens=480, ignore_eos=True)
-    assert answer.status_code == 504
-    served.traces(1)
+def test_a_conversation_goes_on_with_the_answer_as_the_client_has_it(served: Served) -> None:
+    """OpenAI's own way to keep a history: append the message object, nulls and all."""
+    messages: Any = list(HELLO)
+    for turn in range(2):
+        answer = served.openai.chat.completions.create(model=served.model, messages=messages, max_tokens=4)
+        messages += [answer.choices[0].message, {"role": "user", "content": f"And {turn}?"}]
+    assert answer.usage is not None
+
+
+def test_a_repeated_idempotency_key_is_a_retry(served: Served) -> None:
+    for key, tenant in (("a", "acme"), ("a", "acme"), ("b", "acme"), ("a", "other"), ("a", "acme")):
+        served.completion(max_tokens=1, headers={"Idempotency-Key": key, "X-Tenant": tenant})
+    long = {"x-stainless-retry-count": "9" * 5_000}
+    assert served.completion(max_tokens=1, headers=long).status_code == 200
+    served.traces(6)
     with served.db.read() as session:
-        assert session.scalars(select(TraceRow.status)).one() == "timeout"
+        assert list(session.scalars(select(TraceRow.retry).order_by(TraceRow.started_at))) == [0, 1, 0, 0, 2, 100]
+
+
+def test_only_the_newest_idempotency_keys_are_remembered() -> None:
+    repeats = Repeats(size=2)
+    assert [repeats.count(None, key) for key in ("a", "b", "a", "c", "a", "b")] == [0, 0, 1, 0, 2, 0]
+
+
+def test_a_large_prompt_is_tokenised_beside_the_event_loop(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While one is at it, others are answered."""
+    tokenizer, begun, go_on = served.server.target.tokenizer, threading.Event(), threading.Event()
+    encode = tokenizer.encode
+
+    def slow(text: str) -> list[int]:
+        if len(text) > 50_000:
+            begun.set()
+            assert go_on.wait(30)
+        return encode(text)
+
+    monkeypatch.setattr(tokenizer, "encode", slow)
+    with ThreadPoolExecutor(1) as pool:
+        large = pool.submit(served.completion, prompt="x" * 100_000)
+        assert begun.wait(30)
+        assert served.completion().is_success
+        go_on.set()
+        assert large.result(30).json()["error"]["code"] == "context_length_exceeded"

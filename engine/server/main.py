@@ -124,6 +124,7 @@ class EngineServer:
             "slipstream:traces_set_aside": writer["set_aside"],
             "slipstream:spill_files": writer["spill_files"],
             "slipstream:spill_bytes": writer["spill_bytes"],
+            "slipstream:spill_unreadable": writer["spill_unreadable"],
         }
 
     def _describe(self) -> tuple[str, str, dict[str, Any]]:

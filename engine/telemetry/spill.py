@@ -45,6 +45,7 @@ class Spill:
         for left in folder.glob("*.tmp"):  # a write that its process did not survive; the batch was never promised
             left.unlink()
         self._sizes = {path.name: path.stat().st_size for path in folder.glob(f"*{SUFFIX}")}
+        self.unreadable = 0  # files that did not come back as a batch, since the start
 
     @property
     def files(self) -> int:
@@ -61,25 +62,32 @@ class Spill:
         if self.bytes + len(data) > self.max_bytes:
             raise SpillFull(f"{self.folder} holds {self.bytes} bytes of at most {self.max_bytes}")
         temporary = self.folder / f"{name}.tmp"
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.rename(self.folder / name)
+        try:
+            with temporary.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.rename(self.folder / name)
+        except OSError:  # half a file on a full disk must not take the room that the next one needs
+            temporary.unlink(missing_ok=True)
+            raise
         self._sync_folder()
         self._sizes[name] = len(data)
         return name
 
     def oldest(self) -> tuple[str, Batch] | None:
         """(name, batch) of the file to replay next. A file that cannot be read is set aside, loudly."""
-        for name in sorted(self._sizes):
+        while self._sizes:
+            name = min(self._sizes)
             try:
                 return name, _read(self.folder / name)
             except FileNotFoundError:
                 log.error("spill file %s was removed by somebody else; its traces are lost", name)
+                self.unreadable += 1
                 del self._sizes[name]
             except (ValueError, KeyError, TypeError) as error:
                 log.error("spill file %s cannot be read and is set aside as %s: %s", name, name + BROKEN, error)
+                self.unreadable += 1
                 self.set_aside(name)
         return None
 

@@ -85,7 +85,11 @@ class TraceWriter:
     def stats(self) -> dict[str, Any]:
         """Counts since the start, and how much waits in queue and spill."""
         waiting = {"queue": self._queue.qsize(), "queue_max": self._settings.queue_records}
-        spill = {"spill_files": self._spill.files, "spill_bytes": self._spill.bytes}
+        spill = {
+            "spill_files": self._spill.files,
+            "spill_bytes": self._spill.bytes,
+            "spill_unreadable": self._spill.unreadable,
+        }
         return {**self._stats, **waiting, **spill}
 
     def _run(self) -> None:
@@ -97,7 +101,7 @@ class TraceWriter:
             try:
                 if records:
                     self._handle(Batch(self._writer_id, self._next_seq(), records))
-                if self._spill.files and not stopping and self._clock() >= self._retry_at:
+                if not stopping:
                     self._replay()
             except Exception as error:
                 # Whatever went wrong, the traces to come need this thread.
@@ -123,32 +127,42 @@ class TraceWriter:
     def _handle(self, batch: Batch) -> None:
         """Write a batch, else spill it, else drop it and say so."""
         try:
-            if self._clock() >= self._retry_at and self._write(batch):
-                self._stats["written"] += len(batch.records)
+            if self._clock() >= self._retry_at and self._write(batch, "written"):
                 return
             self._spill.put(batch, self._now())
             self._stats["spilled"] += len(batch.records)
         except OSError as error:
-            self._stats["dropped"] += len(batch.records)
-            self._stats["error"] = f"spill: {error}"
-            lost = len(batch.records)
-            log.error("%d traces are lost: neither Postgres nor the spill folder takes them: %s", lost, error)
+            self._lose(batch, error)
+
+    def _lose(self, batch: Batch, error: OSError) -> None:
+        lost = len(batch.records)
+        self._stats["dropped"] += lost
+        self._stats["error"] = f"spill: {error}"
+        log.error("%d traces are lost: neither Postgres nor the spill folder takes them: %s", lost, error)
 
     def _replay(self) -> None:
-        found = self._spill.oldest()
-        if found is None:
-            return
-        name, batch = found
-        if self._write(batch):
-            self._spill.remove(name)
-            self._stats["replayed"] += len(batch.records)
+        """Write spilled batches, oldest first, for as long as a new one may wait: so that a long outage is caught up
+        with in a fraction of its length."""
+        until = self._clock() + self._settings.batch_delay_s
+        while self._spill.files and not self._stop.is_set() and self._clock() >= self._retry_at:
+            found = self._spill.oldest()
+            if found is None:
+                return
+            name, batch = found
+            if self._write(batch, "replayed"):
+                self._spill.remove(name)
+            if self._clock() >= until:
+                return
 
-    def _write(self, batch: Batch) -> bool:
-        """Whether the batch needs nothing more; False when the database is away. A bad record is set aside alone."""
+    def _write(self, batch: Batch, how: str) -> bool:
+        """Whether the batch needs nothing more; False when the database is away. A bad record is set aside alone.
+
+        ``how`` is the count that what was written goes to.
+        """
         try:
             self._transaction(batch)
         except REFUSED as error:
-            return self._isolate(batch, error)
+            return self._isolate(batch, error, how)
         except (
             SQLAlchemyError,
             psycopg.Error,
@@ -161,25 +175,35 @@ class TraceWriter:
         if self._stats["error"] is not None:
             log.info("Postgres takes traces again")
         self._stats |= {"error": None, "last_write": self._now().isoformat()}
+        self._stats[how] += len(batch.records)
         return True
 
-    def _isolate(self, batch: Batch, error: Exception) -> bool:
-        """Find the record that Postgres refuses, by halves; the others are written."""
+    def _isolate(self, batch: Batch, error: Exception, how: str) -> bool:
+        """Find the record that Postgres refuses, by halves; the others are written, or spilled under keys of their own.
+
+        False when they could not be spilled either. The whole batch is then kept where it was, and what was written of
+        it is refused as a duplicate, one by one, when it comes again.
+        """
         if len(batch.records) > 1:
             middle = len(batch.records) // 2
-            halves = (batch.records[:middle], batch.records[middle:])
-            parts = [Batch(self._writer_id, self._next_seq(), half) for half in halves]
-            done = [self._write(part) for part in parts]
-            for part, written in zip(parts, done, strict=True):
-                if not written:
+            for half in (batch.records[:middle], batch.records[middle:]):
+                part = Batch(self._writer_id, self._next_seq(), half)
+                if self._write(part, how):
+                    continue
+                try:
                     self._spill.put(part, self._now())
+                except OSError:
+                    return False
+                self._stats["spilled"] += len(half) if how == "written" else 0  # the others were counted before
             return True
         if isinstance(getattr(error, "orig", error), psycopg.errors.UniqueViolation):
-            return True  # it is there already, from a replay that was interrupted while isolating
-        record = batch.records[0]
-        log.error("trace %s is set aside, Postgres refuses it: %s", record.trace_id, error)
-        self._spill.set_aside(self._spill.put(batch, self._now()))
-        self._stats["set_aside"] += 1
+            return True  # it is there already, from a writing that was interrupted while isolating
+        log.error("trace %s is set aside, Postgres refuses it: %s", batch.records[0].trace_id, error)
+        try:
+            self._spill.set_aside(self._spill.put(batch, self._now()))
+            self._stats["set_aside"] += 1
+        except OSError as full:  # what cannot be kept must not hold up what can be written
+            self._lose(batch, full)
         return True
 
     def _transaction(self, batch: Batch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 from uuid import uuid4
 
@@ -36,7 +37,19 @@ def test_an_unreadable_file_is_set_aside_and_the_next_one_served(tmp_path: Path)
     (tmp_path / first).write_text("no json")
     again = Spill(tmp_path, 10**8)
     assert again.oldest() == (second, good)
-    assert again.set_aside_files == 1
+    assert again.set_aside_files == again.unreadable == 1
+
+
+def test_a_full_disk_leaves_no_half_file_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    spill = Spill(tmp_path, 10**8)
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        spill.put(Batch(uuid4(), 1, [record(1)]), START)
+    assert not list(tmp_path.iterdir())
+    assert spill.files == spill.bytes == 0
 
 
 def test_the_oldest_batch_comes_first(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import threading
 import time
@@ -35,7 +36,7 @@ class EngineThread:
         self._timeout_s, self._clock = timeout_s, clock
         self._notes: deque[Callable[[], None]] = deque()
         self._wake = threading.Condition()
-        self._stopping = False
+        self._stopping = self._ended = False
         self._waiting: dict[str, tuple[Deliver, float]] = {}  # request id → (callback, deadline)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -45,11 +46,13 @@ class EngineThread:
         self._thread.start()
 
     def submit(self, request: EngineRequest, deliver: Deliver) -> None:
+        """Queue a request; EngineFailure when the thread has ended, as from ``call``."""
         self._leave(lambda: self._add(request, deliver))
 
     def cancel(self, request_id: str) -> None:
         """End a request because nobody waits for it any more; its last output is delivered like any other."""
-        self._leave(lambda: self._end(request_id, Status.CANCELLED))
+        with contextlib.suppress(EngineFailure):  # then it has ended already
+            self._leave(lambda: self._end(request_id, Status.CANCELLED))
 
     def call(self, action: Callable[[], T], timeout_s: float = 60.0) -> T:
         """Run ``action`` at the next step boundary and give its result."""
@@ -77,10 +80,32 @@ class EngineThread:
 
     def _leave(self, note: Callable[[], None]) -> None:
         with self._wake:
+            if self._ended:
+                raise EngineFailure("The engine's thread has ended; restart this replica.")
             self._notes.append(note)
             self._wake.notify()
 
     def _run(self) -> None:
+        try:
+            self._work()
+        except Exception:
+            log.critical("the engine's thread ends: its state cannot be trusted any more", exc_info=True)
+        finally:
+            self._refuse_the_rest()
+
+    def _refuse_the_rest(self) -> None:
+        """Nobody waits for an answer that will not come."""
+        with self._wake:
+            self._ended, notes = True, list(self._notes)
+            self._notes.clear()
+        for note in notes:
+            _run_guarded(note)  # requests among them are refused or, where the engine still took them, join the rest
+        failure = EngineFailure("The engine's thread has ended; restart this replica.")
+        if self._waiting:
+            self._post([(deliver, failure) for deliver, _ in self._waiting.values()])
+            self._waiting.clear()
+
+    def _work(self) -> None:
         while True:
             with self._wake:
                 while not (self._notes or self._stopping or self.engine.has_work):

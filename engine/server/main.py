@@ -106,7 +106,8 @@ class EngineServer:
         if not self.thread.is_alive:
             return "the engine thread has ended; restart this replica"
         if self.residency.plan is None:
-            return f"no serving plan is in force ({self.subscriber.error or 'it is being loaded'})"
+            why = self.subscriber.error or self.subscriber.load_error or "it is being loaded"
+            return f"no serving plan is in force ({why})"
         return None
 
     def _gauges(self) -> dict[str, float]:

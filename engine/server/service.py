@@ -157,7 +157,10 @@ class Service:
 
     def _submit(self, running: Running) -> None:
         running.submitted = self.clock()
-        self._thread.submit(running.request, lambda what: self._arrive(running, what))
+        try:
+            self._thread.submit(running.request, lambda what: self._arrive(running, what))
+        except EngineFailure as error:
+            self._arrive(running, error)
 
     def _arrive(self, running: Running, what: Output | SlipstreamError) -> None:
         """On the event loop: keep the trace here, not in the route, which may be gone with its client."""

@@ -50,6 +50,7 @@ class PlanSubscriber:
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="plans", daemon=True)
         self.error: str | None = "nothing heard of the ledger yet"
+        self.load_error: str | None = None  # why the newest plan is not in force, though it was read
 
     def start(self) -> None:
         self._thread.start()
@@ -105,10 +106,11 @@ class PlanSubscriber:
         except SlipstreamError as error:
             log.error("generation %d cannot be served, the one before stays: %s", plan.generation, error)
             self._failed = (plan.generation, self._clock() + FAILED_RETRY_S)
+            self.load_error = f"generation {plan.generation} cannot be loaded: {error}"
             self._unsaid.append((plan.generation, self._now(), 0.0, str(error)))
             return
         if applied is not None:
-            self._failed = None
+            self._failed = self.load_error = None
             self._unsaid.append((plan.generation, self._now(), applied.load_s, None))
             self._beat_at = 0.0  # say so at once
             log.info("generation %d: champion v%d, %d loaded", plan.generation, plan.champion, applied.loaded)

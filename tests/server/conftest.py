@@ -78,13 +78,14 @@ def start(target: Target, db: Database, database_url: str, tmp_path: Path) -> It
     """Start a server with these flags; it is stopped when the test ends."""
     running: list[ServerThread] = []
 
-    def begin(*flags: str) -> Served:
+    def begin(*flags: str, ready: bool = True) -> Served:
         server = EngineServer(settings_for(tmp_path, database_url, *flags), target)
         thread = ServerThread(server)
         thread.start()
         running.append(thread)
         served = Served(server, db)
-        until(lambda: _ready(served.http), "the server is ready")
+        wanted = 200 if ready else 503
+        until(lambda: _readiness(served.http) == wanted, f"/readyz says {wanted}")
         return served
 
     yield begin
@@ -97,8 +98,8 @@ def served(start: Start) -> Served:
     return start()
 
 
-def _ready(client: httpx.Client) -> bool:
+def _readiness(client: httpx.Client) -> int | None:
     try:
-        return client.get("/readyz").is_success
+        return client.get("/readyz").status_code
     except httpx.TransportError:
-        return False
+        return None

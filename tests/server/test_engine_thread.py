@@ -6,8 +6,9 @@ import pytest
 from sqlalchemy import select
 
 from engine.runner.engine import EngineRequest, Output
+from engine.server.engine_thread import EngineFailure
 from engine.store.models import TraceRow
-from tests.server.conftest import Served
+from tests.server.conftest import Served, until
 
 
 def test_a_step_that_fails_ends_its_requests_and_the_server_lives(
@@ -47,6 +48,25 @@ def test_a_note_that_fails_is_raised_where_it_was_left(served: Served) -> None:
     with pytest.raises(RuntimeError, match="planted"):
         served.server.thread.call(fail)
     assert served.completion().status_code == 200
+
+
+def test_an_engine_that_cannot_even_end_a_request_is_given_up_and_nobody_waits_for_it(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> list[Output]:
+        raise RuntimeError("planted")
+
+    monkeypatch.setattr(served.server.engine, "step", fail)
+    monkeypatch.setattr(served.server.engine, "cancel", fail)
+    answers = [served.completion(), served.completion()]  # the one that it had, and one that comes too late
+    assert [answer.status_code for answer in answers] == [500, 500]
+    until(lambda: not served.server.thread.is_alive, "the thread has ended")
+    assert "restart this replica" in served.http.get("/readyz").text
+    with pytest.raises(EngineFailure, match="restart this replica"):
+        served.server.thread.call(list)
+    served.traces(2)
+    with served.db.read() as session:
+        assert list(session.scalars(select(TraceRow.status))) == ["error", "error"]
 
 
 def test_a_dead_thread_is_not_ready(served: Served) -> None:

@@ -19,6 +19,7 @@ from engine.registry.publish import publish
 from engine.runner.engine import Output
 from engine.speculation.artifact import build_artifact
 from engine.speculation.memory import MEMORY_FILE, TraceMemoryBuilder
+from engine.store.database import Database
 from engine.store.models import TraceRow
 from engine.store.repositories import audit, plans
 from tests.server.conftest import Served, Start, until
@@ -150,6 +151,18 @@ def test_a_plan_that_cannot_be_loaded_changes_nothing_and_says_why(served: Serve
     assert arms_of(served, 10) == {"champion"}
     assert served.server.residency.plan is not None
     assert served.server.residency.plan.generation == 1
+
+
+def test_a_first_plan_that_cannot_be_loaded_is_what_readiness_says(start: Start, db: Database, tmp_path: Path) -> None:
+    """The version is known, its files are not here: plain decoding until they are."""
+    elsewhere = publish(db, ArtifactStore(tmp_path / "elsewhere"), build_artifact(ProposerKind.NGRAM, 3)).version
+    with db.write() as session:
+        plans.append(session, champion=elsewhere, fallback=elsewhere, actor="test", reason="files are elsewhere")
+    served = start(ready=False)
+    until(lambda: "cannot be loaded" in served.http.get("/readyz").text, "readiness says why")
+    assert "generation 1" in served.http.get("/readyz").text
+    answer = served.completion()
+    assert (answer.status_code, answer.headers["x-slipstream-policy-version"]) == (200, "0")
 
 
 def test_an_older_generation_is_refused(served: Served) -> None:

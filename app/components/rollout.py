@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from typing import Any
 
@@ -89,11 +89,16 @@ def steps(rollout: Rollout, colours: Palette) -> str:
     return f'<div style="display:flex;align-items:center;font-size:0.88rem;padding:8px 4px 2px">{"".join(parts)}</div>'
 
 
-def guard_rows(guards: list[dict[str, Any]]) -> pd.DataFrame:
-    """The guard table as text: each guard in its own unit, with its interval and how near it is to its limit."""
+def guard_rows(guards: list[dict[str, Any]], specs: Sequence[Mapping[str, Any]] = ()) -> pd.DataFrame:
+    """The guard table as text: each guard in its own unit, with its interval and how near it is to its limit.
+
+    ``specs``: the guards as the rollout was started with; the fuse says which latency it judges only there.
+    """
+    fuse = next((spec for spec in specs if spec["kind"] == "fuse_p95"), None)
+    names = NAMES | ({"fuse_p95": f"p95 {_METRICS[fuse['metric']]} ≤ {fuse['ratio']:g} ×"} if fuse else {})
     rows = []
     for guard in guards:
-        form = _FORMS.get(guard["guard"], "{:.3g}")
+        form = _FORMS.get(guard["guard"], "{:.3g}".format)
         low, high = guard["low"], guard["high"]
         evidence, limit = guard["log_e"], guard["limit"]
         if guard["guard"] == "fuse_p95" and guard["canary"] and guard["control"]:
@@ -102,11 +107,11 @@ def guard_rows(guards: list[dict[str, Any]]) -> pd.DataFrame:
         rows.append(
             {
                 "verdict": guard["verdict"],
-                "guard": NAMES.get(guard["guard"], guard["guard"].replace("_", " ")),
+                "guard": names.get(guard["guard"], guard["guard"].replace("_", " ")),
                 "segment": guard["segment"],
                 "n": f"{guard['n_canary']:,} / {guard['n_control']:,}",
-                "canary": form.format(guard["canary"]) if guard["canary"] is not None else "",
-                "control": form.format(guard["control"]) if guard["control"] is not None else "",
+                "canary": form(guard["canary"]) if guard["canary"] is not None else "",
+                "control": form(guard["control"]) if guard["control"] is not None else "",
                 "interval": f"{low:+.2f} to {high:+.2f}" if low is not None and high is not None else "",
                 "near": near,
                 "because": guard["reason"],
@@ -115,12 +120,21 @@ def guard_rows(guards: list[dict[str, Any]]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-_FORMS = {"tokens_per_step": "{:.2f}", "errors": "{:.0f}", "fuse_p95": "{:.3f} s"}
+def _milliseconds(seconds: float) -> str:
+    return f"{seconds * 1e3:,.0f} ms" if seconds >= 0.1 else f"{seconds * 1e3:.1f} ms"
 
 
-def guard_table(decision: DecisionRecord, colours: Palette) -> None:
+_FORMS: dict[str, Callable[[float], str]] = {
+    "tokens_per_step": "{:.2f}".format,
+    "errors": "{:.0f}".format,
+    "fuse_p95": _milliseconds,
+}
+_METRICS = {"e2e": "e2e", "ttft": "TTFT", "tpot": "TPOT"}
+
+
+def guard_table(decision: DecisionRecord, rollout: Rollout, colours: Palette) -> None:
     """What each guard saw, and how far it is from its limit."""
-    frame = guard_rows(decision.evidence.get("guards", []))
+    frame = guard_rows(decision.evidence.get("guards", []), rollout.spec.get("guards", []))
     if frame.empty:
         st.caption("No guard has been evaluated yet: the canary has not served.")
         return

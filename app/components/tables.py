@@ -47,18 +47,29 @@ def by_version(frame: pd.DataFrame, trend: pd.DataFrame, serving: Serving, colou
     frame["version"] = [f"v{number}" for number in frame["policy_version"]]
     frame["role"] = [serving.role(int(number)) for number in frame["policy_version"]]
     frame["share"] = 100 * frame["requests"] / frame["requests"].sum()
-    frame["trend"] = [
-        trend.loc[trend["policy_version"] == number, "acceptance_length"].dropna().round(3).tolist()
-        for number in frame["policy_version"]
-    ]
+    frame["trend"] = trends(trend, frame["policy_version"])
     columns: Columns = {
         "version": st.column_config.TextColumn("version", width=70),
         "role": st.column_config.TextColumn("role", width=80),
         "share": SHARE,
         **{name: column for name, column in SHOWN.items() if name != "retry_rate"},
-        "trend": st.column_config.LineChartColumn("acceptance length over time", y_min=1.0),
+        "trend": trend_column(frame["trend"]),
     }
     table(in_colour(frame[list(columns)], colours), columns, "versions")
+
+
+def trends(over_time: pd.DataFrame, versions: pd.Series) -> list[list[float]]:
+    """How the acceptance length of each version moved: a sparkline a row, empty where it served nothing."""
+    if over_time.empty:
+        return [[] for _ in versions]
+    moved = over_time.groupby("policy_version")["acceptance_length"].agg(lambda v: v.dropna().round(3).tolist())
+    return [moved.get(version, []) for version in versions]
+
+
+def trend_column(moved: pd.Series) -> Any:
+    """A sparkline a row, all on one scale from 1 up, so that rows can be compared."""
+    most = max((value for values in moved for value in values), default=2.0)
+    return st.column_config.LineChartColumn("acceptance length over time", y_min=1.0, y_max=max(1.1 * most, 1.5))
 
 
 def in_colour(frame: pd.DataFrame, colours: Palette) -> Styler:

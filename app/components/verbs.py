@@ -55,12 +55,15 @@ def effect() -> None:
     generation = st.session_state.get("rolled_back")
     if generation is None:
         return
-    seen, live, seconds = ledger.time_to_effect(generation)
-    if seconds is None:
+    found = ledger.effect(generation)
+    for problem in found.problems:
+        st.error(f"Generation {generation} could not be served on {problem}")
+    if found.seconds is not None:
+        text = f"effective on {found.seen} of {found.live} replicas after {found.seconds:.2f} s"
+        say = st.success if found.seen >= found.live else st.warning
+        say(f"Rolled back: {text} (generation {generation}).")
+    elif not found.problems:
         st.warning(f"Generation {generation} is in the ledger. No replica has observed it yet.")
-    else:
-        text = f"Rolled back: effective on {seen} of {live} replicas after {seconds:.2f} s (generation {generation})."
-        (st.success if seen >= live else st.warning)(text)
 
 
 def _offered(serving: Serving) -> tuple[str, ...]:

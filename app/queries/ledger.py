@@ -149,16 +149,27 @@ def command(rollout_id: int, verb: str, reason: str, key: str) -> None:
     serving.clear()
 
 
-def time_to_effect(generation: int) -> tuple[int, int, float | None]:
-    """(replicas that observed it, live replicas, seconds until the last of them did); never cached."""
+@dataclass(frozen=True, slots=True)
+class Effect:
+    """What came of a plan: how many replicas route by it, of how many, the seconds until the last of them did, and
+    what went wrong on the others."""
+
+    seen: int
+    live: int
+    seconds: float | None
+    problems: tuple[str, ...]
+
+
+def effect(generation: int) -> Effect:
+    """How a plan took effect; never cached. Across machines the seconds are as good as their clocks agree."""
     with database().read() as session:
         plan = next((p for p in plans.history(session, limit=50) if p.generation == generation), None)
-        seen = [o for o in plans.observations(session, generation) if o.error is None]
+        found = plans.observations(session, generation)
         live = replicas.live(session, datetime.now(UTC) - ALIVE)
-    if plan is None or not seen:
-        return 0, len(live), None
-    seconds = max((o.observed_at - plan.created_at).total_seconds() for o in seen)
-    return len(seen), max(len(live), len(seen)), seconds
+    seen = [o for o in found if o.error is None]
+    problems = tuple(f"{o.replica_id}: {o.error}" for o in found if o.error is not None)
+    seconds = max((o.observed_at - plan.created_at).total_seconds() for o in seen) if plan and seen else None
+    return Effect(len(seen), max(len(live), len(found)), seconds, problems)
 
 
 def _label(plan: ServingPlan, before: ServingPlan | None) -> str:

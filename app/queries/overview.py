@@ -105,9 +105,10 @@ def with_ratios(frame: pd.DataFrame) -> pd.DataFrame:
     """Ratios are made here, of counts: acceptance length is 1 + accepted / steps, bonus included."""
     if frame.empty or frame["requests"].isna().all():
         return pd.DataFrame()
-    steps, drafted = (frame[name].where(frame[name] > 0) for name in ("steps", "drafted"))
+    steps, drafted, decode = (frame[name].where(frame[name] > 0) for name in ("steps", "drafted", "decode_s"))
     frame["acceptance_length"] = 1 + frame["accepted"] / steps
     frame["acceptance_rate"] = frame["accepted"] / drafted
+    frame["decode_tokens_s"] = (frame["output_tokens"] - frame["requests"]).clip(lower=0) / decode
     frame["error_rate"] = frame["errors"] / frame["requests"]
     frame["retry_rate"] = frame["retries"] / frame["requests"]
     frame["draft_share"] = frame["draft_s"] / (frame["draft_s"] + frame["verify_s"]).where(lambda total: total > 0)

@@ -50,8 +50,8 @@ def page() -> None:
     with right.container(border=True, height="stretch"):
         heading("Guards", "set before the start, evaluated on every tick")
         judged = [decision for decision in decisions if decision.evidence.get("guards")]
-        if judged:
-            rollout.guard_table(judged[-1], here.colours)
+        if active is not None and judged:
+            rollout.guard_table(judged[-1], active, here.colours)
         else:
             st.caption(
                 "No guard has anything to judge. `slipstream rollout start VERSION` begins a rollout; "

@@ -10,7 +10,7 @@ import streamlit as st
 
 from app.components import context
 from app.components.context import heading
-from app.components.tables import SHARE, Columns, in_colour, table
+from app.components.tables import SHARE, Columns, in_colour, table, trend_column, trends
 from app.queries import ledger, overview
 from app.queries.database import settings
 from engine.contracts import PolicyVersion, ProposerKind
@@ -48,7 +48,8 @@ def page() -> None:
 
 
 def _table(versions: list[PolicyVersion], serving: ledger.Serving) -> PolicyVersion:
-    totals = overview.totals(current().part, ("policy_version",))
+    part = current().part
+    totals = overview.totals(part, ("policy_version",))
     frame = pd.DataFrame(
         [
             {
@@ -64,12 +65,13 @@ def _table(versions: list[PolicyVersion], serving: ledger.Serving) -> PolicyVers
         ]
     )
     frame["share"] = float("nan")
-    measured = ["requests", "acceptance_length", "e2e_p50", "e2e_p95", "e2e_p99"]
+    measured = ["requests", "acceptance_length", "decode_tokens_s", "e2e_p50", "e2e_p95", "e2e_p99"]
     if totals.empty:
         frame[measured] = float("nan")
     else:
         frame = frame.merge(totals[["policy_version", *measured]], on="policy_version", how="left")
         frame["share"] = 100 * frame["requests"] / frame["requests"].sum()
+    frame["trend"] = trends(overview.over_time(part, ("policy_version",)), frame["policy_version"])
     number = st.column_config.NumberColumn
     columns: Columns = {
         "policy_version": None,
@@ -77,6 +79,8 @@ def _table(versions: list[PolicyVersion], serving: ledger.Serving) -> PolicyVers
         "created": st.column_config.DatetimeColumn("created", format="MMM D, HH:mm:ss"),
         "requests": number("requests", format="localized"),
         "acceptance_length": number("acceptance length", format="%.2f", help="1 + accepted / verify steps"),
+        "trend": trend_column(frame["trend"]),
+        "decode_tokens_s": number("tokens / s", format="%.0f", help="Of one request while it decodes"),
         "e2e_p50": number("p50, ms", format="%.0f"),
         "e2e_p95": number("p95, ms", format="%.0f"),
         "e2e_p99": number("p99, ms", format="%.0f"),
@@ -87,6 +91,7 @@ def _table(versions: list[PolicyVersion], serving: ledger.Serving) -> PolicyVers
             in_colour(frame, current().colours),
             columns,
             "all-versions",
+            column_order=_ORDER,
             on_select="rerun",
             selection_mode="single-row",
         )
@@ -94,6 +99,12 @@ def _table(versions: list[PolicyVersion], serving: ledger.Serving) -> PolicyVers
     first = next((place for place, v in enumerate(versions) if v.version == asked), 0)
     row = event.selection.rows[0] if event.selection.rows else first
     return versions[row if row < len(versions) else 0]
+
+
+_ORDER = [
+    *("version", "role", "kind", "K", "parent", "created", "share", "requests", "acceptance_length", "trend"),
+    *("decode_tokens_s", "e2e_p50", "e2e_p95", "e2e_p99"),
+]
 
 
 def _detail(version: PolicyVersion, versions: list[PolicyVersion]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 from uuid import UUID, uuid4
 
 from sqlalchemy import insert, update
@@ -24,7 +25,7 @@ from engine.contracts import (
 from engine.routing import assign
 from engine.settings import TelemetrySettings
 from engine.store.database import Database
-from engine.store.models import PolicyLineageRow, ServingPlanRow
+from engine.store.models import PolicyLineageRow, PolicyVersionRow, ServingPlanRow
 from engine.store.repositories import learning, plans, policies, replicas
 from engine.store.repositories.learning import Attempt
 from engine.telemetry.spill import Batch, Spill
@@ -187,38 +188,56 @@ def _trace(number: int, at: datetime, history: list[ServingPlan], rng: random.Ra
 
 def _learned(db: Database, versions: list[PolicyVersion], traces: list[UUID], begin: datetime) -> None:
     """Lineage of the learned versions, and the learner's attempts: three that passed the gate and one refused."""
-    classes = {"chat": 88, "code": 51, "long_form": 34, "batch": 27}
+    mixes = {
+        "train": {"chat": 66, "code": 38, "long_form": 26, "batch": 20},
+        "gate": {"chat": 22, "code": 12, "long_form": 8, "batch": 8},
+    }
+    taught, judged = (sum(mix.values()) for mix in mixes.values())
     attempts = (
-        (12, versions[2], versions[1], 0.62, "1.95 tokens per verify step against 1.45"),
-        (30, None, versions[2], -0.04, "the lower bound of the change is -0.08: not certainly better"),
-        (35, versions[3], versions[2], 0.12, "2.09 tokens per verify step against 1.97"),
-        (46, versions[4], versions[2], 0.31, "2.26 tokens per verify step against 1.95"),
+        (12, versions[2], versions[1], 1.45, 0.50),
+        (30, None, versions[2], 1.95, -0.04),
+        (35, versions[3], versions[2], 1.97, 0.12),
+        (46, versions[4], versions[2], 1.95, 0.31),
     )
     with db.write() as session:
-        for minute, made, parent, gain, reason in attempts:
+        for minute, made, parent, was, gain in attempts:
             at = begin + timedelta(minutes=minute)
-            comparisons = {
-                name: {"n": n // 4, "champion": was, "candidate": was + gain * part, "delta": gain * part,
-                       "low": gain * part - 0.1, "high": gain * part + 0.1}
-                for (name, n), was, part in zip(
-                    classes.items(), (1.41, 1.73, 1.38, 1.52), (1, 1.3, 0.6, 0.9), strict=True
-                )
-            }  # fmt: skip
-            overall = {"n": 50, "champion": 1.5, "candidate": 1.5 + gain, "delta": gain,
-                       "low": gain - 0.04, "high": gain + 0.05}  # fmt: skip
-            gate = {"passed": made is not None, "reasons": [reason], "overall": overall, "classes": comparisons}
-            version = None
+            gate = _gate(mixes["gate"], was, gain, made is not None)
             if made is not None:
-                version = made.version
-                window = (begin, at)
+                ids = {"train": traces[:taught], "gate": traces[taught : taught + judged]}
                 session.execute(
                     insert(PolicyLineageRow),
                     [
-                        {"version": version, "role": role, "trace_ids": ids, "window_from": window[0],
-                         "window_to": window[1], "classes": mix}
-                        for role, ids, mix in (("train", traces[:150], classes), ("gate", traces[150:], {"chat": 50}))
+                        {"version": made.version, "role": role, "trace_ids": ids[role], "window_from": begin,
+                         "window_to": at, "classes": mix}
+                        for role, mix in mixes.items()
                     ],
                 )  # fmt: skip
-                policies.set_mlflow(session, version, str(version - 2), f"run{version}")
+                policies.set_mlflow(session, made.version, str(made.version - 2), f"run{made.version}")
+                session.execute(
+                    update(PolicyVersionRow).where(PolicyVersionRow.version == made.version).values(created_at=at)
+                )
             outcome = "registered" if made is not None else "refused"
-            learning.record(session, Attempt(at, at, outcome, reason, 150, 50, gate, 0.42, version, parent.version))
+            version = made.version if made is not None else None
+            reason = gate["reasons"][0]
+            learning.record(
+                session, Attempt(at, at, outcome, reason, taught, judged, gate, 0.42, version, parent.version)
+            )
+
+
+def _gate(mix: dict[str, int], was: float, gain: float, passed: bool) -> dict[str, Any]:
+    """A gate's report: each class gains its part, and the sentence says what the numbers say."""
+
+    def comparison(n: int, before: float, delta: float, half: float) -> dict[str, float]:
+        return {"n": n, "champion": before, "candidate": before + delta, "delta": delta,
+                "low": delta - half, "high": delta + half}  # fmt: skip
+
+    parts = zip(mix.items(), (0.95, 1.17, 0.9, 1.0), (1.0, 1.3, 0.6, 0.9), strict=True)
+    classes = {name: comparison(n, was * level, gain * part, 0.1) for (name, n), level, part in parts}
+    overall = comparison(sum(mix.values()), was, gain, 0.04)
+    reason = (
+        f"{was + gain:.2f} tokens per verify step against {was:.2f}"
+        if passed
+        else f"the lower bound of the change is {overall['low']:.2f}: not certainly better"
+    )
+    return {"passed": passed, "reasons": [reason], "overall": overall, "classes": classes}

@@ -8,6 +8,7 @@ import pytest
 
 from app.charts import latency, rollout, trace
 from app.charts.theme import DARK, LIGHT, Palette, log_axis, mark_deploys
+from app.components.tables import trend_column, trends
 
 AT = pd.date_range("2026-03-01 12:00", periods=5, freq="1min", tz="UTC")
 WINDOW = (AT[0].to_pydatetime(), AT[4].to_pydatetime())
@@ -113,6 +114,16 @@ def test_certainty_draws_whatever_there_is(rows: int) -> None:
          "allowed": [-0.05] * rows}
     )  # fmt: skip
     rollout.certainty(frame, 3, DARK).to_json()
+
+
+def test_sparklines_share_one_scale_and_a_version_without_traffic_has_none() -> None:
+    over_time = pd.DataFrame({"policy_version": [3, 3, 5], "acceptance_length": [2.0, float("nan"), 2.5]})
+    moved = trends(over_time, pd.Series([5, 3, 1]))
+    assert moved == [[2.5], [2.0], []]
+    assert trends(pd.DataFrame(), pd.Series([1])) == [[]]
+    column = trend_column(pd.Series(moved))["type_config"]
+    assert (column["y_min"], column["y_max"]) == (1.0, pytest.approx(2.75))
+    assert trend_column(pd.Series([[]]))["type_config"]["y_max"] > 1.0
 
 
 def test_the_waterfall_lies_end_to_end() -> None:

@@ -99,6 +99,18 @@ def test_roll_back_writes_one_plan_and_shows_when_it_took_effect(seeded: Databas
     assert "effective on 1 of 1 replicas after 0.12 s" in test.success[0].value
 
 
+def test_a_replica_that_cannot_serve_the_plan_is_named_with_its_reason(seeded: Database) -> None:
+    test = page("rollouts")
+    confirmed(test, "roll_back", "p99 went up")
+    with seeded.write() as session:
+        newest = plans.latest(session)
+        assert newest is not None
+        plans.observe(session, "replica-0", newest.generation, newest.created_at, 0.0, error="v3: no such artifact")
+    test.run()
+    assert "replica-0: v3: no such artifact" in test.error[0].value
+    assert not test.success
+
+
 def test_roll_back_serves_the_version_it_showed_whatever_happened_meanwhile(seeded: Database) -> None:
     test = page("rollouts")
     assert test.button(key="roll_back").label == "Roll back to v3"

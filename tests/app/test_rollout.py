@@ -49,11 +49,17 @@ def test_every_guard_is_written_in_its_own_unit() -> None:
             guard("a_guard_of_tomorrow", canary=1.5),
         ]
     )
-    assert list(frame["canary"]) == ["2.34", "0.020 s", "1", "", "1.5"]
+    assert list(frame["canary"]) == ["2.34", "20.0 ms", "1", "", "1.5"]
     assert list(frame["interval"]) == ["+0.11 to +0.48", "", "", "", ""]
     assert frame["near"].fillna(-1).tolist() == [0.0, 50.0, 100.0, -1, -1]
     assert frame["n"][0] == "73 / 1,056"
     assert frame["guard"].tolist()[-1] == "a guard of tomorrow"
+
+
+def test_the_fuse_says_which_latency_it_judges_and_how_much_it_allows() -> None:
+    fuse = {"kind": "fuse_p95", "metric": "tpot", "ratio": 3.0, "min_requests": 60}
+    frame = guard_rows([guard("fuse_p95", canary=0.0142, control=1.5)], [{"kind": "srm"}, fuse])
+    assert (frame["guard"][0], frame["canary"][0], frame["control"][0]) == ("p95 TPOT ≤ 3 ×", "14.2 ms", "1,500 ms")
 
 
 def test_no_guard_no_rows() -> None:

@@ -79,7 +79,6 @@ class RolloutState(StrEnum):
 TERMINAL_STATES = frozenset(
     {RolloutState.DONE, RolloutState.ROLLED_BACK, RolloutState.INCONCLUSIVE, RolloutState.CANCELLED}
 )
-TRAFFIC_STATES = frozenset({RolloutState.RAMPING, RolloutState.HELD, RolloutState.SOAKING, RolloutState.PROMOTING})
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +113,16 @@ class ServingPlan:
 
     def arm(self, name: str) -> Arm | None:
         return next((arm for arm in self.arms if arm.name == name), None)
+
+    @property
+    def rollback_target(self) -> int | None:
+        """Where a rollback goes: the champion recorded when the canary started. None where nothing is to be taken back.
+
+        An earlier champion is never guessed: it may be the very version that was taken back a moment ago.
+        """
+        if not self.arms and self.rollback_to is None:
+            return None
+        return self.rollback_to if self.rollback_to is not None else self.champion
 
     @property
     def versions(self) -> frozenset[int]:

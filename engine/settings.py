@@ -183,6 +183,12 @@ def to_environment(settings: Settings) -> dict[str, str]:
     return env
 
 
+def child_environment(settings: Settings) -> dict[str, str]:
+    """The environment of this process, with these settings in place of whatever it said of Slipstream."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(ENV_PREFIX)}
+    return kept | to_environment(settings)
+
+
 def _config_from(environ: Mapping[str, str]) -> Path | None:
     named = environ.get(ENV_PREFIX + "CONFIG")
     if named:

@@ -40,9 +40,7 @@ class Serving:
     @property
     def target(self) -> int | None:
         """Where a rollback goes; None where there is nothing to go back to."""
-        if self.plan is None or (not self.plan.arms and self.plan.rollback_to is None):
-            return None
-        return self.plan.rollback_to if self.plan.rollback_to is not None else self.plan.champion
+        return self.plan.rollback_target if self.plan is not None else None
 
     def role(self, version: int) -> str:
         if self.plan is None:

@@ -8,7 +8,6 @@ traces of the canary.
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -23,7 +22,7 @@ from engine.contracts import CANARY, CONTROL, Arm, ServingPlan
 from engine.demo import garbage, prompts
 from engine.demo.traffic import Traffic, served_model
 from engine.ops.supervisor import Say
-from engine.settings import Settings, to_environment
+from engine.settings import Settings, child_environment
 from engine.store.repositories import audit, plans
 
 CLIENTS = 8
@@ -113,7 +112,7 @@ def _call(system: Rig) -> None:
 
 def _command(system: Rig) -> None:
     argv = [sys.executable, "-m", "engine.cli", "rollback", "--reason", "garbage"]
-    subprocess.run(argv, env=dict(os.environ) | to_environment(system.settings), check=True, capture_output=True)
+    subprocess.run(argv, env=child_environment(system.settings), check=True, capture_output=True)
 
 
 def _observed(system: Rig, plan: ServingPlan) -> datetime | None:

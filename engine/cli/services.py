@@ -12,7 +12,7 @@ import typer
 
 from engine.cli.context import database, settings
 from engine.ops import postgres
-from engine.settings import to_environment
+from engine.settings import child_environment
 
 
 def add(app: typer.Typer) -> None:
@@ -59,8 +59,7 @@ def housekeeping(context: typer.Context) -> None:
 def dashboard(context: typer.Context) -> None:
     """Serve the Streamlit control plane."""
     chosen = settings(context)
-    located = chosen.model_copy(update={"database_url": postgres.database_url(chosen)})
-    environ = {k: v for k, v in os.environ.items() if not k.startswith("SLIPSTREAM_")} | to_environment(located)
+    environ = child_environment(chosen.model_copy(update={"database_url": postgres.database_url(chosen)}))
     os.execve(sys.executable, [sys.executable, "-m", "app"], environ)
 
 

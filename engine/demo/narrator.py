@@ -23,13 +23,10 @@ class Narrator:
     def from_now(cls, session: ReadSession) -> Narrator:
         """One that tells nothing of what has happened before."""
         plan, attempts = plans.latest(session), learning.attempts(session, limit=1)
-        known = (
-            d.id or 0 for rollout in rollouts.list_rollouts(session) for d in rollouts.decisions(session, rollout.id)
-        )
         return cls(
             plan.generation if plan is not None else 0,
             (attempts[0].id or 0) if attempts else 0,
-            max(known, default=0),
+            rollouts.newest_decision(session),
         )
 
     def lines(self, session: ReadSession) -> Iterator[str]:
@@ -43,11 +40,10 @@ class Narrator:
                     f"{attempt.gate_traces} judged it: {attempt.reason}"
                 )
         for rollout in reversed(rollouts.list_rollouts(session, limit=5)):
-            for decision in rollouts.decisions(session, rollout.id):
-                if decision.id is not None and decision.id > self.decision:
-                    self.decision = decision.id
-                    if decision.from_state is not decision.to_state:
-                        yield _turn(rollout.canary, decision)
+            for decision in rollouts.decisions(session, rollout.id, after=self.decision):
+                self.decision = decision.id or self.decision
+                if decision.from_state is not decision.to_state:
+                    yield _turn(rollout.canary, decision)
         for plan in reversed(plans.history(session, limit=20)):
             if plan.generation > self.generation:
                 self.generation = plan.generation

@@ -18,6 +18,7 @@ from engine.contracts import SlipstreamError
 from engine.ops.exporter import MlflowExporter
 from engine.registry import mlflow_registry
 from engine.registry.artifacts import ArtifactStore
+from engine.registry.mlflow_registry import MlflowRegistry
 from engine.settings import Settings
 from engine.store.database import Database
 from engine.store.repositories import partitions
@@ -54,7 +55,9 @@ def run(settings: Settings, database: Database, stop: threading.Event) -> None:
             lambda: datetime.now(UTC),
         )
         chores.append(Chore("trace export", 2.0, lambda: exporter.run_once() == exporter.batch))
-        chores.append(Chore("model registry", 10.0, lambda: mirror_registry(settings, database)))
+        registry = mlflow_registry.connect(settings.mlflow_tracking_uri, settings.mlflow.experiment)
+        store = ArtifactStore(settings.dir("policies"))
+        chores.append(Chore("model registry", 10.0, lambda: mirror_registry(registry, database, store)))
     else:
         log.warning("no MLflow tracking URI: traces are not exported and versions not registered there")
     while not stop.is_set():
@@ -101,10 +104,7 @@ def keep_partitions(database: Database, settings: Settings, now: datetime) -> bo
     return False
 
 
-def mirror_registry(settings: Settings, database: Database) -> bool:
+def mirror_registry(registry: MlflowRegistry, database: Database, store: ArtifactStore) -> bool:
     """Register in MLflow what Postgres has and MLflow lacks; make the aliases follow the ledger."""
-    if not settings.mlflow_tracking_uri:
-        return False
-    registry = mlflow_registry.connect(settings.mlflow_tracking_uri, settings.mlflow.experiment)
-    registry.sync(database, ArtifactStore(settings.dir("policies")))
+    registry.sync(database, store)
     return False

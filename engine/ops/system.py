@@ -14,7 +14,7 @@ import httpx
 from engine.contracts import SlipstreamError
 from engine.ops import postgres
 from engine.ops.supervisor import Component, Say, Supervisor, end_group, is_alive, read_state, state_file
-from engine.settings import Settings, to_environment
+from engine.settings import Settings, child_environment
 from engine.store import migrate
 from engine.store.database import sqlalchemy_url
 
@@ -59,7 +59,7 @@ def start(settings: Settings, supervisor: Supervisor, say: Say) -> Settings:
     api = f"http://{settings.engine.host}:{settings.engine.port}"
     board = f"http://{settings.dashboard.host}:{settings.dashboard.port}"
     supervisor.start(engine_component(located))
-    supervisor.start(_part("dashboard", environ, board, _answers(f"{board}/_stcore/health")))
+    supervisor.start(_part("dashboard", environ, board, answers(f"{board}/_stcore/health")))
     supervisor.start(_part("controller", environ))
     if settings.learner.enabled:
         supervisor.start(_part("learner", environ))
@@ -98,7 +98,7 @@ def start_database(settings: Settings) -> str:
 def engine_component(settings: Settings) -> Component:
     """The serving engine as a process; ``settings.database_url`` must be set."""
     api = f"http://{settings.engine.host}:{settings.engine.port}"
-    return _part("engine", _environment(settings), api, _answers(f"{api}/readyz"))
+    return _part("engine", _environment(settings), api, answers(f"{api}/readyz"))
 
 
 def watch_once(chosen: Settings, supervisor: Supervisor, say: Say) -> None:
@@ -176,7 +176,7 @@ def _mlflow(settings: Settings, database_url: str, url: str) -> Component:
     argv = [sys.executable, "-m", "mlflow", "server", "--host", host, "--port", str(port), "--workers", "1"]
     argv += ["--artifacts-destination", str(settings.dir("mlflow") / "artifacts")]
     argv += ["--allowed-hosts", f"localhost:{port},127.0.0.1:{port},{host}:{port}"]
-    return Component("mlflow", argv, environ, url, _answers(f"{url}/health"), niceness=10, outlives=True)
+    return Component("mlflow", argv, environ, url, answers(f"{url}/health"), niceness=10, outlives=True)
 
 
 def _part(
@@ -190,11 +190,12 @@ def _part(
 
 
 def _environment(settings: Settings) -> dict[str, str]:
-    kept = {k: v for k, v in os.environ.items() if not k.startswith("SLIPSTREAM_")}
-    return kept | to_environment(settings) | ENVIRONMENT
+    return child_environment(settings) | ENVIRONMENT
 
 
-def _answers(url: str) -> Callable[[], bool]:
+def answers(url: str) -> Callable[[], bool]:
+    """A question to ask again and again: does this address answer with success?"""
+
     def ready() -> bool:
         try:
             return httpx.get(url, timeout=2.0).is_success

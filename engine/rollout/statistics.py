@@ -102,11 +102,6 @@ def log_e_below(diff: Difference, at: Number, rho: float) -> Number:
     return np.where(known, log_e, 0.0)
 
 
-def log_e_above(diff: Difference, at: Number, rho: float) -> Number:
-    """Evidence against "the true difference is ≤ ``at``"."""
-    return log_e_below(Difference(-diff.estimate, diff.se, diff.pairs), -np.asarray(at), rho)
-
-
 def half_width(diff: Difference, rho: float, alpha: float) -> Number:
     """Distance from the estimate to a one-sided 1−α confidence sequence (arXiv 2103.06476):
 

@@ -93,12 +93,9 @@ def roll_back(
     now = latest(session)
     if now is None:
         raise SlipstreamError("There is no serving plan yet: start an engine first (`slipstream up`).")
-    if to is None and not now.arms and now.rollback_to is None:
+    target = to if to is not None else now.rollback_target
+    if target is None:
         return now
-    if to is not None:
-        target = to
-    else:
-        target = now.rollback_to if now.rollback_to is not None else now.champion
     return append(
         session,
         champion=target,

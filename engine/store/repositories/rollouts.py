@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import select, text, update
+from sqlalchemy import func, select, text, update
 from sqlalchemy.dialects.postgresql import insert
 
 from engine.contracts import TERMINAL_STATES, RolloutState, SlipstreamError, Verdict
@@ -161,15 +161,22 @@ def commands(session: ReadSession | WriteSession, rollout_id: int, after: int = 
     return [_command(row) for row in session.scalars(query)]
 
 
-def decisions(session: ReadSession | WriteSession, rollout_id: int, limit: int = 10_000) -> list[DecisionRecord]:
-    """The newest ``limit`` decisions about a rollout, oldest first."""
+def decisions(
+    session: ReadSession | WriteSession, rollout_id: int, limit: int = 10_000, after: int = 0
+) -> list[DecisionRecord]:
+    """The newest ``limit`` decisions about a rollout that came after the decision ``after``, oldest first."""
     query = (
         select(RolloutDecisionRow)
-        .where(RolloutDecisionRow.rollout_id == rollout_id)
+        .where(RolloutDecisionRow.rollout_id == rollout_id, RolloutDecisionRow.id > after)
         .order_by(RolloutDecisionRow.id.desc())
         .limit(limit)
     )
     return [_decision(row) for row in reversed(list(session.scalars(query)))]
+
+
+def newest_decision(session: ReadSession | WriteSession) -> int:
+    """The id of the last decision about any rollout; 0 before the first."""
+    return session.scalar(select(func.max(RolloutDecisionRow.id))) or 0
 
 
 def apply(

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import threading
@@ -16,16 +15,17 @@ from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-import httpx
 import psycopg
 import pytest
 
-from engine.settings import environment_name
+from engine.ops.system import answers
+from engine.settings import child_environment, load_settings
 from engine.store.database import Database
 from engine.store.repositories import plans, traces
 from engine.store.repositories.overview import Slice
 from tests.app.seed import beat, seed
 from tests.conftest import TEMPLATE, _with_database
+from tests.waiting import free_ports, until
 
 playwright = pytest.importorskip("playwright.sync_api")
 pytestmark = pytest.mark.browser
@@ -87,18 +87,13 @@ def url(shared: tuple[str, Database]) -> str:
 def _dashboard(database_url: str, db: Database, folder: Path) -> Iterator[str]:
     """Seed the database and run a dashboard on it in a process of its own, started from another folder."""
     seed(db, folder / "spill")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    environ = {k: v for k, v in os.environ.items() if not k.startswith("SLIPSTREAM_")} | {
-        environment_name("database_url"): database_url,
-        environment_name("home"): str(folder),
-        environment_name("dashboard.port"): str(port),
-    }
+    (port,) = free_ports(1)
+    flags = [f"database_url={database_url}", f"home={folder}", f"dashboard.port={port}"]
+    environ = child_environment(load_settings(None, flags, {}))
     process = subprocess.Popen([sys.executable, "-m", "app"], env=environ, cwd=folder, stdout=subprocess.DEVNULL)
     address = f"http://127.0.0.1:{port}"
     try:
-        _wait_for(f"{address}/_stcore/health")
+        until(answers(f"{address}/_stcore/health"), f"{address} answers", tries=600, pause_s=0.1)
         yield address
     finally:
         process.terminate()
@@ -221,15 +216,3 @@ def test_one_click_rollback_with_its_time_to_effect(
         assert newest is not None
         assert (newest.generation, newest.champion, newest.arms, newest.reason) == (8, 3, (), "p99 went up")
         page.context.close()
-
-
-def _wait_for(address: str) -> None:
-    pause = threading.Event()
-    for _ in range(600):
-        try:
-            if httpx.get(address, timeout=2).is_success:
-                return
-        except httpx.TransportError:
-            pass
-        pause.wait(0.1)
-    raise AssertionError(f"{address} never answered")

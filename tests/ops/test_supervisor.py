@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
 import textwrap
 from collections.abc import Callable, Iterator
@@ -14,6 +13,7 @@ import pytest
 
 from engine.contracts import SlipstreamError
 from engine.ops.supervisor import Component, Supervisor, end_group, is_alive, read_state
+from tests.waiting import until
 
 
 class Clock:
@@ -44,21 +44,12 @@ def component(code: str, name: str = "part", ready: Callable[[], bool] = lambda:
 FOR_EVER = "import threading; threading.Event().wait()"
 
 
-def wait(condition: Callable[[], bool]) -> None:
-    for _ in range(1_000):
-        if condition():
-            return
-        os.sched_yield()
-        signal.sigtimedwait([], 0.01)  # gives the processor away; the condition, not the time, ends the wait
-    raise AssertionError("the condition never came true")
-
-
 def test_what_ends_is_started_again_later_and_later(supervisor: Supervisor) -> None:
     supervisor.start(component("raise SystemExit(3)"))
     clock: Clock = supervisor.clock  # type: ignore[assignment]
     waits = []
     for _ in range(3):
-        wait(lambda: not is_alive(supervisor.pid("part")))
+        until(lambda: not is_alive(supervisor.pid("part")), "its processes have come that far")
         before, pid = clock.now, supervisor.pid("part")
         supervisor.watch_once()
         while supervisor.pid("part") == pid:
@@ -80,12 +71,12 @@ def test_stopping_takes_grandchildren_along(supervisor: Supervisor, tmp_path: Pa
             """
         )
     )
-    wait(lambda: pid_file.exists() and pid_file.read_text() != "")
+    until(lambda: pid_file.exists() and pid_file.read_text() != "", "its processes have come that far")
     parent, grandchild = supervisor.pid("part"), int(pid_file.read_text())
     assert is_alive(grandchild)
     supervisor.stop()
     assert not is_alive(parent)
-    wait(lambda: not is_alive(grandchild))
+    until(lambda: not is_alive(grandchild), "its processes have come that far")
 
 
 def test_state_is_on_disk_while_something_runs(supervisor: Supervisor, tmp_path: Path) -> None:
@@ -99,7 +90,7 @@ def test_state_is_on_disk_while_something_runs(supervisor: Supervisor, tmp_path:
 
 def test_a_component_that_dies_while_starting_is_an_error_with_its_log(supervisor: Supervisor) -> None:
     supervisor.start(component("print('no such model'); raise SystemExit(2)", ready=lambda: False))
-    wait(lambda: not is_alive(supervisor.pid("part")))
+    until(lambda: not is_alive(supervisor.pid("part")), "its processes have come that far")
     with pytest.raises(SlipstreamError, match=r"ended with code 2[\s\S]*no such model"):
         supervisor.wait_ready("part", 10.0)
 
@@ -129,6 +120,9 @@ def test_what_others_talk_to_is_ended_after_them(supervisor: Supervisor, tmp_pat
     for name, outlives in (("server", True), ("client", False)):
         made = component(code.format(order=str(order), name=name), name)
         supervisor.start(replace(made, outlives=outlives))
-    wait(lambda: all(Path(f"{order}{name}").exists() for name in ("server", "client")))
+    until(
+        lambda: all(Path(f"{order}{name}").exists() for name in ("server", "client")),
+        "its processes have come that far",
+    )
     supervisor.stop()
     assert order.read_text().split() == ["client", "server"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from engine.settings import Settings, load_settings
 from engine.store.database import Database
 from engine.store.repositories import audit, plans
 from tests.tiny_model import write_tiny_model
+from tests.waiting import until
 
 
 @pytest.fixture(scope="session")
@@ -23,16 +23,6 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> Target:
     folder = tmp_path_factory.mktemp("model") / "tiny"
     write_tiny_model(folder)
     return load_target(str(folder), folder.parent, "float64")
-
-
-def until(condition: Callable[[], bool], what: str, tries: int = 3_000) -> None:
-    """Look again and again; the condition ends it, not the time."""
-    pause = threading.Event()
-    for _ in range(tries):
-        if condition():
-            return
-        pause.wait(0.01)
-    raise AssertionError(f"in vain: {what}")
 
 
 def settings_for(home: Path, database_url: str, *flags: str) -> Settings:

@@ -12,7 +12,8 @@ import pytest
 from sqlalchemy import select
 
 from engine.store.models import TraceRow
-from tests.server.conftest import Served, Start, until
+from tests.server.conftest import Served, Start
+from tests.waiting import until
 
 
 def test_a_client_that_goes_away_frees_its_slot_and_leaves_a_trace(served: Served) -> None:

@@ -8,7 +8,8 @@ from sqlalchemy import select
 from engine.runner.engine import EngineRequest, Output
 from engine.server.engine_thread import EngineFailure
 from engine.store.models import TraceRow
-from tests.server.conftest import Served, until
+from tests.server.conftest import Served
+from tests.waiting import until
 
 
 def test_a_step_that_fails_ends_its_requests_and_the_server_lives(

@@ -14,6 +14,7 @@ from sqlalchemy import select
 
 from engine.contracts import CANARY, CONTROL, Arm, ProposerKind, ServingPlan
 from engine.ops import postgres
+from engine.ops.system import answers
 from engine.registry.artifacts import ArtifactStore
 from engine.registry.publish import publish
 from engine.runner.engine import Output
@@ -22,7 +23,8 @@ from engine.speculation.memory import MEMORY_FILE, TraceMemoryBuilder
 from engine.store.database import Database
 from engine.store.models import TraceRow
 from engine.store.repositories import audit, plans
-from tests.server.conftest import Served, Start, until
+from tests.server.conftest import Served, Start
+from tests.waiting import until
 
 
 def memory_version(served: Served, text: str) -> int:
@@ -224,13 +226,7 @@ def test_a_start_without_the_database_serves_plainly(
 
         client = httpx.Client(base_url=server.url, timeout=30)
 
-        def up() -> bool:
-            try:
-                return client.get("/healthz").is_success
-            except httpx.TransportError:
-                return False
-
-        until(up, "the server answers")
+        until(answers(f"{server.url}/healthz"), "the server answers")
         answer = client.get("/readyz")
         assert answer.status_code == 503
         assert "no serving plan" in answer.text

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import tempfile
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -16,28 +14,16 @@ import httpx
 import psutil
 import pytest
 
+from engine.ops.system import answers
 from tests.tiny_model import write_tiny_model
+from tests.waiting import free_ports, until
 
 pytestmark = pytest.mark.slow
 
 
-def until(condition: Callable[[], bool], what: str, tries: int = 1_200) -> None:
-    pause = threading.Event()
-    for _ in range(tries):
-        if condition():
-            return
-        pause.wait(0.1)
-    raise AssertionError(f"in vain: {what}")
-
-
-def free_ports(count: int) -> list[int]:
-    probes = [socket.socket() for _ in range(count)]
-    for probe in probes:
-        probe.bind(("127.0.0.1", 0))
-    ports = [probe.getsockname()[1] for probe in probes]
-    for probe in probes:
-        probe.close()
-    return ports
+def soon(condition: Callable[[], bool], what: str) -> None:
+    """Processes take their time: two minutes of looking ten times a second."""
+    until(condition, what, tries=1_200, pause_s=0.1)
 
 
 @pytest.fixture
@@ -70,7 +56,7 @@ def test_up_serves_traces_and_leaves_nothing_behind(environ: dict[str, str]) -> 
     with log.open("w") as out:
         process = subprocess.Popen([sys.executable, "-m", "engine.cli", "up"], env=environ, stdout=out, stderr=out)
     try:
-        until(lambda: "everything runs" in log.read_text() or process.poll() is not None, "up")
+        soon(lambda: "everything runs" in log.read_text() or process.poll() is not None, "up")
         assert process.poll() is None, log.read_text()
         status = json.loads(slipstream(environ, "status", "--json").stdout)
         assert status["healthy"], status
@@ -85,13 +71,13 @@ def test_up_serves_traces_and_leaves_nothing_behind(environ: dict[str, str]) -> 
         answer = httpx.post(f"{api}/v1/completions", json=body, timeout=30).raise_for_status()
         trace_id = answer.headers["x-slipstream-trace-id"].replace("-", "")
         mlflow = status["components"]["mlflow"]["url"]
-        until(lambda: _exported(mlflow, trace_id), "the trace is in MLflow")
-        until(lambda: _aliases(mlflow) >= {"champion"}, "the champion's alias is in MLflow")
+        soon(lambda: _exported(mlflow, trace_id), "the trace is in MLflow")
+        soon(lambda: _aliases(mlflow) >= {"champion"}, "the champion's alias is in MLflow")
 
         killed = status["components"]["engine"]["pid"]
         os.kill(killed, 9)
-        until(lambda: _pid(environ) not in (None, killed), "the engine is started again")
-        until(lambda: _ready(api), "and serves")
+        soon(lambda: _pid(environ) not in (None, killed), "the engine is started again")
+        soon(answers(f"{api}/readyz"), "and serves")
         assert "engine" in slipstream(environ, "logs", "engine", "-n", "5").stdout
     finally:
         down = slipstream(environ, "down")
@@ -120,10 +106,3 @@ def _aliases(mlflow: str) -> set[str]:
 def _pid(environ: dict[str, str]) -> int | None:
     found = json.loads(slipstream(environ, "status", "--json").stdout)["components"].get("engine")
     return found["pid"] if found and found["alive"] else None
-
-
-def _ready(api: str) -> bool:
-    try:
-        return httpx.get(f"{api}/readyz", timeout=2).is_success
-    except httpx.HTTPError:
-        return False

@@ -18,7 +18,7 @@ from tests.app.seed import seed
 def dashboard(database_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """The environment of a dashboard on an empty database; caches of other tests are forgotten.
 
-    Whatever else the caller's environment sets (SLIPSTREAM_SCREENSHOTS, say) is no setting of this dashboard.
+    Whatever else the caller's environment sets (SLIPSTREAM_HOME, say) is no setting of this dashboard.
     """
     for name in [name for name in os.environ if name.startswith(ENV_PREFIX)]:
         monkeypatch.delenv(name)

@@ -1,6 +1,6 @@
 """The dashboard in Chromium: every page, light and dark; a deep link; the rollback; a narrow window.
 
-Screenshots go to SLIPSTREAM_SCREENSHOTS, or to screenshots/ in the checkout.
+Screenshots go to SCREENSHOTS, or to screenshots/ in the checkout.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ ARGS = [
     *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
     *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
 ]
-SHOTS = Path(os.environ.get("SLIPSTREAM_SCREENSHOTS", Path(__file__).parents[2] / "screenshots"))
+SHOTS = Path(os.environ.get("SCREENSHOTS", Path(__file__).parents[2] / "screenshots"))
 PAGES = {"overview": "/", "rollouts": "/rollouts", "versions": "/versions", "traces": "/traces"}
 LAST = {
     "overview": "latency in ms",

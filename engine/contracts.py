@@ -259,7 +259,11 @@ class PolicyVersion:
 
 @dataclass(frozen=True, slots=True)
 class ReplicaState:
-    """What a replica says of itself with every heartbeat."""
+    """What a replica says of itself with every heartbeat.
+
+    ``heartbeat_at`` is by the database's clock, so that it can be compared on any machine. After ``lease_s`` seconds
+    without the ledger the replica sends canary traffic to the champion.
+    """
 
     replica_id: str
     address: str
@@ -269,6 +273,7 @@ class ReplicaState:
     observed_generation: int | None
     resident: tuple[int, ...]
     stats: dict[str, Any]
+    lease_s: float = 60.0
 
 
 class SlipstreamError(Exception):

@@ -7,6 +7,7 @@ the weights of a rollout only grow: an arm owns an interval of [0, 1) that start
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 
 from engine.contracts import CANARY, CHAMPION, CONTROL, Assignment, ServingPlan
 
@@ -18,6 +19,18 @@ def bucket(salt: str, key: str) -> float:
     """Hash an assignment key to [0, 1), uniformly and for ever the same."""
     digest = hashlib.blake2b(f"{salt}\x00{key}".encode(), digest_size=8).digest()
     return (int.from_bytes(digest, "big") >> 11) / 2**53  # 53 bits: exact in a float, so 1.0 cannot come out
+
+
+def without(plan: ServingPlan, unloadable: frozenset[int], plain: int) -> ServingPlan:
+    """The plan as a replica can serve it that could not load some of its versions.
+
+    A canary serves only beside everything that its comparison and its rollback need, so any gap takes the arms away.
+    For the champion the fallback stands in; for the fallback the version ``plain``, which needs nothing loaded.
+    """
+    if not unloadable & plan.versions:
+        return plan
+    standing_in = next(v for v in (plan.champion, plan.fallback, plain) if v not in unloadable)
+    return replace(plan, champion=standing_in, arms=())
 
 
 def assign(plan: ServingPlan, key: str, traffic_class: str, lease_expired: bool = False) -> Assignment:

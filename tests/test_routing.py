@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.contracts import CANARY, CHAMPION, CONTROL, Arm, ServingPlan
-from engine.routing import assign, bucket
+from engine.routing import assign, bucket, without
 
 
 def plan(weight: float, classes: frozenset[str] | None = None) -> ServingPlan:
@@ -73,3 +73,19 @@ def test_salts_are_independent() -> None:
 
 def test_the_generation_is_on_the_assignment() -> None:
     assert assign(replace(plan(0.1), generation=9), "k", "chat").generation == 9
+
+
+@pytest.mark.parametrize(
+    ("unloadable", "champion", "arms"),
+    [
+        ((), 1, 2),
+        ((9,), 1, 2),  # another plan's
+        ((2,), 1, 0),
+        ((0,), 1, 0),  # a champion without its stand-in takes no risks
+        ((1,), 0, 0),
+        ((1, 0), -1, 0),
+    ],
+)
+def test_what_cannot_be_loaded_is_stood_in_for(unloadable: tuple[int, ...], champion: int, arms: int) -> None:
+    served = without(plan(0.5), frozenset(unloadable), plain=-1)
+    assert (served.generation, served.champion, len(served.arms)) == (7, champion, arms)

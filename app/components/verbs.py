@@ -57,12 +57,12 @@ def effect() -> None:
         return
     found = ledger.effect(generation)
     for problem in found.problems:
-        st.error(f"Generation {generation} could not be served on {problem}")
+        st.error(f"Generation {generation} is served without all of its policies on {problem}")
     if found.seconds is not None:
         text = f"effective on {found.seen} of {found.live} replicas after {found.seconds:.2f} s"
-        say = st.success if found.seen >= found.live else st.warning
+        say = st.success if found.seen >= found.live and not found.problems else st.warning
         say(f"Rolled back: {text} (generation {generation}).")
-    elif not found.problems:
+    else:
         st.warning(f"Generation {generation} is in the ledger. No replica has observed it yet.")
 
 

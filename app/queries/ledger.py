@@ -20,7 +20,6 @@ from engine.store.repositories.policies import Lineage
 from engine.store.repositories.rollouts import Command, DecisionRecord, Rollout
 
 TTL = timedelta(seconds=2)
-ALIVE = timedelta(seconds=15)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +56,7 @@ class Serving:
 def serving() -> Serving:
     with database().read() as session:
         plan = plans.latest(session)
-        live = tuple(replicas.live(session, datetime.now(UTC) - ALIVE))
+        live = tuple(replicas.live(session))
         active = rollouts.active(session)
         seen = min((replica.observed_generation or 0 for replica in live), default=0)
         return Serving(
@@ -150,7 +149,7 @@ def command(rollout_id: int, verb: str, reason: str, key: str) -> None:
 @dataclass(frozen=True, slots=True)
 class Effect:
     """What came of a plan: how many replicas route by it, of how many, the seconds until the last of them did, and
-    what went wrong on the others."""
+    what could not be loaded on some."""
 
     seen: int
     live: int
@@ -159,15 +158,14 @@ class Effect:
 
 
 def effect(generation: int) -> Effect:
-    """How a plan took effect; never cached. Across machines the seconds are as good as their clocks agree."""
+    """How a plan took effect, by the database's clock; never cached."""
     with database().read() as session:
         plan = next((p for p in plans.history(session, limit=50) if p.generation == generation), None)
         found = plans.observations(session, generation)
-        live = replicas.live(session, datetime.now(UTC) - ALIVE)
-    seen = [o for o in found if o.error is None]
+        live = replicas.live(session)
     problems = tuple(f"{o.replica_id}: {o.error}" for o in found if o.error is not None)
-    seconds = max((o.observed_at - plan.created_at).total_seconds() for o in seen) if plan and seen else None
-    return Effect(len(seen), max(len(live), len(found)), seconds, problems)
+    seconds = max((o.observed_at - plan.created_at).total_seconds() for o in found) if plan and found else None
+    return Effect(len(found), max(len(live), len(found)), seconds, problems)
 
 
 def _label(plan: ServingPlan, before: ServingPlan | None) -> str:

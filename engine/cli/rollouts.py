@@ -5,7 +5,6 @@ from __future__ import annotations
 import getpass
 import time
 import uuid
-from datetime import UTC, datetime, timedelta
 from typing import Annotated
 
 import typer
@@ -121,8 +120,8 @@ def _report_effect(opened: Database, plan: ServingPlan) -> None:
     deadline = time.monotonic() + OBSERVED_WAIT_S
     while True:
         with opened.read() as session:
-            live = replicas.live(session, datetime.now(UTC) - timedelta(seconds=10))
-            seen = {o.replica_id: o for o in plans.observations(session, plan.generation) if o.error is None}
+            live = replicas.live(session)
+            seen = {o.replica_id: o for o in plans.observations(session, plan.generation)}
         behind = [
             r.replica_id for r in live if (r.observed_generation or 0) < plan.generation and r.replica_id not in seen
         ]
@@ -130,7 +129,9 @@ def _report_effect(opened: Database, plan: ServingPlan) -> None:
             break
         time.sleep(0.02)
     for name, observation in seen.items():
-        typer.echo(f"{name}: effective after {(observation.observed_at - plan.created_at).total_seconds():.3f} s")
+        seconds = (observation.observed_at - plan.created_at).total_seconds()
+        without = f", but without {observation.error}" if observation.error else ""
+        typer.echo(f"{name}: effective after {seconds:.3f} s{without}")
     if not live:
         typer.echo("no replica is alive; the plan takes effect when one starts")
     for name in behind:

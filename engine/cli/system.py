@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import time
-from datetime import UTC, datetime, timedelta
+from datetime import datetime
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any
@@ -156,7 +156,7 @@ def _from_database(url: str) -> dict[str, Any]:
     try:
         with database.read() as session:
             plan = plans.latest(session)
-            alive = replicas.live(session, datetime.now(UTC) - timedelta(seconds=15))
+            alive = replicas.live(session)
     finally:
         database.close()
     return {

@@ -19,7 +19,7 @@ from engine.store.repositories import learning, replicas
 from engine.store.repositories.learning import TrainableTrace
 from engine.store.repositories.policies import Lineage
 
-ALIVE_S = 60.0
+RECENT = timedelta(seconds=60)
 """A replica that has not spoken for longer no longer says which target is served."""
 MAX_HELD_OUT = 256
 """The gate replays at most this many held-out requests, the newest: it must not cost what it saves."""
@@ -49,7 +49,7 @@ class Split:
 
 def served_target(session: ReadSession, now: datetime) -> ServedTarget:
     """What the live replicas say they serve."""
-    for replica in replicas.live(session, now - timedelta(seconds=ALIVE_S)):
+    for replica in replicas.live(session, now, RECENT):
         if fingerprint := replica.stats.get("target_fingerprint"):
             costs = replica.stats.get("step_cost_ms") or {}
             return ServedTarget(

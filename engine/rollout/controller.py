@@ -13,7 +13,7 @@ import socket
 import threading
 import uuid
 from collections.abc import Callable
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -44,8 +44,9 @@ log = logging.getLogger(__name__)
 Clock = Callable[[], datetime]
 
 
-def run(settings: Settings, db: Database, stop: threading.Event, clock: Clock = lambda: datetime.now(UTC)) -> None:
-    """Tick until ``stop`` is set. What fails is logged and tried again."""
+def run(settings: Settings, db: Database, stop: threading.Event, clock: Clock | None = None) -> None:
+    """Tick until ``stop`` is set, by the database's clock unless another is given. What fails is tried again."""
+    clock = clock or db.now
     controller = Controller(
         db, f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:6]}", settings.rollout.lease_s
     )

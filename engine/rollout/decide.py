@@ -40,16 +40,15 @@ def decide(
     if (moved := tick.moved_by_others()) is not None:
         return moved
     if verdict is Verdict.FAIL:
-        return tick.roll_back(RolloutState.ROLLING_BACK, why)
+        return tick.roll_back(why)
     if command is not None and command.verb == "abort":
-        aborted = tick.roll_back(RolloutState.ROLLING_BACK, f"aborted by {command.actor}: {command.reason}")
+        aborted = tick.roll_back(f"aborted by {command.actor}: {command.reason}")
         return _consuming(aborted, command)
     if status.state in PROMOTED_STATES:
         return _consuming(tick.after_promotion(command), command)
     if now - status.stages[0].began > timedelta(seconds=spec.deadline_s):
-        return tick.roll_back(
-            RolloutState.INCONCLUSIVE, f"no verdict within {spec.deadline_s:g} s ({why}): back to the champion"
-        )
+        late = f"no verdict within {spec.deadline_s:g} s ({why}): back to the champion"
+        return tick.roll_back(late, RolloutState.INCONCLUSIVE)
     if command is not None:
         return _consuming(tick.obey(command), command)
     return tick.proceed()
@@ -71,9 +70,9 @@ def judge(
     if failed := by_verdict[Verdict.FAIL]:
         return Verdict.FAIL, "; ".join(f"{g.guard}: {g.reason}" for g in failed)
     stage = status.stage
-    for replica in evidence.replicas:
-        if replica.load_error and (replica.observed_generation or 0) < stage.generation:
-            return Verdict.ERROR, f"{replica.replica_id} could not take the plan: {replica.load_error}"
+    for replica in evidence.alive:
+        if replica.load_error:
+            return Verdict.ERROR, f"{replica.replica_id} could not load all of the plan: {replica.load_error}"
     if broken := by_verdict[Verdict.ERROR]:
         return Verdict.ERROR, "; ".join(f"{g.guard}: {g.reason}" for g in broken)
     if evidence.ledger is not None and evidence.ledger.generation != status.generation:
@@ -81,8 +80,8 @@ def judge(
     heard = max(evidence.newest_trace or stage.began, stage.began)
     if now - heard > timedelta(seconds=spec.stale_s):
         return Verdict.STALE, f"no request of either arm since {heard:%H:%M:%S} UTC"
-    behind = [r.replica_id for r in evidence.replicas if (r.observed_generation or 0) < stage.generation]
-    if not evidence.replicas or behind:
+    behind = [r.replica_id for r in evidence.alive if (r.observed_generation or 0) < stage.generation]
+    if not evidence.alive or behind:
         return Verdict.INSUFFICIENT, f"waiting for {', '.join(behind) or 'a replica'} to route by {stage.generation}"
     if now - stage.began < timedelta(seconds=spec.warmup_s):
         return Verdict.INSUFFICIENT, f"warming up for {spec.warmup_s:g} s"
@@ -140,9 +139,9 @@ def _missing(status: RolloutStatus, evidence: Evidence) -> str | None:
         return f"the ledger carries another canary, v{ledger.canary}"
     if not evidence.canary_known:
         return f"there is no policy version {status.canary}"
-    if not evidence.replicas:
+    if not evidence.alive:
         return "no replica is alive"
-    for replica in evidence.replicas:
+    for replica in evidence.alive:
         for role, version in (("champion", status.champion), ("fallback", ledger.fallback)):
             if version not in replica.resident:
                 return f"{replica.replica_id} does not hold the {role}, v{version}: nothing to roll back to"
@@ -150,11 +149,18 @@ def _missing(status: RolloutStatus, evidence: Evidence) -> str | None:
 
 
 def _rolling_back(status: RolloutStatus, evidence: Evidence, now: datetime) -> Decision:
-    """The plan is in the ledger; it is done when every live replica routes by it."""
-    behind = [r.replica_id for r in evidence.replicas if (r.observed_generation or 0) < (status.generation or 0)]
+    """The plan is in the ledger; it is done when no replica can route by an older one.
+
+    One that has gone silent may still do so until its lease ends, so it is waited for as long.
+    """
+    behind = [
+        r.replica_id if r.alive else f"{r.replica_id}, which is silent, or the end of its lease"
+        for r in evidence.replicas
+        if (r.observed_generation or 0) < (status.generation or 0)
+    ]
     if behind:
         return Decision(status.verdict, Action.NONE, f"waiting for {', '.join(behind)} ({status.reason})", status)
-    return Decision(status.verdict, Action.NONE, status.reason, status.moved(RolloutState.ROLLED_BACK, now))
+    return Decision(status.verdict, Action.NONE, status.reason, status.moved(status.ends_as, now))
 
 
 class _Tick:
@@ -186,13 +192,16 @@ class _Tick:
             return None
         if self._promoted_by_hand(ledger):
             return self._to(RolloutState.INCONCLUSIVE, f"made champion directly by {ledger.actor}: {ledger.reason}")
-        return self._to(RolloutState.ROLLED_BACK, f"rolled back by {ledger.actor}: {ledger.reason}")
+        decision = self._to(RolloutState.ROLLING_BACK, f"rolled back by {ledger.actor}: {ledger.reason}")
+        return replace(decision, status=replace(decision.status, generation=ledger.generation))
 
     def _promoted_by_hand(self, ledger: Ledger) -> bool:
         return self.status.state not in PROMOTED_STATES and ledger.champion == self.status.canary
 
-    def roll_back(self, state: RolloutState, why: str) -> Decision:
-        return self._to(state, why, Action.ROLL_BACK)
+    def roll_back(self, why: str, ends_as: RolloutState = RolloutState.ROLLED_BACK) -> Decision:
+        """Back to the champion; success is claimed when the replicas are seen to route by it."""
+        decision = self._to(RolloutState.ROLLING_BACK, why, Action.ROLL_BACK)
+        return replace(decision, status=replace(decision.status, ends_as=ends_as))
 
     def after_promotion(self, command: Command | None) -> Decision:
         """PROMOTING until every live replica routes by the new champion, then PROMOTED, then WATCHING until DONE."""
@@ -201,10 +210,10 @@ class _Tick:
         if self.status.state is RolloutState.PROMOTING:
             behind = [
                 r.replica_id
-                for r in self.evidence.replicas
+                for r in self.evidence.alive
                 if (r.observed_generation or 0) < (self.status.generation or 0)
             ]
-            if behind or not self.evidence.replicas:
+            if behind or not self.evidence.alive:
                 return self._to(RolloutState.PROMOTING, f"waiting for {', '.join(behind) or 'a replica'}")
             return self._to(RolloutState.PROMOTED, f"v{self.status.canary} is champion on every replica")
         if self.status.state is RolloutState.PROMOTED:

@@ -14,9 +14,6 @@ from engine.store.repositories import plans, policies, replicas, rollouts
 from engine.store.repositories.evidence import Window
 from engine.store.repositories.rollouts import Command, Rollout
 
-ALIVE_S = 10.0
-"""A replica whose last heartbeat is older is not waited for: it cannot serve what it does not know of either."""
-
 
 class Untrusted(SlipstreamError):
     """A rollout whose guards are not those it was started with, or cannot be read."""
@@ -41,14 +38,19 @@ def gather(
     """Everything a tick looks at."""
     plan = plans.latest(session)
     errors = {o.replica_id: o.error for o in plans.observations(session, plan.generation)} if plan else {}
-    live = replicas.live(session, now - timedelta(seconds=ALIVE_S))
     warmup = timedelta(seconds=spec.warmup_s)
     windows = [Window(stage.generation, stage.began, stage.began + warmup) for stage in status.stages]
     evidence = Evidence(
         ledger=_ledger(plan) if plan else None,
         replicas=tuple(
-            Replica(r.replica_id, r.observed_generation, tuple(sorted(r.resident)), errors.get(r.replica_id))
-            for r in live
+            Replica(
+                r.replica_id,
+                r.observed_generation,
+                tuple(sorted(r.resident)),
+                errors.get(r.replica_id),
+                alive=now - r.heartbeat_at <= replicas.ALIVE,
+            )
+            for r in replicas.may_serve(session, now)
         ),
         segments=tuple(evidence_store.segments(session, windows)),
         newest_trace=evidence_store.newest(session, windows[-1]) if windows else None,

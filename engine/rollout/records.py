@@ -36,7 +36,8 @@ class RolloutStatus:
     """Where a rollout stands. ``champion`` is the rollback target, recorded at creation and never replaced.
 
     ``generation`` is the last plan this rollout made, ``since`` when the present state began. ``held_by`` is operator
-    (until resumed) or evidence (until the evidence is fit again), ``resumes_to`` the state before the hold.
+    (until resumed) or evidence (until the evidence is fit again), ``resumes_to`` the state before the hold, ``ends_as``
+    what it will be called once its traffic is seen to be back.
     """
 
     rollout_id: int
@@ -51,6 +52,7 @@ class RolloutStatus:
     last_command: int = 0
     verdict: Verdict = Verdict.INSUFFICIENT
     reason: str = ""
+    ends_as: RolloutState = RolloutState.ROLLED_BACK
 
     @property
     def stage(self) -> Stage:
@@ -80,12 +82,16 @@ class Ledger:
 
 @dataclass(frozen=True, slots=True)
 class Replica:
-    """A live replica; ``load_error`` is why it could not take the newest plan."""
+    """A replica that may serve a canary: alive, or silent for less than its lease.
+
+    ``load_error`` is what of the newest plan it could not load.
+    """
 
     replica_id: str
     observed_generation: int | None
     resident: tuple[int, ...]
     load_error: str | None = None
+    alive: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +104,10 @@ class Evidence:
     newest_trace: datetime | None = None
     observed: float | None = None
     canary_known: bool = True
+
+    @property
+    def alive(self) -> tuple[Replica, ...]:
+        return tuple(replica for replica in self.replicas if replica.alive)
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,6 +176,7 @@ def status_from_json(tree: Mapping[str, Any]) -> RolloutStatus:
     )
     values["resumes_to"] = RolloutState(values["resumes_to"]) if values["resumes_to"] else None
     values["verdict"] = Verdict(values["verdict"])
+    values["ends_as"] = RolloutState(values.get("ends_as", RolloutState.ROLLED_BACK))
     return RolloutStatus(**values)
 
 

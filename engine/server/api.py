@@ -35,10 +35,20 @@ LARGE_BODY = 32_768
 
 
 class Api:
-    """The routes over a service. ``not_ready`` says why the server cannot serve yet, or None."""
+    """The routes over a service.
 
-    def __init__(self, service: Service, max_body_bytes: int, not_ready: Callable[[], str | None]) -> None:
-        self.service, self._max_body_bytes, self._not_ready = service, max_body_bytes, not_ready
+    ``not_ready`` says why the server cannot serve yet, ``incomplete`` what of the plan it serves without; or None.
+    """
+
+    def __init__(
+        self,
+        service: Service,
+        max_body_bytes: int,
+        not_ready: Callable[[], str | None],
+        incomplete: Callable[[], str | None],
+    ) -> None:
+        self.service, self._max_body_bytes = service, max_body_bytes
+        self._not_ready, self._incomplete = not_ready, incomplete
         self.repeats = Repeats()
         self._created = int(service.now().timestamp())
 
@@ -73,10 +83,10 @@ class Api:
         return PlainTextResponse("ok\n")
 
     async def readyz(self, _: Request) -> Response:
-        reason = self._not_ready()
-        return PlainTextResponse(
-            "ready\n" if reason is None else f"not ready: {reason}\n", 200 if reason is None else 503
-        )
+        if (reason := self._not_ready()) is not None:
+            return PlainTextResponse(f"not ready: {reason}\n", 503)
+        missing = self._incomplete()
+        return PlainTextResponse("ready\n" if missing is None else f"ready, but without {missing}\n")
 
     async def metrics(self, _: Request) -> Response:
         return Response(self.service.metrics.text(), media_type="text/plain; version=0.0.4")

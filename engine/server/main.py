@@ -76,7 +76,7 @@ class EngineServer:
         self.socket = _listen(chosen.host, chosen.port)
         host, port = self.socket.getsockname()[:2]
         self.url = f"http://{host}:{port}"
-        app = Api(self.service, chosen.max_body_bytes, self._not_ready).app()
+        app = Api(self.service, chosen.max_body_bytes, self._not_ready, lambda: self.residency.error).app()
         app.router.lifespan_context = self._lifespan
         self._uvicorn = uvicorn.Server(
             uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=GRACE_S)
@@ -106,8 +106,7 @@ class EngineServer:
         if not self.thread.is_alive:
             return "the engine thread has ended; restart this replica"
         if self.residency.plan is None:
-            why = self.subscriber.error or self.subscriber.load_error or "it is being loaded"
-            return f"no serving plan is in force ({why})"
+            return f"no serving plan is in force ({self.subscriber.error or 'it is being loaded'})"
         return None
 
     def _gauges(self) -> dict[str, float]:
@@ -118,6 +117,7 @@ class EngineServer:
             "slipstream:draft_errors": engine["draft_errors"],
             "slipstream:step_errors": engine["step_errors"],
             "slipstream:plan_generation": plan.generation if plan is not None else 0,
+            "slipstream:plan_incomplete": float(self.residency.error is not None),
             "slipstream:plan_lease_expired": float(self.residency.lease_expired),
             "slipstream:trace_queue": writer["queue"],
             "slipstream:traces_written": writer["written"] + writer["replayed"],

@@ -6,26 +6,26 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
+from datetime import datetime, timedelta
 from typing import Any
 
 import psycopg
 from sqlalchemy.exc import SQLAlchemyError
 
-from engine.contracts import PolicyVersion, ProposerKind, ReplicaState, ServingPlan, SlipstreamError
+from engine.contracts import PolicyVersion, ProposerKind, ReplicaState
 from engine.registry.artifacts import ArtifactStore
 from engine.registry.publish import ensure_version
-from engine.server.residency import Residency
+from engine.server.residency import Applied, Residency
 from engine.settings import EngineSettings
 from engine.speculation.artifact import build_artifact
-from engine.store.database import KEEPALIVE, Database, libpq_url
+from engine.store.database import KEEPALIVE, Database, libpq_url, server_clock
 from engine.store.repositories import plans, policies, replicas
 
 log = logging.getLogger(__name__)
 DEFAULT_K = 4
 RETRY_S = 1.0
-FAILED_RETRY_S = 15.0
-"""A plan whose policy could not be loaded is tried again this often."""
+READING_POLL_S = 0.02
+"""How often it is seen whether what a plan waits for has been read."""
 
 
 class PlanSubscriber:
@@ -39,25 +39,31 @@ class PlanSubscriber:
         settings: EngineSettings,
         describe: Callable[[], tuple[str, str, dict[str, Any]]],
         clock: Callable[[], float] = time.monotonic,
-        now: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:
         self._database, self._residency, self._store, self._settings = database, residency, store, settings
-        self._describe, self._clock, self._now = describe, clock, now
-        self._started_at = now()
-        self._failed: tuple[int, float] | None = None  # generation that did not load, when to try again
-        self._unsaid: list[tuple[int, datetime, float, str | None]] = []  # observations the database has not heard
+        self._describe, self._clock = describe, clock
+        self._started_at: datetime | None = None  # by the database's clock, like all that others compare
+        self._unsaid: list[tuple[Applied, float]] = []  # what the database has not heard, and when it was
         self._beat_at = 0.0
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="plans", daemon=True)
         self.error: str | None = "nothing heard of the ledger yet"
-        self.load_error: str | None = None  # why the newest plan is not in force, though it was read
 
     def start(self) -> None:
         self._thread.start()
 
     def stop(self) -> None:
+        """End the thread and say goodbye, so that nobody waits for this replica's lease."""
         self._stop.set()
         self._thread.join()
+        self._residency.stop()
+        if self._started_at is None:
+            return
+        try:
+            with self._database.write() as session:
+                replicas.leave(session, self._settings.replica_id, self._started_at)
+        except SQLAlchemyError as error:
+            log.warning("the database did not hear that this replica stops: %s", str(error).splitlines()[0])
 
     def _run(self) -> None:
         while not self._stop.is_set():
@@ -83,7 +89,8 @@ class PlanSubscriber:
     def _follow(self, connection: psycopg.Connection[Any]) -> None:
         while not self._stop.is_set():
             self.look()
-            for _ in connection.notifies(timeout=self._settings.plan_poll_s, stop_after=1):
+            wait = READING_POLL_S if self._residency.is_reading else self._settings.plan_poll_s
+            for _ in connection.notifies(timeout=wait, stop_after=1):
                 pass  # what it says is in the table
 
     def look(self) -> None:
@@ -95,28 +102,11 @@ class PlanSubscriber:
         if plan is None:
             self._first_plan()
             return
-        current = self._residency.plan
-        if (current is None or plan.generation > current.generation) and not self._is_backing_off(plan):
-            self._apply(plan)
-        self._report()
-
-    def _apply(self, plan: ServingPlan) -> None:
-        try:
-            applied = self._residency.apply(plan, self._lookup)
-        except SlipstreamError as error:
-            log.error("generation %d cannot be served, the one before stays: %s", plan.generation, error)
-            self._failed = (plan.generation, self._clock() + FAILED_RETRY_S)
-            self.load_error = f"generation {plan.generation} cannot be loaded: {error}"
-            self._unsaid.append((plan.generation, self._now(), 0.0, str(error)))
-            return
+        applied = self._residency.follow(plan, self._lookup)
         if applied is not None:
-            self._failed = self.load_error = None
-            self._unsaid.append((plan.generation, self._now(), applied.load_s, None))
-            self._beat_at = 0.0  # say so at once
+            self._unsaid.append((applied, self._clock()))
             log.info("generation %d: champion v%d, %d loaded", plan.generation, plan.champion, applied.loaded)
-
-    def _is_backing_off(self, plan: ServingPlan) -> bool:
-        return self._failed is not None and self._failed[0] == plan.generation and self._clock() < self._failed[1]
+        self._report()
 
     def _lookup(self, version: int) -> PolicyVersion | None:
         with self._database.read() as session:
@@ -145,19 +135,30 @@ class PlanSubscriber:
             return
         address, model, stats = self._describe()
         plan = self._residency.plan
-        state = ReplicaState(
-            replica_id=self._settings.replica_id,
-            address=address,
-            model=model,
-            started_at=self._started_at,
-            heartbeat_at=self._now(),
-            observed_generation=plan.generation if plan is not None else None,
-            resident=self._residency.resident,
-            stats=stats,
-        )
         with self._database.write() as session:
-            for generation, at, load_s, error in self._unsaid:
-                plans.observe(session, self._settings.replica_id, generation, at, load_s, error)
+            now, ticks = server_clock(session), self._clock()
+            for applied, at in self._unsaid:
+                observed_at = now - timedelta(seconds=ticks - at)
+                plans.observe(
+                    session,
+                    self._settings.replica_id,
+                    applied.plan.generation,
+                    observed_at,
+                    applied.load_s,
+                    applied.error,
+                )
+            self._started_at = self._started_at or now
+            state = ReplicaState(
+                replica_id=self._settings.replica_id,
+                address=address,
+                model=model,
+                started_at=self._started_at,
+                heartbeat_at=now,
+                observed_generation=plan.generation if plan is not None else None,
+                resident=self._residency.resident,
+                stats=stats,
+                lease_s=self._residency.lease_s,
+            )
             replicas.beat(session, state)
         self._unsaid.clear()
         self._beat_at = self._clock()

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import datetime
 from typing import Any
 
-from sqlalchemy import Engine, create_engine, text
+from sqlalchemy import Engine, create_engine, func, select, text
 from sqlalchemy.orm import Session
 
 BOUNDS = "-c idle_in_transaction_session_timeout=30s -c lock_timeout=10s -c statement_timeout=60s"
@@ -56,8 +57,18 @@ class Database:
         with WriteSession(self.engine, expire_on_commit=False) as session, session.begin():
             yield session
 
+    def now(self) -> datetime:
+        """The server's clock: whatever is compared between machines is measured by it."""
+        with self.read() as session:
+            return server_clock(session)
+
     def close(self) -> None:
         self.engine.dispose()
+
+
+def server_clock(session: Session) -> datetime:
+    """The server's clock at this moment, inside a transaction too."""
+    return session.execute(select(func.clock_timestamp())).scalar_one()
 
 
 def sqlalchemy_url(url: str) -> str:

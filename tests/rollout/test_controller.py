@@ -154,8 +154,10 @@ def test_a_rollback_in_the_ledger_is_noticed_and_never_undone(ready: Database, n
     world.beat(ready, now, (NONE, CHAMPION))
     decision = acting.tick(now + timedelta(seconds=1))
     assert decision is not None
-    assert (decision.to_state, decision.reason) == (RolloutState.ROLLED_BACK, "rolled back by bob: customers complain")
-    assert acting.tick(now + timedelta(seconds=2)) is None
+    assert (decision.to_state, decision.reason) == (RolloutState.ROLLING_BACK, "rolled back by bob: customers complain")
+    acting.tick(now + timedelta(seconds=2))
+    assert current(ready).state is RolloutState.ROLLED_BACK
+    assert acting.tick(now + timedelta(seconds=3)) is None
     assert _generation(ready) == 3
 
 

@@ -105,8 +105,8 @@ def test_no_data_for_an_hour_ends_inconclusive_with_the_champion_back() -> None:
     seen = {world.tick(60).verdict for _ in range(14)}
     assert seen <= {Verdict.INSUFFICIENT, Verdict.STALE}
     assert all(world.tick(60).verdict is not Verdict.FAIL for _ in range(46))
-    final = next(d for d in world.decisions if d.to_state is RolloutState.INCONCLUSIVE)
-    assert final.action is Action.ROLL_BACK
+    (last,) = (d for d in world.decisions if d.action is Action.ROLL_BACK)
+    assert (last.to_state, last.status.ends_as) == (RolloutState.ROLLING_BACK, RolloutState.INCONCLUSIVE)
     assert world.ledger.champion == CHAMPION
     assert world.status.state is RolloutState.INCONCLUSIVE
 
@@ -126,15 +126,27 @@ def test_a_rollback_by_somebody_else_is_believed_and_not_undone() -> None:
     world = ramping()
     world.outsider(reason="customers complain")
     decision = world.tick()
-    assert (decision.to_state, decision.action) == (RolloutState.ROLLED_BACK, Action.NONE)
+    assert (decision.to_state, decision.action) == (RolloutState.ROLLING_BACK, Action.NONE)
     assert decision.reason == "rolled back by bob: customers complain"
     assert all(world.tick().action is Action.NONE for _ in range(5))
+    assert (world.status.state, world.status.reason) == (RolloutState.ROLLED_BACK, decision.reason)
+
+
+def test_a_rollback_by_somebody_else_is_claimed_when_it_is_seen_too() -> None:
+    world = ramping()
+    before = world.replicas
+    world.outsider()
+    world.replicas = before
+    assert [world.tick().to_state for _ in range(3)] == [RolloutState.ROLLING_BACK] * 3
+    world.observe()
+    assert world.tick().to_state is RolloutState.ROLLED_BACK
 
 
 def test_a_rollback_after_promotion_is_believed_as_well() -> None:
     world = ramping()
     promoted(world)
     world.outsider()
+    world.tick()
     assert world.tick().to_state is RolloutState.ROLLED_BACK
 
 
@@ -206,7 +218,7 @@ def test_a_champion_that_changed_before_the_start_cancels() -> None:
 
 def test_a_replica_that_cannot_load_the_canary_holds() -> None:
     world = ramping()
-    world.replicas = (replace(world.replicas[0], observed_generation=10, load_error="no such file"),)
+    world.replicas = (replace(world.replicas[0], load_error="no such file"),)
     decision = world.tick()
     assert (decision.verdict, decision.to_state) == (Verdict.ERROR, RolloutState.HELD)
     assert "no such file" in decision.reason
@@ -220,6 +232,27 @@ def test_a_rollback_is_claimed_only_when_every_replica_routes_by_it() -> None:
     assert world.tick().to_state is RolloutState.ROLLING_BACK
     world.observe()
     assert world.tick().to_state is RolloutState.ROLLED_BACK
+
+
+def test_a_silent_replica_is_waited_for_until_its_lease_ends() -> None:
+    """It may still give requests to the canary: it has not heard that it must not."""
+    world = ramping()
+    world.replicas = (*world.replicas, Replica("r1", world.ledger.generation, (1, 2, 3), alive=False))
+    world.ask("abort")
+    world.tick()
+    world.replicas = (world.replicas[0], replace(world.replicas[1], observed_generation=world.ledger.generation - 1))
+    decision = world.tick()
+    assert decision.to_state is RolloutState.ROLLING_BACK
+    assert "waiting for r1, which is silent" in decision.reason
+    world.replicas = world.replicas[:1]  # its lease has ended
+    assert world.tick().to_state is RolloutState.ROLLED_BACK
+
+
+def test_a_silent_replica_does_not_keep_the_others_waiting() -> None:
+    world = ramping()
+    world.replicas = (*world.replicas, Replica("r1", 10, (1,), "no such file", alive=False))
+    world.both(30, canary=2.3)
+    assert world.tick(10).action is Action.SET_WEIGHT
 
 
 def test_deciding_twice_on_the_same_facts_gives_the_same() -> None:

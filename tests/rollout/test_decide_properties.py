@@ -60,13 +60,13 @@ def check(world: World, before: RolloutStatus, decision, generation: int, pendin
         assert world.ledger.champion == CHAMPION
         assert world.ledger.canary is None
         by_person = decision.command_id is not None
-        assert decision.verdict is Verdict.FAIL or by_person or after is RolloutState.INCONCLUSIVE
+        assert decision.verdict is Verdict.FAIL or by_person or decision.status.ends_as is RolloutState.INCONCLUSIVE
     if before.serves and decision.action in (Action.SET_WEIGHT, Action.PROMOTE):
         assert decision.verdict is Verdict.PASS
     if after in PROGRESS and before.state in PROGRESS and PROGRESS[after] > PROGRESS[before.state]:
         assert decision.verdict is Verdict.PASS
     if decision.verdict is Verdict.FAIL and before.state not in TERMINAL_STATES | {RolloutState.ROLLING_BACK}:
-        assert decision.action is Action.ROLL_BACK or after is RolloutState.ROLLED_BACK
+        assert decision.action is Action.ROLL_BACK or after is RolloutState.ROLLING_BACK
     if decision.action is not Action.NONE:
         assert world.ledger.generation == generation + 1
     if decision.command_id is not None:

@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,11 +19,13 @@ from engine.ops.system import answers
 from engine.registry.artifacts import ArtifactStore
 from engine.registry.publish import publish
 from engine.runner.engine import Output
+from engine.server import residency as residency_module
 from engine.speculation.artifact import build_artifact
 from engine.speculation.memory import MEMORY_FILE, TraceMemoryBuilder
+from engine.speculation.proposer import Proposer
 from engine.store.database import Database
 from engine.store.models import TraceRow
-from engine.store.repositories import audit, plans
+from engine.store.repositories import audit, plans, policies, replicas
 from tests.server.conftest import Served, Start
 from tests.waiting import until
 
@@ -130,12 +133,10 @@ def test_canary_and_control_serve_and_a_rollback_loads_nothing(served: Served, m
     assert arms_of(served) == {"champion"}
 
 
-def test_a_plan_that_cannot_be_loaded_changes_nothing_and_says_why(served: Served) -> None:
+def test_a_canary_that_cannot_be_loaded_leaves_its_requests_to_the_champion(served: Served) -> None:
     version = memory_version(served, "anything")
     store = ArtifactStore(served.server.settings.dir("policies"))
     with served.db.read() as session:
-        from engine.store.repositories import policies
-
         found = policies.get(session, version)
     assert found is not None
     (store.path(found.digest) / MEMORY_FILE).write_bytes(b"tampered with")
@@ -151,18 +152,58 @@ def test_a_plan_that_cannot_be_loaded_changes_nothing_and_says_why(served: Serve
     assert error is not None
     assert "digest" in error
     assert arms_of(served, 10) == {"champion"}
-    assert served.server.residency.plan is not None
-    assert served.server.residency.plan.generation == 1
+    assert served.server.residency.plan == plan
+    assert f"without v{version}" in served.http.get("/readyz").text
 
 
-def test_a_first_plan_that_cannot_be_loaded_is_what_readiness_says(start: Start, db: Database, tmp_path: Path) -> None:
+def test_a_champion_that_cannot_be_loaded_is_stood_in_for_and_tried_again(
+    served: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The fallback serves until the files are there; then the champion, without a new plan."""
+    monkeypatch.setattr("engine.server.residency.FAILED_RETRY_S", 0.0)
+    files = build_artifact(ProposerKind.NGRAM, 3)
+    champion = publish(served.db, ArtifactStore(tmp_path / "elsewhere"), files).version
+    with served.db.write() as session:
+        before = plans.latest(session)
+        assert before is not None
+        plans.append(session, champion=champion, fallback=before.fallback, actor="test", reason="files are elsewhere")
+
+    def serves(version: int) -> bool:
+        return served.completion(max_tokens=1).headers["x-slipstream-policy-version"] == str(version)
+
+    until(lambda: serves(before.fallback), "the fallback stands in")
+    assert served.completion().status_code == 200
+    ArtifactStore(served.server.settings.dir("policies")).put(files)
+    until(lambda: serves(champion), "the champion serves")
+    assert served.http.get("/readyz").text == "ready\n"
+
+
+def test_a_canary_that_loads_slowly_does_not_delay_its_own_rollback(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    release, real = threading.Event(), residency_module.load_proposer
+
+    def slow(*args: object) -> Proposer:
+        assert release.wait(60)
+        return real(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(residency_module, "load_proposer", slow)
+    start_canary(served, memory_version(served, "anything"))
+    until(lambda: served.server.residency.is_reading, "the canary is being read")
+    with served.db.write() as session:
+        plan = plans.roll_back(session, actor="test", reason="never mind")
+    served.observes(plan.generation)
+    release.set()
+    assert arms_of(served, 10) == {"champion"}
+
+
+def test_a_first_plan_that_cannot_be_loaded_is_served_plainly(start: Start, db: Database, tmp_path: Path) -> None:
     """The version is known, its files are not here: plain decoding until they are."""
     elsewhere = publish(db, ArtifactStore(tmp_path / "elsewhere"), build_artifact(ProposerKind.NGRAM, 3)).version
     with db.write() as session:
         plans.append(session, champion=elsewhere, fallback=elsewhere, actor="test", reason="files are elsewhere")
     served = start(ready=False)
-    until(lambda: "cannot be loaded" in served.http.get("/readyz").text, "readiness says why")
-    assert "generation 1" in served.http.get("/readyz").text
+    until(lambda: f"without v{elsewhere}" in served.http.get("/readyz").text, "readiness says why")
     answer = served.completion()
     assert (answer.status_code, answer.headers["x-slipstream-policy-version"]) == (200, "0")
 
@@ -170,7 +211,14 @@ def test_a_first_plan_that_cannot_be_loaded_is_what_readiness_says(start: Start,
 def test_an_older_generation_is_refused(served: Served) -> None:
     residency = served.server.residency
     assert residency.plan is not None
-    assert residency.apply(residency.plan, lambda _: None) is None
+    assert residency.follow(replace(residency.plan, generation=0, champion=99), lambda _: None) is None
+    assert residency.plan.champion != 99
+
+
+def test_a_replica_that_stops_in_order_is_not_waited_for(served: Served) -> None:
+    served.server.subscriber.stop()
+    with served.db.read() as session:
+        assert replicas.live(session) == []
 
 
 def test_without_the_ledger_for_a_lease_the_canary_stops(served: Served) -> None:

@@ -46,11 +46,12 @@ class ReplicaRow(Base):
     heartbeat_at: Mapped[datetime]
     observed_generation: Mapped[int | None]
     resident: Mapped[list[int]] = mapped_column(ARRAY(Integer))
+    lease_s: Mapped[float]
     stats: Mapped[dict[str, Any]]
 
 
 class PlanObservationRow(Base):
-    """When a replica began to route by a generation, or why it could not. Append-only. Writer: engine.server."""
+    """When a replica began to route by a generation, and what of it could not be loaded. Writer: engine.server."""
 
     __tablename__ = "plan_observations"
     replica_id: Mapped[str] = mapped_column(primary_key=True)

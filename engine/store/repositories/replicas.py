@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from datetime import datetime
+from datetime import datetime, timedelta
 
-from sqlalchemy import select
+from sqlalchemy import delete, select
 from sqlalchemy.dialects.postgresql import insert
 
 from engine.contracts import ReplicaState
-from engine.store.database import ReadSession, WriteSession
+from engine.store.database import ReadSession, WriteSession, server_clock
 from engine.store.models import ReplicaRow
+
+ALIVE = timedelta(seconds=10)
+"""A replica that has said nothing for longer is taken for silent: gone, cut off, or stuck."""
 
 
 def beat(session: WriteSession, state: ReplicaState) -> None:
@@ -22,6 +25,7 @@ def beat(session: WriteSession, state: ReplicaState) -> None:
         "heartbeat_at": state.heartbeat_at,
         "observed_generation": state.observed_generation,
         "resident": list(state.resident),
+        "lease_s": state.lease_s,
         "stats": state.stats,
     }
     session.execute(
@@ -29,19 +33,35 @@ def beat(session: WriteSession, state: ReplicaState) -> None:
     )
 
 
-def live(session: ReadSession | WriteSession, since: datetime) -> list[ReplicaState]:
-    """Replicas whose last heartbeat is not older than ``since``."""
+def leave(session: WriteSession, replica_id: str, started_at: datetime) -> None:
+    """A replica has stopped in order and serves nothing any more; one started since under its name is left alone."""
+    session.execute(delete(ReplicaRow).where(ReplicaRow.replica_id == replica_id, ReplicaRow.started_at == started_at))
+
+
+def live(
+    session: ReadSession | WriteSession, now: datetime | None = None, within: timedelta = ALIVE
+) -> list[ReplicaState]:
+    """Replicas whose last heartbeat is not older than ``within``, by the database's clock unless ``now`` is given."""
+    since = (now or server_clock(session)) - within
     rows = session.scalars(select(ReplicaRow).where(ReplicaRow.heartbeat_at >= since).order_by(ReplicaRow.replica_id))
-    return [
-        ReplicaState(
-            replica_id=row.replica_id,
-            address=row.address,
-            model=row.model,
-            started_at=row.started_at,
-            heartbeat_at=row.heartbeat_at,
-            observed_generation=row.observed_generation,
-            resident=tuple(row.resident),
-            stats=row.stats,
-        )
-        for row in rows
-    ]
+    return [_state(row) for row in rows]
+
+
+def may_serve(session: ReadSession | WriteSession, now: datetime) -> list[ReplicaState]:
+    """Replicas that may still give requests to a canary: the live ones, and the silent ones within their lease."""
+    rows = session.scalars(select(ReplicaRow).order_by(ReplicaRow.replica_id))
+    return [_state(row) for row in rows if now - row.heartbeat_at <= timedelta(seconds=row.lease_s) + ALIVE]
+
+
+def _state(row: ReplicaRow) -> ReplicaState:
+    return ReplicaState(
+        replica_id=row.replica_id,
+        address=row.address,
+        model=row.model,
+        started_at=row.started_at,
+        heartbeat_at=row.heartbeat_at,
+        observed_generation=row.observed_generation,
+        resident=tuple(row.resident),
+        stats=row.stats,
+        lease_s=row.lease_s,
+    )

@@ -66,9 +66,9 @@ def bar() -> Callable[[], Context]:
     return now
 
 
-def live(body: Callable[[], None]) -> None:
-    """Draw a part of the page, and again every few seconds while Live is on."""
-    every = settings().dashboard.refresh_s if st.session_state.get("live", True) else None
+def live(body: Callable[[], None], still: bool = False) -> None:
+    """Draw a part of the page, and again every few seconds while Live is on and it need not stand ``still``."""
+    every = settings().dashboard.refresh_s if st.session_state.get("live", True) and not still else None
     st.fragment(body, run_every=every)()
 
 

@@ -26,25 +26,38 @@ ICONS = {
     "hold": ":material/pause:",
     "resume": ":material/play_arrow:",
 }
-SEEN, OPEN = "buttons-of", "dialog-open"
+SEEN, ASKING = "buttons-of", "asking"
 
 
 def buttons(serving: Serving) -> None:
     """Drawn by the page itself, not by a part that refreshes: a refresh must not close the dialog."""
-    st.session_state[SEEN], st.session_state[OPEN] = (_offered(serving), serving.target), False
+    st.session_state[SEEN] = (_offered(serving), serving.target)
     with st.container(horizontal=True, key="verbs"):
         for verb in _offered(serving):
             target = f" to v{serving.target}" if verb == ROLL_BACK else ""
             at_work = serving.plan is not None and bool(serving.plan.arms)
             kind: Literal["primary", "secondary"] = "primary" if verb == ROLL_BACK and at_work else "secondary"
-            if st.button(LABELS[verb] + target, key=verb, type=kind, icon=ICONS[verb], help=ASKED[verb]):
-                st.session_state[OPEN] = True
-                _confirm(verb, _subject(verb, serving))
+            st.button(
+                LABELS[verb] + target,
+                key=verb,
+                type=kind,
+                icon=ICONS[verb],
+                help=ASKED[verb],
+                on_click=_ask,
+                args=(verb, _subject(verb, serving)),
+            )
+    if (asking := st.session_state.get(ASKING)) is not None:
+        _confirm(*asking)
+
+
+def is_asking() -> bool:
+    """Whether a confirmation is open. Panels stand still meanwhile: a press waits for whatever is being drawn."""
+    return ASKING in st.session_state
 
 
 def follow(serving: Serving) -> None:
     """Draw the page again where other buttons are due, for example after somebody else rolled back."""
-    if st.session_state.get(SEEN) != (_offered(serving), serving.target) and not st.session_state.get(OPEN):
+    if st.session_state.get(SEEN) != (_offered(serving), serving.target) and not is_asking():
         st.rerun()
 
 
@@ -84,7 +97,15 @@ def _subject(verb: str, serving: Serving) -> int:
     return subject
 
 
-@st.dialog("Are you sure?", on_dismiss="rerun")
+def _ask(verb: str, subject: int) -> None:
+    st.session_state[ASKING] = (verb, subject)
+
+
+def _asked() -> None:
+    st.session_state.pop(ASKING, None)
+
+
+@st.dialog("Are you sure?", on_dismiss=_asked)
 def _confirm(verb: str, subject: int) -> None:
     """One key for this dialog: pressing twice, or a repeated request, writes once."""
     key = st.session_state.setdefault(f"intent-{verb}-{subject}", f"dashboard-{uuid.uuid4().hex}")
@@ -92,7 +113,7 @@ def _confirm(verb: str, subject: int) -> None:
     st.text_input("Reason", key="reason", placeholder="It stays in the record", max_chars=200)
     with st.container(horizontal=True):
         sure = st.button(LABELS[verb], key="confirm", type="primary", on_click=_write, args=(verb, subject, key))
-        if st.button("Cancel", key="cancel"):
+        if st.button("Cancel", key="cancel", on_click=_asked):
             st.rerun()
     if sure and not _reason():
         st.warning("Write a reason first.", icon=":material/edit:")
@@ -118,3 +139,4 @@ def _write(verb: str, subject: int, key: str) -> None:
     except SlipstreamError as error:
         st.session_state["problem"] = str(error)
     st.session_state.pop(f"intent-{verb}-{subject}", None)
+    _asked()

@@ -145,6 +145,6 @@ def _history() -> None:
         rollout.log(ledger.decisions(one.id), colours)
 
 
-context.live(head)
+context.live(head, still=verbs.is_asking())
 verbs.buttons(ledger.serving())
-context.live(page)
+context.live(page, still=verbs.is_asking())

@@ -1,21 +1,23 @@
 """How fast a bad policy is taken back under load, and whether anybody notices.
 
 Each try puts a policy that drafts garbage on half of the traffic, waits until it serves, and rolls back: by the
-transaction behind the button, or by the command itself, interpreter start included. Effective is the moment after which
-no new request was given to the bad policy: the later of the replica's own observation and the last start among the
-traces of the canary.
+command, interpreter start included; by the one transaction that is behind everything; or by a click in a real browser.
+Effective is the moment after which no new request was given to the bad policy: the later of the replica's own
+observation and the last start among the traces of the canary.
 """
 
 from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
 import numpy as np
 
+from engine.bench.browser import browser
 from engine.bench.report import Figure, Report, count_figure, quantile_figure
 from engine.bench.rig import Rig, rig, wait_until
 from engine.contracts import CANARY, CONTROL, Arm, ServingPlan
@@ -31,6 +33,10 @@ TAUGHT_BY = 48
 """Traces the garbage policy is made from: enough that it drafts something almost everywhere."""
 
 
+Prepare = Callable[[ServingPlan], Callable[[], None]]
+"""Makes everything ready to take a canary's plan back, and gives the last press."""
+
+
 @dataclass(frozen=True, slots=True)
 class Try:
     """One rollback: the generation taken back, when it was asked for, when the replica observed the next one."""
@@ -40,39 +46,43 @@ class Try:
     observed: datetime
 
 
-def run(settings: Settings, tries: int, seed: int, say: Say) -> Report:
-    """``tries`` rollbacks by the transaction and as many by the command."""
-    with rig(settings, say) as system:
+def run(settings: Settings, tries: int, seed: int, say: Say, by_click: bool = False) -> Report:
+    """``tries`` rollbacks in each way; ``by_click`` too wants Playwright and Chromium, and says so without them."""
+    with ExitStack() as stack:
+        system = stack.enter_context(rig(settings, say))
+        ways = {"command": _command(system), "transaction": _transaction(system)}
+        if by_click:
+            ways["click"] = stack.enter_context(browser(system, say)).roll_back
         traffic = Traffic(system.url, served_model(system.url), prompts.shipped(), CLIENTS, seed, max_tokens=TOKENS)
         traffic.start()
         try:
             wait_until(lambda: _count(system) >= TAUGHT_BY, f"{TAUGHT_BY} traces", 300.0, pause_s=0.2)
             bad = garbage.publish(system.settings, system.database, np.random.default_rng(seed)).version
-            by_call = [_try(system, bad, f"call {n + 1}/{tries}", _call, say) for n in range(tries)]
-            by_command = [_try(system, bad, f"command {n + 1}/{tries}", _command, say) for n in range(tries)]
+            found = {way: list[Try]() for way in ways}
+            for n in range(tries):  # in turn: what the machine does meanwhile is the same for all ways
+                for way, prepare in ways.items():
+                    found[way].append(_try(system, bad, f"{way} {n + 1}/{tries}", prepare, say))
         finally:
             traffic.stop()
         wait_until(lambda: _count(system) >= traffic.answered, "all traces in the table", 60.0, pause_s=0.2)
-        return Report("rollback", seed, _figures(system, by_call, by_command, traffic, seed))
+        return Report("rollback", seed, _figures(system, found, traffic, seed))
 
 
-def _figures(
-    system: Rig, by_call: Sequence[Try], by_command: Sequence[Try], traffic: Traffic, seed: int
-) -> list[Figure]:
+def _figures(system: Rig, found: Mapping[str, Sequence[Try]], traffic: Traffic, seed: int) -> list[Figure]:
+    """The command, which is what an operator types, gives the headline."""
     rng = np.random.default_rng(seed)
     with system.database.read() as session:
         not_ok = audit.not_ok(session)
-    call, command = ([_seconds(system, one) for one in tries] for tries in (by_call, by_command))
-    return [
-        quantile_figure("rollback_effective_p99_s", call, 0.99, "s", rng),
-        quantile_figure("rollback_effective_p50_s", call, 0.50, "s", rng),
-        quantile_figure("rollback_command_p99_s", command, 0.99, "s", rng),
-        quantile_figure("rollback_command_p50_s", command, 0.50, "s", rng),
-        count_figure("rollback_failed_requests", max(traffic.failed, not_ok), traffic.sent, "requests"),
-    ]
+    figures = []
+    for way, tries in found.items():
+        name = "effective" if way == "command" else way
+        seconds = [_seconds(system, one) for one in tries]
+        figures += [quantile_figure(f"rollback_{name}_p{q * 100:g}_s", seconds, q, "s", rng) for q in (0.99, 0.50)]
+    failed = max(traffic.failed, not_ok)
+    return [*figures, count_figure("rollback_failed_requests", failed, traffic.sent, "requests")]
 
 
-def _try(system: Rig, bad: int, name: str, roll_back: Callable[[Rig], None], say: Say) -> Try:
+def _try(system: Rig, bad: int, name: str, prepare: Prepare, say: Say) -> Try:
     with system.database.write() as session:
         now = plans.latest(session)
         assert now is not None  # the engine is ready, so it observes a plan
@@ -88,8 +98,10 @@ def _try(system: Rig, bad: int, name: str, roll_back: Callable[[Rig], None], say
         )
     wait_until(lambda: _observed(system, canary) is not None, f"generation {canary.generation} observed", 30.0)
     wait_until(lambda: _last_bad(system, canary.generation) is not None, "a canary request", 60.0, pause_s=0.05)
+    press = prepare(canary)
     asked = datetime.now(UTC)
-    roll_back(system)
+    press()
+    wait_until(lambda: _is_taken_back(system, canary), f"generation {canary.generation} taken back", 30.0)
     with system.database.read() as session:
         plan = plans.latest(session)
     assert plan is not None
@@ -105,14 +117,28 @@ def _seconds(system: Rig, one: Try) -> float:
     return (max(one.observed, _last_bad(system, one.generation) or one.observed) - one.asked).total_seconds()
 
 
-def _call(system: Rig) -> None:
-    with system.database.write() as session:
-        plans.roll_back(session, actor="bench", reason="garbage")
+def _transaction(system: Rig) -> Prepare:
+    def press() -> None:
+        with system.database.write() as session:
+            plans.roll_back(session, actor="bench", reason="garbage")
+
+    return lambda _: press
 
 
-def _command(system: Rig) -> None:
+def _command(system: Rig) -> Prepare:
     argv = [sys.executable, "-m", "engine.cli", "rollback", "--reason", "garbage"]
-    subprocess.run(argv, env=child_environment(system.settings), check=True, capture_output=True)
+    environ = child_environment(system.settings)
+
+    def press() -> None:
+        subprocess.run(argv, env=environ, check=True, capture_output=True)
+
+    return lambda _: press
+
+
+def _is_taken_back(system: Rig, canary: ServingPlan) -> bool:
+    with system.database.read() as session:
+        plan = plans.latest(session)
+    return plan is not None and plan.generation > canary.generation
 
 
 def _observed(system: Rig, plan: ServingPlan) -> datetime | None:

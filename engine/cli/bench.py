@@ -26,13 +26,14 @@ def add(app: typer.Typer) -> None:
 def rollback(
     context: typer.Context,
     tries: Annotated[int, typer.Option(help="rollbacks of each kind")] = 50,
+    click: Annotated[bool, typer.Option("--click", help="also by a click in a real browser")] = False,
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
     """Time from asking for a rollback to the last request given to the bad policy, under load."""
     from engine.bench.rollback import run
 
-    _show(run(settings(context), tries, seed, _progress), as_json)
+    _show(run(settings(context), tries, seed, _progress, click), as_json)
 
 
 @bench.command()

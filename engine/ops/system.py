@@ -57,15 +57,14 @@ def start(settings: Settings, supervisor: Supervisor, say: Say) -> Settings:
     environ = _environment(located)
     _fetch_model(located, environ, say)
     api = f"http://{settings.engine.host}:{settings.engine.port}"
-    board = f"http://{settings.dashboard.host}:{settings.dashboard.port}"
     supervisor.start(engine_component(located))
-    supervisor.start(_part("dashboard", environ, board, answers(f"{board}/_stcore/health")))
+    supervisor.start(dashboard_component(located))
     supervisor.start(_part("controller", environ))
     if settings.learner.enabled:
         supervisor.start(_part("learner", environ))
     supervisor.start(_part("housekeeping", environ, niceness=10))
     supervisor.wait_ready("dashboard", READY_S["dashboard"])
-    say(f"dashboard: {board}")
+    say(f"dashboard: http://{settings.dashboard.host}:{settings.dashboard.port}")
     supervisor.wait_ready("engine", READY_S["engine"])
     say(f"engine: {api}/v1 (OpenAI-compatible)")
     if "mlflow" in (read_state(home) or {"components": {}})["components"]:
@@ -99,6 +98,12 @@ def engine_component(settings: Settings) -> Component:
     """The serving engine as a process; ``settings.database_url`` must be set."""
     api = f"http://{settings.engine.host}:{settings.engine.port}"
     return _part("engine", _environment(settings), api, answers(f"{api}/readyz"))
+
+
+def dashboard_component(settings: Settings) -> Component:
+    """The control plane's pages as a process; ``settings.database_url`` must be set."""
+    board = f"http://{settings.dashboard.host}:{settings.dashboard.port}"
+    return _part("dashboard", _environment(settings), board, answers(f"{board}/_stcore/health"))
 
 
 def watch_once(chosen: Settings, supervisor: Supervisor, say: Say) -> None:

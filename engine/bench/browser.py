@@ -1,0 +1,59 @@
+"""An operator at the dashboard: a real Chromium that presses the button."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from engine.bench.rig import Rig
+from engine.contracts import ServingPlan, SlipstreamError
+from engine.ops.supervisor import Say
+from engine.ops.system import READY_S, dashboard_component
+
+ARGS = ("--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update")
+SETTLED_MS = 1_500
+"""Between opening the confirmation and the press: the time a person takes to write a reason."""
+
+
+class Operator:
+    """One open Rollouts page."""
+
+    def __init__(self, page: Any, url: str) -> None:
+        self._page, self._url = page, url
+
+    def roll_back(self, canary: ServingPlan) -> Callable[[], None]:
+        """Open the confirmation on ``canary`` and write the reason; gives the press that confirms."""
+        page = self._page
+        page.goto(self._url)
+        page.get_by_role("button", name=f"Roll back to v{canary.rollback_target}").click()
+        page.get_by_placeholder("It stays in the record").fill("garbage")
+        page.wait_for_timeout(SETTLED_MS)
+        confirm = page.get_by_test_id("stDialog").get_by_role("button", name="Roll back", exact=True)
+        confirm.wait_for()
+        return lambda: confirm.click()
+
+
+@contextmanager
+def browser(system: Rig, say: Say) -> Iterator[Operator]:
+    """The dashboard beside the rig's engine, and a Chromium that looks at it."""
+    try:
+        from playwright.sync_api import sync_playwright
+    except ImportError:
+        raise SlipstreamError("Clicks need Playwright: `pip install -e '.[test]'`.") from None
+    path = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if path is None:
+        raise SlipstreamError("Clicks need Chromium: install the package chromium of your distribution.")
+    say("starting the dashboard and Chromium")
+    component = dashboard_component(system.settings)
+    system.supervisor.start(component)
+    system.supervisor.wait_ready("dashboard", READY_S["dashboard"])
+    with sync_playwright() as started:
+        chromium = started.chromium.launch(executable_path=path, args=list(ARGS))
+        try:
+            page = chromium.new_page(viewport={"width": 1500, "height": 1000})
+            page.set_default_timeout(60_000)
+            yield Operator(page, f"{component.url}/rollouts")
+        finally:
+            chromium.close()

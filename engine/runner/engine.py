@@ -12,6 +12,7 @@ from engine.runner.live import Live
 from engine.runner.request import EngineRequest, Output, RequestResult
 from engine.runner.runner import Runner
 from engine.scheduler.scheduler import Scheduler
+from engine.speculation.control import KController
 from engine.speculation.proposer import Proposer
 
 __all__ = ["Engine", "EngineRequest", "InvalidRequest", "Output", "PolicyNotResident", "RequestResult"]
@@ -42,9 +43,10 @@ class Engine:
         self.target, self.clock = target, clock
         self.max_model_len = min(max_model_len, target.config.max_position)
         self.scheduler = Scheduler(max_num_seqs, self.max_model_len, prefill_chunk, max_queue)
-        self.runner = Runner(target.model, max_num_seqs, self.max_model_len, clock)
         self.draft_errors = 0  # of requests that ended
         self.step_errors = 0
+        self.control = KController()  # verifies whole drafts until it is given step costs
+        self.runner = Runner(target.model, self.control, max_num_seqs, self.max_model_len, clock)
         self._proposers: dict[int, Proposer] = {}
         self._lives: dict[str, Live] = {}
 
@@ -56,6 +58,7 @@ class Engine:
     def unload(self, version: int) -> None:
         """Forget a policy; requests that began with it keep it to their end."""
         self._proposers.pop(version, None)
+        self.control.forget(version)
 
     @property
     def resident(self) -> tuple[int, ...]:
@@ -74,7 +77,8 @@ class Engine:
         proposer = self._proposers.get(request.policy_version)
         if proposer is None:
             raise PolicyNotResident(f"Policy version {request.policy_version} is not loaded; {self.resident} are.")
-        live = Live(request, proposer, self.target.tokenizer, self.clock())
+        control = self.control.row(request.policy_version, request.traffic_class, proposer.control)
+        live = Live(request, proposer, control, self.target.tokenizer, self.clock())
         self.scheduler.add(live.seq)
         self._lives[request.request_id] = live
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +12,8 @@ from engine.contracts import FinishReason, SpecCounts, Status, TracePayload, Ver
 from engine.model.tokenizer import Tokenizer
 from engine.runner.request import EngineRequest, Output, RequestResult
 from engine.runner.stopping import StopText
-from engine.scheduler.sequence import Sequence
+from engine.scheduler.sequence import Sequence as SequenceState
+from engine.speculation.control import RowControl
 from engine.speculation.proposer import Drafter, Proposer
 from engine.speculation.verify import VerifyOutcome
 
@@ -28,15 +30,32 @@ class Times:
     prefill: float = 0.0
     draft: float = 0.0
     verify: float = 0.0
+    other: float = 0.0
+    cost: float = 0.0
+    plain: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """What a drafter answered when ``asked`` for so many tokens; K control decides how many of them are verified."""
+
+    asked: int
+    tokens: list[int]
+    confidence: Sequence[float] = ()
 
 
 class Live:
-    def __init__(self, request: EngineRequest, proposer: Proposer, tokenizer: Tokenizer, now: float) -> None:
+    def __init__(
+        self, request: EngineRequest, proposer: Proposer, control: RowControl, tokenizer: Tokenizer, now: float
+    ) -> None:
         self.request = request
         self.sampling = request.sampling
         self.proposer = proposer  # pinned: loading or unloading versions later changes nothing here
-        self.seq = Sequence(request.request_id, request.prompt_ids, request.sampling.max_tokens)
-        self.rng = np.random.default_rng(request.sampling.seed)
+        self.control = control
+        self.seq = SequenceState(request.request_id, request.prompt_ids, request.sampling.max_tokens)
+        self._rng = np.random.default_rng(request.sampling.seed)
+        self._uniforms: list[float] = []  # of the output positions to come
+        self.expected_accepted = 0.0
         self.counts, self.steps = SpecCounts(), list[VerifyStep]()
         self.times = Times(added=now)
         self.draft_errors = 0
@@ -44,25 +63,34 @@ class Live:
         self._eos = frozenset() if request.sampling.ignore_eos else tokenizer.eos_ids
         self._drafter: Drafter | None = None
 
-    def draft(self, vocab_size: int) -> list[int]:
-        """At most K tokens, never more than may still be emitted beside the target's own one.
+    @property
+    def most_drafts(self) -> int:
+        """The policy's K, but never more than may still be emitted beside the target's own token."""
+        return max(0, min(self.proposer.num_speculative_tokens, self.seq.remaining - 1))
 
-        A proposer's failure costs its draft, not the request: plain decoding is always there.
-        """
-        k = min(self.proposer.num_speculative_tokens, self.seq.remaining - 1)
+    def uniforms(self, count: int) -> list[float]:
+        """The draws of the next ``count`` output positions: each has its own, however often it is tried."""
+        if (more := count - len(self._uniforms)) > 0:
+            self._uniforms += self._rng.random(more).tolist()
+        return self._uniforms[:count]
+
+    def draft(self, k: int, vocab_size: int) -> Draft:
+        """At most ``k`` tokens. A proposer's failure costs its draft, not the request: there is plain decoding."""
         if k <= 0:
-            return []
+            return Draft(0, [])
         try:
             if self._drafter is None:
                 self._drafter = self.proposer.start(self.request.prompt_ids, self.request.traffic_class)
                 self._drafter.observe(self._output_ids)
-            draft = self._drafter.propose(k)
-            if len(draft) > k or not all(0 <= token < vocab_size for token in draft):
-                raise ValueError(f"proposed {draft!r} for k = {k}, vocabulary {vocab_size}")
-            return draft
+            tokens, confidence = self._drafter.propose(k), self._drafter.confidence
+            if len(tokens) > k or not all(0 <= token < vocab_size for token in tokens):
+                raise ValueError(f"proposed {tokens!r} for k = {k}, vocabulary {vocab_size}")
+            if confidence and len(confidence) != len(tokens):
+                raise ValueError(f"proposed {len(tokens)} tokens with {len(confidence)} confidences")
+            return Draft(k, tokens, confidence)
         except Exception:
             self._draft_failed()
-            return []
+            return Draft(0, [])
 
     def commit_first(self, token: int, now: float) -> Output:
         """The token that the prefill's last logits gave: output, but not a verify step."""
@@ -70,14 +98,16 @@ class Live:
         kept, text, reason = self._append((token,))
         return self._output(kept, text, reason, now)
 
-    def commit(self, draft: list[int], outcome: VerifyOutcome, now: float) -> Output:
-        """Append what was verified, up to a stop. What a stop cuts off was neither accepted nor rejected."""
+    def commit(self, draft: Draft, verified: int, outcome: VerifyOutcome, now: float) -> Output:
+        """Append the outcome of ``verified`` drafted tokens, up to a stop; what a stop cuts off counts as nothing."""
         kept, text, reason = self._append(outcome.tokens)
         emitted = len(kept)
         if emitted <= outcome.accepted:
-            step = VerifyStep(tuple(draft[:emitted]), emitted, emitted)
+            step = VerifyStep(tuple(draft.tokens[:emitted]), emitted, emitted)
         else:
-            step = VerifyStep(tuple(draft), outcome.accepted, emitted)
+            step = VerifyStep(tuple(draft.tokens[:verified]), outcome.accepted, emitted)
+        if draft.asked:
+            self.control.observe(draft.asked, draft.tokens, draft.confidence, kept)
         self.counts.add(step)
         self.steps.append(step)
         if reason is None and self._drafter is not None:
@@ -106,6 +136,7 @@ class Live:
     def _append(self, tokens: tuple[int, ...]) -> tuple[list[int], str, FinishReason | None]:
         """(tokens kept, their text, why it ended). The token that ends a response belongs to it."""
         kept, text, reason = list[int](), "", None
+        del self._uniforms[: len(tokens)]
         for token in tokens:
             kept.append(token)
             self.seq.token_ids.append(token)
@@ -149,6 +180,10 @@ class Live:
             prefill_s=times.prefill,
             draft_s=times.draft,
             verify_s=times.verify,
+            other_s=times.other,
+            cost_s=times.cost,
+            plain_s=times.plain,
+            expected_accepted=self.expected_accepted,
             counts=self.counts,
             draft_errors=self.draft_errors,
             payload=TracePayload(self.request.prompt_ids, tuple(self._output_ids), tuple(self.steps)),

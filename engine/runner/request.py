@@ -40,7 +40,14 @@ class RequestResult:
 
     ``queue_s`` is from add to the first prefill, ``ttft_s`` from add to the first token, ``e2e_s`` from add to the
     end. ``prefill_s`` and ``verify_s`` are the durations of the target passes the request took part in (a row waits
-    for the whole pass, its neighbours' rows included), ``draft_s`` the time of its own proposals.
+    for the whole pass, its neighbours' rows included), ``draft_s`` the time of its own proposals, ``other_s`` the rest
+    of its decoding steps: neighbours' proposals, K control, text.
+
+    ``cost_s`` is the request's own part of its decoding steps: its proposals, its share of each pass by rows, an equal
+    share of the rest; over all requests these add up to the engine's time, so a slow draft is seen although it shares
+    its batch. ``plain_s`` is what plain decoding of the same tokens would have cost beside the same neighbours, by the
+    measured costs (0 while none are known): plain_s / cost_s is the observed gain. ``expected_accepted`` is what K
+    control expected ``counts.accepted`` to be.
     """
 
     request_id: str
@@ -58,6 +65,10 @@ class RequestResult:
     prefill_s: float
     draft_s: float
     verify_s: float
+    other_s: float
+    cost_s: float
+    plain_s: float
+    expected_accepted: float
     counts: SpecCounts
     draft_errors: int
     payload: TracePayload

@@ -1,12 +1,12 @@
-"""One step: draft, verify, commit. One target pass for all rows, whatever their policies.
+"""One step: draft, choose, verify, commit. One target pass for all rows, whatever their policies.
 
 A row is verified with its own drafts, sampled with its own generator and committed on its own, so what a request gets
-does not depend on who shares its batch.
+does not depend on who shares its batch. How much of its draft is verified does, and changes no token (``verify.py``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -14,52 +14,93 @@ from torch import Tensor
 from engine.model.batch import Batch, Row, build_batch
 from engine.model.kv_cache import KVCache
 from engine.model.llama import Llama
-from engine.runner.live import Live
+from engine.runner.live import Draft, Live
 from engine.runner.request import Output
 from engine.scheduler.scheduler import ScheduledStep
-from engine.speculation.verify import VerifyOutcome, target_probabilities, verify_greedy, verify_sampled
+from engine.speculation.control import Choice, KController, Offer
+from engine.speculation.verify import VerifyOutcome, target_probabilities, verify_greedy, verify_one_hot
 
 
 class Runner:
-    def __init__(self, model: Llama, max_num_seqs: int, max_model_len: int, clock: Callable[[], float]) -> None:
-        self.model, self.clock = model, clock
+    def __init__(
+        self, model: Llama, control: KController, max_num_seqs: int, max_model_len: int, clock: Callable[[], float]
+    ) -> None:
+        self.model, self.control, self.clock = model, control, clock
         self.cache = KVCache(model.config, max_num_seqs, max_model_len, model.dtype, model.device)
+        self._committing = 0.0  # seconds that the last step took after its pass
 
     @torch.inference_mode()
     def step(self, scheduled: ScheduledStep, lives: Mapping[str, Live]) -> list[Output]:
         """Outputs of the rows that got tokens. ``lives`` holds the requests of ``scheduled`` by their ids."""
+        started = self.clock()
         decoding = [lives[seq.request_id] for seq in scheduled.decodes]
         ending = [lives[chunk.seq.request_id] for chunk in scheduled.prefills if chunk.is_last]
-        drafts = [self._draft(live) for live in decoding]
+        base_rows = len(decoding) + sum(chunk.count for chunk in scheduled.prefills)
+        drafts, drafting, choice = self._draft(decoding, base_rows, len(decoding) + len(ending))
+        verified = [draft.tokens[:k] for draft, k in zip(drafts, choice.ks, strict=True)]
 
         began = self.clock()
         for chunk in scheduled.prefills:
             if chunk.start == 0:
                 lives[chunk.seq.request_id].times.scheduled = began
-        batch = self._batch(scheduled, drafts)
+        batch = self._batch(scheduled, verified)
         hidden = self.model.forward(batch, self.cache)
         logits = self.model.logits(hidden[self._wanted(batch, scheduled)])
-        outcomes = _verify([*decoding, *ending], [*drafts, *([] for _ in ending)], logits)
+        outcomes = _verify([*decoding, *ending], [*verified, *([] for _ in ending)], logits)
         now = self.clock()
 
         for chunk in scheduled.prefills:
             lives[chunk.seq.request_id].times.prefill += now - began
             chunk.seq.num_computed += chunk.count
+        self._account(decoding, drafting, choice, base_rows, began - started, now - began)
         outputs = []
-        for live, draft, outcome in zip(decoding, drafts, outcomes, strict=False):
-            live.times.verify += now - began
-            outputs.append(live.commit(draft, outcome, now))
+        for live, draft, k, outcome in zip(decoding, drafts, choice.ks, outcomes, strict=False):
+            live.times.plain += choice.plain_s / base_rows * len(outcome.tokens)
+            outputs.append(live.commit(draft, k, outcome, now))
             # The last token committed is the next step's first input; rejected places are overwritten then.
             live.seq.num_computed = len(live.seq.token_ids) - 1
         for live, outcome in zip(ending, outcomes[len(decoding) :], strict=True):
             outputs.append(live.commit_first(outcome.tokens[0], now))
+        self._committing = self.clock() - now
         return outputs
 
-    def _draft(self, live: Live) -> list[int]:
-        began = self.clock()
-        draft = live.draft(self.model.config.vocab_size)
-        live.times.draft += self.clock() - began
-        return draft
+    def _draft(
+        self, decoding: Sequence[Live], base_rows: int, base_tokens: int
+    ) -> tuple[list[Draft], list[float], Choice]:
+        """(drafts, seconds each took, how many tokens of each are verified)."""
+        controls = [live.control for live in decoding]
+        limits = self.control.limits(controls, [live.most_drafts for live in decoding], base_rows, base_tokens)
+        drafts, drafting = list[Draft](), list[float]()
+        for live, limit in zip(decoding, limits, strict=True):
+            began = self.clock()
+            drafts.append(live.draft(limit, self.model.config.vocab_size))
+            drafting.append(self.clock() - began)
+            if limit:
+                live.control.acceptance.took(drafting[-1], limit)
+        offers = [Offer(c, len(d.tokens), d.confidence) for c, d in zip(controls, drafts, strict=True)]
+        return drafts, drafting, self.control.choose(offers, base_rows, base_tokens)
+
+    def _account(
+        self,
+        decoding: Sequence[Live],
+        drafting: Sequence[float],
+        choice: Choice,
+        base_rows: int,
+        before_s: float,
+        pass_s: float,
+    ) -> None:
+        """Give every decoding row what it waited for and what it cost; let K control learn what the step took."""
+        rows = base_rows + sum(choice.ks)
+        other = before_s - sum(drafting) + self._committing  # of the last step: it is known only now
+        for live, took, k, expected in zip(decoding, drafting, choice.ks, choice.expected, strict=True):
+            times = live.times
+            times.draft += took
+            times.verify += pass_s
+            times.other += before_s - took + self._committing
+            times.cost += took + pass_s * (1 + k) / rows + other / len(decoding)
+            live.expected_accepted += expected
+        if self.control.costs is not None and base_rows == len(decoding):  # prompts cost otherwise
+            self.control.costs.observe(rows, pass_s + other)
 
     def _batch(self, scheduled: ScheduledStep, drafts: list[list[int]]) -> Batch:
         decodes = [
@@ -91,6 +132,6 @@ def _verify(lives: list[Live], drafts: list[list[int]], logits: Tensor) -> list[
             outcomes.append(verify_greedy(choices[first:last], draft))
         else:
             p = target_probabilities(logits[first:last], sampling.temperature, sampling.top_k, sampling.top_p)
-            outcomes.append(verify_sampled(p, draft, None, live.rng.random(len(draft) + 1).tolist()))
+            outcomes.append(verify_one_hot(p, draft, live.uniforms(len(draft) + 1)))
         first = last
     return outcomes

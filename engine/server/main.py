@@ -27,6 +27,7 @@ from engine.server.residency import Residency
 from engine.server.service import Service
 from engine.server.subscriber import PlanSubscriber
 from engine.settings import Settings
+from engine.speculation.step_costs import StepCosts
 from engine.store.database import Database
 from engine.telemetry.metrics import Metrics
 from engine.telemetry.spill import Spill
@@ -72,7 +73,6 @@ class EngineServer:
             settings.telemetry.payloads,
         )
         self.subscriber = PlanSubscriber(self.database, self.residency, store, chosen, self._describe)
-        self._step_cost_ms: dict[int, float] = {}
         self.socket = _listen(chosen.host, chosen.port)
         host, port = self.socket.getsockname()[:2]
         self.url = f"http://{host}:{port}"
@@ -90,8 +90,9 @@ class EngineServer:
     @asynccontextmanager
     async def _lifespan(self, _: Starlette) -> AsyncIterator[None]:
         self.thread.start(asyncio.get_running_loop())
-        self._step_cost_ms = self.thread.call(lambda: profile_step_costs(self.engine.runner))
-        log.info("milliseconds of a target pass by rows: %s", {k: round(v, 1) for k, v in self._step_cost_ms.items()})
+        profile = self.thread.call(lambda: profile_step_costs(self.engine.runner))
+        log.info("milliseconds of a target pass by rows: %s", {k: round(v, 1) for k, v in profile.items()})
+        self.engine.control.costs = StepCosts({rows: ms / 1e3 for rows, ms in profile.items()})
         self.residency.start()
         self.writer.start()
         self.subscriber.start()
@@ -131,6 +132,7 @@ class EngineServer:
     def _describe(self) -> tuple[str, str, dict[str, Any]]:
         """(address, model, what else the heartbeat says)."""
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        costs = self.engine.control.costs
         stats = {
             "pid": os.getpid(),
             "dtype": str(self.target.model.dtype).removeprefix("torch."),
@@ -138,7 +140,7 @@ class EngineServer:
             "target_fingerprint": self.target.fingerprint,
             "tokenizer_fingerprint": self.target.tokenizer_fingerprint,
             "tokenizer": str(self.target.folder / "tokenizer.json"),
-            "step_cost_ms": {str(rows): ms for rows, ms in self._step_cost_ms.items()},
+            "step_cost_ms": {str(rows): s * 1e3 for rows, s in costs.table().items()} if costs is not None else {},
             "peak_rss_bytes": peak,
             "lease_expired": self.residency.lease_expired,
             "engine": self.engine.stats(),

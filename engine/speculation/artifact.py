@@ -8,27 +8,31 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from engine.contracts import ProposerKind, artifact_digest
+from engine.contracts import ProposerKind, SlipstreamError, artifact_digest
+from engine.speculation.control import ControlSettings
 from engine.speculation.proposer import PolicyError, Proposer, loaders
 
 MANIFEST = "manifest.json"
-FORMAT = 1
+FORMAT = 2
+"""2: with ``control``. Format 1 is still read: its policies have the default K control."""
 
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
     """``target_fingerprint`` is None where a policy holds no tokens and so fits any target.
 
+    ``control`` are the settings of its K controller (``control.ControlSettings``); what is not named is the default.
     ``lineage`` is for readers, not for loading: training window, trace ids, code revision, metrics of the gate.
     """
 
     kind: ProposerKind
     num_speculative_tokens: int
     settings: dict[str, Any] = field(default_factory=dict)
+    control: dict[str, Any] = field(default_factory=dict)
     target_fingerprint: str | None = None
     tokenizer_fingerprint: str | None = None
     parent: str | None = None
@@ -41,6 +45,7 @@ def build_artifact(
     num_speculative_tokens: int,
     *,
     settings: Mapping[str, Any] | None = None,
+    control: Mapping[str, Any] | None = None,
     files: Mapping[str, bytes] | None = None,
     target_fingerprint: str | None = None,
     tokenizer_fingerprint: str | None = None,
@@ -52,6 +57,7 @@ def build_artifact(
         ProposerKind(kind),
         num_speculative_tokens,
         dict(settings or {}),
+        dict(control or {}),
         target_fingerprint,
         tokenizer_fingerprint,
         parent,
@@ -79,7 +85,16 @@ def load_proposer(
     if manifest.kind is ProposerKind.TRACE_MEMORY and manifest.target_fingerprint is None:
         raise PolicyError("A trace_memory policy holds tokens, so its manifest must name a target_fingerprint.")
     del files[MANIFEST]
-    return loaders()[manifest.kind](manifest.num_speculative_tokens, manifest.settings, files)
+    proposer = loaders()[manifest.kind](manifest.num_speculative_tokens, manifest.settings, files)
+    return cast(Proposer, replace(cast(Any, proposer), control=read_control(manifest)))
+
+
+def read_control(manifest: Manifest) -> ControlSettings:
+    """The K controller that a manifest asks for; a PolicyError where it names what there is not."""
+    try:
+        return ControlSettings.read(manifest.control)
+    except SlipstreamError as error:
+        raise PolicyError(f"{MANIFEST}: {error}") from None
 
 
 def read_artifact(folder: Path) -> dict[str, bytes]:
@@ -98,6 +113,8 @@ def read_manifest(files: Mapping[str, bytes]) -> Manifest:
         raise PolicyError(f"A policy artifact needs a {MANIFEST}, got {sorted(files)}.") from None
     except ValueError as error:
         raise PolicyError(f"{MANIFEST} is not JSON: {error}") from None
+    if isinstance(tree, dict) and tree.get("format") == 1:
+        tree = {"control": {}, **tree, "format": FORMAT}
     known = {f.name for f in fields(Manifest)}
     if not isinstance(tree, dict) or set(tree) != known:
         got = sorted(set(tree) ^ known) if isinstance(tree, dict) else type(tree).__name__
@@ -126,6 +143,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "kind": (str,),
     "num_speculative_tokens": (int,),
     "settings": (dict,),
+    "control": (dict,),
     "target_fingerprint": (str, type(None)),
     "tokenizer_fingerprint": (str, type(None)),
     "parent": (str, type(None)),

@@ -16,16 +16,14 @@ from typing import Any
 import numpy as np
 
 from engine.contracts import ProposerKind
+from engine.speculation.control import DEFAULT_CONTROL, ControlSettings
 from engine.speculation.memory_build import COLUMNS, MAX_ORDER, MIN_ORDER, TraceMemoryBuilder, ngram_hash
-from engine.speculation.ngram import ContextIndex
+from engine.speculation.ngram import ContextIndex, match_confidence
 from engine.speculation.proposer import PolicyError, read_settings
 
 __all__ = ["MEMORY_FILE", "TraceMemory", "TraceMemoryBuilder", "TraceMemoryProposer", "load"]
 
 MEMORY_FILE = "memory.safetensors"
-CONTEXT_CONFIDENCE = {2: 0.5, 3: 0.6, 4: 0.85}
-"""How often a token drafted from the request's own context was right, by the length of the match. Measured by replay
-on 193 responses of SmolLM2-135M: 0.53, 0.63, 0.85. The default ``min_confidence`` was chosen on the same responses."""
 DEFAULTS: dict[str, int | float] = {"min_n": MIN_ORDER, "max_n": MAX_ORDER, "min_confidence": 0.35}
 
 
@@ -95,16 +93,18 @@ def _checked(traffic_class: str, columns: Mapping[str, np.ndarray]) -> ClassMemo
 class TraceMemoryDrafter:
     def __init__(self, index: ContextIndex, memory: ClassMemory | None, min_confidence: float) -> None:
         self.index, self.memory, self.min_confidence = index, memory, min_confidence
+        self.confidence: list[float] = []
 
     def propose(self, k: int) -> list[int]:
-        draft, confidence = list[int](), 1.0  # confidence: that everything up to here is accepted
+        draft, self.confidence, survival = list[int](), [], 1.0  # survival: that all up to here is accepted
         window = self.index.tokens[-self.index.max_n :]  # the last tokens of context + draft
         while len(draft) < k and (found := self._next(window)) is not None:
             token, share = found
-            confidence *= share
-            if confidence < self.min_confidence:
+            survival *= share
+            if survival < self.min_confidence:
                 break
             draft.append(token)
+            self.confidence.append(share)
             window.append(token)
         return draft
 
@@ -114,7 +114,7 @@ class TraceMemoryDrafter:
             tail = tuple(window[-n:])
             token = self.index.next_after(tail)
             if token is not None:
-                return token, CONTEXT_CONFIDENCE[n]
+                return token, match_confidence(n)
             if self.memory is not None and (found := self.memory.next_after(tail)) is not None:
                 return found
         return None
@@ -130,6 +130,7 @@ class TraceMemoryProposer:
     min_n: int = MIN_ORDER
     max_n: int = MAX_ORDER
     min_confidence: float = 0.35
+    control: ControlSettings = DEFAULT_CONTROL
     kind: ProposerKind = ProposerKind.TRACE_MEMORY
 
     def __post_init__(self) -> None:

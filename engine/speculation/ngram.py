@@ -11,8 +11,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from engine.contracts import ProposerKind
+from engine.speculation.control import DEFAULT_CONTROL, ControlSettings
 from engine.speculation.proposer import Drafter, PolicyError, no_files, read_settings
 
+CONFIDENCE = {2: 0.5, 3: 0.6, 4: 0.85}
+"""How often a token drafted from the request's own context was right, by the length of the match. Measured by replay
+on 193 responses of SmolLM2-135M: 0.53, 0.63, 0.85. Where K control begins; it learns the rest."""
 DEFAULTS: dict[str, int | float] = {"min_n": 2, "max_n": 4}
 
 
@@ -40,12 +44,18 @@ class ContextIndex:
         return None if position is None else self.tokens[position]
 
 
+def match_confidence(n: int) -> float:
+    """That a token which followed these n tokens before follows them again; other lengths count as the nearest."""
+    return CONFIDENCE[min(max(n, min(CONFIDENCE)), max(CONFIDENCE))]
+
+
 class NgramDrafter:
     def __init__(self, prompt_ids: Sequence[int], min_n: int, max_n: int) -> None:
         self.index = ContextIndex(prompt_ids, min_n, max_n)
+        self.confidence: list[float] = []
 
     def propose(self, k: int) -> list[int]:
-        index, draft = self.index, list[int]()
+        index, draft, self.confidence = self.index, list[int](), []
         window = index.tokens[-index.max_n :]  # the last tokens of context + draft
         while len(draft) < k:
             for n in range(min(index.max_n, len(window)), index.min_n - 1, -1):
@@ -55,6 +65,7 @@ class NgramDrafter:
             else:
                 break
             draft.append(token)
+            self.confidence.append(match_confidence(n))
             window.append(token)
         return draft
 
@@ -67,6 +78,7 @@ class NgramProposer:
     num_speculative_tokens: int
     min_n: int = 2
     max_n: int = 4
+    control: ControlSettings = DEFAULT_CONTROL
     kind: ProposerKind = ProposerKind.NGRAM
 
     def __post_init__(self) -> None:

@@ -7,10 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from engine.contracts import ProposerKind
+from engine.speculation.control import DEFAULT_CONTROL, ControlSettings
 from engine.speculation.proposer import Drafter, no_files, read_settings
 
 
 class NoDraft:
+    confidence: Sequence[float] = ()
+
     def propose(self, k: int) -> list[int]:
         return []
 
@@ -22,6 +25,7 @@ class NoDraft:
 class NoneProposer:
     kind: ProposerKind = ProposerKind.NONE
     num_speculative_tokens: int = 0
+    control: ControlSettings = DEFAULT_CONTROL
 
     def start(self, prompt_ids: Sequence[int], traffic_class: str) -> Drafter:
         return NoDraft()

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from engine.contracts import ProposerKind, SlipstreamError
+from engine.speculation.control import ControlSettings
 
 
 class PolicyError(SlipstreamError):
@@ -13,7 +14,14 @@ class PolicyError(SlipstreamError):
 
 
 class Drafter(Protocol):
-    """The drafting state of one request. Owned by that request; never shared."""
+    """The drafting state of one request. Owned by that request; never shared.
+
+    ``confidence`` belongs to the last proposal: for each token the probability, as the drafter sees it, that it is
+    accepted when all before it are. Empty where a drafter has no opinion; K control then learns by position.
+    """
+
+    @property
+    def confidence(self) -> Sequence[float]: ...
 
     def propose(self, k: int) -> list[int]:
         """Between 0 and ``k`` token ids that may follow what was observed. Deterministic: q is one-hot."""
@@ -30,6 +38,9 @@ class Proposer(Protocol):
 
     @property
     def num_speculative_tokens(self) -> int: ...
+
+    @property
+    def control(self) -> ControlSettings: ...
 
     def start(self, prompt_ids: Sequence[int], traffic_class: str) -> Drafter: ...
 

@@ -30,30 +30,40 @@ def verify_greedy(choices: Sequence[int], drafts: Sequence[int]) -> VerifyOutcom
     return VerifyOutcome(accepted, tuple(choices[: accepted + 1]))
 
 
-def verify_sampled(p: Tensor, drafts: Sequence[int], q: Tensor | None, uniforms: Sequence[float]) -> VerifyOutcome:
-    """Rejection sampling of one row.
+def verify_one_hot(p: Tensor, drafts: Sequence[int], uniforms: Sequence[float]) -> VerifyOutcome:
+    """One row whose drafts were not drawn but chosen: q is one-hot.
 
-    ``p`` [k + 1, vocab] float32: the target's distributions. ``q`` [k, vocab]: exactly what each draft was drawn from;
-    None for a deterministic proposer, whose q is one-hot. ``uniforms`` [k + 1] in [0, 1): one for each draft's test,
-    the last for the token that is added, so that a row's tokens depend on nothing but its own generator.
+    ``p`` [k + 1, vocab] float32: the target's distributions. Position i draws its token from p[i] by ``uniforms[i]``,
+    and a draft is accepted iff it is the token drawn. That is rejection sampling: a draft x is accepted with
+    probability p(x) = min(1, p(x) / q(x)), and what is drawn instead follows p without x, the residual. And the tokens
+    depend on the uniforms alone: whatever was drafted, and however much of it, a seed gives the same response.
+    """
+    tokens: list[int] = []
+    for i, uniform in enumerate(uniforms):
+        tokens.append(sample(p[i], uniform))
+        if i == len(drafts) or tokens[i] != drafts[i]:
+            break
+    return VerifyOutcome(len(tokens) - 1, tuple(tokens))
+
+
+def verify_sampled(p: Tensor, drafts: Sequence[int], q: Tensor, uniforms: Sequence[float]) -> VerifyOutcome:
+    """Rejection sampling of one row whose drafts were drawn.
+
+    ``p`` [k + 1, vocab] float32: the target's distributions. ``q`` [k, vocab]: exactly what each draft was drawn from.
+    ``uniforms`` [k + 1] in [0, 1): one for each draft's test, the last for the token that is added, so that a row's
+    tokens depend on nothing but its own generator.
     """
     for i, token in enumerate(drafts):
-        p_token = float(p[i, token])
-        q_token = 1.0 if q is None else float(q[i, token])
-        if uniforms[i] * q_token < p_token:
+        if uniforms[i] * float(q[i, token]) < float(p[i, token]):
             continue
-        recovered = sample(_residual(p[i], token, None if q is None else q[i]), uniforms[-1])
+        recovered = sample(_residual(p[i], q[i]), uniforms[-1])
         return VerifyOutcome(i, (*drafts[:i], recovered))
     return VerifyOutcome(len(drafts), (*drafts, sample(p[len(drafts)], uniforms[-1])))
 
 
-def _residual(p: Tensor, token: int, q: Tensor | None) -> Tensor:
+def _residual(p: Tensor, q: Tensor) -> Tensor:
     """max(p - q, 0) [vocab], not normalised; p itself where nothing is left (p = q up to rounding)."""
-    if q is None:
-        residual = p.clone()
-        residual[token] = 0.0
-    else:
-        residual = (p - q).clamp_(min=0.0)
+    residual = (p - q).clamp_(min=0.0)
     return residual if float(residual.sum()) > 0 else p
 
 

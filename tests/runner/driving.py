@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from engine.contracts import ProposerKind, SamplingParams
 from engine.model.loading import Target
 from engine.runner.engine import Engine, EngineRequest, Output, RequestResult
+from engine.speculation.control import DEFAULT_CONTROL, ControlSettings
 from engine.speculation.memory import TraceMemory, TraceMemoryBuilder, TraceMemoryProposer
 from engine.speculation.ngram import NgramProposer
 from engine.speculation.none import NoneProposer
@@ -34,10 +35,12 @@ class Scripted:
     think: object
     num_speculative_tokens: int = 4
     kind: ProposerKind = ProposerKind.NGRAM
+    control: ControlSettings = DEFAULT_CONTROL
+    confidence: Sequence[float] = ()
     tokens: list[int] = field(default_factory=list)
 
     def start(self, prompt_ids: Sequence[int], traffic_class: str) -> Scripted:
-        return Scripted(self.think, self.num_speculative_tokens, self.kind, list(prompt_ids))
+        return replace(self, tokens=list(prompt_ids))
 
     def propose(self, k: int) -> list[int]:
         return self.think(self.tokens, k)  # type: ignore[operator]

@@ -10,6 +10,7 @@ from engine.model.loading import Target
 from engine.runner.engine import EngineRequest, RequestResult
 from engine.speculation.proposer import Proposer
 from engine.speculation.replay import replay
+from engine.speculation.step_costs import StepCosts
 from tests.runner.driving import MEMORY, NGRAM, NONE, Scripted, alone, engine_of, memory_of, oracle, request, run
 
 ORACLE, FOOL = 4, 5
@@ -76,11 +77,19 @@ def mixed_requests(target: Target, count: int, seed: int) -> list[EngineRequest]
     return made
 
 
+FREE, DEAR = {1: 1.0, 40: 1.1}, {1: 1.0, 2: 1.05, 3: 2.0, 40: 50.0}
+
+
+@pytest.mark.parametrize("costs", [None, FREE, DEAR], ids=["whole drafts", "free rows", "dear rows"])
 @pytest.mark.parametrize("seed", range(4))
-def test_a_row_does_not_depend_on_its_neighbours(tiny: Target, proposers: dict[int, Proposer], seed: int) -> None:
-    """Random joins, leaves, policies and sampling: every survivor gets what it gets alone."""
+def test_a_row_does_not_depend_on_its_neighbours(
+    tiny: Target, proposers: dict[int, Proposer], seed: int, costs: dict[int, float] | None
+) -> None:
+    """Random joins, leaves, policies, sampling and K: every survivor gets what it gets alone."""
     wanted = mixed_requests(tiny, 14, seed)
     engine = engine_of(tiny, proposers, max_num_seqs=5, prefill_chunk=16)
+    engine.control.costs = StepCosts(costs) if costs else None
+    cut = 0  # drafted tokens that K control spared
     rng, waiting, outputs, cancelled = random.Random(seed), list(wanted), [], set()
     while waiting or engine.has_work:
         while waiting and rng.random() < 0.5:
@@ -96,8 +105,26 @@ def test_a_row_does_not_depend_on_its_neighbours(tiny: Target, proposers: dict[i
     for want in wanted:
         if want.request_id not in cancelled:
             got, single = results[want.request_id], alone(tiny, want, proposers)
-            assert got.payload == single.payload, want
-            assert got.counts == single.counts
+            assert got.payload.output_ids == single.payload.output_ids, want
+            if costs is None:
+                assert (got.payload, got.counts) == (single.payload, single.counts)
+            else:
+                cut += single.counts.drafted - got.counts.drafted
+    assert cut > 0 if costs is DEAR else cut >= 0
+
+
+@pytest.mark.parametrize("version", [MEMORY, FOOL])
+def test_sampled_tokens_do_not_depend_on_what_is_drafted(
+    tiny: Target, plain: list[RequestResult], proposers: dict[int, Proposer], version: int
+) -> None:
+    total = 0
+    for seed, want in enumerate(plain):
+        sampling = {"temperature": 0.7, "top_p": 0.9, "seed": seed, "max_tokens": 40}
+        single = alone(tiny, request("x", want.payload.prompt_ids, NONE, **sampling))
+        drafted = alone(tiny, request("x", want.payload.prompt_ids, version, **sampling), proposers)
+        assert drafted.payload.output_ids == single.payload.output_ids
+        total += drafted.counts.drafted
+    assert total > 0
 
 
 def test_sampled_rows_follow_their_seed(tiny: Target) -> None:

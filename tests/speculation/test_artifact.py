@@ -7,6 +7,7 @@ import pytest
 
 from engine.contracts import ProposerKind, artifact_digest
 from engine.speculation.artifact import MANIFEST, build_artifact, load_proposer, read_manifest
+from engine.speculation.control import ControlSettings
 from engine.speculation.memory import MEMORY_FILE, TraceMemoryBuilder
 from engine.speculation.proposer import PolicyError, loaders
 
@@ -70,9 +71,11 @@ def test_wrong_digest_target_or_tokenizer_is_refused() -> None:
         ({"surprise": 1}, "surprise"),
         ({"lineage": "gone"}, "lineage"),
         ({"kind": "oracle"}, "unknown kind"),
-        ({"format": 2}, "format"),
+        ({"format": 3}, "format"),
         ({"num_speculative_tokens": 0}, "must be 1"),
         ({"num_speculative_tokens": True}, "wrong type"),
+        ({"control": {"k": 3}}, "no setting 'k'"),
+        ({"control": {"min_gain": -1.0}}, "min_gain"),
         ({"settings": {"temperature": 1}}, "no setting 'temperature'"),
         ({"settings": {"min_confidence": "high"}}, "must be a number"),
         ({"target_fingerprint": None}, "must name a target"),
@@ -82,6 +85,18 @@ def test_strict_manifest(changes: dict[str, object], message: str) -> None:
     files = rewritten(memory_artifact(), **changes)
     with pytest.raises(PolicyError, match=message):
         load_proposer(files, artifact_digest(files), "t" * 64)
+
+
+def test_control_settings_are_part_of_the_policy() -> None:
+    files = memory_artifact(control={"enabled": False, "min_gain": 0.1})
+    assert artifact_digest(files) != artifact_digest(memory_artifact())
+    control = load_proposer(files, artifact_digest(files), "t" * 64).control
+    assert (control.enabled, control.min_gain, control.probe_every) == (False, 0.1, ControlSettings().probe_every)
+
+
+def test_format_1_had_no_control() -> None:
+    files = rewritten(memory_artifact(), format=1, control="gone")
+    assert load_proposer(files, artifact_digest(files), "t" * 64).control == ControlSettings()
 
 
 def test_missing_broken_and_stray_files(tmp_path: Path) -> None:

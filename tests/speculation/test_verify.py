@@ -16,10 +16,20 @@ import torch
 from torch import Tensor
 
 from engine.speculation import verify
-from engine.speculation.verify import VerifyOutcome, sample, target_probabilities, verify_greedy, verify_sampled
+from engine.speculation.verify import (
+    VerifyOutcome,
+    sample,
+    target_probabilities,
+    verify_greedy,
+    verify_one_hot,
+    verify_sampled,
+)
 
 V, K, GRID = 3, 2, 20
-Verify = Callable[[Tensor, Sequence[int], Tensor | None, Sequence[float]], VerifyOutcome]
+Verify = Callable[[Tensor, Sequence[int], Tensor, Sequence[float]], VerifyOutcome]
+OneHot = Callable[[Tensor, Sequence[int], Sequence[float]], VerifyOutcome]
+CHOSEN = (0, 1)
+"""What a deterministic proposer drafts."""
 
 
 def law(seed: int) -> Callable[[tuple[int, ...]], Tensor]:
@@ -36,36 +46,49 @@ def law(seed: int) -> Callable[[tuple[int, ...]], Tensor]:
 target, other = law(1), law(2)
 
 
-def joint(verify_fn: Verify, draft_law: Callable[[tuple[int, ...]], Tensor] | None) -> dict[tuple[int, ...], float]:
-    """Law of the first K + 1 tokens: what one verify step emits, continued by the target where it stopped early."""
+def joint(verify_fn: Verify, draft_law: Callable[[tuple[int, ...]], Tensor]) -> dict[tuple[int, ...], float]:
+    """Law of the first K + 1 tokens where drafts are drawn from ``draft_law``."""
     mass: dict[tuple[int, ...], float] = defaultdict(float)
     for drafts in itertools.product(range(V), repeat=K):
-        if draft_law is None:
-            if drafts != (0, 1):  # a deterministic proposer has one draft
-                continue
-            q, weight = None, 1.0
-        else:
-            q = torch.stack([draft_law(drafts[:i]) for i in range(K)])
-            weight = float(torch.stack([q[i, t] for i, t in enumerate(drafts)]).prod())
+        q = torch.stack([draft_law(drafts[:i]) for i in range(K)])
+        weight = float(torch.stack([q[i, t] for i, t in enumerate(drafts)]).prod())
         if not weight:
             continue
         p = torch.stack([target(drafts[:i]) for i in range(K + 1)])
-        for tokens, share in emitted(verify_fn, p, drafts, q).items():
-            for rest in itertools.product(range(V), repeat=K + 1 - len(tokens)):
-                tail = 1.0
-                for i, token in enumerate(rest):
-                    tail *= float(target((*tokens, *rest[:i]))[token])
-                mass[(*tokens, *rest)] += weight * share * tail
+        for tokens, share in continued(emitted(verify_fn, p, drafts, q)).items():
+            mass[tokens] += weight * share
     return mass
 
 
-def emitted(verify_fn: Verify, p: Tensor, drafts: tuple[int, ...], q: Tensor | None) -> dict[tuple[int, ...], float]:
+def joint_one_hot(verify_fn: OneHot) -> dict[tuple[int, ...], float]:
+    """The same for a deterministic proposer. The grid is exact: probabilities are multiples of 1 / GRID."""
+    p = torch.stack([target(CHOSEN[:i]) for i in range(K + 1)])
+    out: dict[tuple[int, ...], float] = defaultdict(float)
+    grid = [(i + 0.5) / GRID for i in range(GRID)]
+    for uniforms in itertools.product(grid, repeat=K + 1):
+        out[verify_fn(p, CHOSEN, uniforms).tokens] += GRID ** -(K + 1)
+    return continued(out)
+
+
+def continued(step: dict[tuple[int, ...], float]) -> dict[tuple[int, ...], float]:
+    """What one verify step emits, continued by the target to K + 1 tokens where it stopped early."""
+    mass: dict[tuple[int, ...], float] = defaultdict(float)
+    for tokens, share in step.items():
+        for rest in itertools.product(range(V), repeat=K + 1 - len(tokens)):
+            tail = 1.0
+            for i, token in enumerate(rest):
+                tail *= float(target((*tokens, *rest[:i]))[token])
+            mass[(*tokens, *rest)] += share * tail
+    return mass
+
+
+def emitted(verify_fn: Verify, p: Tensor, drafts: tuple[int, ...], q: Tensor) -> dict[tuple[int, ...], float]:
     """Law of the tokens of one verify step over all uniforms, each on a midpoint grid fine enough for every ratio."""
     grid = [(i + 0.5) / 60 for i in range(60)]
     tests = []
     for i, token in enumerate(drafts):
         # Only whether u lies under the ratio matters; cut [0, 1) there and use one u of each side with its length.
-        q_token = 1.0 if q is None else float(q[i, token])
+        q_token = float(q[i, token])
         cuts = sorted(
             {0.0, 1.0, min(1.0, float(p[i, token]) / q_token), min(1.0, q_token / max(1e-9, float(p[i, token])))}
         )
@@ -95,29 +118,67 @@ def distance(found: dict[tuple[int, ...], float]) -> float:
 TOLERANCE = 0.012  # the grid of 1/60 for the last draw costs up to .007; the mildest mutant is at .028
 
 
-@pytest.mark.parametrize("draft_law", [other, target, None], ids=["drawn", "same as target", "deterministic"])
-def test_the_joint_law_is_the_targets(draft_law: Callable[[tuple[int, ...]], Tensor] | None) -> None:
+@pytest.mark.parametrize("draft_law", [other, target], ids=["drawn", "same as target"])
+def test_the_joint_law_is_the_targets(draft_law: Callable[[tuple[int, ...]], Tensor]) -> None:
     assert distance(joint(verify_sampled, draft_law)) < TOLERANCE
+
+
+def test_the_joint_law_of_a_deterministic_proposer_is_the_targets() -> None:
+    assert distance(joint_one_hot(verify_one_hot)) < 1e-6
+
+
+def one_hot_mutant(
+    *, row: Callable[[int], int] = lambda i: i, draw: Callable[[int], int] = lambda i: i, accept: bool = False
+) -> OneHot:
+    def run(p: Tensor, drafts: Sequence[int], uniforms: Sequence[float]) -> VerifyOutcome:
+        tokens: list[int] = []
+        for i in range(len(drafts) + 1):
+            tokens.append(sample(p[row(i)], uniforms[draw(i)]))
+            if accept and i < len(drafts):
+                tokens[i] = drafts[i]
+            if i == len(drafts) or tokens[i] != drafts[i]:
+                break
+        return VerifyOutcome(len(tokens) - 1, tuple(tokens))
+
+    return run
+
+
+ONE_HOT_MUTANTS = {
+    "accept always": one_hot_mutant(accept=True),
+    "the row before": one_hot_mutant(row=lambda i: max(i - 1, 0)),
+    "wrong bonus row": one_hot_mutant(row=lambda i: min(i, K - 1)),
+    "one uniform for all": one_hot_mutant(draw=lambda i: 0),
+}
+
+
+@pytest.mark.parametrize("name", ONE_HOT_MUTANTS)
+def test_the_enumeration_catches_one_hot_mutants(name: str) -> None:
+    assert distance(joint_one_hot(one_hot_mutant())) < 1e-6
+    assert distance(joint_one_hot(ONE_HOT_MUTANTS[name])) > 0.02
+
+
+def test_what_is_drafted_changes_no_token_that_is_drawn() -> None:
+    p = torch.stack([target(()), target((0,)), target((0, 1))])
+    for uniforms in itertools.product(np.linspace(0.05, 0.95, 7), repeat=3):
+        plain = verify_one_hot(p, [], uniforms[:1]).tokens[0]
+        for draft in range(V):
+            assert verify_one_hot(p, [draft], uniforms[:2]).tokens[0] == plain
 
 
 def mutant(
     *,
     accept: Callable[[float, float, float], bool] = lambda u, p, q: u * q < p,
-    residual: Callable[[Tensor, int, Tensor | None, int], Tensor] | None = None,
+    residual: Callable[[Tensor, Tensor, int], Tensor] | None = None,
     bonus_row: int = -1,
     draft_temperature: float = 1.0,
 ) -> Verify:
-    def run(p: Tensor, drafts: Sequence[int], q: Tensor | None, uniforms: Sequence[float]) -> VerifyOutcome:
-        if q is not None and draft_temperature != 1.0:
+    def run(p: Tensor, drafts: Sequence[int], q: Tensor, uniforms: Sequence[float]) -> VerifyOutcome:
+        if draft_temperature != 1.0:
             q = (q.log() / draft_temperature).softmax(-1)
         for i, token in enumerate(drafts):
-            q_token = 1.0 if q is None else float(q[i, token])
-            if accept(uniforms[i], float(p[i, token]), q_token):
+            if accept(uniforms[i], float(p[i, token]), float(q[i, token])):
                 continue
-            if residual is not None:
-                weights = residual(p, token, q, i)
-            else:
-                weights = verify._residual(p[i], token, None if q is None else q[i])
+            weights = residual(p, q, i) if residual is not None else verify._residual(p[i], q[i])
             return VerifyOutcome(i, (*drafts[:i], sample(weights, uniforms[-1])))
         return VerifyOutcome(len(drafts), (*drafts, sample(p[bonus_row], uniforms[-1])))
 
@@ -126,17 +187,14 @@ def mutant(
 
 def test_the_mutant_frame_itself_is_right() -> None:
     assert distance(joint(mutant(), other)) < TOLERANCE
-    assert distance(joint(mutant(), None)) < TOLERANCE
 
 
 MUTANTS = {
     "flipped comparison": mutant(accept=lambda u, p, q: u * q > p),
     "ratio upside down": mutant(accept=lambda u, p, q: u * p < q),
     "accept always": mutant(accept=lambda u, p, q: True),
-    "no residual": mutant(residual=lambda p, token, q, i: p[i]),
-    "residual of the wrong row": mutant(
-        residual=lambda p, token, q, i: verify._residual(p[i + 1], token, None if q is None else q[i])
-    ),
+    "no residual": mutant(residual=lambda p, q, i: p[i]),
+    "residual of the wrong row": mutant(residual=lambda p, q, i: verify._residual(p[i + 1], q[i])),
     "wrong bonus row": mutant(bonus_row=-2),
 }
 
@@ -144,8 +202,6 @@ MUTANTS = {
 @pytest.mark.parametrize("name", MUTANTS)
 def test_the_enumeration_catches_mutants(name: str) -> None:
     assert distance(joint(MUTANTS[name], other)) > 2 * TOLERANCE
-    if name != "ratio upside down":  # with one-hot q that is "accept always", seen above
-        assert distance(joint(MUTANTS[name], None)) > 2 * TOLERANCE
 
 
 def test_the_enumeration_catches_q_at_another_temperature() -> None:
@@ -161,10 +217,10 @@ def test_draws_that_follow_the_target_are_all_accepted() -> None:
 
 def test_residual_that_vanishes_falls_back_to_p() -> None:
     p = torch.tensor([0.25, 0.75])
-    assert torch.equal(verify._residual(p, 0, p.clone()), p)
+    assert torch.equal(verify._residual(p, p.clone()), p)
     certain = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
-    assert verify_sampled(certain, [1], None, [0.5, 0.5]) == VerifyOutcome(0, (0,))
-    assert verify_sampled(certain, [0], None, [0.999999, 0.5]) == VerifyOutcome(1, (0, 1))
+    assert verify_one_hot(certain, [1], [0.5, 0.5]) == VerifyOutcome(0, (0,))
+    assert verify_one_hot(certain, [0], [0.999999, 0.5]) == VerifyOutcome(1, (0, 1))
 
 
 def test_sample_never_draws_a_zero_and_survives_the_last_uniform() -> None:

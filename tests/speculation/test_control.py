@@ -1,0 +1,240 @@
+"""K control in simulated worlds: it never costs, it pays where drafting pays, and planted faults are seen."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import pytest
+
+from engine.contracts import SlipstreamError
+from engine.speculation.control import Acceptance, ControlSettings, KController, Offer, RowControl, allocate
+from engine.speculation.step_costs import StepCosts
+
+MEASURED = {1: 23, 2: 24, 3: 34, 4: 32, 5: 40, 8: 51, 16: 70, 32: 104, 64: 194}  # ms, docs/log.md
+FLAT = {1: 30, 80: 30}
+STEEP = {1: 10, 80: 800}
+
+
+def seconds(profile: dict[int, int]) -> dict[int, float]:
+    return {rows: ms / 1e3 for rows, ms in profile.items()}
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_allocation_is_the_best_of_all(seed: int) -> None:
+    rng = random.Random(seed)
+    survivals = [
+        list(itertools.accumulate((rng.random() for _ in range(rng.randint(0, 3))), lambda a, b: a * b))
+        for _ in range(4)
+    ]
+    table = [sum(rng.random() for _ in range(rows + 1)) + 1 for rows in range(40)]  # rising, bumpy
+
+    def rate(ks: Sequence[int]) -> float:
+        gained = sum(sum(draft[:k]) for draft, k in zip(survivals, ks, strict=True))
+        return (4 + gained) / table[4 + sum(ks)]
+
+    best = max(rate(ks) for ks in itertools.product(*(range(len(draft) + 1) for draft in survivals)))
+    assert rate(allocate(survivals, 4, 4, table.__getitem__)) == pytest.approx(best)
+
+
+def test_nothing_is_drafted_for_less_than_the_wanted_gain() -> None:
+    costs = StepCosts({1: 1.0, 2: 1.0})
+    assert allocate([[0.01]], 1, 1, costs, min_gain=0.02) == [0]
+    assert allocate([[0.03]], 1, 1, costs, min_gain=0.02) == [1]
+
+
+@dataclass
+class World:
+    """Requests whose drafts are right with a probability of their own, on a machine with given costs."""
+
+    profile: dict[int, int]
+    right: Callable[[int], float]  # request → probability that a drafted token is right
+    requests: int = 1
+    k: int = 4
+    confidence: Callable[[float], float] | None = None  # what the drafter says of it
+    noise: float = 0.1
+    seed: int = 0
+    draft_s: float = 0.0
+    prior: float = 0.5
+    costs: StepCosts = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.rng, self.true = random.Random(self.seed), StepCosts(seconds(self.profile))
+        self.costs = StepCosts(seconds(self.profile))
+        self.settings = ControlSettings(prior=self.prior)
+
+    def run(self, steps: int = 600, believed: StepCosts | None = None) -> tuple[float, float]:
+        """(tokens per second over plain decoding's on the same machine, drafted tokens verified per row and step)."""
+        controller = KController(believed or self.costs)
+        rows = [controller.row(1, "chat", self.settings) for _ in range(self.requests)]
+        tokens = spent = drafted = 0.0
+        for _ in range(steps):
+            asked = controller.limits(rows, [self.k] * len(rows), len(rows), len(rows))
+            truth = [[self.rng.random() < self.right(i) for _ in range(n)] for i, n in enumerate(asked)]
+            sure = [
+                [self.confidence(self.right(i)) for _ in range(n)] if self.confidence else []
+                for i, n in enumerate(asked)
+            ]
+            offers = [Offer(row, n, c) for row, n, c in zip(rows, asked, sure, strict=True)]
+            choice = controller.choose(offers, len(rows), len(rows))
+            count = len(rows) + sum(choice.ks)
+            took = self.true(count) * self.rng.uniform(1 - self.noise, 1 + self.noise)
+            controller.costs.observe(count, took)  # type: ignore[union-attr]
+            for row, n, c, right, k in zip(rows, asked, sure, truth, choice.ks, strict=True):
+                row.acceptance.took(self.draft_s, 1) if n else None
+                accepted = next((at for at, yes in enumerate(right[:k]) if not yes), k)
+                committed = [0] * accepted + [0 if accepted < n and right[accepted] else 1]
+                if n:
+                    row.observe(n, [0] * n, c, committed)
+                tokens, spent = tokens + accepted + 1, spent + self.draft_s * n
+            spent, drafted = spent + took, drafted + sum(choice.ks)
+        return tokens / spent * self.true(len(rows)) / len(rows), drafted / steps / len(rows)
+
+
+def test_it_switches_off_where_nothing_is_accepted() -> None:
+    for profile in (MEASURED, STEEP):
+        gain, drafted = World(profile, lambda i: 0.0).run(3_000)
+        assert drafted < 0.05
+        assert gain > 0.98
+
+
+def test_it_drafts_all_where_all_is_accepted_and_rows_are_free() -> None:
+    gain, drafted = World(FLAT, lambda i: 1.0).run()
+    assert drafted > 3.99
+    assert gain == pytest.approx(5, rel=0.02)
+
+
+@pytest.mark.parametrize("requests", [1, 4, 16])
+@pytest.mark.parametrize("right", [0.0, 0.1, 0.3, 0.5, 0.7, 0.9])
+@pytest.mark.parametrize("profile", [MEASURED, STEEP, FLAT], ids=["measured", "steep", "flat"])
+def test_it_is_never_slower_than_plain_decoding(profile: dict[int, int], right: float, requests: int) -> None:
+    assert World(profile, lambda i: right, requests).run(400)[0] > 0.98
+
+
+@pytest.mark.parametrize("said", [lambda p: 0.95, lambda p: 0.05, lambda p: p], ids=["boastful", "shy", "honest"])
+def test_a_drafters_confidence_is_checked_against_what_happens(said: Callable[[float], float]) -> None:
+    assert World(MEASURED, lambda i: 0.05, 16, confidence=said).run()[0] > 0.98
+    assert World(MEASURED, lambda i: 0.95, 1, confidence=said).run(1500)[0] > 2.0
+
+
+def test_a_good_row_is_drafted_for_beside_bad_ones() -> None:
+    world = World(MEASURED, lambda i: 0.97 if i < 2 else 0.02, 8)
+    gain, drafted = world.run(800)
+    assert gain > 1.15
+    assert drafted < 1.5
+
+
+def test_what_was_switched_off_by_itself_comes_back() -> None:
+    world = World(MEASURED, lambda i: 0.0)
+    controller = KController(world.costs)
+    row = controller.row(1, "chat", ControlSettings(memory=200))
+
+    def step(right: bool) -> int:
+        k = controller.choose([Offer(row, 4)], 1, 1).ks[0]
+        committed = [0] * (k + 1) if right else [1]
+        row.observe(4, [0] * 4, (), committed)
+        return k
+
+    for _ in range(300):
+        step(False)
+    assert sum(step(False) for _ in range(50)) == 0
+    assert sum(step(True) for _ in range(400)) > 0
+    assert step(True) >= 3
+
+
+def test_a_drafter_that_costs_time_is_left_alone_but_for_probes() -> None:
+    controller = KController(StepCosts(seconds(MEASURED)))
+    row = controller.row(1, "chat", ControlSettings(probe_every=10))
+    row.acceptance.took(0.004, 1)
+    asked = []
+    for _ in range(400):
+        (n,) = controller.limits([row], [4], 1, 1)
+        asked.append(n)
+        if n:
+            row.observe(n, [0] * n, (), [1])
+    assert sum(asked[-100:]) == 10
+    for _ in range(4_000):
+        (n,) = controller.limits([row], [4], 1, 1)
+        if n:
+            row.observe(n, [0] * n, (), [0] * (n + 1))
+    assert n >= 3
+
+
+def test_a_dear_drafter_is_never_slower_either() -> None:
+    for right in (0.0, 0.4, 0.8):
+        assert World(MEASURED, lambda i, p=right: p, draft_s=0.003).run(1500)[0] > 0.97  # type: ignore[misc]
+
+
+def test_a_policy_without_control_drafts_what_it_likes() -> None:
+    controller = KController(StepCosts(seconds(STEEP)))
+    row = controller.row(1, "chat", ControlSettings(enabled=False))
+    assert controller.limits([row], [4], 1, 1) == [4]
+    assert controller.choose([Offer(row, 4)], 1, 1).ks == [4]
+
+
+def test_without_costs_nothing_is_cut() -> None:
+    controller = KController()
+    row = controller.row(1, "chat", ControlSettings())
+    assert controller.choose([Offer(row, 3)], 1, 1).ks == [3]
+
+
+def test_expected_acceptances_are_met() -> None:
+    """The probabilities are calibrated: what the choice promises is what comes."""
+    acceptance, rng = Acceptance(ControlSettings()), random.Random(0)
+    promised = kept = 0.0
+    for _ in range(300):
+        row, p = RowControl(acceptance), rng.choice([0.2, 0.9])
+        for _ in range(20):
+            promised += sum(row.survivals(4, ()))
+            right = [rng.random() < p for _ in range(4)]
+            agreed = next((at for at, yes in enumerate(right) if not yes), 4)
+            kept += agreed
+            row.observe(4, [0] * 4, (), [0] * agreed + [1])
+    assert promised == pytest.approx(kept, rel=0.15)
+
+
+class Blind(StepCosts):
+    """Fault: believes every row is free."""
+
+    def __call__(self, rows: int) -> float:
+        return super().__call__(1)
+
+
+def test_faults_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    def bad() -> float:
+        return World(MEASURED, lambda i: 0.1, 16, prior=0.8).run(600)[0]
+
+    assert bad() > 0.98
+    assert World(MEASURED, lambda i: 0.1, 16).run(300, Blind(seconds(MEASURED)))[0] < 0.95
+    with monkeypatch.context() as patch:  # never learns
+        patch.setattr(Acceptance, "observe", lambda *_: None)
+        patch.setattr(RowControl, "luck", 1.0)
+        assert bad() < 0.95
+    with monkeypatch.context() as patch:  # takes every chance for a certainty
+        patch.setattr(RowControl, "survivals", lambda self, count, confidence: [0.99] * count)
+        assert bad() < 0.95
+
+
+def test_costs_follow_the_machine() -> None:
+    costs, rng = StepCosts(seconds(MEASURED)), random.Random(0)
+    true = {rows: ms * (3 if rows >= 8 else 2) / 1e3 for rows, ms in MEASURED.items()}
+    for _ in range(4_000):
+        rows = rng.choice(list(true))
+        costs.observe(rows, true[rows] * rng.uniform(0.8, 1.25))
+    assert all(costs(rows) == pytest.approx(s, rel=0.1) for rows, s in true.items())
+
+
+def test_costs_between_and_beyond_what_was_profiled() -> None:
+    costs = StepCosts({1: 1.0, 3: 3.0, 5: 4.0})
+    assert [costs(rows) for rows in (1, 2, 3, 4, 5, 7)] == pytest.approx([1, 2, 3, 3.5, 4, 5])
+    assert StepCosts({4: 2.0})(9) == pytest.approx(2.0)
+    with pytest.raises(ValueError, match="positive"):
+        StepCosts({})
+
+
+@pytest.mark.parametrize("given", [{"k": 1}, {"enabled": 1}, {"prior": 1.5}, {"probe_every": 0}, {"memory": "x"}])
+def test_settings_are_strict(given: dict[str, object]) -> None:
+    with pytest.raises(SlipstreamError):
+        ControlSettings.read(given)

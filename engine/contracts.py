@@ -243,6 +243,20 @@ class TraceRecord:
 
 
 @dataclass(frozen=True, slots=True)
+class Objectives:
+    """What the operator asks of a request, seconds. Goodput counts the requests that keep both."""
+
+    ttft_s: float
+    tpot_s: float
+
+    def kept_by(self, record: TraceRecord) -> bool:
+        """A response of one token has no TPOT and keeps that objective."""
+        if record.status is not Status.OK or record.ttft_s is None or record.ttft_s > self.ttft_s:
+            return False
+        return record.tpot_s is None or record.tpot_s <= self.tpot_s
+
+
+@dataclass(frozen=True, slots=True)
 class PolicyVersion:
     """A row of ``policy_versions``: immutable, addressed by ``digest`` (sha256 over its files)."""
 

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
 
-from engine.contracts import SlipstreamError
+from engine.contracts import Objectives, SlipstreamError
 
 ENV_PREFIX = "SLIPSTREAM_"
 CONFIG_FILE = "slipstream.toml"
@@ -59,8 +59,15 @@ class TelemetrySettings(Section):
     spill_max_bytes: PositiveInt = Field(
         2_000_000_000, description="largest spill folder; beyond it records are dropped and counted"
     )
-    retention_days: PositiveInt = Field(30, description="days of traces kept")
+    retention_days: PositiveInt = Field(30, description="days of traces and of rollups per minute kept")
     payload_retention_days: PositiveInt = Field(7, description="days of payloads kept")
+    rollup_retention_days: PositiveInt = Field(400, description="days of hourly rollups kept")
+    objective_ttft_s: PositiveFloat = Field(1.0, description="goodput counts requests with at most this TTFT, seconds")
+    objective_tpot_s: PositiveFloat = Field(0.1, description="… and at most this TPOT, seconds")
+
+    @property
+    def objectives(self) -> Objectives:
+        return Objectives(self.objective_ttft_s, self.objective_tpot_s)
 
 
 class LearnerSettings(Section):

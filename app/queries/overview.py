@@ -59,7 +59,7 @@ def heat(part: Slice, metric: str = "e2e") -> pd.DataFrame:
     width = _bin(part, 60)
     with database().read() as session:
         rows = overview.buckets(session, part, metric, width)
-    frame = pd.DataFrame(rows, columns=["at", "bucket", "requests"])
+    frame = pd.DataFrame(rows).rename(columns={"n": "requests"})
     if frame.empty:
         return frame
     frame["bucket"] = frame["bucket"] // JOINED * JOINED

@@ -1,4 +1,4 @@
-"""Behind the scenes: partitions made ahead and dropped in time, traces exported, MLflow kept a mirror of Postgres.
+"""Behind the scenes: upkeep of the trace store, traces exported, MLflow kept a mirror of Postgres.
 
 Nothing here is on the path of a request, a rollout or a rollback. Each chore fails alone, loudly, and is tried again.
 """
@@ -10,20 +10,19 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 
 import httpx
 
 from engine.contracts import SlipstreamError
+from engine.ops import upkeep
 from engine.ops.exporter import MlflowExporter
 from engine.registry import mlflow_registry
 from engine.registry.artifacts import ArtifactStore
 from engine.registry.mlflow_registry import MlflowRegistry
 from engine.settings import Settings
 from engine.store.database import Database
-from engine.store.repositories import partitions
 
-DAYS_AHEAD = 3
 RETRY_S = 30.0
 """After a failure a chore waits this long, so that a server that is down is not hammered."""
 log = logging.getLogger(__name__)
@@ -42,7 +41,10 @@ class Chore:
 
 def run(settings: Settings, database: Database, stop: threading.Event) -> None:
     """Do the chores until ``stop`` is set."""
-    chores = [Chore("partitions", 3600.0, lambda: keep_partitions(database, settings, datetime.now(UTC)))]
+    chores = [
+        Chore("partitions", 3600.0, lambda: upkeep.keep_partitions(database, settings.telemetry, datetime.now(UTC))),
+        Chore("rollups", 15.0, lambda: upkeep.compact(database, datetime.now(UTC))),
+    ]
     client = None
     if settings.mlflow_tracking_uri:
         client = httpx.Client(base_url=settings.mlflow_tracking_uri, timeout=30.0)
@@ -88,20 +90,6 @@ def attend(chore: Chore, now: float) -> None:
         log.info("%s works again", chore.name)
     chore.failing = False
     chore.due = now if more else now + chore.every_s
-
-
-def keep_partitions(database: Database, settings: Settings, now: datetime) -> bool:
-    """Make the partitions of the coming days; drop those past their retention."""
-    with database.write() as session:
-        for ahead in range(DAYS_AHEAD + 1):
-            partitions.ensure(session, (now + timedelta(days=ahead)).date())
-        for table, days in (
-            ("traces", settings.telemetry.retention_days),
-            ("trace_payloads", settings.telemetry.payload_retention_days),
-        ):
-            for day in partitions.drop_before(session, table, (now - timedelta(days=days)).date()):
-                log.info("dropped the partition of %s for %s: older than %d days", table, day, days)
-    return False
 
 
 def mirror_registry(registry: MlflowRegistry, database: Database, store: ArtifactStore) -> bool:

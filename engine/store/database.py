@@ -62,6 +62,13 @@ class Database:
         with self.read() as session:
             return server_clock(session)
 
+    @contextmanager
+    def snapshot(self) -> Iterator[WriteSession]:
+        """A write session all of whose statements see the moment of the first (REPEATABLE READ)."""
+        with WriteSession(self.engine, expire_on_commit=False) as session, session.begin():
+            session.connection(execution_options={"isolation_level": "REPEATABLE READ"})
+            yield session
+
     def close(self) -> None:
         self.engine.dispose()
 

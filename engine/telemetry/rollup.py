@@ -8,17 +8,17 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
-from engine.contracts import Status, TraceRecord
+from engine.contracts import Objectives, Status, TraceRecord
 from engine.store import histogram
 
-METRICS = ("ttft", "tpot", "e2e", "queue")
+METRICS = ("ttft", "tpot", "e2e", "queue", "acceptance_length")
 
 
 @dataclass(frozen=True, slots=True)
 class Key:
     """What a rollup row is about."""
 
-    minute: datetime
+    at: datetime
     policy_version: int
     arm: str
     traffic_class: str
@@ -28,12 +28,14 @@ class Key:
 
 @dataclass(slots=True)
 class Sums:
-    """Counts and seconds over the requests of one key; fields are the columns of ``rollups_minute``."""
+    """Counts and seconds over the requests of one key; fields are the columns of ``rollup_deltas``."""
 
     requests: int = 0
     errors: int = 0
     cancelled: int = 0
     retries: int = 0
+    preemptions: int = 0
+    good: int = 0
     prompt_tokens: int = 0
     output_tokens: int = 0
     steps: int = 0
@@ -45,11 +47,13 @@ class Sums:
     verify_s: float = 0.0
     decode_s: float = 0.0
 
-    def add(self, record: TraceRecord) -> None:
+    def add(self, record: TraceRecord, objectives: Objectives) -> None:
         self.requests += 1
         self.errors += record.status in (Status.ERROR, Status.TIMEOUT)
         self.cancelled += record.status is Status.CANCELLED
         self.retries += record.retry > 0
+        self.preemptions += record.preemptions
+        self.good += objectives.kept_by(record)
         self.prompt_tokens += record.prompt_tokens
         self.output_tokens += record.output_tokens
         self.steps += record.steps
@@ -65,25 +69,25 @@ class Sums:
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """What one batch adds to one key: sums, and per metric the durations of requests that ended well, as buckets."""
+    """What one batch adds to one key: sums, and per metric the values of requests that ended well, as buckets."""
 
     key: Key
     sums: Sums
     histograms: dict[str, tuple[list[int], list[int]]]
 
 
-def deltas(records: Iterable[TraceRecord]) -> list[Delta]:
+def deltas(records: Iterable[TraceRecord], objectives: Objectives) -> list[Delta]:
     """One delta per key, in a fixed order, so that a batch written twice is the same rows."""
     grouped: dict[Key, list[TraceRecord]] = defaultdict(list)
     for record in records:
         grouped[key(record)].append(record)
     made = []
     for at in sorted(
-        grouped, key=lambda k: (k.minute, k.policy_version, k.arm, k.traffic_class, k.replica_id, k.generation)
+        grouped, key=lambda k: (k.at, k.policy_version, k.arm, k.traffic_class, k.replica_id, k.generation)
     ):
         sums = Sums()
         for record in grouped[at]:
-            sums.add(record)
+            sums.add(record, objectives)
         made.append(Delta(at, sums, _histograms(grouped[at])))
     return made
 
@@ -104,13 +108,19 @@ def _histograms(records: Sequence[TraceRecord]) -> dict[str, tuple[list[int], li
     found: dict[str, Any] = {}
     for metric in METRICS:
         values = [
-            seconds
-            for record in records
-            if record.status is Status.OK and (seconds := getattr(record, f"{metric}_s")) is not None
+            value for record in records if record.status is Status.OK and (value := _value(record, metric)) is not None
         ]
         if values:
             found[metric] = histogram.count(values)
     return found
+
+
+def _value(record: TraceRecord, metric: str) -> float | None:
+    """Seconds, or the acceptance length (1 + accepted / steps) where a step was taken."""
+    if metric == "acceptance_length":
+        return 1 + record.accepted / record.steps if record.steps else None
+    seconds: float | None = getattr(record, f"{metric}_s")
+    return seconds
 
 
 def _add_positions(total: list[int], part: Sequence[int]) -> None:

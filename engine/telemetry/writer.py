@@ -207,7 +207,7 @@ class TraceWriter:
         return True
 
     def _transaction(self, batch: Batch) -> None:
-        deltas = rollup.deltas(batch.records)
+        deltas = rollup.deltas(batch.records, self._settings.objectives)
         with self._database.write() as session:
             if not ingest.claim(session, batch.writer_id, batch.seq, len(batch.records)):
                 return

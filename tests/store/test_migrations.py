@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from datetime import date
+from datetime import UTC, date, datetime
 
 import psycopg
 from alembic import command
+from sqlalchemy import text
 
+from engine.ops import upkeep
+from engine.settings import TelemetrySettings
 from engine.store import migrate
 from engine.store.database import Database, libpq_url
 from engine.store.repositories import partitions
@@ -39,7 +42,25 @@ def test_old_partitions_are_dropped_and_young_ones_kept(db: Database) -> None:
         for day in days:
             partitions.ensure(session, day)
             partitions.ensure(session, day)  # twice is once
-        assert partitions.drop_before(session, "traces", days[2]) == days[:2]
+    settings = TelemetrySettings(retention_days=1, payload_retention_days=2)
+    assert not upkeep.keep_partitions(db, settings, datetime(2026, 1, 4, 12, tzinfo=UTC))
     with db.read() as session:
-        left = {(table, day) for table, day, _ in partitions.existing(session)}
-    assert left == {("traces", days[2]), *(("trace_payloads", day) for day in days)}
+        left = {(table, day) for table, day, _ in partitions.existing(session) if day <= days[-1]}
+    kept = {(table, days[2]) for table in partitions.PARTITIONED}
+    assert left == kept | {("trace_payloads", days[1])}
+
+
+def test_a_partition_in_use_is_dropped_later_and_holds_up_nobody(db: Database) -> None:
+    day = date(2026, 1, 1)
+    now = datetime(2026, 3, 1, tzinfo=UTC)
+    with db.write() as session:
+        partitions.ensure(session, day)
+    with db.read() as reader:
+        reader.execute(text("SELECT count(*) FROM traces"))
+        assert upkeep.keep_partitions(db, TelemetrySettings(), now), "there is more to do"
+        with db.read() as session:
+            assert ("traces", day) in {(table, d) for table, d, _ in partitions.existing(session)}
+            assert ("rollups_minute", day) not in {(table, d) for table, d, _ in partitions.existing(session)}
+    assert not upkeep.keep_partitions(db, TelemetrySettings(), now)
+    with db.read() as session:
+        assert day not in {d for _, d, _ in partitions.existing(session)}

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from sqlalchemy import text
 
-from engine.contracts import Status, TraceRecord
+from engine.contracts import Objectives, Status, TraceRecord
 from engine.settings import TelemetrySettings
 from engine.store import histogram
 from engine.store.database import Database
@@ -24,22 +24,37 @@ from engine.telemetry.writer import TraceWriter
 from tests.telemetry.records import START, record
 
 KEY = "policy_version, arm, traffic_class, replica_id, generation"
-COUNTS = ("retries", "prompt_tokens", "output_tokens", "steps", "drafted", "accepted", "draft_s", "verify_s")
+COUNTS = (
+    "retries",
+    "preemptions",
+    "good",
+    "prompt_tokens",
+    "output_tokens",
+    "steps",
+    "drafted",
+    "accepted",
+    "draft_s",
+    "verify_s",
+)
 RAW = f"""
     SELECT date_trunc('minute', started_at, 'UTC') AS minute, {KEY}, count(*) AS requests,
         count(*) FILTER (WHERE status IN ('error', 'timeout')) AS errors,
         count(*) FILTER (WHERE status = 'cancelled') AS cancelled,
-        count(*) FILTER (WHERE retry > 0) AS retries,
-        {", ".join(f"sum({name}) AS {name}" for name in COUNTS[1:])},
+        count(*) FILTER (WHERE retry > 0) AS retries, sum(preemptions) AS preemptions,
+        count(*) FILTER (WHERE status = 'ok' AND ttft_s <= 0.1 AND tpot_s <= 0.05) AS good,
+        {", ".join(f"sum({name}) AS {name}" for name in COUNTS[3:])},
         coalesce(sum(e2e_s - ttft_s), 0) AS decode_s
     FROM traces GROUP BY 1, {KEY} ORDER BY 1, {KEY}"""
 ROLLED = f"""
-    SELECT minute, {KEY}, sum(requests) AS requests, sum(errors) AS errors, sum(cancelled) AS cancelled,
+    SELECT at AS minute, {KEY}, sum(requests) AS requests, sum(errors) AS errors, sum(cancelled) AS cancelled,
         {", ".join(f"sum({name}) AS {name}" for name in COUNTS)}, sum(decode_s) AS decode_s
-    FROM rollups_minute GROUP BY minute, {KEY} ORDER BY minute, {KEY}"""
+    FROM {{table}} GROUP BY at, {KEY} ORDER BY at, {KEY}"""
 PER_POSITION = """
     SELECT policy_version, position, sum(n) FROM {table}, unnest({column}) WITH ORDINALITY AS at (n, position)
     GROUP BY 1, 2 ORDER BY 1, 2"""
+
+
+GOAL: dict[str, Any] = {"objective_ttft_s": 0.1, "objective_tpot_s": 0.05}
 
 
 def requests(seed: int) -> list[TraceRecord]:
@@ -52,7 +67,7 @@ def requests(seed: int) -> list[TraceRecord]:
 
 
 def write(db: Database, folder: Path, seed: int) -> None:
-    writer = TraceWriter(db, Spill(folder, 10**8), TelemetrySettings(batch_records=37, batch_delay_s=0.01))
+    writer = TraceWriter(db, Spill(folder, 10**8), TelemetrySettings(batch_records=37, batch_delay_s=0.01, **GOAL))
     writer.start()
     for one in requests(seed):
         writer.submit(one)
@@ -62,7 +77,8 @@ def write(db: Database, folder: Path, seed: int) -> None:
 
 def assert_rolled_up(db: Database) -> None:
     with db.read() as session:
-        raw, rolled = (session.execute(text(query)).mappings().all() for query in (RAW, ROLLED))
+        queries = (RAW, ROLLED.format(table="rollup_deltas"))
+        raw, rolled = (session.execute(text(query)).mappings().all() for query in queries)
         assert len(raw) == len(rolled) > 20
         named = ("minute", *KEY.split(", "))
         for expected, found in zip(raw, rolled, strict=True):
@@ -70,14 +86,14 @@ def assert_rolled_up(db: Database) -> None:
             for name in expected.keys() - set(named):
                 assert float(found[name]) == pytest.approx(float(expected[name]), rel=1e-9), (name, found, expected)
         for column in ("drafted_per_pos", "accepted_per_pos"):
-            parts = (PER_POSITION.format(table=table, column=column) for table in ("traces", "rollups_minute"))
+            parts = (PER_POSITION.format(table=table, column=column) for table in ("traces", "rollup_deltas"))
             positions, summed = (session.execute(text(part)).all() for part in parts)
             assert positions == summed
-        for metric in ("ttft", "tpot", "e2e", "queue"):
-            durations = session.execute(
-                text(f"SELECT arm, {metric}_s FROM traces WHERE status = 'ok' AND {metric}_s IS NOT NULL")
-            ).all()
-            stored = text("SELECT arm, idx, cnt FROM rollup_histograms WHERE metric = :metric")
+        for metric in rollup.METRICS:
+            value = "1 + accepted / CAST(steps AS float8)" if metric == "acceptance_length" else f"{metric}_s"
+            some = "steps > 0" if metric == "acceptance_length" else f"{value} IS NOT NULL"
+            durations = session.execute(text(f"SELECT arm, {value} FROM traces WHERE status = 'ok' AND {some}")).all()
+            stored = text("SELECT arm, idx, cnt FROM rollup_delta_histograms WHERE metric = :metric")
             buckets = session.execute(stored, {"metric": metric}).all()
             for arm in ("champion", "canary", "control"):
                 values = [seconds for of, seconds in durations if of == arm]
@@ -92,6 +108,10 @@ def assert_rolled_up(db: Database) -> None:
 def test_rollups_equal_the_raw_traces(db: Database, tmp_path: Path, seed: int) -> None:
     write(db, tmp_path, seed)
     assert_rolled_up(db)
+
+
+def _a_slow_request_is_good(sums: rollup.Sums, one: TraceRecord) -> None:
+    sums.good += one.status is Status.OK
 
 
 def _timeouts_are_no_errors(sums: rollup.Sums, one: TraceRecord) -> None:
@@ -121,6 +141,7 @@ def _positions_from_the_end(sums: rollup.Sums, one: TraceRecord) -> None:
 @pytest.mark.parametrize(
     "fault",
     [
+        _a_slow_request_is_good,
         _timeouts_are_no_errors,
         _rejected_are_errors,
         _every_attempt_is_a_retry,
@@ -134,8 +155,8 @@ def test_a_planted_fault_in_the_sums_shows(
 ) -> None:
     add = rollup.Sums.add
 
-    def faulty(sums: rollup.Sums, one: TraceRecord) -> None:
-        add(sums, one)
+    def faulty(sums: rollup.Sums, one: TraceRecord, objectives: Objectives) -> None:
+        add(sums, one, objectives)
         fault(sums, one)
 
     monkeypatch.setattr(rollup.Sums, "add", faulty)

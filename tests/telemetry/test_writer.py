@@ -14,7 +14,7 @@ from sqlalchemy.exc import OperationalError
 from engine.contracts import TraceRecord
 from engine.settings import TelemetrySettings
 from engine.store.database import Database
-from engine.store.models import RollupRow, TraceBatchRow, TracePayloadRow, TraceRow
+from engine.store.models import RollupDeltaRow, TraceBatchRow, TracePayloadRow, TraceRow
 from engine.telemetry.spill import Batch, Spill
 from engine.telemetry.writer import TraceWriter
 from tests.telemetry.records import START, record
@@ -85,7 +85,7 @@ def assert_stored_once(db: Database, records: list[TraceRecord]) -> None:
     with db.read() as session:
         stored = list(session.scalars(select(TraceRow)))
         payloads = session.scalar(select(func.count()).select_from(TracePayloadRow))
-        requests = session.scalar(select(func.sum(RollupRow.requests)))
+        requests = session.scalar(select(func.sum(RollupDeltaRow.requests)))
     assert sorted(row.trace_id for row in stored) == sorted(r.trace_id for r in records)
     assert payloads == sum(r.payload is not None for r in records)
     assert requests == len(records)

@@ -7,10 +7,16 @@ from engine.store.models.base import Base
 from engine.store.models.plans import PlanObservationRow, ReplicaRow, ServingPlanRow
 from engine.store.models.policies import LearningAttemptRow, PolicyLineageRow, PolicyVersionRow
 from engine.store.models.rollouts import LeaseRow, RolloutCommandRow, RolloutDecisionRow, RolloutRow
+from engine.store.models.rollups import (
+    RollupDeltaHistogramRow,
+    RollupDeltaRow,
+    RollupHourHistogramRow,
+    RollupHourRow,
+    RollupMinuteHistogramRow,
+    RollupMinuteRow,
+)
 from engine.store.models.traces import (
     ExportCursorRow,
-    RollupHistogramRow,
-    RollupRow,
     TraceBatchRow,
     TracePayloadRow,
     TraceRow,
@@ -28,8 +34,12 @@ __all__ = [
     "RolloutCommandRow",
     "RolloutDecisionRow",
     "RolloutRow",
-    "RollupHistogramRow",
-    "RollupRow",
+    "RollupDeltaHistogramRow",
+    "RollupDeltaRow",
+    "RollupHourHistogramRow",
+    "RollupHourRow",
+    "RollupMinuteHistogramRow",
+    "RollupMinuteRow",
     "ServingPlanRow",
     "TraceBatchRow",
     "TracePayloadRow",

@@ -1,4 +1,4 @@
-"""Traces, their payloads, their rollups, and how far exporters have come."""
+"""Traces, their payloads, and how far exporters have come."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from uuid import UUID
 
 from sqlalchemy import (
     ARRAY,
-    BigInteger,
     Boolean,
     CheckConstraint,
     Index,
@@ -100,56 +99,6 @@ class TraceBatchRow(Base):
     seq: Mapped[int] = mapped_column(primary_key=True)
     records: Mapped[int] = mapped_column(Integer)
     written_at: Mapped[datetime] = mapped_column(server_default=NOW)
-
-
-class RollupRow(Base):
-    """Sums over one minute, version, arm, class, replica and generation. Readers sum rows of equal key.
-
-    Writer: engine.telemetry, as deltas keyed by (writer_id, seq, ordinal).
-    """
-
-    __tablename__ = "rollups_minute"
-    minute: Mapped[datetime] = mapped_column(primary_key=True)
-    writer_id: Mapped[UUID] = mapped_column(primary_key=True)
-    seq: Mapped[int] = mapped_column(primary_key=True)
-    ordinal: Mapped[int] = mapped_column(SmallInteger, primary_key=True)
-    policy_version: Mapped[int] = mapped_column(Integer)
-    arm: Mapped[str]
-    traffic_class: Mapped[str]
-    replica_id: Mapped[str]
-    generation: Mapped[int]
-    requests: Mapped[int] = mapped_column(Integer)
-    errors: Mapped[int] = mapped_column(Integer)
-    cancelled: Mapped[int] = mapped_column(Integer)
-    retries: Mapped[int] = mapped_column(Integer)
-    prompt_tokens: Mapped[int]
-    output_tokens: Mapped[int]
-    steps: Mapped[int]
-    drafted: Mapped[int]
-    accepted: Mapped[int]
-    drafted_per_pos: Mapped[list[int]] = mapped_column(ARRAY(BigInteger))
-    accepted_per_pos: Mapped[list[int]] = mapped_column(ARRAY(BigInteger))
-    draft_s: Mapped[float]
-    verify_s: Mapped[float]
-    decode_s: Mapped[float]
-
-
-class RollupHistogramRow(Base):
-    """Sparse log-bucket histograms (γ = 1.0202, 1 % error) of a rollup's latencies. Writer: engine.telemetry."""
-
-    __tablename__ = "rollup_histograms"
-    minute: Mapped[datetime] = mapped_column(primary_key=True)
-    writer_id: Mapped[UUID] = mapped_column(primary_key=True)
-    seq: Mapped[int] = mapped_column(primary_key=True)
-    ordinal: Mapped[int] = mapped_column(SmallInteger, primary_key=True)
-    metric: Mapped[str] = mapped_column(primary_key=True)  # ttft | tpot | e2e | queue
-    policy_version: Mapped[int] = mapped_column(Integer)
-    arm: Mapped[str]
-    traffic_class: Mapped[str]
-    replica_id: Mapped[str]
-    generation: Mapped[int]
-    idx: Mapped[list[int]] = mapped_column(ARRAY(SmallInteger))
-    cnt: Mapped[list[int]] = mapped_column(ARRAY(Integer))
 
 
 class ExportCursorRow(Base):

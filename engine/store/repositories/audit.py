@@ -9,7 +9,7 @@ from sqlalchemy import func, select
 
 from engine.contracts import Status
 from engine.store.database import ReadSession
-from engine.store.models import RollupRow, TraceRow
+from engine.store.models import RollupDeltaRow, RollupMinuteRow, TraceRow
 
 
 def traces(session: ReadSession) -> int:
@@ -33,7 +33,11 @@ def times_stored(session: ReadSession, request_ids: Collection[str]) -> dict[str
 
 def rolled_up(session: ReadSession) -> int:
     """Requests the rollups know of; equal to ``traces`` when nothing was lost or counted twice."""
-    return int(session.scalar(select(func.coalesce(func.sum(RollupRow.requests), 0))) or 0)
+    counted = (
+        select(func.coalesce(func.sum(t.requests), 0)).scalar_subquery() for t in (RollupDeltaRow, RollupMinuteRow)
+    )
+    left, merged = session.execute(select(*counted)).one()
+    return int(left + merged)
 
 
 def last_start(session: ReadSession, generation: int, arm: str) -> datetime | None:

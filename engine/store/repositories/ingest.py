@@ -11,7 +11,7 @@ from sqlalchemy import Table
 from sqlalchemy.dialects.postgresql import insert
 
 from engine.store.database import WriteSession
-from engine.store.models import RollupHistogramRow, RollupRow, TraceBatchRow, TracePayloadRow, TraceRow
+from engine.store.models import RollupDeltaHistogramRow, RollupDeltaRow, TraceBatchRow, TracePayloadRow, TraceRow
 
 TRACE_COLUMNS = tuple(c.name for c in TraceRow.__table__.columns if c.server_default is None)
 PAYLOAD_COLUMNS = tuple(c.name for c in TracePayloadRow.__table__.columns)
@@ -43,9 +43,9 @@ def add_rollups(
 ) -> None:
     """Insert the deltas of one batch; readers sum rows of equal key."""
     if sums:
-        session.execute(insert(cast(Table, RollupRow.__table__)), list(sums))
+        session.execute(insert(cast(Table, RollupDeltaRow.__table__)), list(sums))
     if histograms:
-        session.execute(insert(cast(Table, RollupHistogramRow.__table__)), list(histograms))
+        session.execute(insert(cast(Table, RollupDeltaHistogramRow.__table__)), list(histograms))
 
 
 def _copy(session: WriteSession, table: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:

@@ -9,20 +9,27 @@ from sqlalchemy import text
 
 from engine.store.database import ReadSession, WriteSession
 
-PARTITIONED = ("traces", "trace_payloads")
-PARTITION_NAME = re.compile(r"^(traces|trace_payloads)_p(\d{8})$")
+PARTITIONED = ("traces", "trace_payloads", "rollups_minute", "rollup_histograms_minute")
+PARTITION_NAME = re.compile(rf"^({'|'.join(PARTITIONED)})_p(\d{{8}})$")
 _DDL_LOCK = 0x51195_0002  # two writers that meet the same new day wait for each other instead of failing
 
 
 def ensure(session: WriteSession, day: date) -> None:
-    """Make the partitions of one UTC day if they are not there."""
+    """Make the partitions of one UTC day if they are not there; no lock is taken where they are.
+
+    Each is made beside its table and then attached, which waits for no reader and no writer.
+    """
+    if not _missing(session, day):
+        return
     session.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _DDL_LOCK})
     start = datetime(day.year, day.month, day.day, tzinfo=UTC)
     end = start + timedelta(days=1)
-    for table in PARTITIONED:
+    for table in _missing(session, day):
+        name = f"{table}_p{day:%Y%m%d}"
+        session.execute(text(f"CREATE TABLE {name} (LIKE {table} INCLUDING DEFAULTS INCLUDING CONSTRAINTS)"))
         session.execute(
             text(
-                f"CREATE TABLE IF NOT EXISTS {table}_p{day:%Y%m%d} PARTITION OF {table} "
+                f"ALTER TABLE {table} ATTACH PARTITION {name} "
                 f"FOR VALUES FROM ('{start.isoformat()}') TO ('{end.isoformat()}')"
             )
         )
@@ -45,9 +52,18 @@ def existing(session: ReadSession | WriteSession) -> list[tuple[str, date, int]]
     return sorted(found, key=lambda item: (item[1], item[0]))
 
 
-def drop_before(session: WriteSession, table: str, day: date) -> list[date]:
-    """Drop the partitions of ``table`` that end before ``day``; says which."""
-    gone = [d for t, d, _ in existing(session) if t == table and d < day]
-    for old in gone:
-        session.execute(text(f"DROP TABLE {table}_p{old:%Y%m%d}"))
-    return gone
+def drop(session: WriteSession, table: str, day: date, lock_timeout_ms: int = 1_000) -> None:
+    """Drop one partition of ``table``.
+
+    It needs the whole table for a moment. A reader that does not let go of it would make every request behind the drop
+    wait as well, so the drop gives up (``OperationalError``) after ``lock_timeout_ms`` and is tried again later.
+    """
+    if table not in PARTITIONED:
+        raise ValueError(f"{table} has no partitions; {', '.join(PARTITIONED)} have")
+    session.execute(text(f"SET LOCAL lock_timeout = {int(lock_timeout_ms)}"))
+    session.execute(text(f"DROP TABLE IF EXISTS {table}_p{day:%Y%m%d}"))
+
+
+def _missing(session: WriteSession, day: date) -> list[str]:
+    query = text("SELECT t FROM unnest(CAST(:tables AS text[])) AS x (t) WHERE to_regclass(t || :suffix) IS NULL")
+    return list(session.scalars(query, {"tables": list(PARTITIONED), "suffix": f"_p{day:%Y%m%d}"}))

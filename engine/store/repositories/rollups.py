@@ -1,0 +1,228 @@
+"""Rollups as they are kept: compaction of the writers' deltas, rebuilding from the raw traces, retention.
+
+All of it is set-based SQL. A delta leaves its table in the statement that adds it to its minute and its hour, so
+nothing is counted twice or lost whenever a process dies, and a delta that comes late is added like any other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, date, datetime, timedelta
+from typing import Any
+
+from sqlalchemy import text
+
+from engine.contracts import Objectives
+from engine.store import histogram
+from engine.store.database import ReadSession, WriteSession
+from engine.store.repositories import partitions
+
+MINUTE_KEY = ("at", "policy_version", "arm", "traffic_class", "replica_id", "generation")
+HOUR_KEY = MINUTE_KEY[:-1]
+COUNTS = (
+    *("requests", "errors", "cancelled", "retries", "preemptions", "good"),
+    *("prompt_tokens", "output_tokens", "steps", "drafted", "accepted"),
+)
+SECONDS = ("draft_s", "verify_s", "decode_s")
+POSITIONS = ("drafted_per_pos", "accepted_per_pos")
+METRICS = ("ttft", "tpot", "e2e", "queue", "acceptance_length")
+"""What has a histogram: four durations in seconds, and the acceptance length of one request."""
+_COMPACTOR_LOCK = 0x51195_0003
+TABLES = (
+    *("rollup_deltas", "rollup_delta_histograms", "rollups_minute", "rollup_histograms_minute"),
+    *("rollups_hour", "rollup_histograms_hour"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Freshness:
+    """How far compaction is: deltas that wait, and the minute of the oldest of them."""
+
+    waiting: int
+    oldest: datetime | None
+
+
+class Busy(Exception):
+    """Another process compacts or rebuilds at this moment."""
+
+
+def compact(session: WriteSession, closed: datetime) -> int:
+    """Add the deltas of minutes before ``closed`` to their minutes and hours; how many there were.
+
+    ``Busy`` when another process is at it.
+    """
+    _alone(session)
+    days = session.execute(
+        text("SELECT DISTINCT CAST(date_trunc('day', at, 'UTC') AT TIME ZONE 'UTC' AS date) FROM rollup_deltas")
+    )
+    for (day,) in days.all():
+        partitions.ensure(session, day)
+    taken = session.execute(text(_COMPACT_SUMS), {"closed": closed}).scalar_one()
+    session.execute(text(_COMPACT_HISTOGRAMS), {"closed": closed})
+    return int(taken)
+
+
+def rebuild(session: WriteSession, day: date, objectives: Objectives) -> int:
+    """Make the rollups of one UTC day again from its traces; how many traces there were.
+
+    ``session`` must see one moment (``Database.snapshot``): a batch that is written meanwhile then keeps its deltas,
+    and its traces are not seen here.
+    """
+    _alone(session)
+    partitions.ensure(session, day)
+    since = datetime(day.year, day.month, day.day, tzinfo=UTC)
+    window = {"since": since, "until": since + timedelta(days=1)}
+    for table in TABLES:
+        session.execute(text(f"DELETE FROM {table} WHERE at >= :since AND at < :until"), window)
+    goal = {
+        "ttft": objectives.ttft_s,
+        "tpot": objectives.tpot_s,
+        "smallest": histogram.SMALLEST,
+        "log_gamma": histogram.LOG_GAMMA,
+    }
+    session.execute(text(_REBUILD_MINUTES), window | goal)
+    session.execute(text(_REBUILD_MINUTE_HISTOGRAMS), window | goal)
+    session.execute(text(_REBUILD_HOURS), window)
+    session.execute(text(_REBUILD_HOUR_HISTOGRAMS), window)
+    rebuilt = text("SELECT coalesce(sum(requests), 0) FROM rollups_hour WHERE at >= :since AND at < :until")
+    return int(session.execute(rebuilt, window).scalar_one())
+
+
+def freshness(session: ReadSession) -> Freshness:
+    return Freshness(*session.execute(text("SELECT count(*), min(at) FROM rollup_deltas")).one())
+
+
+def forget_hours(session: WriteSession, before: datetime) -> int:
+    """Delete hourly rollups that are past their retention: a few hundred rows a day."""
+    gone = 0
+    for table in ("rollups_hour", "rollup_histograms_hour"):
+        result: Any = session.execute(text(f"DELETE FROM {table} WHERE at < :before"), {"before": before})
+        gone += result.rowcount
+    return gone
+
+
+def forget_batches(session: WriteSession, before: datetime) -> int:
+    """Delete the keys of batches too old to be written again; a trace's own key still keeps it from coming twice."""
+    result: Any = session.execute(text("DELETE FROM trace_batches WHERE written_at < :before"), {"before": before})
+    return int(result.rowcount)
+
+
+def _alone(session: WriteSession) -> None:
+    if not session.scalar(text("SELECT pg_try_advisory_xact_lock(:key)"), {"key": _COMPACTOR_LOCK}):
+        raise Busy("another process compacts or rebuilds the rollups")
+
+
+def _list(names: Sequence[str], form: str = "{}") -> str:
+    return ", ".join(form.format(name) for name in names)
+
+
+def _sums(source: str, key: Sequence[str]) -> str:
+    """SELECT of one row per key over ``source``, a relation with the columns of a rollup; arrays sum by place."""
+    totals = ", ".join(
+        [
+            *(f"CAST(sum({name}) AS bigint) AS {name}" for name in COUNTS),
+            *(f"sum({name}) AS {name}" for name in SECONDS),
+        ]
+    )
+    arrays = _list(POSITIONS, "coalesce({0}, '{{}}') AS {0}")
+    return f"""
+        SELECT {_list(key)}, {_list((*COUNTS, *SECONDS))}, {arrays}
+        FROM (SELECT {_list(key)}, {totals} FROM {source} GROUP BY {_list(key)}) AS total
+        LEFT JOIN (
+            SELECT {_list(key)}, array_agg(d ORDER BY place) AS drafted_per_pos,
+                array_agg(a ORDER BY place) AS accepted_per_pos
+            FROM (
+                SELECT {_list(key)}, place, CAST(sum(coalesce(d, 0)) AS bigint) AS d,
+                    CAST(sum(coalesce(a, 0)) AS bigint) AS a
+                FROM {source}, unnest(drafted_per_pos, accepted_per_pos) WITH ORDINALITY AS p (d, a, place)
+                GROUP BY {_list(key)}, place
+            ) AS by_place GROUP BY {_list(key)}
+        ) AS places USING ({_list(key)})"""
+
+
+def _histograms(source: str, key: Sequence[str]) -> str:
+    """The same of histograms: ``source`` has a row per key and sparse histogram."""
+    return f"""
+        SELECT {_list(key)}, array_agg(bucket ORDER BY bucket) AS idx, array_agg(n ORDER BY bucket) AS cnt
+        FROM (
+            SELECT {_list(key)}, bucket, CAST(sum(n) AS integer) AS n
+            FROM {source}, unnest(idx, cnt) AS b (bucket, n) GROUP BY {_list(key)}, bucket
+        ) AS by_bucket GROUP BY {_list(key)}"""
+
+
+def _add_sums(table: str, source: str, key: Sequence[str]) -> str:
+    """INSERT of sums, added to the row that is there."""
+    added = [f"{name} = {table}.{name} + excluded.{name}" for name in (*COUNTS, *SECONDS)]
+    added += [
+        f"{name} = (SELECT coalesce(array_agg(coalesce(x, 0) + coalesce(y, 0) ORDER BY place), '{{}}') "
+        f"FROM unnest({table}.{name}, excluded.{name}) WITH ORDINALITY AS p (x, y, place))"
+        for name in POSITIONS
+    ]
+    columns = _list((*key, *COUNTS, *SECONDS, *POSITIONS))
+    return (
+        f"INSERT INTO {table} ({columns}) {_sums(source, key)} ON CONFLICT ({_list(key)}) DO UPDATE SET "
+        + ", ".join(added)
+    )
+
+
+def _add_histograms(table: str, source: str, key: Sequence[str]) -> str:
+    both = f"""
+        SELECT array_agg(bucket ORDER BY bucket), array_agg(n ORDER BY bucket) FROM (
+            SELECT bucket, CAST(sum(n) AS integer) AS n FROM (
+                SELECT * FROM unnest({table}.idx, {table}.cnt)
+                UNION ALL SELECT * FROM unnest(excluded.idx, excluded.cnt)
+            ) AS each (bucket, n) GROUP BY bucket
+        ) AS merged"""
+    return (
+        f"INSERT INTO {table} ({_list((*key, 'idx', 'cnt'))}) {_histograms(source, key)} "
+        f"ON CONFLICT ({_list(key)}) DO UPDATE SET (idx, cnt) = ({both})"
+    )
+
+
+_HOUR_OF = "date_trunc('hour', at, 'UTC') AS at"
+_PER_HOUR = f"(SELECT {_HOUR_OF}, {_list((*HOUR_KEY[1:], *COUNTS, *SECONDS, *POSITIONS))} FROM {{}}) AS source"
+_PER_HOUR_HISTOGRAMS = f"(SELECT {_HOUR_OF}, metric, {_list((*HOUR_KEY[1:], 'idx', 'cnt'))} FROM {{}}) AS source"
+_OF_DAY = "{} WHERE at >= :since AND at < :until"
+
+_COMPACT_SUMS = f"""
+    WITH gone AS (DELETE FROM rollup_deltas WHERE at < :closed RETURNING *),
+    minutes AS ({_add_sums("rollups_minute", "gone", MINUTE_KEY)}),
+    hours AS ({_add_sums("rollups_hour", _PER_HOUR.format("gone"), HOUR_KEY)})
+    SELECT count(*) FROM gone"""
+_COMPACT_HISTOGRAMS = f"""
+    WITH gone AS (DELETE FROM rollup_delta_histograms WHERE at < :closed RETURNING *),
+    minutes AS ({_add_histograms("rollup_histograms_minute", "gone", ("metric", *MINUTE_KEY))}),
+    hours AS ({_add_histograms("rollup_histograms_hour", _PER_HOUR_HISTOGRAMS.format("gone"), ("metric", *HOUR_KEY))})
+    SELECT count(*) FROM gone"""
+
+_WELL = "(ttft_s <= :ttft AND (tpot_s IS NULL OR tpot_s <= :tpot) AND status = 'ok')"
+_RAW = f"""(
+    SELECT date_trunc('minute', started_at, 'UTC') AS at, {_list(MINUTE_KEY[1:])}, 1 AS requests,
+        CAST(status IN ('error', 'timeout') AS integer) AS errors, CAST(status = 'cancelled' AS integer) AS cancelled,
+        CAST(retry > 0 AS integer) AS retries, preemptions, CAST(coalesce({_WELL}, false) AS integer) AS good,
+        prompt_tokens, output_tokens, steps, drafted, accepted, drafted_per_pos, accepted_per_pos, draft_s, verify_s,
+        CASE WHEN ttft_s IS NULL THEN 0 ELSE greatest(e2e_s - ttft_s, 0) END AS decode_s
+    FROM traces WHERE started_at >= :since AND started_at < :until) AS raw"""
+_BUCKET = "CAST(ceil(ln(greatest(v, CAST(:smallest AS float8))) / CAST(:log_gamma AS float8)) AS smallint)"
+_RAW_HISTOGRAMS = f"""
+    SELECT {_list(MINUTE_KEY)}, metric, array_agg(bucket ORDER BY bucket), array_agg(n ORDER BY bucket) FROM (
+        SELECT date_trunc('minute', started_at, 'UTC') AS at, {_list(MINUTE_KEY[1:])}, metric, {_BUCKET} AS bucket,
+            CAST(count(*) AS integer) AS n
+        FROM traces, LATERAL (VALUES ('ttft', ttft_s), ('tpot', tpot_s), ('e2e', e2e_s), ('queue', queue_s),
+            ('acceptance_length', 1 + accepted / CAST(nullif(steps, 0) AS float8))) AS m (metric, v)
+        WHERE started_at >= :since AND started_at < :until AND status = 'ok' AND v IS NOT NULL
+        GROUP BY 1, {_list(MINUTE_KEY[1:])}, metric, bucket
+    ) AS by_bucket GROUP BY {_list(MINUTE_KEY)}, metric"""
+_REBUILD_MINUTES = (
+    f"INSERT INTO rollups_minute ({_list((*MINUTE_KEY, *COUNTS, *SECONDS, *POSITIONS))}) {_sums(_RAW, MINUTE_KEY)}"
+)
+_REBUILD_MINUTE_HISTOGRAMS = (
+    f"INSERT INTO rollup_histograms_minute ({_list((*MINUTE_KEY, 'metric', 'idx', 'cnt'))}) {_RAW_HISTOGRAMS}"
+)
+_REBUILD_HOURS = _add_sums("rollups_hour", _PER_HOUR.format(_OF_DAY.format("rollups_minute")), HOUR_KEY)
+_REBUILD_HOUR_HISTOGRAMS = _add_histograms(
+    "rollup_histograms_hour",
+    _PER_HOUR_HISTOGRAMS.format(_OF_DAY.format("rollup_histograms_minute")),
+    ("metric", *HOUR_KEY),
+)

@@ -1,0 +1,215 @@
+"""However far compaction is, a reader of any window finds what the raw traces say; so after a rebuild.
+
+The oracles are SQL over ``traces``, numpy and ddsketch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from ddsketch import DDSketch
+from sqlalchemy import text
+
+from engine.contracts import TraceRecord
+from engine.ops import upkeep
+from engine.settings import TelemetrySettings
+from engine.store import histogram
+from engine.store.database import Database
+from engine.store.repositories import audit, overview, rollups
+from engine.store.repositories.overview import Slice
+from engine.telemetry.spill import Batch, Spill
+from engine.telemetry.writer import TraceWriter
+from tests.telemetry.records import START, record
+
+SETTINGS = TelemetrySettings(objective_ttft_s=0.1, objective_tpot_s=0.05)
+END = START + timedelta(hours=14)
+WINDOWS = {
+    "a few minutes": Slice(START, START + timedelta(minutes=7)),
+    "all": Slice(START - timedelta(hours=1), END),
+    "ragged": Slice(START + timedelta(minutes=17), END - timedelta(minutes=23)),
+    "one class": Slice(START + timedelta(minutes=17), END, traffic_class="code"),
+    "one arm and version": Slice(START, END - timedelta(minutes=1), arm="canary", version=2),
+    "a replica": Slice(START, END, replica="replica-1"),
+}
+QS = (0.5, 0.9, 0.95, 0.99, 0.999)
+COUNTED = ("requests", "errors", "retries", "preemptions", "good", "output_tokens", "steps", "drafted", "accepted")
+SQL = {
+    "requests": "count(*)",
+    "errors": "count(*) FILTER (WHERE status IN ('error', 'timeout'))",
+    "retries": "count(*) FILTER (WHERE retry > 0)",
+    "good": "count(*) FILTER (WHERE status = 'ok' AND ttft_s <= 0.1 AND tpot_s <= 0.05)",
+}
+
+
+def records() -> list[TraceRecord]:
+    """1,200 requests over fourteen hours and two days, of two replicas."""
+    made = []
+    for number in range(1_200):
+        at = START + timedelta(seconds=number * 42, milliseconds=number % 997)
+        made.append(record(number, 5, started_at=at, replica_id=f"replica-{number % 2}", preemptions=number % 3))
+    return made
+
+
+def write(db: Database, folder: Path, chosen: list[TraceRecord]) -> None:
+    writer = TraceWriter(db, Spill(folder, 10**8), SETTINGS)
+    for seq, start in enumerate(range(0, len(chosen), 37), start=1):
+        writer._transaction(Batch(writer._writer_id, seq, chosen[start : start + 37]))
+
+
+def deltas_only(db: Database, folder: Path) -> None:
+    write(db, folder, records())
+
+
+def compacted(db: Database, folder: Path) -> None:
+    write(db, folder, records())
+    upkeep.compact(db, END + timedelta(hours=1))
+
+
+def late_and_half(db: Database, folder: Path) -> None:
+    """Compacted, then a spill from long ago comes, is compacted too, and more is written since."""
+    made = records()
+    write(db, folder, made[1::3])
+    upkeep.compact(db, END + timedelta(hours=1))
+    write(db, folder, made[0::3])
+    upkeep.compact(db, END - timedelta(hours=5))
+    write(db, folder, made[2::3])
+
+
+def rebuilt(db: Database, folder: Path) -> None:
+    late_and_half(db, folder)
+    with db.write() as session:
+        session.execute(text("UPDATE rollups_hour SET requests = requests + 3, good = 0"))
+        session.execute(text("DELETE FROM rollup_histograms_minute WHERE metric = 'e2e'"))
+    assert upkeep.rebuild(db, SETTINGS, None, None, lambda line: None) == 1_200
+
+
+def assert_read_right(db: Database) -> None:
+    with db.read() as session:
+        for name, part in WINDOWS.items():
+            where = "started_at >= :since AND started_at < :until"
+            filters = {"traffic_class": part.traffic_class, "arm": part.arm, "policy_version": part.version}
+            filters["replica_id"] = part.replica
+            given = {key: value for key, value in filters.items() if value is not None}
+            where += "".join(f" AND {key} = :{key}" for key in given)
+            bound = given | {"since": part.since, "until": part.until}
+            totals = ", ".join(f"{SQL.get(key, f'sum({key})')} AS {key}" for key in COUNTED)
+            raw = session.execute(text(f"SELECT {totals} FROM traces WHERE {where}"), bound).mappings().one()
+            (found,) = overview.sums(session, part)
+            assert {key: found[key] for key in COUNTED} == {key: raw[key] for key in COUNTED}, name
+            binned = overview.sums(session, part, ("traffic_class",), timedelta(hours=2))
+            assert sum(row["requests"] for row in binned) == raw["requests"], name
+            places = "unnest(drafted_per_pos, accepted_per_pos) WITH ORDINALITY AS p (d, a, place)"
+            by_place = f"SELECT place - 1, sum(d), sum(a) FROM traces, {places} WHERE {where} GROUP BY 1 ORDER BY 1"
+            expected = [tuple(map(int, row)) for row in session.execute(text(by_place), bound)]
+            positions = [(p["position"], p["drafted"], p["accepted"]) for p in overview.positions(session, part)]
+            assert positions == expected, name
+            for metric in rollups.METRICS:
+                value = "1 + accepted / CAST(nullif(steps, 0) AS float8)"
+                value = value if metric == "acceptance_length" else f"{metric}_s"
+                query = f"SELECT {value} FROM traces WHERE {where} AND status = 'ok' AND {value} IS NOT NULL"
+                values = [row[0] for row in session.execute(text(query), bound)]
+                (quantiles,) = overview.quantiles(session, part, metric, QS)
+                exact = np.quantile(values, QS, method="lower")
+                sketch = DDSketch(relative_accuracy=histogram.ALPHA)
+                for one in values:
+                    sketch.add(one)
+                for q, truth in zip(QS, exact, strict=True):
+                    ours, theirs = quantiles[f"q{q * 100:g}"], sketch.get_quantile_value(q)
+                    assert abs(ours - truth) <= truth * histogram.ALPHA * 1.001, (name, metric, q)
+                    assert abs(ours - theirs) <= theirs * 2.02 * histogram.ALPHA, (name, metric, q)
+
+
+STATES: list[Callable[[Database, Path], None]] = [deltas_only, compacted, late_and_half, rebuilt]
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_every_window_reads_as_the_raw_traces(
+    db: Database, tmp_path: Path, state: Callable[[Database, Path], None]
+) -> None:
+    state(db, tmp_path)
+    assert_read_right(db)
+    with db.read() as session:
+        assert audit.rolled_up(session) == audit.traces(session) == 1_200
+
+
+def test_compaction_leaves_one_row_a_key_and_takes_every_delta_once(db: Database, tmp_path: Path) -> None:
+    late_and_half(db, tmp_path)
+    for _ in range(2):
+        upkeep.compact(db, END + timedelta(hours=1))
+        with db.read() as session:
+            assert rollups.freshness(session) == rollups.Freshness(0, None)
+            for table in ("rollups_minute", "rollups_hour"):
+                assert session.scalar(text(f"SELECT sum(requests) FROM {table}")) == 1_200
+
+
+def test_rebuilding_waits_for_nobody_and_leaves_days_without_traces_alone(db: Database, tmp_path: Path) -> None:
+    compacted(db, tmp_path)
+    with db.write() as session:
+        session.execute(text(f"DROP TABLE traces_p{START:%Y%m%d}"))
+    first, second = START.date(), (START + timedelta(days=1)).date()
+    left = upkeep.rebuild(db, SETTINGS, first, second, lambda line: None)
+    with db.read() as session:
+        before = Slice(START - timedelta(hours=1), datetime(second.year, second.month, second.day, tzinfo=UTC))
+        (kept,) = overview.sums(session, before)
+    assert kept["requests"] == 1_200 - left > 0
+
+
+def test_a_batch_written_while_rollups_are_rebuilt_is_counted_once(db: Database, tmp_path: Path) -> None:
+    made = records()
+    write(db, tmp_path, made[:600])
+    with db.snapshot() as session:
+        session.execute(text("SELECT 1 FROM traces LIMIT 1"))
+        write(db, tmp_path, made[600:])
+        rollups.rebuild(session, START.date(), SETTINGS.objectives)
+        rollups.rebuild(session, (START + timedelta(days=1)).date(), SETTINGS.objectives)
+    assert_read_right(db)
+
+
+def _hours_overlap_the_minutes(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = Slice.whole_hours
+    monkeypatch.setattr(Slice, "whole_hours", lambda part: (right(part)[0] - timedelta(hours=1), right(part)[1]))
+
+
+def _deltas_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(overview, "_SUMS", (*overview._SUMS[:2], "(SELECT * FROM rollup_deltas LIMIT 0) AS none"))
+
+
+def _the_next_bucket(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = histogram.table
+
+    def wrong(*arguments: Any) -> histogram.Table:
+        return replace(right(*arguments), first=right(*arguments).first + 1)
+
+    monkeypatch.setattr(histogram, "table", wrong)
+
+
+@pytest.mark.parametrize("fault", [_hours_overlap_the_minutes, _deltas_are_forgotten, _the_next_bucket])
+def test_a_planted_fault_in_reading_shows(
+    db: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: Callable[[pytest.MonkeyPatch], None]
+) -> None:
+    late_and_half(db, tmp_path)
+    fault(monkeypatch)
+    with pytest.raises(AssertionError):
+        assert_read_right(db)
+
+
+def test_a_planted_fault_in_compaction_shows(db: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rollups, "_COMPACT_SUMS", rollups._COMPACT_SUMS.replace("+ excluded.good", ""))
+    late_and_half(db, tmp_path)
+    with pytest.raises(AssertionError):
+        assert_read_right(db)
+
+
+def test_old_hours_and_batches_are_forgotten(db: Database, tmp_path: Path) -> None:
+    compacted(db, tmp_path)
+    now = datetime.now(UTC)
+    upkeep.keep_partitions(db, TelemetrySettings(rollup_retention_days=1, retention_days=1), now + timedelta(days=400))
+    with db.read() as session:
+        for table in ("rollups_hour", "rollup_histograms_hour", "trace_batches"):
+            assert session.scalar(text(f"SELECT count(*) FROM {table}")) == 0

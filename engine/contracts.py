@@ -269,6 +269,7 @@ class PolicyVersion:
     parent_version: int | None = None
     mlflow_version: str | None = None
     mlflow_run_id: str | None = None
+    retired_at: datetime | None = None
 
 
 @dataclass(frozen=True, slots=True)

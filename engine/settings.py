@@ -72,16 +72,27 @@ class TelemetrySettings(Section):
 
 class LearnerSettings(Section):
     enabled: bool = Field(True, description="whether `slipstream up` starts a learner")
-    every_requests: PositiveInt = Field(80, description="a candidate is made after this many new trainable requests")
-    min_requests: PositiveInt = Field(64, description="no candidate before this many trainable requests")
-    window_requests: PositiveInt = Field(4_000, description="most recent requests a candidate learns from")
+    every_requests: PositiveInt = Field(
+        80, description="a further candidate is made after this many new trainable requests"
+    )
+    min_requests: PositiveInt = Field(64, description="the first candidate is made after this many trainable requests")
+    window_requests: PositiveInt = Field(
+        4_000, description="requests a candidate learns from: half the newest, half a sample of each class before"
+    )
     gate_share: float = Field(0.25, gt=0, lt=1, description="share of requests held out for the gate, by request hash")
     memory_max_bytes: PositiveInt = Field(16_000_000, description="bound on a trace memory")
+    memory_half_life: PositiveInt = Field(
+        1_024, description="later requests of its class after which a sighting in a trace memory counts half"
+    )
     num_speculative_tokens: PositiveInt = Field(4, description="K of the policies it makes")
     worst_class_drop: float = Field(
         0.02, ge=0, description="a class may lose this share of accepted tokens per step at most"
     )
     poll_s: PositiveFloat = Field(2.0, description="how often it looks for new traces, seconds")
+    duty_cycle: float = Field(0.25, gt=0, le=1, description="largest share of the time that attempts may take")
+    price_per_hour: float | None = Field(
+        None, ge=0, description="what an hour of the serving machine costs; with it, learning is accounted in money"
+    )
     auto_rollout: bool = Field(True, description="start a rollout for every version that passed the gate")
 
 

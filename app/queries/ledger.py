@@ -102,6 +102,13 @@ def lineage(version: int) -> list[Lineage]:
         return policies.lineage(session, version)
 
 
+@st.cache_data(ttl=timedelta(minutes=5), show_spinner=False)
+def traces_of(part: Lineage) -> list[UUID]:
+    """The traces of one part of a lineage, oldest first."""
+    with database().read() as session:
+        return policies.trace_ids(session, part.members)
+
+
 @st.cache_data(ttl=TTL, show_spinner=False)
 def taught(trace_id: UUID) -> list[int]:
     """Which versions a trace taught."""

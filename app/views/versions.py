@@ -140,9 +140,9 @@ def _traffic(part: Lineage) -> None:
     role = "Learned from" if part.role == "train" else "Judged on"
     window = f"{_time(part.window_from)} to {_time(part.window_to)}"
     classes = ", ".join(f"{count:,} {name}" for name, count in sorted(part.classes.items(), key=lambda c: -c[1]))
-    st.markdown(f"{role} **{len(part.trace_ids):,} traces**: {classes}  \n:gray[{window}]")
+    st.markdown(f"{role} **{part.traces:,} traces**: {classes}  \n:gray[{window}]")
     with st.expander("Traces", key=f"traces-{part.role}"):
-        frame = pd.DataFrame({"trace": [f"/traces?trace={trace_id}" for trace_id in part.trace_ids]})
+        frame = pd.DataFrame({"trace": [f"/traces?trace={trace_id}" for trace_id in ledger.traces_of(part)]})
         link = st.column_config.LinkColumn("trace", display_text="trace=(.*)")
         table(frame, {"trace": link}, f"lineage-{part.role}", height=240)
 

@@ -11,7 +11,7 @@ import numpy as np
 from safetensors import numpy as safetensors
 
 from engine.contracts import PolicyVersion, ProposerKind
-from engine.learner.memory import build_candidate
+from engine.learner.learner import build_candidate
 from engine.registry.artifacts import ArtifactStore
 from engine.registry.publish import publish as publish_version
 from engine.settings import Settings

@@ -1,35 +1,45 @@
 """The gate: whether a candidate may be registered at all. Pure; every refusal has a reason.
 
-Candidate and champion draft the same held-out responses (``speculation.replay``), so the comparison is paired and needs
-no target. The change in tokens per verify step is resampled over requests (percentile bootstrap, Efron 1979).
+Static checks first (``soundness``), then candidate and champion draft the same held-out responses
+(``speculation.replay``), so the comparison is paired and needs no target. The change in tokens per verify step is
+resampled over requests (percentile bootstrap, Efron 1979), in all and per class. What both earn is priced with the
+measured costs of the engine's target passes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from engine.contracts import SpecCounts, artifact_digest
+from engine.learner import price, soundness
 from engine.learner.traces import ServedTarget
 from engine.speculation.artifact import load_proposer
 from engine.speculation.proposer import PolicyError, Proposer
 from engine.speculation.replay import replay
-from engine.store.repositories.learning import TrainableTrace
+from engine.store.repositories.intake import TrainableTrace
 
 ALPHA = 0.05
-RESAMPLES = 2_000
+RESAMPLES = 5_000
 MIN_HELD_OUT = 8
 """Fewer held-out requests than this prove nothing, whatever they say."""
 MIN_CLASS = 3
 """A class with fewer held-out requests is shown but does not refuse."""
 
+Replayer = Callable[[Proposer, TrainableTrace, int], SpecCounts]
+"""What a policy earns on one held-out request with at most so many drafted tokens a step. The default replays the
+stored tokens, which is exact for proposers that need tokens only; one that drafts from hidden states brings its own."""
+
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """Tokens per verify step of both over the same ``n`` requests; ``low`` and ``high`` are one-sided 95 % bounds."""
+    """Tokens per verify step of both over the same ``n`` requests; ``low`` and ``high`` bound the change, one-sided.
+
+    ``champion_ms`` and ``candidate_ms`` are milliseconds of target passes per token, None without measured costs.
+    """
 
     n: int
     champion: float
@@ -37,6 +47,8 @@ class Comparison:
     delta: float
     low: float
     high: float
+    champion_ms: float | None = None
+    candidate_ms: float | None = None
 
     @property
     def change(self) -> float:
@@ -46,7 +58,9 @@ class Comparison:
 
 @dataclass(frozen=True, slots=True)
 class GateReport:
-    """``speedup`` is predicted over plain decoding at one request at a time, with drafts cut to ``speedup_k``."""
+    """``speedup`` is predicted over plain decoding, ``net`` over the champion, one request at a time, each policy with
+    its drafts cut to the length that pays most (the candidate's is ``speedup_k``). ``alpha``: the level of the bounds.
+    """
 
     passed: bool
     reasons: tuple[str, ...]
@@ -54,10 +68,21 @@ class GateReport:
     classes: Mapping[str, Comparison] | None = None
     speedup: float | None = None
     speedup_k: int | None = None
+    net: float | None = None
+    alpha: float = ALPHA
 
     def to_json(self) -> dict[str, Any]:
         tree = asdict(self)
         return {**tree, "reasons": list(self.reasons), "classes": tree["classes"] or {}}
+
+
+def level(refused_before: int) -> float:
+    """The error level of the next look at held-out requests that so many refused candidates have looked at already.
+
+    α / (k (k + 1)) for the k-th look: over all looks no more than α (a spending sequence, Σ 1/(k(k+1)) = 1).
+    """
+    k = refused_before + 1
+    return ALPHA / (k * (k + 1))
 
 
 def examine(
@@ -67,13 +92,17 @@ def examine(
     target: ServedTarget,
     worst_class_drop: float,
     rng: np.random.Generator,
+    alpha: float = ALPHA,
+    replayer: Replayer | None = None,
 ) -> GateReport:
     """Static checks first, then the replay: a candidate that does not fit the target is not even drafted with."""
+    if faults := soundness.faults(files):
+        return GateReport(False, tuple(faults))
     try:
         candidate = load_proposer(files, artifact_digest(files), target.fingerprint, target.tokenizer_fingerprint)
     except PolicyError as error:
         return GateReport(False, (f"it does not load: {error}",))
-    return compare(candidate, champion, held_out, target.step_cost_ms, worst_class_drop, rng)
+    return compare(candidate, champion, held_out, target.step_cost_ms, worst_class_drop, rng, alpha, replayer)
 
 
 def compare(
@@ -83,82 +112,85 @@ def compare(
     step_cost_ms: Mapping[int, float],
     worst_class_drop: float,
     rng: np.random.Generator,
+    alpha: float = ALPHA,
+    replayer: Replayer | None = None,
 ) -> GateReport:
     """Paired replay over ``held_out``; passes when every rule holds, else names each that does not."""
     if len(held_out) < MIN_HELD_OUT:
-        return GateReport(False, (f"only {len(held_out)} held-out requests, {MIN_HELD_OUT} are needed",))
-    old = [_counts(champion, trace) for trace in held_out]
-    new = [_counts(candidate, trace) for trace in held_out]
-    if not sum(counts.drafted for counts in new):
-        return GateReport(False, (f"it drafted nothing on {len(held_out)} held-out requests: it is empty",))
+        return GateReport(False, (f"only {len(held_out)} held-out requests, {MIN_HELD_OUT} are needed",), alpha=alpha)
+    replayer = replayer or stored
+    old = _earned(champion, held_out, step_cost_ms, replayer)
+    new = _earned(candidate, held_out, step_cost_ms, replayer)
+    if not sum(counts.drafted for counts in new.full):
+        reason = f"it drafted nothing on {len(held_out)} held-out requests: it is empty"
+        return GateReport(False, (reason,), alpha=alpha)
     names = [trace.traffic_class for trace in held_out]
-    classes = {
-        name: _compare(
-            [c for c, n in zip(old, names, strict=True) if n == name],
-            [c for c, n in zip(new, names, strict=True) if n == name],
-            rng,
-        )
-        for name in sorted(set(names))
-    }
-    overall = _compare(old, new, rng)
-    speedup, k = best_speedup(candidate, held_out, new, step_cost_ms) if step_cost_ms else (None, None)
-    reasons = _refusals(overall, classes, speedup, worst_class_drop)
-    return GateReport(not reasons, tuple(reasons) or (_praise(overall),), overall, classes, speedup, k)
+    classes = {name: _compare(old, new, [n == name for n in names], rng, alpha) for name in sorted(set(names))}
+    overall = _compare(old, new, [True] * len(names), rng, alpha)
+    report = GateReport(True, (), overall, classes, alpha=alpha)
+    if step_cost_ms:
+        plain, before, after = price.plain_ms(step_cost_ms), old.best_ms, new.best_ms
+        report = replace(report, speedup=plain / after, speedup_k=new.k, net=min(plain, before) / after)
+    reasons = _refusals(report, worst_class_drop)
+    return replace(report, passed=not reasons, reasons=tuple(reasons) or (_praise(overall),))
 
 
-def predicted_speedup(counts: Sequence[SpecCounts], step_cost_ms: Mapping[int, float]) -> float:
-    """Tokens per second over plain decoding, one request at a time: tokens · c(1) / Σ_steps c(1 + drafted).
-
-    c(rows) is the measured cost of a target pass, linear between measurements. A step that drafted d tokens verifies
-    1 + d rows; ``drafted_per_pos`` says how many steps drafted at least d.
-    """
-    rows = np.array(sorted(step_cost_ms), float)
-    cost = np.array([step_cost_ms[int(r)] for r in rows], float)
-    steps, tokens, at_least = 0, 0, list[int]()
-    for one in counts:
-        steps, tokens = steps + one.steps, tokens + one.steps + one.accepted
-        at_least.extend([0] * (len(one.drafted_per_pos) - len(at_least)))
-        for position, n in enumerate(one.drafted_per_pos):
-            at_least[position] += n
-    if not steps:
-        return 1.0
-    reached = np.array([steps, *at_least, 0], float)
-    drafted_exactly = reached[:-1] - reached[1:]
-    spent = drafted_exactly @ np.interp(1.0 + np.arange(len(drafted_exactly)), rows, cost)
-    return float(tokens * np.interp(1.0, rows, cost) / spent)
+def stored(proposer: Proposer, trace: TrainableTrace, k: int) -> SpecCounts:
+    """Against the tokens that the target really chose."""
+    return replay(proposer, trace.traffic_class, trace.prompt_ids, trace.output_ids, k=k, max_tokens=trace.max_tokens)
 
 
-def best_speedup(
-    candidate: Proposer,
-    held_out: Sequence[TrainableTrace],
-    full: Sequence[SpecCounts],
-    step_cost_ms: Mapping[int, float],
-) -> tuple[float, int]:
-    """The predicted speed-up at the draft length that gives most: the engine, too, cuts drafts that do not pay."""
-    options = {candidate.num_speculative_tokens: predicted_speedup(full, step_cost_ms)}
-    for k in {1, candidate.num_speculative_tokens // 2} - {0, candidate.num_speculative_tokens}:
-        options[k] = predicted_speedup([_counts(candidate, trace, k) for trace in held_out], step_cost_ms)
-    best = max(options, key=lambda k: options[k])
-    return options[best], best
+@dataclass(frozen=True, slots=True)
+class _Earned:
+    """Counts per held-out request with full drafts, and with drafts cut to ``k``, the length that pays most."""
+
+    full: list[SpecCounts]
+    best: list[SpecCounts]
+    k: int
+    costs: Mapping[int, float]
+
+    @property
+    def best_ms(self) -> float:
+        return price.ms_per_token(self.best, self.costs)
 
 
-def _refusals(
-    overall: Comparison, classes: Mapping[str, Comparison], speedup: float | None, worst_class_drop: float
-) -> list[str]:
-    reasons = []
+def _earned(
+    proposer: Proposer, held_out: Sequence[TrainableTrace], costs: Mapping[int, float], replayer: Replayer
+) -> _Earned:
+    most = proposer.num_speculative_tokens
+    full = [replayer(proposer, trace, most) for trace in held_out]
+    found = _Earned(full, full, most, costs)
+    if not costs:
+        return found
+    for k in sorted({1, most // 2} - {0, most}):  # the engine, too, cuts drafts that do not pay
+        cut = _Earned(full, [replayer(proposer, trace, k) for trace in held_out], k, costs)
+        found = min(found, cut, key=lambda option: option.best_ms)
+    return found
+
+
+def _refusals(report: GateReport, worst_class_drop: float) -> list[str]:
+    overall, reasons = report.overall, []
+    assert overall is not None
     if not overall.low > 0:
         reasons.append(
             f"no certain gain: {overall.candidate:.3f} tokens per verify step against {overall.champion:.3f}, "
             f"lower bound of the change {overall.low:+.3f}"
         )
-    for name, one in classes.items():
+    for name, one in (report.classes or {}).items():
         if one.n >= MIN_CLASS and one.change < -worst_class_drop:
             reasons.append(
                 f"class {name} loses {-one.change:.1%} (allowed {worst_class_drop:.0%}): {one.candidate:.3f} tokens "
                 f"per verify step against {one.champion:.3f} on {one.n} requests"
             )
-    if speedup is not None and not speedup > 1.0:
-        reasons.append(f"predicted speed-up over plain decoding is {speedup:.2f}, not above 1, with the measured costs")
+    if report.speedup is not None and not report.speedup > 1.0:
+        reasons.append(
+            f"predicted speed-up over plain decoding is {report.speedup:.2f}, not above 1, with the measured costs"
+        )
+    if report.net is not None and not report.net > 1.0:
+        reasons.append(
+            f"predicted net speed-up over the champion is {report.net:.3f}, not above 1: the rows it verifies more "
+            "cost what it accepts more"
+        )
     return reasons
 
 
@@ -169,22 +201,24 @@ def _praise(overall: Comparison) -> str:
     )
 
 
-def _counts(proposer: Proposer, trace: TrainableTrace, k: int | None = None) -> SpecCounts:
-    return replay(proposer, trace.traffic_class, trace.prompt_ids, trace.output_ids, k=k, max_tokens=trace.max_tokens)
-
-
-def _compare(old: Sequence[SpecCounts], new: Sequence[SpecCounts], rng: np.random.Generator) -> Comparison:
+def _compare(old: _Earned, new: _Earned, chosen: Sequence[bool], rng: np.random.Generator, alpha: float) -> Comparison:
     """Ratio of sums of both, and the bootstrap of their difference: the same resampled requests for both."""
-    table = np.array([[a.steps + a.accepted, a.steps, b.steps + b.accepted, b.steps]
-                      for a, b in zip(old, new, strict=True)], float)  # fmt: skip
+    pairs = [(a, b) for a, b, wanted in zip(old.full, new.full, chosen, strict=True) if wanted]
+    table = np.array([[a.steps + a.accepted, a.steps, b.steps + b.accepted, b.steps] for a, b in pairs], float)
     n = len(table)
     picks = rng.multinomial(n, np.full(n, 1.0 / n), size=RESAMPLES)  # [RESAMPLES, n]: how often each request is drawn
     x_old, y_old, x_new, y_new = (picks @ table).T
     deltas = _ratio(x_new, y_new) - _ratio(x_old, y_old)
     a, b, c, d = table.sum(0)
     before, after = float(_ratio(a, b)), float(_ratio(c, d))
-    low, high = np.quantile(deltas, [ALPHA, 1 - ALPHA])
-    return Comparison(n, before, after, after - before, float(low), float(high))
+    low, high = np.quantile(deltas, [alpha, 1 - alpha])
+    cost: list[float | None] = [None, None]
+    if old.costs:
+        cost = [
+            price.ms_per_token([c for c, wanted in zip(one.best, chosen, strict=True) if wanted], one.costs)
+            for one in (old, new)
+        ]
+    return Comparison(n, before, after, after - before, float(low), float(high), cost[0], cost[1])
 
 
 def _ratio(x: Any, y: Any) -> Any:

@@ -1,40 +1,46 @@
 """The learner: after enough new traffic make a candidate, gate it, publish it, and keep a record of the attempt.
 
-It reads traces and writes versions; it never changes what is served. The controller tries what it publishes.
+It reads traces and writes versions; it never changes what is served. The controller tries what it publishes. What it
+knows is in the database: it may be killed at any moment, and the next one goes on from the last transaction.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import socket
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from datetime import UTC, datetime
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime, timedelta
 
 import numpy as np
 from sqlalchemy.exc import SQLAlchemyError
 
 from engine.contracts import PolicyVersion, SlipstreamError, artifact_digest
 from engine.learner import gate, memory, traces
-from engine.learner.gate import GateReport
-from engine.learner.traces import NoTarget, ServedTarget, Split
+from engine.learner.memory import MemoryLearner
+from engine.learner.traces import NoTarget, ServedTarget, TraceBuffer
 from engine.registry.artifacts import ArtifactStore
 from engine.registry.publish import publish
 from engine.settings import Settings
 from engine.speculation.artifact import load_proposer
-from engine.store.database import Database
-from engine.store.repositories import learning, plans, policies, rollouts
+from engine.store.database import Database, WriteSession
+from engine.store.repositories import intake, learning, leases, plans, policies, rollouts
+from engine.store.repositories.intake import TrainableTrace
 from engine.store.repositories.learning import ERROR, REFUSED, REGISTERED, Attempt
 
-NICENESS = 10
+NICENESS = 19
+LEASE, LEASE_S = "learner", 60.0
 log = logging.getLogger(__name__)
 Clock = Callable[[], datetime]
 
 
 def run(settings: Settings, db: Database, stop: threading.Event, clock: Clock = lambda: datetime.now(UTC)) -> None:
-    """Learn until ``stop`` is set, at low priority: serving comes first."""
+    """Learn until ``stop`` is set, at the lowest priority: serving comes first."""
     os.nice(NICENESS)
     learner = Learner(settings, db, ArtifactStore(settings.dir("policies")), clock)
     while not stop.is_set():
@@ -49,30 +55,57 @@ def run(settings: Settings, db: Database, stop: threading.Event, clock: Clock = 
 
 @dataclass(frozen=True, slots=True)
 class Situation:
-    """What an attempt starts from."""
+    """What an attempt starts from. ``alpha``: the level its gate may spend; ``token`` fences what it writes."""
 
     target: ServedTarget
     champion: PolicyVersion
-    split: Split
+    train: tuple[TrainableTrace, ...]
+    held_out: tuple[TrainableTrace, ...]
+    through: int
+    alpha: float
+    token: int
+
+
+@dataclass(slots=True)
+class Meter:
+    """CPU seconds of this process by part of an attempt."""
+
+    clock: Callable[[], float] = time.process_time
+    seconds: dict[str, float] = field(default_factory=lambda: {"learn": 0.0, "gate": 0.0, "export": 0.0})
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        began = self.clock()
+        try:
+            yield
+        finally:
+            self.seconds[name] += self.clock() - began
 
 
 class Learner:
-    """Keeps no state of its own: when to learn next is read from the record of attempts."""
+    """What it keeps in memory only saves work: counted blocks and the tokens of the buffer."""
 
     def __init__(self, settings: Settings, db: Database, store: ArtifactStore, clock: Clock, seed: int = 0) -> None:
         self.settings, self.db, self.store, self.clock = settings, db, store, clock
         self.rng = np.random.default_rng(seed)
+        self.holder = f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:6]}"
+        self._buffer, self._memory = TraceBuffer(settings.learner.window_requests), MemoryLearner()
 
     def attempt_if_due(self) -> Attempt | None:
-        """One attempt when there is enough new traffic and nothing is being tried; None otherwise."""
-        now = self.clock()
+        """Take in what is new; then one attempt when there is enough and nothing is being tried. None otherwise."""
+        now, began = self.clock(), time.process_time()
+        with self.db.write() as session:
+            token = leases.acquire(session, LEASE, self.holder, now, LEASE_S)
+        if token is None:  # another learner is at work
+            return None
+        traces.take_in(self.db, self.settings.learner.gate_share)
         try:
-            situation = self._situation(now)
+            situation = self._situation(now, token)
         except NoTarget:  # the engine is starting, or stopped: there is nothing to learn for
             return None
-        return self._attempt(situation, now) if situation is not None else None
+        return self._attempt(situation, now, began) if situation is not None else None
 
-    def _situation(self, now: datetime) -> Situation | None:
+    def _situation(self, now: datetime, token: int) -> Situation | None:
         wanted = self.settings.learner
         with self.db.read() as session:
             plan = plans.latest(session)
@@ -81,63 +114,118 @@ class Learner:
             if wanted.auto_rollout and learning.awaiting_rollout(session, plan.champion) is not None:
                 return None
             target = traces.served_target(session, now)
-            last = next(iter(learning.attempts(session, limit=1)), None)
-            enough = wanted.every_requests if last is not None else max(wanted.every_requests, wanted.min_requests)
-            if learning.new_trainable(session, target.model, last.started_at if last else None) < enough:
+            past = learning.attempts(session)
+            last = past[0] if past else None
+            if last is not None and now < _rested(last, wanted.duty_cycle):
+                return None
+            enough = wanted.min_requests if last is None else wanted.every_requests
+            if intake.count(session, target.model, last.through if last else 0) < enough:
+                return None
+            passed = next((n for n, a in enumerate(past) if a.outcome == REGISTERED), len(past))
+            held_out = traces.held_out(session, target.model, past[passed].through if passed < len(past) else 0)
+            if len(held_out) < gate.MIN_HELD_OUT:  # they come with the traffic
                 return None
             champion = policies.get(session, plan.champion)
-            split = traces.load(session, target.model, wanted.window_requests, wanted.gate_share)
+            train = self._buffer.refresh(session, target.model)
+            through = intake.last_ordinal(session, target.model)
         assert champion is not None  # the ledger's foreign key
-        return Situation(target, champion, split)
+        looked = sum(a.outcome == REFUSED for a in past[:passed])
+        return Situation(target, champion, train, held_out, through, gate.level(looked), token)
 
-    def _attempt(self, situation: Situation, now: datetime) -> Attempt:
-        began = time.process_time()
+    def _attempt(self, situation: Situation, now: datetime, began: float) -> Attempt:
+        meter = Meter()
         attempt = Attempt(
             started_at=now,
             finished_at=now,
             outcome=ERROR,
             reason="",
-            train_traces=len(situation.split.train),
-            gate_traces=len(situation.split.held_out),
+            train_traces=len(situation.train),
+            gate_traces=len(situation.held_out),
             gate={},
             cpu_s=0.0,
             parent_version=situation.champion.version,
+            through=situation.through,
         )
+
+        def record(session: WriteSession, attempt: Attempt) -> Attempt:
+            leases.check(session, LEASE, self.holder, situation.token)
+            done = replace(
+                attempt,
+                finished_at=self.clock(),
+                cpu_s=time.process_time() - began,
+                learn_cpu_s=meter.seconds["learn"],
+                gate_cpu_s=meter.seconds["gate"],
+                export_cpu_s=meter.seconds["export"],
+            )
+            return replace(done, id=learning.record(session, done))
+
         try:
-            attempt = self._learn(situation, attempt)
+            attempt = self._learn(situation, attempt, meter, record)
+        except leases.LeaseLost:
+            raise
         except Exception as error:
             # Whatever went wrong is an outcome: it is kept, and the next traffic gets its chance.
             log.exception("the attempt failed")
             attempt = replace(attempt, reason=f"{type(error).__name__}: {error}")
-        attempt = replace(attempt, finished_at=self.clock(), cpu_s=time.process_time() - began)
-        with self.db.write() as session:
-            attempt = replace(attempt, id=learning.record(session, attempt))
+        if attempt.id is None:
+            with self.db.write() as session:
+                attempt = record(session, attempt)
         log.info("attempt %s: %s: %s", attempt.id, attempt.outcome, attempt.reason)
         return attempt
 
-    def _learn(self, situation: Situation, attempt: Attempt) -> Attempt:
-        target, champion, split = situation.target, situation.champion, situation.split
-        files = memory.build_memory(split.train, target, self.settings.learner, champion.digest)
+    def _learn(
+        self, situation: Situation, attempt: Attempt, meter: Meter, record: Callable[[WriteSession, Attempt], Attempt]
+    ) -> Attempt:
+        target, champion, wanted = situation.target, situation.champion, self.settings.learner
+        with meter.part("learn"):
+            files = memory.build_memory(situation.train, target, wanted, champion.digest, self._memory)
         with self.db.read() as session:
             known = policies.by_digest(session, artifact_digest(files))
         if known is not None:
             return replace(attempt, outcome=REFUSED, reason=f"no news: the same policy is v{known.version} already")
-        resident = load_proposer(self.store.files(champion.digest), champion.digest, target.fingerprint)
-        report = gate.examine(files, resident, split.held_out, target, self.settings.learner.worst_class_drop, self.rng)
-        reason = "; ".join(report.reasons)
+        with meter.part("gate"):
+            resident = load_proposer(self.store.files(champion.digest), champion.digest, target.fingerprint)
+            report = gate.examine(
+                files, resident, situation.held_out, target, wanted.worst_class_drop, self.rng, situation.alpha
+            )
+        attempt = replace(attempt, reason="; ".join(report.reasons), gate=report.to_json())
         if not report.passed:
-            return replace(attempt, outcome=REFUSED, reason=reason, gate=report.to_json())
-        made = self._publish(situation, files, report, reason)
-        return replace(attempt, outcome=REGISTERED, reason=reason, gate=report.to_json(), version=made.version)
+            return replace(attempt, outcome=REFUSED)
+        done = attempt
 
-    def _publish(self, situation: Situation, files: dict[str, bytes], report: GateReport, note: str) -> PolicyVersion:
-        split = situation.split
-        return publish(
-            self.db,
-            self.store,
-            files,
-            parent=situation.champion.version,
-            gate=report.to_json(),
-            lineage=[traces.lineage("train", split.train), traces.lineage("gate", split.held_out)],
-            note=note,
-        )
+        def with_attempt(session: WriteSession, made: PolicyVersion) -> None:
+            nonlocal done
+            done = record(session, replace(attempt, outcome=REGISTERED, version=made.version))
+
+        with meter.part("export"):
+            publish(
+                self.db,
+                self.store,
+                files,
+                parent=champion.version,
+                gate=attempt.gate,
+                lineage=[
+                    traces.lineage(policies.TRAIN, situation.train),
+                    traces.lineage(policies.GATE, situation.held_out),
+                ],
+                note=attempt.reason,
+                also=with_attempt,
+            )
+        return done
+
+
+def _rested(last: Attempt, duty_cycle: float) -> datetime:
+    """When the next attempt may begin, so that attempts take no more than this share of the time."""
+    took = (last.finished_at - last.started_at).total_seconds()
+    return last.finished_at + timedelta(seconds=took * (1.0 / duty_cycle - 1.0))
+
+
+def build_candidate(settings: Settings, db: Database, now: datetime | None = None) -> dict[str, bytes]:
+    """What would be proposed from the traces of this moment, without a gate."""
+    traces.take_in(db, settings.learner.gate_share)
+    with db.read() as session:
+        target = traces.served_target(session, now or datetime.now(UTC))
+        train = TraceBuffer(settings.learner.window_requests).refresh(session, target.model)
+        plan = plans.latest(session)
+        parent = policies.get(session, plan.champion) if plan is not None else None
+    return memory.build_memory(train, target, settings.learner, parent.digest if parent else None)

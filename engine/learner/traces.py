@@ -1,7 +1,8 @@
-"""What a candidate learns from and what it is judged on: recent finished responses, split once and for ever.
+"""Which traces teach and which judge: split by the request, for ever, and kept in a bounded buffer.
 
-The split is by hash of the trace id, the same for every candidate, so a trace that judges has never taught anybody:
-neither this candidate nor the champion it is compared with.
+The split is by hash of the prompt's tokens, so a prompt that comes again, from whomever, lies on the side where it lay
+the first time, and what judges a candidate has never taught anybody. Only the buffer's traces teach: half of it is the
+newest traffic, the other half a uniform sample per class of what was before, so that a class which comes back is known.
 """
 
 from __future__ import annotations
@@ -11,18 +12,21 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from uuid import UUID
+
+import numpy as np
 
 from engine.contracts import SlipstreamError
-from engine.store.database import ReadSession
-from engine.store.repositories import learning, replicas
-from engine.store.repositories.learning import TrainableTrace
+from engine.store.database import Database, ReadSession
+from engine.store.members import Members
+from engine.store.repositories import intake, replicas
+from engine.store.repositories.intake import TrainableTrace
 from engine.store.repositories.policies import Lineage
 
 RECENT = timedelta(seconds=60)
 """A replica that has not spoken for longer no longer says which target is served."""
 MAX_HELD_OUT = 256
 """The gate replays at most this many held-out requests, the newest: it must not cost what it saves."""
+TAKEN_AT_ONCE = 500
 
 
 class NoTarget(SlipstreamError):
@@ -39,14 +43,6 @@ class ServedTarget:
     step_cost_ms: Mapping[int, float]
 
 
-@dataclass(frozen=True, slots=True)
-class Split:
-    """Newest first, both. ``held_out`` is for the gate."""
-
-    train: tuple[TrainableTrace, ...]
-    held_out: tuple[TrainableTrace, ...]
-
-
 def served_target(session: ReadSession, now: datetime) -> ServedTarget:
     """What the live replicas say they serve."""
     for replica in replicas.live(session, now, RECENT):
@@ -61,25 +57,63 @@ def served_target(session: ReadSession, now: datetime) -> ServedTarget:
     raise NoTarget("No live replica names the fingerprint of its target model. Start an engine: `slipstream engine`.")
 
 
-def load(session: ReadSession, model: str, window: int, gate_share: float) -> Split:
-    """The newest ``window`` trainable traces of ``model``, split."""
-    found = learning.recent_trainable(session, model, window)
-    train, held_out = list[TrainableTrace](), list[TrainableTrace]()
-    for trace in found:
-        (held_out if is_held_out(trace.trace_id, gate_share) else train).append(trace)
-    return Split(tuple(train), tuple(held_out[:MAX_HELD_OUT]))
+def request_hash(prompt_ids: Sequence[int]) -> int:
+    """64 bits of the prompt's tokens, signed as Postgres keeps them."""
+    tokens = np.asarray(prompt_ids, "<i4").tobytes()
+    return int.from_bytes(hashlib.blake2b(tokens, digest_size=8, person=b"request").digest(), "big", signed=True)
 
 
-def is_held_out(trace_id: UUID, share: float) -> bool:
-    """Whether a trace judges instead of teaching; uniform over ids, whatever way they were made."""
-    digest = hashlib.blake2b(trace_id.bytes, digest_size=8, person=b"gate").digest()
-    return int.from_bytes(digest, "big") < share * 2**64
+def is_held_out(key: int, share: float) -> bool:
+    """Whether a request judges instead of teaching; uniform over hashes."""
+    return key % 2**64 < share * 2**64
+
+
+def take_in(db: Database, gate_share: float) -> int:
+    """Take in every trace that was written since; how many. Transactions of bounded size, each its own progress."""
+    taken = 0
+    while True:
+        with db.write() as session:
+            rows = intake.take_in(session, request_hash, lambda key: is_held_out(key, gate_share), TAKEN_AT_ONCE)
+        taken += len(rows)
+        if len(rows) < TAKEN_AT_ONCE:
+            return taken
+
+
+class TraceBuffer:
+    """The training traces of one model, at most ``size``. Only what is new in it is read from the database."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self._known: dict[int, TrainableTrace] = {}
+
+    def refresh(self, session: ReadSession, model: str) -> tuple[TrainableTrace, ...]:
+        """Ascending by ordinal. What has left the buffer, or may no longer be used, is forgotten here too."""
+        wanted = buffered(session, model, self.size)
+        missing = [ordinal for ordinal in wanted if ordinal not in self._known]
+        fresh = {trace.ordinal: trace for trace in intake.load(session, missing)}
+        self._known = {o: trace for o in wanted if (trace := fresh.get(o) or self._known.get(o)) is not None}
+        return tuple(self._known.values())
+
+
+def buffered(session: ReadSession, model: str, size: int) -> list[int]:
+    """Ordinals of the buffer: the newest half, and an equal sample of each class of what came before."""
+    newest = intake.recent(session, model, held_out=False, limit=size - size // 2)
+    if len(newest) < size - size // 2:
+        return newest  # there is nothing before
+    names = intake.classes(session, model, before=newest[0])
+    room = size // 2 // max(1, len(names))
+    return sorted([*newest, *(o for name in names for o in intake.sample(session, model, name, newest[0], room))])
+
+
+def held_out(session: ReadSession, model: str, after: int) -> tuple[TrainableTrace, ...]:
+    """The newest held-out traces taken in after an ordinal: those on which no version has passed yet."""
+    return tuple(intake.load(session, intake.recent(session, model, held_out=True, limit=MAX_HELD_OUT, after=after)))
 
 
 def lineage(role: str, traces: Sequence[TrainableTrace]) -> Lineage:
     """Which traces took part in ``role``, for the record."""
     starts = [trace.started_at for trace in traces]
-    return Lineage(role, [t.trace_id for t in traces], min(starts), max(starts), classes(traces))
+    return Lineage(role, Members.of(t.ordinal for t in traces), min(starts), max(starts), classes(traces))
 
 
 def classes(traces: Sequence[TrainableTrace]) -> dict[str, int]:

@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from uuid import UUID
 
 from engine.contracts import CANARY, PolicyVersion, ServingPlan
 from engine.registry.artifacts import ArtifactError, ArtifactStore
@@ -104,7 +105,9 @@ class MlflowRegistry:
         """The run that holds a version's files: that of the attempt which made it, or, where none did, its own."""
         with db.read() as session:
             attempt = learning.of_version(session, version.version)
-            lineage = policies.lineage(session, version.version)
+            lineage = [
+                (part, policies.trace_ids(session, part.members)) for part in policies.lineage(session, version.version)
+            ]
         if attempt is not None:
             run_id = attempt.mlflow_run_id or self._attempt_run(experiment_id, attempt)
         else:
@@ -141,6 +144,7 @@ class MlflowRegistry:
             "parent_version": attempt.parent_version,
             "train_traces": attempt.train_traces,
             "gate_traces": attempt.gate_traces,
+            "through": attempt.through,
         }
         self.client.log_batch(
             run_id,
@@ -149,12 +153,12 @@ class MlflowRegistry:
         )
         self.client.log_dict(run_id, attempt.gate, "gate.json")
 
-    def _log_lineage(self, run_id: str, lineage: list[Lineage]) -> None:
+    def _log_lineage(self, run_id: str, lineage: list[tuple[Lineage, list[UUID]]]) -> None:
         """Which traces taught and judged, as dataset inputs; every id in an artifact beside them."""
         from mlflow.entities import Dataset, DatasetInput, InputTag
 
-        for part in lineage:
-            ids = sorted(str(trace_id) for trace_id in part.trace_ids)
+        for part, trace_ids in lineage:
+            ids = sorted(map(str, trace_ids))
             window = {"from": part.window_from.isoformat(), "to": part.window_to.isoformat()}
             dataset = Dataset(
                 name=f"traces-{part.role}",
@@ -220,12 +224,15 @@ def reconcile_aliases(client: MlflowClient, wanted: Mapping[str, str | None]) ->
 
 def metrics(attempt: Attempt) -> dict[str, float]:
     """The gate's numbers, flat, under names that MLflow takes."""
-    found = {"cpu_s": attempt.cpu_s}
+    costs = ("cpu_s", "learn_cpu_s", "gate_cpu_s", "export_cpu_s")
+    found: dict[str, float] = {name: getattr(attempt, name) for name in costs}
     gate: Mapping[str, Any] = attempt.gate
     tables = {"all": gate.get("overall"), **(gate.get("classes") or {})}
     for segment, table in tables.items():
         for key, value in (table or {}).items():
-            found[f"gate/{re.sub(r'[^A-Za-z0-9_.-]', '_', segment)}/{key}"] = float(value)
-    if gate.get("speedup") is not None:
-        found["gate/speedup"] = float(gate["speedup"])
+            if value is not None:
+                found[f"gate/{re.sub(r'[^A-Za-z0-9_.-]', '_', segment)}/{key}"] = float(value)
+    for key in ("speedup", "net", "alpha"):
+        if gate.get(key) is not None:
+            found[f"gate/{key}"] = float(gate[key])
     return found

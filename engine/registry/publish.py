@@ -7,12 +7,12 @@ mirrors the table later (``mlflow_registry``).
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from engine.contracts import PolicyVersion, ProposerKind, SlipstreamError
 from engine.registry.artifacts import ArtifactStore
-from engine.store.database import Database
+from engine.store.database import Database, WriteSession
 from engine.store.repositories import policies
 from engine.store.repositories.policies import Lineage
 
@@ -28,15 +28,18 @@ def publish(
     gate: dict[str, Any] | None = None,
     lineage: Sequence[Lineage] = (),
     note: str = "",
+    also: Callable[[WriteSession, PolicyVersion], None] | None = None,
 ) -> PolicyVersion:
     """Make a version of these files. The same files again give the version they already have.
+
+    ``also`` writes in the same transaction what must be there if and only if the version is.
 
     Whether the policy is any good is the gate's question, not asked here: what is published can be tried by a rollout.
     """
     manifest = _manifest(files)
     digest = store.put(files)
     with db.write() as session:
-        return policies.register(
+        made = policies.register(
             session,
             digest=digest,
             kind=ProposerKind(manifest["kind"]),
@@ -47,6 +50,9 @@ def publish(
             note=note,
             lineage=lineage,
         )
+        if also is not None:
+            also(session, made)
+        return made
 
 
 def ensure_version(db: Database, store: ArtifactStore, files: Mapping[str, bytes], note: str = "") -> PolicyVersion:

@@ -24,7 +24,7 @@ from engine.speculation.proposer import PolicyError, read_settings
 __all__ = ["MEMORY_FILE", "TraceMemory", "TraceMemoryBuilder", "TraceMemoryProposer", "load"]
 
 MEMORY_FILE = "memory.safetensors"
-DEFAULTS: dict[str, int | float] = {"min_n": MIN_ORDER, "max_n": MAX_ORDER, "min_confidence": 0.35}
+DEFAULTS: dict[str, int | float] = {"min_n": MIN_ORDER, "max_n": MAX_ORDER, "min_confidence": 0.35, "unit": 1}
 
 
 class ClassMemory:
@@ -37,16 +37,17 @@ class ClassMemory:
     def __len__(self) -> int:
         return len(self.key)
 
-    def next_after(self, tail: Sequence[int]) -> tuple[int, float] | None:
+    def next_after(self, tail: Sequence[int], unit: int = 1) -> tuple[int, float] | None:
         """(most frequent next token, its confidence) after exactly these n tokens.
 
-        Confidence is count / (total + 1): a single sighting is worth one half, not certainty.
+        Confidence is count / (total + unit), where ``unit`` is what one fresh sighting counts: a single one is worth
+        one half, not certainty, and less when it is old.
         """
         key = ngram_hash(tail)
         at = bisect_left(self.key, key)
         if at == len(self.key) or self.key[at] != key:
             return None
-        return self.token[at], self.count[at] / (self.total[at] + 1)
+        return self.token[at], self.count[at] / (self.total[at] + unit)
 
 
 class TraceMemory:
@@ -91,8 +92,8 @@ def _checked(traffic_class: str, columns: Mapping[str, np.ndarray]) -> ClassMemo
 
 
 class TraceMemoryDrafter:
-    def __init__(self, index: ContextIndex, memory: ClassMemory | None, min_confidence: float) -> None:
-        self.index, self.memory, self.min_confidence = index, memory, min_confidence
+    def __init__(self, index: ContextIndex, memory: ClassMemory | None, min_confidence: float, unit: int) -> None:
+        self.index, self.memory, self.min_confidence, self.unit = index, memory, min_confidence, unit
         self.confidence: list[float] = []
 
     def propose(self, k: int) -> list[int]:
@@ -115,7 +116,7 @@ class TraceMemoryDrafter:
             token = self.index.next_after(tail)
             if token is not None:
                 return token, match_confidence(n)
-            if self.memory is not None and (found := self.memory.next_after(tail)) is not None:
+            if self.memory is not None and (found := self.memory.next_after(tail, self.unit)) is not None:
                 return found
         return None
 
@@ -131,6 +132,7 @@ class TraceMemoryProposer:
     max_n: int = MAX_ORDER
     min_confidence: float = 0.35
     control: ControlSettings = DEFAULT_CONTROL
+    unit: int = 1
     kind: ProposerKind = ProposerKind.TRACE_MEMORY
 
     def __post_init__(self) -> None:
@@ -139,10 +141,12 @@ class TraceMemoryProposer:
                 f"A trace_memory policy needs {MIN_ORDER} <= min_n <= max_n <= {MAX_ORDER}, "
                 f"got {self.min_n} and {self.max_n}."
             )
+        if self.unit < 1:
+            raise PolicyError(f"A trace_memory policy needs unit >= 1, got {self.unit}.")
 
     def start(self, prompt_ids: Sequence[int], traffic_class: str) -> TraceMemoryDrafter:
         index = ContextIndex(prompt_ids, self.min_n, self.max_n)
-        return TraceMemoryDrafter(index, self.memory.classes.get(traffic_class), self.min_confidence)
+        return TraceMemoryDrafter(index, self.memory.classes.get(traffic_class), self.min_confidence, self.unit)
 
 
 def load(num_speculative_tokens: int, settings: Mapping[str, Any], files: Mapping[str, bytes]) -> TraceMemoryProposer:

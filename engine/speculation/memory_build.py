@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -37,60 +38,91 @@ def _hash_columns(columns: Sequence[np.ndarray]) -> np.ndarray:
     return h
 
 
-class TraceMemoryBuilder:
-    """``add`` responses in any order, then ``build``. Nothing depends on the order or on hash seeds."""
+@dataclass(frozen=True, slots=True)
+class PairCounts:
+    """How often which token followed which n-gram: sorted by key, then token, each pair once."""
 
-    def __init__(self, min_n: int = MIN_ORDER, max_n: int = MAX_ORDER) -> None:
-        self.min_n, self.max_n = min_n, max_n
-        self._pairs: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}  # class → [(key, next token)]
+    key: np.ndarray  # [n] uint64
+    token: np.ndarray  # [n] uint32
+    count: np.ndarray  # [n] int64
 
-    def add(self, traffic_class: str, prompt_ids: Sequence[int], output_ids: Sequence[int]) -> None:
-        """Learn what followed what in one response. Keys may begin in the prompt; next tokens are the response's."""
-        if not output_ids:
-            return
-        tail = list(prompt_ids[-self.max_n :])
+
+def count_pairs(
+    responses: Iterable[tuple[Sequence[int], Sequence[int]]], min_n: int = MIN_ORDER, max_n: int = MAX_ORDER
+) -> PairCounts:
+    """What followed what in these (prompt, response) pairs. Keys may begin in the prompt; tokens are the response's."""
+    keys, nexts = [np.empty(0, np.uint64)], [np.empty(0, np.uint32)]
+    for prompt_ids, output_ids in responses:
+        tail = list(prompt_ids[-max_n:])
         tokens = np.array(tail + list(output_ids), np.uint64)
-        pairs = self._pairs.setdefault(traffic_class, [])
-        for n in range(self.min_n, self.max_n + 1):
+        for n in range(min_n, max_n + 1):
             first = max(len(tail), n)  # the first response token that has n tokens before it
             count = len(tokens) - first
             if count > 0:
-                keys = _hash_columns([tokens[first - n + i : first - n + i + count] for i in range(n)])
-                pairs.append((keys, tokens[first:].astype(np.uint32)))
+                keys.append(_hash_columns([tokens[first - n + i : first - n + i + count] for i in range(n)]))
+                nexts.append(tokens[first:].astype(np.uint32))
+    key = np.concatenate(keys)
+    return _summed(key, np.concatenate(nexts), np.ones(len(key), np.int64))
+
+
+def add_up(parts: Sequence[tuple[PairCounts, int]]) -> PairCounts:
+    """The weighted sum; whole numbers, so the order of the parts does not matter."""
+    if len(parts) == 1 and parts[0][1] == 1:
+        return parts[0][0]
+    columns = zip(*((p.key, p.token, p.count * weight) for p, weight in parts), strict=True)
+    return _summed(*(np.concatenate(column) for column in columns))
+
+
+def write_memory(classes: Mapping[str, PairCounts], max_bytes: int) -> bytes:
+    """The safetensors file, at most ``max_bytes`` long; the entries seen least often are left out first."""
+    from safetensors.numpy import save
+
+    names = sorted(name for name, pairs in classes.items() if len(pairs.key))
+    tables = [_tabulate(classes[name]) for name in names]
+    room = max(0, (max_bytes - HEADER_BYTES_PER_CLASS * max(1, len(names))) // BYTES_PER_ENTRY)
+    arrays: dict[str, np.ndarray] = {}
+    for name, table, keep in zip(names, tables, _most_seen(tables, room), strict=True):
+        for column, values in table.items():
+            arrays[f"{name}/{column}"] = np.ascontiguousarray(values[keep])
+    data = save(arrays)
+    assert len(data) <= max(max_bytes, HEADER_BYTES_PER_CLASS * max(1, len(names)))
+    return data
+
+
+class TraceMemoryBuilder:
+    """``add`` responses in any order, then ``build``: each counts once. Nothing depends on order or hash seeds."""
+
+    def __init__(self, min_n: int = MIN_ORDER, max_n: int = MAX_ORDER) -> None:
+        self.min_n, self.max_n = min_n, max_n
+        self._responses: dict[str, list[tuple[Sequence[int], Sequence[int]]]] = {}
+
+    def add(self, traffic_class: str, prompt_ids: Sequence[int], output_ids: Sequence[int]) -> None:
+        self._responses.setdefault(traffic_class, []).append((prompt_ids, output_ids))
 
     def build(self, max_bytes: int) -> bytes:
-        """The safetensors file, at most ``max_bytes`` long; the entries seen least often are left out first."""
-        from safetensors.numpy import save
-
-        names = sorted(self._pairs)
-        tables = [_tabulate(self._pairs[name]) for name in names]
-        room = max(0, (max_bytes - HEADER_BYTES_PER_CLASS * max(1, len(names))) // BYTES_PER_ENTRY)
-        arrays: dict[str, np.ndarray] = {}
-        for name, table, keep in zip(names, tables, _most_seen(tables, room), strict=True):
-            for column, values in table.items():
-                arrays[f"{name}/{column}"] = np.ascontiguousarray(values[keep])
-        data = save(arrays)
-        assert len(data) <= max(max_bytes, HEADER_BYTES_PER_CLASS * max(1, len(names)))
-        return data
+        counted = {name: count_pairs(found, self.min_n, self.max_n) for name, found in self._responses.items()}
+        return write_memory(counted, max_bytes)
 
 
-def _tabulate(pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> dict[str, np.ndarray]:
-    """One row per key, keys ascending: its most frequent next token (the smallest id among equals)."""
-    keys, tokens = (np.concatenate(parts) for parts in zip(*pairs, strict=True))
+def _summed(keys: np.ndarray, tokens: np.ndarray, counts: np.ndarray) -> PairCounts:
+    if not len(keys):
+        return PairCounts(keys.astype(np.uint64), tokens.astype(np.uint32), counts.astype(np.int64))
     order = np.lexsort((tokens, keys))
-    keys, tokens = keys[order], tokens[order]
+    keys, tokens, counts = keys[order], tokens[order], counts[order]
     fresh = np.r_[True, (keys[1:] != keys[:-1]) | (tokens[1:] != tokens[:-1])]  # first of its (key, token)
     starts = np.flatnonzero(fresh)
-    counts = np.diff(np.r_[starts, len(keys)])
-    keys, tokens = keys[starts], tokens[starts]
-    groups = np.flatnonzero(np.r_[True, keys[1:] != keys[:-1]])  # first of its key
-    totals = np.add.reduceat(counts, groups)
-    best = np.lexsort((tokens, -counts, keys))[groups]
+    return PairCounts(keys[starts], tokens[starts], np.add.reduceat(counts, starts))
+
+
+def _tabulate(pairs: PairCounts) -> dict[str, np.ndarray]:
+    """One row per key, keys ascending: its most frequent next token (the smallest id among equals)."""
+    groups = np.flatnonzero(np.r_[True, pairs.key[1:] != pairs.key[:-1]])  # first of its key
+    best = np.lexsort((pairs.token, -pairs.count, pairs.key))[groups]
     return {
-        "key": keys[groups],
-        "token": tokens[best].astype(np.uint32),
-        "count": counts[best].astype(np.uint32),
-        "total": totals.astype(np.uint32),
+        "key": pairs.key[groups],
+        "token": pairs.token[best],
+        "count": pairs.count[best].astype(np.uint32),
+        "total": np.add.reduceat(pairs.count, groups).astype(np.uint32),
     }
 
 

@@ -25,6 +25,7 @@ from engine.contracts import (
 from engine.routing import assign
 from engine.settings import TelemetrySettings
 from engine.store.database import Database
+from engine.store.members import Members
 from engine.store.models import PolicyLineageRow, PolicyVersionRow, ServingPlanRow
 from engine.store.repositories import learning, plans, policies, replicas
 from engine.store.repositories.learning import Attempt
@@ -32,6 +33,7 @@ from engine.telemetry.spill import Batch, Spill
 from engine.telemetry.writer import TraceWriter
 from tests.app.seed_rollouts import roll_out
 from tests.app.seed_text import response, write_tokenizer
+from tests.rollout.database_world import take_in
 from tests.telemetry.records import record
 
 MINUTES = 118
@@ -199,16 +201,21 @@ def _learned(db: Database, versions: list[PolicyVersion], traces: list[UUID], be
         (35, versions[3], versions[2], 1.97, 0.12),
         (46, versions[4], versions[2], 1.95, 0.31),
     )
+    used = take_in(db, traces[: taught + judged], begin, held_out=judged)
+    members = {
+        "train": Members.of(range(1, taught + 1)),
+        "gate": Members.of(range(taught + 1, len(used) + 1)),
+    }
     with db.write() as session:
         for minute, made, parent, was, gain in attempts:
             at = begin + timedelta(minutes=minute)
             gate = _gate(mixes["gate"], was, gain, made is not None)
             if made is not None:
-                ids = {"train": traces[:taught], "gate": traces[taught : taught + judged]}
                 session.execute(
                     insert(PolicyLineageRow),
                     [
-                        {"version": made.version, "role": role, "trace_ids": ids[role], "window_from": begin,
+                        {"version": made.version, "role": role, "chunks": list(members[role].chunks),
+                         "bits": members[role].bits, "window_from": begin,
                          "window_to": at, "classes": mix}
                         for role, mix in mixes.items()
                     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from uuid import UUID
 
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 
 from engine.contracts import ProposerKind, SpecCounts, VerifyStep, artifact_digest
-from engine.learner import gate
+from engine.learner import gate, price
 from engine.learner.gate import GateReport
 from engine.learner.memory import build_memory
 from engine.learner.traces import ServedTarget
@@ -19,7 +20,7 @@ from engine.speculation.artifact import build_artifact, load_proposer
 from engine.speculation.memory import MEMORY_FILE, TraceMemoryBuilder
 from engine.speculation.ngram import NgramProposer
 from engine.speculation.none import NoneProposer
-from engine.store.repositories.learning import TrainableTrace
+from engine.store.repositories.intake import TrainableTrace
 
 COSTS = {1: 30.0, 3: 36.0, 5: 44.0, 8: 60.0}
 TARGET = ServedTarget("tiny", "f" * 64, "t" * 64, COSTS)
@@ -39,7 +40,8 @@ def traffic(rng: np.random.Generator, requests: int, names: tuple[str, ...] = ("
         output = [t for phrase in rng.integers(0, 6, LONG // 12) for t in phrases[name][phrase]]
         at = START + timedelta(seconds=n)
         prompt = rng.integers(5_000, 9_000, 8).tolist()
-        found.append(TrainableTrace(UUID(bytes=rng.bytes(16)), at, at, name, prompt, output, 512))
+        trace_id = UUID(bytes=rng.bytes(16))
+        found.append(TrainableTrace(n + 1, trace_id, at, name, n // len(names) + 1, prompt, output, 512))
     return found
 
 
@@ -95,12 +97,7 @@ def test_garbage_is_refused(rng: np.random.Generator, held_out: list[TrainableTr
     good = traffic(rng, 80)
     champion_files = memory(good)
     champion = load_proposer(champion_files, artifact_digest(champion_files), TARGET.fingerprint)
-    wrong = [
-        TrainableTrace(
-            t.trace_id, t.started_at, t.written_at, t.traffic_class, [], rng.permutation(t.output_ids).tolist(), 512
-        )
-        for t in good
-    ]
+    wrong = [replace(t, prompt_ids=[], output_ids=rng.permutation(t.output_ids).tolist()) for t in good]
     report = examine(memory(wrong), held_out, champion=champion)
     assert not report.passed
     assert any("no certain gain" in reason for reason in report.reasons)
@@ -138,7 +135,7 @@ def test_an_empty_memory_is_refused(held_out: list[TrainableTrace]) -> None:
         target_fingerprint=TARGET.fingerprint,
     )
     never_alike = [
-        TrainableTrace(t.trace_id, t.started_at, t.written_at, "x", [1, 2], list(range(n * 100, n * 100 + 40)), 512)
+        replace(t, traffic_class="x", prompt_ids=[1, 2], output_ids=list(range(n * 100, n * 100 + 40)))
         for n, t in enumerate(held_out)
     ]
     report = examine(files, never_alike)
@@ -183,8 +180,9 @@ def test_the_predicted_speed_up_is_tokens_over_cost() -> None:
     counts = SpecCounts()
     counts.add(VerifyStep((1, 2), 2, 3))  # 3 rows, 3 tokens
     counts.add(VerifyStep((), 0, 1))  # 1 row, 1 token
-    assert gate.predicted_speedup([counts], {1: 10.0, 3: 20.0}) == pytest.approx(4 * 10.0 / (20.0 + 10.0))
-    assert gate.predicted_speedup([], {1: 10.0}) == 1.0
+    costs = {1: 10.0, 3: 20.0}
+    assert price.plain_ms(costs) / price.ms_per_token([counts], costs) == pytest.approx(4 * 10.0 / (20.0 + 10.0))
+    assert price.ms_per_token([], {1: 10.0}) == 10.0
 
 
 def test_plain_decoding_as_champion_is_one_token_a_step(

@@ -10,21 +10,21 @@ import numpy as np
 import pytest
 
 from engine.contracts import ProposerKind, ReplicaState, RolloutState
+from engine.learner import gate, memory
 from engine.learner import learner as module
-from engine.learner import traces
-from engine.learner.learner import Learner
-from engine.learner.memory import build_candidate
+from engine.learner.learner import Learner, build_candidate
 from engine.registry.artifacts import ArtifactStore
 from engine.registry.publish import ensure_version, publish
 from engine.rollout.launch import launch
 from engine.settings import LearnerSettings, Settings
 from engine.speculation.artifact import build_artifact
 from engine.store.database import Database
-from engine.store.repositories import learning, plans, policies, replicas, rollouts
+from engine.store.repositories import intake, learning, leases, plans, policies, replicas, rollouts
+from engine.store.repositories.learning import Attempt
 from tests.learner.test_gate import COSTS, traffic
 from tests.rollout import database_world as world
 
-NOW = datetime.now(UTC)
+NOW = datetime.now(UTC) - timedelta(hours=2)
 
 
 class World:
@@ -48,10 +48,10 @@ class World:
         with self.db.write() as session:
             replicas.beat(session, state)
 
-    def serve(self, requests: int) -> None:
+    def serve(self, requests: int, **columns: object) -> None:
         self.now += timedelta(seconds=10)
         texts = [(t.traffic_class, t.prompt_ids, t.output_ids) for t in traffic(self.rng, requests)]
-        world.remember(self.db, self.now, texts, self.rng)
+        world.remember(self.db, self.now, texts, self.rng, **columns)
         self.now += timedelta(seconds=10)
         self.beat()
 
@@ -74,8 +74,8 @@ def test_enough_traffic_makes_a_version_with_its_lineage(w: World) -> None:
         kept = learning.attempts(session)
     assert made is not None
     assert (made.kind, made.parent_version) == (ProposerKind.TRACE_MEMORY, w.champion)
-    assert len(roles["train"].trace_ids) + len(roles["gate"].trace_ids) == 100
-    assert not set(roles["train"].trace_ids) & set(roles["gate"].trace_ids)
+    assert roles["train"].traces + roles["gate"].traces == 100
+    assert not roles["train"].members.meets(roles["gate"].members)
     assert w.store.is_sound(made.digest)
     assert kept[0].gate["overall"]["low"] > 0
     assert kept[0].cpu_s > 0
@@ -109,7 +109,7 @@ def test_a_refusal_is_kept_with_its_reason(w: World) -> None:
 
 
 def test_traffic_that_teaches_nothing_is_refused_by_the_gate(w: World) -> None:
-    texts = [("chat", [1, 2, 3], w.rng.integers(0, 10**6, 40).tolist()) for _ in range(100)]
+    texts = [("chat", [1, 2, n], w.rng.integers(0, 10**6, 40).tolist()) for n in range(100)]
     world.remember(w.db, w.now, texts, w.rng)
     w.now += timedelta(seconds=5)
     w.beat()
@@ -142,25 +142,67 @@ def test_without_an_engine_there_is_nothing_to_learn_for(w: World) -> None:
 
 
 def test_traces_of_another_model_do_not_teach(w: World) -> None:
-    w.serve(100)
+    w.serve(100, model="another")
+    assert w.learner.attempt_if_due() is None
     with w.db.read() as session:
-        assert learning.new_trainable(session, world.MODEL, None) == 100
-        assert learning.new_trainable(session, "another", None) == 0
-        assert traces.load(session, "another", 100, 0.25).train == ()
+        assert intake.count(session, "another") == 100
+        assert intake.count(session, world.MODEL) == 0
 
 
-def test_the_window_holds_the_newest_and_the_split_never_changes(w: World) -> None:
+def test_the_first_attempt_waits_for_min_requests_only(w: World) -> None:
+    few = LearnerSettings(every_requests=500, min_requests=60)
+    w.learner = Learner(w.settings.model_copy(update={"learner": few}), w.db, w.store, lambda: w.now)
+    w.serve(59)
+    assert w.learner.attempt_if_due() is None
+    w.serve(1)
+    assert w.learner.attempt_if_due() is not None
+
+
+def test_attempts_take_no_more_than_their_share_of_the_time(w: World) -> None:
+    """An attempt of 60 s at a duty cycle of one quarter: the next one begins 180 s after its end."""
+    began = datetime(2026, 1, 1, tzinfo=UTC)
+    last = Attempt(began, began + timedelta(seconds=60), "refused", "", 0, 0, {}, 1.0)
+    assert module._rested(last, 0.25) == began + timedelta(seconds=240)
+    assert module._rested(last, 1.0) == last.finished_at
+
+
+def test_only_one_learner_works_at_a_time(w: World) -> None:
+    other = Learner(w.settings, w.db, w.store, lambda: w.now)
     w.serve(100)
+    assert w.learner.attempt_if_due() is not None
+    w.serve(100)
+    assert other.attempt_if_due() is None
+    w.now += timedelta(seconds=module.LEASE_S + 1)
+    w.beat()
+    w.serve(0)
     with w.db.read() as session:
-        whole = traces.load(session, world.MODEL, 100, 0.25)
-        newest = traces.load(session, world.MODEL, 30, 0.25)
-    assert 10 < len(whole.held_out) < 45
-    assert len(newest.train) + len(newest.held_out) == 30
-    assert {t.trace_id for t in newest.held_out} <= {t.trace_id for t in whole.held_out}
-    assert (
-        min(t.started_at for t in newest.train + newest.held_out)
-        >= sorted(t.started_at for t in whole.train + whole.held_out)[70]
-    )
+        assert intake.count(session, world.MODEL) == 100
+    other.attempt_if_due()
+    with w.db.read() as session:
+        assert intake.count(session, world.MODEL) == 200
+
+
+def test_a_learner_that_lost_its_lease_publishes_nothing(w: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    build = memory.build_memory
+
+    def slow(*args: object) -> dict[str, bytes]:
+        with w.db.write() as session:
+            leases.acquire(session, module.LEASE, "another", w.now + timedelta(hours=1), 60)
+        return build(*args)  # type: ignore[arg-type]
+
+    w.serve(100)
+    monkeypatch.setattr(module.memory, "build_memory", slow)
+    with pytest.raises(leases.LeaseLost):
+        w.learner.attempt_if_due()
+    with w.db.read() as session:
+        assert learning.attempts(session) == []
+        assert len(policies.all_versions(session)) == 2
+
+
+def test_refused_candidates_use_up_the_error_level_and_a_pass_brings_fresh_requests() -> None:
+    spent = [gate.level(k) for k in range(1_000)]
+    assert spent[0] == gate.ALPHA / 2
+    assert 0.99 * gate.ALPHA < sum(spent) <= gate.ALPHA
 
 
 def test_the_loop_survives_what_fails_and_stops_when_told(w: World, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,9 +16,11 @@ from engine.registry.mlflow_registry import MODEL, MlflowRegistry
 from engine.registry.publish import ensure_version, publish
 from engine.speculation.artifact import build_artifact
 from engine.store.database import Database
+from engine.store.members import Members
 from engine.store.repositories import learning, plans, policies
 from engine.store.repositories.learning import Attempt
 from engine.store.repositories.policies import Lineage
+from tests.rollout.database_world import take_in
 
 NOW = datetime.now(UTC)
 GATE = {
@@ -53,7 +55,8 @@ def learned(db: Database, store: ArtifactStore) -> int:
     """none, ngram, and one version that an attempt made; one attempt that was refused."""
     none = ensure_version(db, store, build_artifact(ProposerKind.NONE, 0))
     ngram = ensure_version(db, store, build_artifact(ProposerKind.NGRAM, 4))
-    lineage = [Lineage("train", [uuid4(), uuid4()], NOW, NOW, {"chat": 2})]
+    take_in(db, [uuid4(), uuid4()], NOW)
+    lineage = [Lineage("train", Members.of([1, 2]), NOW, NOW, {"chat": 2})]
     made = publish(db, store, build_artifact(ProposerKind.NGRAM, 3), parent=ngram.version, gate=GATE, lineage=lineage)
     with db.write() as session:
         learning.record(session, Attempt(NOW, NOW, "refused", "no certain gain", 60, 20, {}, 0.1, None, ngram.version))

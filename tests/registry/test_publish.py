@@ -13,8 +13,10 @@ from engine.registry.artifacts import ArtifactStore
 from engine.registry.publish import ensure_version, publish
 from engine.speculation.artifact import build_artifact
 from engine.store.database import Database
+from engine.store.members import Members
 from engine.store.repositories import policies
 from engine.store.repositories.policies import Lineage
+from tests.rollout.database_world import take_in
 
 NGRAM = build_artifact(ProposerKind.NGRAM, 4)
 NONE = build_artifact(ProposerKind.NONE, 0)
@@ -35,11 +37,14 @@ def test_the_same_files_are_the_same_version(db: Database, store: ArtifactStore)
 
 
 def test_lineage_can_be_asked_in_both_directions(db: Database, store: ArtifactStore) -> None:
-    ids, now = [uuid4() for _ in range(3)], datetime.now(UTC)
-    made = publish(db, store, NGRAM, lineage=[Lineage("train", ids, now, now, {"chat": 3})], gate={"passed": True})
+    now = datetime.now(UTC)
+    ids = take_in(db, [uuid4() for _ in range(3)], now)
+    lineage = Lineage("train", Members.of([1, 2, 3]), now, now, {"chat": 3})
+    made = publish(db, store, NGRAM, lineage=[lineage], gate={"passed": True})
     with db.read() as session:
         assert policies.influenced_by(session, ids[1]) == [made.version]
-        assert sorted(policies.lineage(session, made.version)[0].trace_ids) == sorted(ids)
+        assert policies.influenced_by(session, uuid4()) == []
+        assert policies.trace_ids(session, policies.lineage(session, made.version)[0].members) == ids
 
 
 def test_what_is_no_artifact_is_refused_before_anything_is_written(db: Database, store: ArtifactStore) -> None:

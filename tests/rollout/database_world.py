@@ -12,7 +12,7 @@ from sqlalchemy import insert, text
 from engine.contracts import ProposerKind, ReplicaState, ServingPlan
 from engine.routing import assign
 from engine.store.database import Database
-from engine.store.models import TracePayloadRow, TraceRow
+from engine.store.models import LearningIntakeRow, TracePayloadRow, TraceRow
 from engine.store.repositories import partitions, plans, policies, replicas
 
 MODEL = "tiny"
@@ -76,14 +76,18 @@ def serve(
 
 
 def remember(
-    db: Database, began: datetime, texts: Sequence[tuple[str, Sequence[int], Sequence[int]]], rng: np.random.Generator
+    db: Database,
+    began: datetime,
+    texts: Sequence[tuple[str, Sequence[int], Sequence[int]]],
+    rng: np.random.Generator,
+    **columns: object,
 ) -> list[UUID]:
     """Trainable requests with their tokens: (class, prompt, output)."""
     rows, payloads, ids = [], [], []
     for n, (traffic_class, prompt, output) in enumerate(texts):
         trace_id, at = UUID(bytes=rng.bytes(16)), began + timedelta(milliseconds=n)
         ids.append(trace_id)
-        rows.append(_trace(trace_id, at, 1, traffic_class) | {"output_tokens": len(output)})
+        rows.append(_trace(trace_id, at, 1, traffic_class) | {"output_tokens": len(output)} | columns)
         payloads.append(
             {"trace_id": trace_id, "started_at": at, "prompt_ids": list(prompt), "output_ids": list(output)}
             | {name: [] for name in ("proposed", "step_drafted", "step_accepted", "step_emitted")}
@@ -92,13 +96,27 @@ def remember(
     return ids
 
 
+def take_in(db: Database, trace_ids: Sequence[UUID], at: datetime, held_out: int = 0) -> list[UUID]:
+    """Give traces their ordinals, from 1 on, as the learner would; the last ``held_out`` of them judge."""
+    rows = [
+        {"ordinal": n, "trace_id": trace_id, "started_at": at, "written_at": at, "model": MODEL, "tenant": None,
+         "traffic_class": "chat", "request_hash": n, "held_out": n > len(trace_ids) - held_out, "position": n,
+         "max_tokens": 512}
+        for n, trace_id in enumerate(trace_ids, start=1)
+    ]  # fmt: skip
+    with db.write() as session:
+        session.execute(insert(LearningIntakeRow), rows)
+    return list(trace_ids)
+
+
 def _trace(trace_id: UUID, at: datetime, version: int, traffic_class: str) -> dict[str, object]:
     return {
         "trace_id": trace_id, "started_at": at, "request_id": str(trace_id), "replica_id": "r0",
         "policy_version": version, "arm": "champion", "generation": 1, "traffic_class": traffic_class,
-        "assignment_key": str(trace_id), "status": "ok", "model": MODEL, "endpoint": "chat", "stream": False,
-        "temperature": 0.0, "max_tokens": 512, "ttft_s": 0.1, "tpot_s": 0.02, "e2e_s": 1.0, "prompt_tokens": 8,
-        "output_tokens": 40, "steps": 0, "drafted": 0, "accepted": 0, "drafted_per_pos": [], "accepted_per_pos": [],
+        "assignment_key": str(trace_id), "tenant": None, "status": "ok", "model": MODEL, "endpoint": "chat",
+        "stream": False, "temperature": 0.0, "max_tokens": 512, "ttft_s": 0.1, "tpot_s": 0.02, "e2e_s": 1.0,
+        "prompt_tokens": 8, "output_tokens": 40, "steps": 0, "drafted": 0, "accepted": 0,
+        "drafted_per_pos": [], "accepted_per_pos": [],
         "prefill_s": 0.0, "draft_s": 0.0, "verify_s": 0.0, "retry": 0, "preemptions": 0, "trainable": True,
     }  # fmt: skip
 

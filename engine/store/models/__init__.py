@@ -4,8 +4,9 @@ Every table has one writer, named in its docstring. Append-only tables are never
 """
 
 from engine.store.models.base import Base
+from engine.store.models.learning import LearningAttemptRow, LearningIntakeRow, TenantSettingRow
 from engine.store.models.plans import PlanObservationRow, ReplicaRow, ServingPlanRow
-from engine.store.models.policies import LearningAttemptRow, PolicyLineageRow, PolicyVersionRow
+from engine.store.models.policies import PolicyLineageRow, PolicyVersionRow
 from engine.store.models.rollouts import LeaseRow, RolloutCommandRow, RolloutDecisionRow, RolloutRow
 from engine.store.models.rollups import (
     RollupDeltaHistogramRow,
@@ -26,6 +27,7 @@ __all__ = [
     "Base",
     "ExportCursorRow",
     "LearningAttemptRow",
+    "LearningIntakeRow",
     "LeaseRow",
     "PlanObservationRow",
     "PolicyLineageRow",
@@ -41,6 +43,7 @@ __all__ = [
     "RollupMinuteHistogramRow",
     "RollupMinuteRow",
     "ServingPlanRow",
+    "TenantSettingRow",
     "TraceBatchRow",
     "TracePayloadRow",
     "TraceRow",

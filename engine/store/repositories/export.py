@@ -48,8 +48,8 @@ def save_cursor(session: WriteSession, moved: Cursor, now: datetime) -> None:
     )
 
 
-def next_traces(session: ReadSession, after: Cursor, limit: int) -> list[TraceRow]:
-    """The traces written after the cursor, oldest first.
+def settled_before(session: ReadSession | WriteSession) -> datetime:
+    """The instant up to which traces are complete.
 
     Rows of a transaction that is still open are older than its start. The horizon therefore stops at the start of the
     oldest transaction that writes now, or a trace committed late would be passed over for ever.
@@ -57,10 +57,16 @@ def next_traces(session: ReadSession, after: Cursor, limit: int) -> list[TraceRo
     horizon = session.scalar(
         text(
             "SELECT least(clock_timestamp(), min(xact_start)) FROM pg_stat_activity "
-            "WHERE backend_xid IS NOT NULL AND datname = current_database()"
+            "WHERE backend_xid IS NOT NULL AND datname = current_database() AND pid <> pg_backend_pid()"
         )
     )
-    query = select(TraceRow).where(TraceRow.written_at < horizon)
+    assert isinstance(horizon, datetime)
+    return horizon
+
+
+def next_traces(session: ReadSession, after: Cursor, limit: int) -> list[TraceRow]:
+    """The traces written after the cursor, oldest first, as far as they are complete."""
+    query = select(TraceRow).where(TraceRow.written_at < settled_before(session))
     if after.written_at is not None:
         position = tuple_(TraceRow.written_at, TraceRow.trace_id)
         query = query.where(

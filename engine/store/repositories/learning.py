@@ -1,38 +1,26 @@
-"""The traces a learner may read, and the record of its attempts."""
+"""The record of the learner's attempts, and what it cost to learn."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import datetime
 from typing import Any
-from uuid import UUID
 
-from sqlalchemy import and_, func, select, update
+from sqlalchemy import func, select, update
 
-from engine.contracts import Status
 from engine.store.database import ReadSession, WriteSession
-from engine.store.models import LearningAttemptRow, RolloutRow, TracePayloadRow, TraceRow
+from engine.store.models import LearningAttemptRow, PolicyVersionRow, RolloutRow
 
 REGISTERED, REFUSED, ERROR = "registered", "refused", "error"
 
 
 @dataclass(frozen=True, slots=True)
-class TrainableTrace:
-    """A finished response that may be learned from. ``max_tokens`` is the request's limit."""
-
-    trace_id: UUID
-    started_at: datetime
-    written_at: datetime
-    traffic_class: str
-    prompt_ids: Sequence[int]
-    output_ids: Sequence[int]
-    max_tokens: int
-
-
-@dataclass(frozen=True, slots=True)
 class Attempt:
-    """One try of the learner; ``outcome`` is registered, refused or error, always with its reason."""
+    """One try of the learner; ``outcome`` is registered, refused or error, always with its reason.
+
+    ``through`` is the last ordinal of the intake that was there. CPU seconds: ``cpu_s`` in all, of which learning,
+    evaluation (the gate) and export (files, registry).
+    """
 
     started_at: datetime
     finished_at: datetime
@@ -46,56 +34,15 @@ class Attempt:
     parent_version: int | None = None
     mlflow_run_id: str | None = None
     id: int | None = None
-
-
-def new_trainable(session: ReadSession, model: str, since: datetime | None) -> int:
-    """How many trainable traces of ``model`` were written after ``since``."""
-    query = select(func.count()).select_from(TraceRow).where(*_trainable(model))
-    if since is not None:
-        query = query.where(TraceRow.written_at > since)
-    return session.scalar(query) or 0
-
-
-def recent_trainable(
-    session: ReadSession, model: str, limit: int, after: datetime | None = None
-) -> list[TrainableTrace]:
-    """The newest ``limit`` trainable traces of ``model`` that have their tokens, newest first."""
-    joined = and_(TracePayloadRow.started_at == TraceRow.started_at, TracePayloadRow.trace_id == TraceRow.trace_id)
-    query = (
-        select(
-            TraceRow.trace_id,
-            TraceRow.started_at,
-            TraceRow.written_at,
-            TraceRow.traffic_class,
-            TracePayloadRow.prompt_ids,
-            TracePayloadRow.output_ids,
-            TraceRow.max_tokens,
-        )
-        .join(TracePayloadRow, joined)
-        .where(*_trainable(model))
-        .order_by(TraceRow.started_at.desc(), TraceRow.trace_id)
-        .limit(limit)
-    )
-    if after is not None:
-        query = query.where(TraceRow.written_at > after)
-    return [TrainableTrace(*row) for row in session.execute(query)]
+    through: int = 0
+    learn_cpu_s: float = 0.0
+    gate_cpu_s: float = 0.0
+    export_cpu_s: float = 0.0
 
 
 def record(session: WriteSession, attempt: Attempt) -> int:
     """Keep an attempt for ever; gives its id."""
-    row = LearningAttemptRow(
-        started_at=attempt.started_at,
-        finished_at=attempt.finished_at,
-        outcome=attempt.outcome,
-        reason=attempt.reason,
-        version=attempt.version,
-        parent_version=attempt.parent_version,
-        train_traces=attempt.train_traces,
-        gate_traces=attempt.gate_traces,
-        gate=attempt.gate,
-        cpu_s=attempt.cpu_s,
-        mlflow_run_id=attempt.mlflow_run_id,
-    )
+    row = LearningAttemptRow(**{name: getattr(attempt, name) for name in _KEPT})
     session.add(row)
     session.flush()
     return row.id
@@ -147,30 +94,12 @@ def awaiting_rollout(session: ReadSession | WriteSession, champion: int) -> int 
     if row is None or row.version is None or row.parent_version != champion:
         return None
     tried = session.scalar(select(func.count()).select_from(RolloutRow).where(RolloutRow.canary == row.version))
-    return None if tried else row.version
+    made = session.get(PolicyVersionRow, row.version)
+    return None if tried or made is None or made.retired_at is not None else row.version
 
 
-def _trainable(model: str) -> tuple[Any, ...]:
-    return (
-        TraceRow.trainable,
-        TraceRow.status == Status.OK.value,
-        TraceRow.output_tokens > 1,
-        TraceRow.model == model,
-    )
+_KEPT = tuple(field.name for field in fields(Attempt) if field.name != "id")
 
 
 def _attempt(row: LearningAttemptRow) -> Attempt:
-    return Attempt(
-        started_at=row.started_at,
-        finished_at=row.finished_at,
-        outcome=row.outcome,
-        reason=row.reason,
-        train_traces=row.train_traces,
-        gate_traces=row.gate_traces,
-        gate=row.gate,
-        cpu_s=row.cpu_s,
-        version=row.version,
-        parent_version=row.parent_version,
-        mlflow_run_id=row.mlflow_run_id,
-        id=row.id,
-    )
+    return Attempt(id=row.id, **{name: getattr(row, name) for name in _KEPT})

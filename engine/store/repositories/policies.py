@@ -8,23 +8,30 @@ from datetime import datetime
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import select, update
+from sqlalchemy import func, select, text, update
 from sqlalchemy.dialects.postgresql import insert
 
 from engine.contracts import PolicyVersion, ProposerKind
 from engine.store.database import ReadSession, WriteSession
-from engine.store.models import PolicyLineageRow, PolicyVersionRow
+from engine.store.members import CHUNK, Members, place
+from engine.store.models import LearningIntakeRow, PolicyLineageRow, PolicyVersionRow
+
+TRAIN, GATE = "train", "gate"
 
 
 @dataclass(frozen=True, slots=True)
 class Lineage:
-    """The traces one version learned from (role train) or was judged on (role gate)."""
+    """The traces one version learned from (role train) or was judged on (role gate), as ordinals of the intake."""
 
     role: str
-    trace_ids: Sequence[UUID]
+    members: Members
     window_from: datetime
     window_to: datetime
     classes: Mapping[str, int]
+
+    @property
+    def traces(self) -> int:
+        return len(self.members)
 
 
 def register(
@@ -60,7 +67,8 @@ def register(
             .values(
                 version=row.version,
                 role=part.role,
-                trace_ids=list(part.trace_ids),
+                chunks=list(part.members.chunks),
+                bits=part.members.bits,
                 window_from=part.window_from,
                 window_to=part.window_to,
                 classes=dict(part.classes),
@@ -95,20 +103,88 @@ def all_versions(session: ReadSession | WriteSession, limit: int = 10_000) -> li
     return [_version(row) for row in rows]
 
 
+def retire(session: WriteSession, versions: Sequence[int], reason: str, now: datetime) -> list[int]:
+    """Versions that shall never be served again; says which of them were not retired before."""
+    done = session.scalars(
+        update(PolicyVersionRow)
+        .where(PolicyVersionRow.version.in_(versions), PolicyVersionRow.retired_at.is_(None))
+        .values(retired_at=now, retired_reason=reason)
+        .returning(PolicyVersionRow.version)
+    )
+    return sorted(done)
+
+
 def lineage(session: ReadSession | WriteSession, version: int) -> list[Lineage]:
     """Which traffic made this version."""
-    rows = session.scalars(select(PolicyLineageRow).where(PolicyLineageRow.version == version))
-    return [Lineage(r.role, r.trace_ids, r.window_from, r.window_to, r.classes) for r in rows]
+    query = select(PolicyLineageRow).where(PolicyLineageRow.version == version).order_by(PolicyLineageRow.role.desc())
+    return [
+        Lineage(r.role, Members(tuple(r.chunks), bytes(r.bits)), r.window_from, r.window_to, r.classes)
+        for r in session.scalars(query)
+    ]
+
+
+def trace_ids(session: ReadSession | WriteSession, members: Members, limit: int = 100_000) -> list[UUID]:
+    """The traces of a lineage, oldest first, those that are gone by now too."""
+    query = (
+        select(LearningIntakeRow.trace_id)
+        .where(LearningIntakeRow.ordinal == func.any(members.ordinals()))
+        .order_by(LearningIntakeRow.ordinal)
+        .limit(limit)
+    )
+    return list(session.scalars(query))
+
+
+def tenants(session: ReadSession | WriteSession, members: Members) -> dict[str, int]:
+    """Traces by tenant of a lineage, most first; those without a tenant under an empty name."""
+    name = func.coalesce(LearningIntakeRow.tenant, "")
+    query = (
+        select(name, func.count())
+        .where(LearningIntakeRow.ordinal == func.any(members.ordinals()))
+        .group_by(name)
+        .order_by(func.count().desc(), name)
+    )
+    return dict(session.execute(query).all())
 
 
 def influenced_by(session: ReadSession | WriteSession, trace_id: UUID) -> list[int]:
-    """Which versions this trace taught; the other direction of lineage."""
-    query = (
-        select(PolicyLineageRow.version)
-        .where(PolicyLineageRow.role == "train", PolicyLineageRow.trace_ids.contains([trace_id]))
-        .order_by(PolicyLineageRow.version)
+    """Which versions this trace taught, ascending; the other direction of lineage."""
+    ordinal = session.scalar(select(LearningIntakeRow.ordinal).where(LearningIntakeRow.trace_id == trace_id))
+    if ordinal is None:
+        return []
+    chunk, bit = place(ordinal)
+    query = select(PolicyLineageRow.version).where(
+        PolicyLineageRow.role == TRAIN,
+        PolicyLineageRow.chunks.contains([chunk]),
+        # NULL, not an error, where the chunk is not there
+        func.get_bit(PolicyLineageRow.bits, (func.array_position(PolicyLineageRow.chunks, chunk) - 1) * CHUNK + bit)
+        == 1,
     )
-    return list(session.scalars(query))
+    return with_heirs(session, list(session.scalars(query)))
+
+
+def influenced_by_any(session: ReadSession | WriteSession, ordinals: Sequence[int]) -> list[int]:
+    """Which versions any of these traces taught, ascending."""
+    wanted = Members.of(ordinals)
+    query = select(PolicyLineageRow).where(
+        PolicyLineageRow.role == TRAIN, PolicyLineageRow.chunks.overlap(list(wanted.chunks))
+    )
+    met = [row.version for row in session.scalars(query) if Members(tuple(row.chunks), bytes(row.bits)).meets(wanted)]
+    return with_heirs(session, met)
+
+
+def with_heirs(session: ReadSession | WriteSession, versions: Sequence[int]) -> list[int]:
+    """These versions and all that started from their weights, ascending.
+
+    A manifest names in ``lineage.starts_from`` the digest its weights began with; what taught that taught its heirs.
+    """
+    query = text(
+        "WITH RECURSIVE heirs AS ("
+        " SELECT version, digest FROM policy_versions WHERE version = ANY(:versions)"
+        " UNION SELECT v.version, v.digest FROM policy_versions v JOIN heirs h"
+        "  ON v.manifest #>> '{lineage,starts_from}' = h.digest)"
+        " SELECT version FROM heirs ORDER BY version"
+    )
+    return list(session.scalars(query, {"versions": list(versions)}))
 
 
 def _version(row: PolicyVersionRow) -> PolicyVersion:
@@ -122,4 +198,5 @@ def _version(row: PolicyVersionRow) -> PolicyVersion:
         parent_version=row.parent_version,
         mlflow_version=row.mlflow_version,
         mlflow_run_id=row.mlflow_run_id,
+        retired_at=row.retired_at,
     )

@@ -1,0 +1,55 @@
+"""Forgetting a tenant: its traces go, and what they influenced is named or taken out of service.
+
+The record of which ordinals were theirs stays, without any text, so that the question can be asked again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from datetime import datetime
+
+from engine.contracts import ServingPlan
+from engine.store.database import Database, WriteSession
+from engine.store.repositories import plans, policies, tenants
+
+
+@dataclass(frozen=True, slots=True)
+class Forgotten:
+    """``influenced``: every version those traces taught, through inherited weights too. ``retired``: those among them
+    that were in use until now. ``plan``: the plan that took them out of service, None when none was served."""
+
+    tenant: str
+    traces: int
+    influenced: tuple[int, ...]
+    retired: tuple[int, ...] = ()
+    plan: ServingPlan | None = None
+
+
+def forget(db: Database, tenant: str, retire: bool, actor: str, now: datetime) -> Forgotten:
+    """Delete a tenant's traces and, with ``retire``, take every version they influenced out of service, in one step.
+
+    Whether the tenant's next requests may teach is another question: ``tenants.allow_training``.
+    """
+    with db.write() as session:
+        influenced = policies.influenced_by_any(session, tenants.ordinals(session, tenant))
+        gone = tenants.forget(session, tenant, now)
+        if not retire:
+            return Forgotten(tenant, gone, tuple(influenced))
+        retired = policies.retire(session, influenced, f"tenant {tenant} was forgotten", now)
+        plan = _withdraw(session, influenced, actor, f"tenant {tenant} was forgotten")
+    return Forgotten(tenant, gone, tuple(influenced), tuple(retired), plan)
+
+
+def _withdraw(session: WriteSession, versions: Collection[int], actor: str, reason: str) -> ServingPlan | None:
+    """A plan that serves none of these versions, where the present one does: the champion's nearest ancestor that is
+    not among them, else the fallback."""
+    now = plans.latest(session)
+    if now is None or not now.versions & set(versions):
+        return None
+    champion = now.champion
+    while champion in versions:
+        known = policies.get(session, champion)
+        parent = known.parent_version if known is not None else None
+        champion = parent if parent is not None else now.fallback
+    return plans.append(session, champion=champion, fallback=now.fallback, actor=actor, reason=reason)

@@ -59,9 +59,9 @@ class TelemetrySettings(Section):
     spill_max_bytes: PositiveInt = Field(
         2_000_000_000, description="largest spill folder; beyond it records are dropped and counted"
     )
-    retention_days: PositiveInt = Field(30, description="days of traces and of rollups per minute kept")
+    retention_days: PositiveInt = Field(30, description="days of traces and of finer rollups kept")
     payload_retention_days: PositiveInt = Field(7, description="days of payloads kept")
-    rollup_retention_days: PositiveInt = Field(400, description="days of hourly rollups kept")
+    rollup_retention_days: PositiveInt = Field(400, description="days of rollups per hour and day kept")
     objective_ttft_s: PositiveFloat = Field(1.0, description="goodput counts requests with at most this TTFT, seconds")
     objective_tpot_s: PositiveFloat = Field(0.1, description="… and at most this TPOT, seconds")
 

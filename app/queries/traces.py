@@ -15,7 +15,7 @@ from app.queries.database import database
 from app.queries.ledger import serving
 from engine.store.repositories import traces
 from engine.store.repositories.overview import Slice
-from engine.store.repositories.traces import Trace
+from engine.store.repositories.traces import Filter, Trace
 
 TTL = timedelta(seconds=4)
 LIMIT = 500
@@ -25,7 +25,7 @@ LIMIT = 500
 def listed(part: Slice, status: str | None, order: str) -> pd.DataFrame:
     """At most ``LIMIT`` traces; durations in ms, acceptance length with the bonus token."""
     with database().read() as session:
-        frame = pd.DataFrame(traces.listed(session, part, status, order, LIMIT))
+        frame = pd.DataFrame(traces.listed(session, part, Filter(status=status), order, LIMIT))
     if frame.empty:
         return frame
     for name in ("e2e", "ttft", "tpot"):

@@ -24,7 +24,7 @@ from engine.store.repositories.traces import Trace
 
 current = context.bar()
 STATUSES = ["All statuses", *(status.value for status in Status)]
-ORDERS = {"Newest first": "newest", "Slowest first": "slowest", "Most drafted first": "most drafted"}
+ORDERS = {"Newest first": "newest", "Slowest first": "slowest"}
 HIDDEN: dict[str, Any] = {"label_visibility": "collapsed"}
 
 

@@ -49,6 +49,21 @@ def outage(
     _show(run(settings(context), seconds, seed, _progress), as_json)
 
 
+@bench.command()
+def store(
+    context: typer.Context,
+    traces: Annotated[int, typer.Option(help="how many traces over 30 days")] = 100_000,
+    rate: Annotated[int, typer.Option(help="traces per second offered to the writer")] = 5_000,
+    seconds: Annotated[float, typer.Option(help="for how long")] = 60.0,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Every panel query over made-up traces, the rollups' error, ingest, and how soon a trace is visible."""
+    from engine.bench.store import run
+
+    _show(run(settings(context), traces, rate, seconds, seed, _progress), as_json)
+
+
 def _progress(line: str) -> None:
     sys.stderr.write(line + "\n")
 

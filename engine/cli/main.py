@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from engine.cli import bench, policies, rollouts, services, store, system
+from engine.cli import bench, policies, query, rollouts, services, store, system
 from engine.contracts import SlipstreamError
 from engine.settings import load_settings
 
@@ -26,6 +26,7 @@ system.add(app)
 services.add(app)
 rollouts.add(app)
 policies.add(app)
+query.add(app)
 store.add(app)
 bench.add(app)
 

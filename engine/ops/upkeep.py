@@ -38,7 +38,9 @@ def keep_partitions(database: Database, settings: TelemetrySettings, now: dateti
         if day < (now - timedelta(days=kept[table])).date():
             late |= not _drop(database, table, day, kept[table])
     with database.write() as session:
-        rollups.forget_hours(session, now - timedelta(days=settings.rollup_retention_days))
+        rollups.forget(session, "ten_minutes", now - timedelta(days=settings.retention_days))
+        for tier in ("hour", "day"):
+            rollups.forget(session, tier, now - timedelta(days=settings.rollup_retention_days))
         rollups.forget_batches(session, now - timedelta(days=settings.retention_days))
     return late
 

@@ -14,7 +14,7 @@ from typing import Any
 from sqlalchemy import Engine, create_engine, func, select, text
 from sqlalchemy.orm import Session
 
-BOUNDS = "-c idle_in_transaction_session_timeout=30s -c lock_timeout=10s -c statement_timeout=60s"
+BOUNDS = "-c idle_in_transaction_session_timeout=30s -c lock_timeout=10s -c TimeZone=UTC"
 """Nobody holds the ledger's lock by falling asleep, nobody waits for it for ever: a rollback must get through."""
 KEEPALIVE: dict[str, Any] = {
     "keepalives_idle": 5,
@@ -36,14 +36,21 @@ class WriteSession(Session):
 class Database:
     """A connection pool and the two ways to use it. Safe to share between threads."""
 
-    def __init__(self, url: str, pool_size: int = 4, application: str = "slipstream") -> None:
+    def __init__(
+        self, url: str, pool_size: int = 4, application: str = "slipstream", statement_timeout_s: int = 60
+    ) -> None:
         self.url = sqlalchemy_url(url)
         self.engine: Engine = create_engine(
             self.url,
             pool_size=pool_size,
             max_overflow=8,
             pool_pre_ping=True,
-            connect_args={"application_name": application, "connect_timeout": 5, "options": BOUNDS, **KEEPALIVE},
+            connect_args={
+                "application_name": application,
+                "connect_timeout": 5,
+                "options": f"{BOUNDS} -c statement_timeout={statement_timeout_s}s",
+                **KEEPALIVE,
+            },
         )
 
     @contextmanager

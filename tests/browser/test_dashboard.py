@@ -150,7 +150,7 @@ def test_a_deep_link_opens_one_trace_with_its_tokens(browser: playwright.Browser
     url, db = shared
     now = datetime.now(UTC)
     with db.read() as session:
-        found = traces.listed(session, Slice(now - timedelta(hours=2), now), order="most drafted", limit=1)[0]
+        found = traces.listed(session, Slice(now - timedelta(hours=2), now), order="slowest", limit=1)[0]
     page = open_page(browser, f"{url}/traces?trace={found['trace_id']}")
     page.get_by_text("hover a token to see its step").wait_for()
     page.locator("span[title^='step 1: ']").first.wait_for()

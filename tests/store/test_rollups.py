@@ -28,13 +28,14 @@ from engine.telemetry.writer import TraceWriter
 from tests.telemetry.records import START, record
 
 SETTINGS = TelemetrySettings(objective_ttft_s=0.1, objective_tpot_s=0.05)
-END = START + timedelta(hours=14)
+END = START + timedelta(hours=58)
 WINDOWS = {
-    "a few minutes": Slice(START, START + timedelta(minutes=7)),
+    "a few minutes": Slice(START, START + timedelta(minutes=97)),
     "all": Slice(START - timedelta(hours=1), END),
     "ragged": Slice(START + timedelta(minutes=17), END - timedelta(minutes=23)),
     "one class": Slice(START + timedelta(minutes=17), END, traffic_class="code"),
     "one arm and version": Slice(START, END - timedelta(minutes=1), arm="canary", version=2),
+    "two days": Slice(START + timedelta(minutes=1), START + timedelta(hours=48, minutes=1)),
     "a replica": Slice(START, END, replica="replica-1"),
 }
 QS = (0.5, 0.9, 0.95, 0.99, 0.999)
@@ -48,10 +49,10 @@ SQL = {
 
 
 def records() -> list[TraceRecord]:
-    """1,200 requests over fourteen hours and two days, of two replicas."""
+    """1,200 requests over fifty-eight hours of four days, of two replicas."""
     made = []
     for number in range(1_200):
-        at = START + timedelta(seconds=number * 42, milliseconds=number % 997)
+        at = START + timedelta(seconds=number * 174, milliseconds=number % 997)
         made.append(record(number, 5, started_at=at, replica_id=f"replica-{number % 2}", preemptions=number % 3))
     return made
 
@@ -77,7 +78,7 @@ def late_and_half(db: Database, folder: Path) -> None:
     write(db, folder, made[1::3])
     upkeep.compact(db, END + timedelta(hours=1))
     write(db, folder, made[0::3])
-    upkeep.compact(db, END - timedelta(hours=5))
+    upkeep.compact(db, END - timedelta(hours=15))
     write(db, folder, made[2::3])
 
 
@@ -144,7 +145,7 @@ def test_compaction_leaves_one_row_a_key_and_takes_every_delta_once(db: Database
         upkeep.compact(db, END + timedelta(hours=1))
         with db.read() as session:
             assert rollups.freshness(session) == rollups.Freshness(0, None)
-            for table in ("rollups_minute", "rollups_hour"):
+            for table in (f"rollups_{tier}" for tier in rollups.TIERS):
                 assert session.scalar(text(f"SELECT sum(requests) FROM {table}")) == 1_200
 
 
@@ -153,7 +154,7 @@ def test_rebuilding_waits_for_nobody_and_leaves_days_without_traces_alone(db: Da
     with db.write() as session:
         session.execute(text(f"DROP TABLE traces_p{START:%Y%m%d}"))
     first, second = START.date(), (START + timedelta(days=1)).date()
-    left = upkeep.rebuild(db, SETTINGS, first, second, lambda line: None)
+    left = upkeep.rebuild(db, SETTINGS, first, None, lambda line: None)
     with db.read() as session:
         before = Slice(START - timedelta(hours=1), datetime(second.year, second.month, second.day, tzinfo=UTC))
         (kept,) = overview.sums(session, before)
@@ -166,18 +167,22 @@ def test_a_batch_written_while_rollups_are_rebuilt_is_counted_once(db: Database,
     with db.snapshot() as session:
         session.execute(text("SELECT 1 FROM traces LIMIT 1"))
         write(db, tmp_path, made[600:])
-        rollups.rebuild(session, START.date(), SETTINGS.objectives)
-        rollups.rebuild(session, (START + timedelta(days=1)).date(), SETTINGS.objectives)
+        for days in range(4):
+            rollups.rebuild(session, (START + timedelta(days=days)).date(), SETTINGS.objectives)
     assert_read_right(db)
 
 
 def _hours_overlap_the_minutes(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = Slice.whole_hours
-    monkeypatch.setattr(Slice, "whole_hours", lambda part: (right(part)[0] - timedelta(hours=1), right(part)[1]))
+    right = overview._cover
+
+    def wrong(since: datetime, until: datetime, tiers: Any) -> Any:
+        return [(t, b - timedelta(hours=1) if t == "hour" else b, e) for t, b, e in right(since, until, tiers)]
+
+    monkeypatch.setattr(overview, "_cover", wrong)
 
 
 def _deltas_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(overview, "_SUMS", (*overview._SUMS[:2], "(SELECT * FROM rollup_deltas LIMIT 0) AS none"))
+    monkeypatch.setattr(overview, "_SUMS", (overview._SUMS[0], "(SELECT * FROM rollup_deltas LIMIT 0) AS none"))
 
 
 def _the_next_bucket(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -211,5 +216,5 @@ def test_old_hours_and_batches_are_forgotten(db: Database, tmp_path: Path) -> No
     now = datetime.now(UTC)
     upkeep.keep_partitions(db, TelemetrySettings(rollup_retention_days=1, retention_days=1), now + timedelta(days=400))
     with db.read() as session:
-        for table in ("rollups_hour", "rollup_histograms_hour", "trace_batches"):
+        for table in ("rollups_hour", "rollup_histograms_day", "rollups_ten_minutes", "trace_batches"):
             assert session.scalar(text(f"SELECT count(*) FROM {table}")) == 0

@@ -9,12 +9,16 @@ from engine.store.models.plans import PlanObservationRow, ReplicaRow, ServingPla
 from engine.store.models.policies import PolicyLineageRow, PolicyVersionRow
 from engine.store.models.rollouts import LeaseRow, RolloutCommandRow, RolloutDecisionRow, RolloutRow
 from engine.store.models.rollups import (
+    RollupDayHistogramRow,
+    RollupDayRow,
     RollupDeltaHistogramRow,
     RollupDeltaRow,
     RollupHourHistogramRow,
     RollupHourRow,
     RollupMinuteHistogramRow,
     RollupMinuteRow,
+    RollupTenMinutesHistogramRow,
+    RollupTenMinutesRow,
 )
 from engine.store.models.traces import (
     ExportCursorRow,
@@ -36,12 +40,16 @@ __all__ = [
     "RolloutCommandRow",
     "RolloutDecisionRow",
     "RolloutRow",
+    "RollupDayHistogramRow",
+    "RollupDayRow",
     "RollupDeltaHistogramRow",
     "RollupDeltaRow",
     "RollupHourHistogramRow",
     "RollupHourRow",
     "RollupMinuteHistogramRow",
     "RollupMinuteRow",
+    "RollupTenMinutesHistogramRow",
+    "RollupTenMinutesRow",
     "ServingPlanRow",
     "TenantSettingRow",
     "TraceBatchRow",

@@ -1,7 +1,7 @@
-"""Rollups: what the writer adds per batch, and what the compactor makes of it per minute and per hour.
+"""Rollups: what the writer adds per batch, and what the compactor makes of it per minute, ten minutes, hour and day.
 
-A delta is taken out of its table in the statement that adds it to the minute and to the hour, so at every moment a
-reader of either resolution sums the rows of that resolution and the deltas that are left.
+A delta is taken out of its table in the statement that adds it to every resolution, so at every moment a reader of any
+resolution sums the rows of that resolution and the deltas that are left.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class MinuteKey:
     generation: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
 
 
-class HourKey:
+class LongKey:
     """Without the generation: over long windows people ask for versions."""
 
     at: Mapped[datetime] = mapped_column(primary_key=True, sort_order=-1)
@@ -113,14 +113,40 @@ class RollupMinuteHistogramRow(MinuteKey, Buckets, Base):
     __table_args__ = ({"postgresql_partition_by": "RANGE (at)"},)
 
 
-class RollupHourRow(HourKey, Sums, Base):
+class RollupTenMinutesRow(LongKey, Sums, Base):
+    """One row per ten minutes and key. Writer: engine.ops."""
+
+    __tablename__ = "rollups_ten_minutes"
+
+
+class RollupTenMinutesHistogramRow(LongKey, Buckets, Base):
+    """One histogram per ten minutes, key and metric. Writer: engine.ops."""
+
+    __tablename__ = "rollup_histograms_ten_minutes"
+    metric: Mapped[str] = mapped_column(primary_key=True, sort_order=-2)
+
+
+class RollupHourRow(LongKey, Sums, Base):
     """One row an hour and key. Writer: engine.ops."""
 
     __tablename__ = "rollups_hour"
 
 
-class RollupHourHistogramRow(HourKey, Buckets, Base):
+class RollupHourHistogramRow(LongKey, Buckets, Base):
     """One histogram an hour, key and metric. Writer: engine.ops."""
 
     __tablename__ = "rollup_histograms_hour"
+    metric: Mapped[str] = mapped_column(primary_key=True, sort_order=-2)
+
+
+class RollupDayRow(LongKey, Sums, Base):
+    """One row a UTC day and key. Writer: engine.ops."""
+
+    __tablename__ = "rollups_day"
+
+
+class RollupDayHistogramRow(LongKey, Buckets, Base):
+    """One histogram a UTC day, key and metric. Writer: engine.ops."""
+
+    __tablename__ = "rollup_histograms_day"
     metric: Mapped[str] = mapped_column(primary_key=True, sort_order=-2)

@@ -13,6 +13,7 @@ from sqlalchemy import (
     Integer,
     SmallInteger,
     func,
+    text,
 )
 from sqlalchemy.orm import Mapped, mapped_column
 
@@ -64,6 +65,8 @@ class TraceRow(Base):
         Index("ix_traces_class_started", "traffic_class", "started_at"),
         Index("ix_traces_version_started", "policy_version", "started_at"),
         Index("ix_traces_trace_id", "trace_id"),
+        Index("ix_traces_e2e", "e2e_s"),
+        Index("ix_traces_failed", "started_at", postgresql_where=text("status <> 'ok'")),
         CheckConstraint("accepted <= drafted", name="accepted_le_drafted"),
         {"postgresql_partition_by": "RANGE (started_at)"},
     )

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import math
+from collections.abc import Collection, Sequence
 from datetime import datetime
 
-from sqlalchemy import func, select
+from sqlalchemy import func, select, text
 
 from engine.contracts import Status
 from engine.store.database import ReadSession
 from engine.store.models import RollupDeltaRow, RollupMinuteRow, TraceRow
+from engine.store.repositories.overview import Slice
 
 
 def traces(session: ReadSession) -> int:
@@ -38,6 +40,21 @@ def rolled_up(session: ReadSession) -> int:
     )
     left, merged = session.execute(select(*counted)).one()
     return int(left + merged)
+
+
+def raw_quantiles(session: ReadSession, part: Slice, metric: str, qs: Sequence[float]) -> list[float]:
+    """Quantiles in seconds from the traces themselves, at the rank floor(q (n - 1)) that a histogram takes."""
+    if metric not in ("ttft", "tpot", "e2e", "queue"):
+        raise ValueError(f"no duration {metric!r}")
+    of_class = "" if part.traffic_class is None else " AND traffic_class = :class"
+    source = f"FROM traces WHERE started_at >= :since AND started_at < :until AND status = 'ok'{of_class}"
+    values = {"since": part.since, "until": part.until, "class": part.traffic_class}
+    n = session.scalar(text(f"SELECT count({metric}_s) {source}"), values) or 0
+    if n == 0:
+        return [float("nan")] * len(qs)
+    ranks = [(math.floor(q * (n - 1)) + 0.5) / n for q in qs]  # percentile_disc takes the value at rank ceil(f n)
+    query = f"SELECT percentile_disc(CAST(:ranks AS float8[])) WITHIN GROUP (ORDER BY {metric}_s) {source}"
+    return [float(value) for value in session.scalar(text(query), values | {"ranks": ranks})]
 
 
 def last_start(session: ReadSession, generation: int, arm: str) -> datetime | None:

@@ -1,7 +1,7 @@
 """What the dashboard shows over time, from rollups: sums and percentiles over any window, filter and grouping.
 
-A panel costs what its buckets cost, not what its traces cost. Long windows are read per hour, their ragged ends per
-minute. What the compactor has not taken yet is read from the writers' deltas, so that a reader misses nothing.
+A panel costs what its buckets cost, not what its traces cost. A window is read per day, hour or ten minutes, its ragged
+ends at finer resolution. What the compactor has not taken yet is read from the writers' deltas: a reader misses nothing.
 """
 
 from __future__ import annotations
@@ -21,20 +21,12 @@ from sqlalchemy import text
 
 from engine.store import histogram
 from engine.store.database import ReadSession
-from engine.store.repositories.rollups import COUNTS, METRICS, POSITIONS, SECONDS
+from engine.store.repositories.rollups import COUNTS, METRICS, POSITIONS, SECONDS, TIERS
 
 DIMENSIONS = frozenset({"policy_version", "arm", "traffic_class", "replica_id"})
-HOUR = timedelta(hours=1)
-LONG = timedelta(hours=6)
-"""Windows of at least this length are read per hour where their bins are whole hours."""
-_SUMS, _HISTOGRAMS = (
-    ("rollups_hour", "rollups_minute", "rollup_deltas"),
-    (
-        "rollup_histograms_hour",
-        "rollup_histograms_minute",
-        "rollup_delta_histograms",
-    ),
-)
+ORIGIN = datetime(2000, 1, 1, tzinfo=UTC)
+_SUMS, _HISTOGRAMS = ("rollups", "rollup_deltas"), ("rollup_histograms", "rollup_delta_histograms")
+"""Name of the tiers' tables up to the tier, and that of the deltas."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,14 +47,26 @@ class Slice:
     def bin(self, most: int = 90) -> timedelta:
         """A round bin width that gives at most so many bins; never under the minute of a rollup."""
         seconds = (self.until - self.since).total_seconds() / most
-        rounds = (60, 120, 180, 300, 600, 900, 1_800, 3_600, 7_200, 14_400, 21_600, 43_200, 86_400)
+        rounds = (60, 120, 180, 300, 600, 1_200, 1_800, 3_600, 7_200, 10_800, 14_400, 86_400)
         return timedelta(seconds=next((r for r in rounds if r >= seconds), rounds[-1]))
 
-    def whole_hours(self) -> tuple[datetime, datetime]:
-        """The whole UTC hours inside the window, [first, last); empty where last <= first."""
-        first = self.since.astimezone(UTC).replace(minute=0, second=0, microsecond=0)
-        last = self.until.astimezone(UTC).replace(minute=0, second=0, microsecond=0)
-        return (first + HOUR if first < self.since else first), last
+    def covered_by(self, width: timedelta | None) -> list[tuple[str, datetime, datetime]]:
+        """(tier, begin, end) of pieces that cover the window once: the coarsest tier that the bins allow in the middle,
+        finer ones at its ragged ends."""
+        tiers = [tier for tier, (row, _) in TIERS.items() if width is None or width % row == timedelta(0)]
+        return _cover(self.since, self.until, tiers)
+
+
+def _cover(since: datetime, until: datetime, tiers: Sequence[str]) -> list[tuple[str, datetime, datetime]]:
+    """A row belongs where it begins, so the finest tier takes the ends as they are."""
+    *finer, coarsest = tiers
+    if since >= until or not finer:
+        return [(coarsest, since, until)] if since < until else []
+    row = TIERS[coarsest][0]
+    first, last = since + (ORIGIN - since) % row, until - (until - ORIGIN) % row
+    if last - first < row:
+        return _cover(since, until, finer)
+    return [*_cover(since, first, finer), (coarsest, first, last), *_cover(last, until, finer)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,31 +176,15 @@ def newest(session: ReadSession) -> datetime | None:
     return session.scalar(text("SELECT max(started_at) FROM traces"))
 
 
-def _source(
-    part: Slice, width: timedelta | None, tables: tuple[str, str, str], names: Iterable[str], also: str = ""
-) -> str:
-    """A relation over hours, minutes and deltas that covers the window once.
-
-    ``at`` is the start of the hour or minute, so bins must be whole hours where hours are read.
-    """
-    per_hour, per_minute, deltas = tables
+def _source(part: Slice, width: timedelta | None, tables: tuple[str, str], names: Iterable[str], also: str = "") -> str:
+    """A relation over tiers and deltas that covers the window once; ``at`` is the start of a row."""
+    merged, deltas = tables
     wanted = ", ".join(["at", *sorted(names)])
     rest = _filters(part) + also
-    window = "at >= :since AND at < :until"
-    branches = [f"SELECT {wanted} FROM {deltas} WHERE {window}{rest}"]
-    if _reads_hours(part, width):
-        branches.append(f"SELECT {wanted} FROM {per_hour} WHERE at >= :first AND at < :last{rest}")
-        for ends in ("at >= :since AND at < :first", "at >= :last AND at < :until"):
-            branches.append(f"SELECT {wanted} FROM {per_minute} WHERE {ends}{rest}")
-    else:
-        branches.append(f"SELECT {wanted} FROM {per_minute} WHERE {window}{rest}")
+    branches = [f"SELECT {wanted} FROM {deltas} WHERE at >= :since AND at < :until{rest}"]
+    for place, (tier, _, _) in enumerate(part.covered_by(width)):
+        branches.append(f"SELECT {wanted} FROM {merged}_{tier} WHERE at >= :b{place} AND at < :e{place}{rest}")
     return f"({' UNION ALL '.join(branches)}) AS rollup"
-
-
-def _reads_hours(part: Slice, width: timedelta | None) -> bool:
-    first, last = part.whole_hours()
-    fits = width is None or width % HOUR == timedelta(0)
-    return fits and part.until - part.since >= LONG and first < last
 
 
 def _columns(by: Sequence[str], width: timedelta | None) -> dict[str, str]:
@@ -242,8 +230,8 @@ def _parameters(part: Slice, width: timedelta | None) -> dict[str, Any]:
         "replica": part.replica,
         "width": width,
     }
-    if _reads_hours(part, width):
-        values["first"], values["last"] = part.whole_hours()
+    for place, (_, begin, end) in enumerate(part.covered_by(width)):
+        values[f"b{place}"], values[f"e{place}"] = begin, end
     return {name: value for name, value in values.items() if value is not None}
 
 

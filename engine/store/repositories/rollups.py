@@ -1,7 +1,7 @@
 """Rollups as they are kept: compaction of the writers' deltas, rebuilding from the raw traces, retention.
 
-All of it is set-based SQL. A delta leaves its table in the statement that adds it to its minute and its hour, so
-nothing is counted twice or lost whenever a process dies, and a delta that comes late is added like any other.
+All of it is set-based SQL. A delta leaves its table in the statement that adds it to every resolution, so nothing is
+counted twice or lost whenever a process dies, and a delta that comes late is added like any other.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
+from itertools import pairwise
 from typing import Any
 
 from sqlalchemy import text
@@ -19,7 +20,14 @@ from engine.store.database import ReadSession, WriteSession
 from engine.store.repositories import partitions
 
 MINUTE_KEY = ("at", "policy_version", "arm", "traffic_class", "replica_id", "generation")
-HOUR_KEY = MINUTE_KEY[:-1]
+LONG_KEY = MINUTE_KEY[:-1]
+TIERS: dict[str, tuple[timedelta, tuple[str, ...]]] = {
+    "minute": (timedelta(minutes=1), MINUTE_KEY),
+    "ten_minutes": (timedelta(minutes=10), LONG_KEY),
+    "hour": (timedelta(hours=1), LONG_KEY),
+    "day": (timedelta(days=1), LONG_KEY),
+}
+"""Resolutions, finest first: how long one of their rows is, and what it is about. Tables are rollups_{tier}."""
 COUNTS = (
     *("requests", "errors", "cancelled", "retries", "preemptions", "good"),
     *("prompt_tokens", "output_tokens", "steps", "drafted", "accepted"),
@@ -30,8 +38,8 @@ METRICS = ("ttft", "tpot", "e2e", "queue", "acceptance_length")
 """What has a histogram: four durations in seconds, and the acceptance length of one request."""
 _COMPACTOR_LOCK = 0x51195_0003
 TABLES = (
-    *("rollup_deltas", "rollup_delta_histograms", "rollups_minute", "rollup_histograms_minute"),
-    *("rollups_hour", "rollup_histograms_hour"),
+    *("rollup_deltas", "rollup_delta_histograms"),
+    *(f"{kind}_{tier}" for tier in TIERS for kind in ("rollups", "rollup_histograms")),
 )
 
 
@@ -48,7 +56,7 @@ class Busy(Exception):
 
 
 def compact(session: WriteSession, closed: datetime) -> int:
-    """Add the deltas of minutes before ``closed`` to their minutes and hours; how many there were.
+    """Add the deltas of minutes before ``closed`` to every tier; how many there were.
 
     ``Busy`` when another process is at it.
     """
@@ -83,9 +91,9 @@ def rebuild(session: WriteSession, day: date, objectives: Objectives) -> int:
     }
     session.execute(text(_REBUILD_MINUTES), window | goal)
     session.execute(text(_REBUILD_MINUTE_HISTOGRAMS), window | goal)
-    session.execute(text(_REBUILD_HOURS), window)
-    session.execute(text(_REBUILD_HOUR_HISTOGRAMS), window)
-    rebuilt = text("SELECT coalesce(sum(requests), 0) FROM rollups_hour WHERE at >= :since AND at < :until")
+    for statement in _REBUILD_LONGER:
+        session.execute(text(statement), window)
+    rebuilt = text("SELECT coalesce(sum(requests), 0) FROM rollups_day WHERE at >= :since AND at < :until")
     return int(session.execute(rebuilt, window).scalar_one())
 
 
@@ -93,11 +101,11 @@ def freshness(session: ReadSession) -> Freshness:
     return Freshness(*session.execute(text("SELECT count(*), min(at) FROM rollup_deltas")).one())
 
 
-def forget_hours(session: WriteSession, before: datetime) -> int:
-    """Delete hourly rollups that are past their retention: a few hundred rows a day."""
+def forget(session: WriteSession, tier: str, before: datetime) -> int:
+    """Delete the rows of a tier that has no partitions: a few thousand a day at most."""
     gone = 0
-    for table in ("rollups_hour", "rollup_histograms_hour"):
-        result: Any = session.execute(text(f"DELETE FROM {table} WHERE at < :before"), {"before": before})
+    for kind in ("rollups", "rollup_histograms"):
+        result: Any = session.execute(text(f"DELETE FROM {kind}_{tier} WHERE at < :before"), {"before": before})
         gone += result.rowcount
     return gone
 
@@ -180,21 +188,44 @@ def _add_histograms(table: str, source: str, key: Sequence[str]) -> str:
     )
 
 
-_HOUR_OF = "date_trunc('hour', at, 'UTC') AS at"
-_PER_HOUR = f"(SELECT {_HOUR_OF}, {_list((*HOUR_KEY[1:], *COUNTS, *SECONDS, *POSITIONS))} FROM {{}}) AS source"
-_PER_HOUR_HISTOGRAMS = f"(SELECT {_HOUR_OF}, metric, {_list((*HOUR_KEY[1:], 'idx', 'cnt'))} FROM {{}}) AS source"
-_OF_DAY = "{} WHERE at >= :since AND at < :until"
+def _start(tier: str) -> str:
+    """SQL: the start of the row of a tier that ``at`` is in."""
+    seconds = int(TIERS[tier][0].total_seconds())
+    return f"date_bin(interval '{seconds} s', at, timestamptz '2000-01-01 00:00:00Z') AS at"
 
-_COMPACT_SUMS = f"""
-    WITH gone AS (DELETE FROM rollup_deltas WHERE at < :closed RETURNING *),
-    minutes AS ({_add_sums("rollups_minute", "gone", MINUTE_KEY)}),
-    hours AS ({_add_sums("rollups_hour", _PER_HOUR.format("gone"), HOUR_KEY)})
-    SELECT count(*) FROM gone"""
-_COMPACT_HISTOGRAMS = f"""
-    WITH gone AS (DELETE FROM rollup_delta_histograms WHERE at < :closed RETURNING *),
-    minutes AS ({_add_histograms("rollup_histograms_minute", "gone", ("metric", *MINUTE_KEY))}),
-    hours AS ({_add_histograms("rollup_histograms_hour", _PER_HOUR_HISTOGRAMS.format("gone"), ("metric", *HOUR_KEY))})
-    SELECT count(*) FROM gone"""
+
+def _longer(source: str, tier: str) -> str:
+    return f"(SELECT {_start(tier)}, {_list((*LONG_KEY[1:], *COUNTS, *SECONDS, *POSITIONS))} FROM {source}) AS source"
+
+
+def _longer_histograms(source: str, tier: str) -> str:
+    return f"(SELECT {_start(tier)}, metric, {_list((*LONG_KEY[1:], 'idx', 'cnt'))} FROM {source}) AS source"
+
+
+def _compact(deltas: str, inserts: Sequence[str]) -> str:
+    tiers = ", ".join(f"{tier} AS ({insert})" for tier, insert in zip(TIERS, inserts, strict=True))
+    return f"WITH gone AS (DELETE FROM {deltas} WHERE at < :closed RETURNING *), {tiers} SELECT count(*) FROM gone"
+
+
+_LONGER = tuple(TIERS)[1:]
+_OF_DAY = "{} WHERE at >= :since AND at < :until"
+_COMPACT_SUMS = _compact(
+    "rollup_deltas",
+    [
+        _add_sums("rollups_minute", "gone", MINUTE_KEY),
+        *(_add_sums(f"rollups_{tier}", _longer("gone", tier), LONG_KEY) for tier in _LONGER),
+    ],
+)
+_COMPACT_HISTOGRAMS = _compact(
+    "rollup_delta_histograms",
+    [
+        _add_histograms("rollup_histograms_minute", "gone", ("metric", *MINUTE_KEY)),
+        *(
+            _add_histograms(f"rollup_histograms_{tier}", _longer_histograms("gone", tier), ("metric", *LONG_KEY))
+            for tier in _LONGER
+        ),
+    ],
+)
 
 _WELL = "(ttft_s <= :ttft AND (tpot_s IS NULL OR tpot_s <= :tpot) AND status = 'ok')"
 _RAW = f"""(
@@ -220,9 +251,15 @@ _REBUILD_MINUTES = (
 _REBUILD_MINUTE_HISTOGRAMS = (
     f"INSERT INTO rollup_histograms_minute ({_list((*MINUTE_KEY, 'metric', 'idx', 'cnt'))}) {_RAW_HISTOGRAMS}"
 )
-_REBUILD_HOURS = _add_sums("rollups_hour", _PER_HOUR.format(_OF_DAY.format("rollups_minute")), HOUR_KEY)
-_REBUILD_HOUR_HISTOGRAMS = _add_histograms(
-    "rollup_histograms_hour",
-    _PER_HOUR_HISTOGRAMS.format(_OF_DAY.format("rollup_histograms_minute")),
-    ("metric", *HOUR_KEY),
-)
+_REBUILD_LONGER = [
+    statement
+    for finer, tier in pairwise(TIERS)
+    for statement in (
+        _add_sums(f"rollups_{tier}", _longer(_OF_DAY.format(f"rollups_{finer}"), tier), LONG_KEY),
+        _add_histograms(
+            f"rollup_histograms_{tier}",
+            _longer_histograms(_OF_DAY.format(f"rollup_histograms_{finer}"), tier),
+            ("metric", *LONG_KEY),
+        ),
+    )
+]

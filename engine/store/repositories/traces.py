@@ -1,4 +1,4 @@
-"""Single traces: a filtered list, and one with its tokens."""
+"""Single traces: a filtered list by pages, and one with its tokens."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from datetime import datetime
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import UnaryExpression, func, select
+from sqlalchemy import ColumnElement, UnaryExpression, func, select
 
+from engine.contracts import Status
 from engine.store.database import ReadSession
 from engine.store.models import TracePayloadRow, TraceRow
+from engine.store.repositories import overview
 from engine.store.repositories.overview import Slice
 
 LISTED = (
@@ -23,20 +25,41 @@ LISTED = (
     TraceRow.e2e_s,
     TraceRow.ttft_s,
     TraceRow.tpot_s,
+    TraceRow.queue_s,
     TraceRow.prompt_tokens,
     TraceRow.output_tokens,
     TraceRow.steps,
     TraceRow.drafted,
     TraceRow.accepted,
     TraceRow.retry,
+    TraceRow.preemptions,
     TraceRow.tenant,
+    TraceRow.replica_id,
+    TraceRow.assignment_key,
     TraceRow.error,
 )
-ORDERS: dict[str, UnaryExpression[Any]] = {
-    "newest": TraceRow.started_at.desc(),
-    "slowest": TraceRow.e2e_s.desc(),
-    "most drafted": TraceRow.drafted.desc(),
+ORDERS: dict[str, tuple[ColumnElement[Any] | UnaryExpression[Any], ...]] = {
+    "newest": (TraceRow.started_at.desc(), TraceRow.trace_id.asc()),
+    "slowest": (TraceRow.e2e_s.desc(), TraceRow.trace_id.asc()),
 }
+COUNTED = 100_000
+"""Matches of a filter that rollups do not know are counted to here and not further."""
+
+
+@dataclass(frozen=True, slots=True)
+class Filter:
+    """What of a slice is listed; None means all. Durations are seconds, ``conversation`` is the assignment key."""
+
+    status: str | None = None
+    tenant: str | None = None
+    conversation: str | None = None
+    min_e2e_s: float | None = None
+    max_e2e_s: float | None = None
+    trace_ids: tuple[UUID, ...] | None = None
+
+    @property
+    def is_empty(self) -> bool:
+        return self == Filter()
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,24 +73,24 @@ class Trace:
 def listed(
     session: ReadSession,
     part: Slice,
-    status: str | None = None,
+    chosen: Filter = Filter(),
     order: str = "newest",
-    limit: int = 500,
-    trace_ids: list[UUID] | None = None,
+    limit: int = 200,
+    offset: int = 0,
 ) -> list[dict[str, Any]]:
-    """The traces of a slice, sorted and cut by the server."""
-    query = select(*LISTED).where(TraceRow.started_at >= part.since, TraceRow.started_at < part.until)
-    if part.traffic_class is not None:
-        query = query.where(TraceRow.traffic_class == part.traffic_class)
-    if part.arm is not None:
-        query = query.where(TraceRow.arm == part.arm)
-    if part.version is not None:
-        query = query.where(TraceRow.policy_version == part.version)
-    if status is not None:
-        query = query.where(TraceRow.status == status)
-    if trace_ids is not None:
-        query = query.where(TraceRow.trace_id.in_(trace_ids))
-    return [dict(row) for row in session.execute(query.order_by(ORDERS[order]).limit(limit)).mappings()]
+    """One page of the traces of a slice, sorted and cut by the server."""
+    query = select(*LISTED).where(*_conditions(part, chosen)).order_by(*ORDERS[order])
+    return [dict(row) for row in session.execute(query.limit(limit).offset(offset)).mappings()]
+
+
+def matching(session: ReadSession, part: Slice, chosen: Filter) -> tuple[int, bool]:
+    """How many traces match, and whether that is all of them: from the rollups where they know, else up to COUNTED."""
+    if chosen.is_empty:
+        rows = overview.sums(session, part)
+        return (rows[0]["requests"] if rows else 0), True
+    some = select(TraceRow.trace_id).where(*_conditions(part, chosen)).limit(COUNTED).subquery()
+    found = session.scalar(select(func.count()).select_from(some)) or 0
+    return found, found < COUNTED
 
 
 def arms(session: ReadSession, generation: int, since: datetime) -> dict[str, int]:
@@ -90,3 +113,27 @@ def one(session: ReadSession, trace_id: UUID) -> Trace | None:
         )
     )
     return Trace(row, payload)
+
+
+def _conditions(part: Slice, chosen: Filter) -> list[ColumnElement[bool]]:
+    wanted: list[ColumnElement[bool]] = [TraceRow.started_at >= part.since, TraceRow.started_at < part.until]
+    for column, value in (
+        (TraceRow.traffic_class, part.traffic_class),
+        (TraceRow.arm, part.arm),
+        (TraceRow.policy_version, part.version),
+        (TraceRow.replica_id, part.replica),
+        (TraceRow.status, chosen.status),
+        (TraceRow.tenant, chosen.tenant),
+        (TraceRow.assignment_key, chosen.conversation),
+    ):
+        if value is not None:
+            wanted.append(column == value)
+    if chosen.status not in (None, Status.OK):
+        wanted.append(TraceRow.status != Status.OK)  # says nothing new, but lets Postgres take the index of failures
+    if chosen.min_e2e_s is not None:
+        wanted.append(TraceRow.e2e_s >= chosen.min_e2e_s)
+    if chosen.max_e2e_s is not None:
+        wanted.append(TraceRow.e2e_s < chosen.max_e2e_s)
+    if chosen.trace_ids is not None:
+        wanted.append(TraceRow.trace_id.in_(chosen.trace_ids))
+    return wanted

@@ -1,0 +1,105 @@
+"""Every panel of the dashboard by name: the query behind it, which the dashboard, `slipstream query` and the
+benchmark of the store all use, so that they cannot differ."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+from engine.store.database import ReadSession
+from engine.store.panels import speculation, system, traffic
+from engine.store.panels.traffic import Rows
+from engine.store.repositories import overview, plans, traces
+from engine.store.repositories.overview import Slice
+
+Read = Callable[[ReadSession, Slice], Rows]
+VERSION, CLASS = ("policy_version",), ("traffic_class",)
+
+
+@dataclass(frozen=True, slots=True)
+class Panel:
+    """``title`` says what its numbers are, with their unit; ``read`` gives its rows for a slice."""
+
+    name: str
+    title: str
+    read: Read
+
+    @property
+    def page(self) -> str:
+        return self.name.partition(".")[0]
+
+
+def _known(session: ReadSession, part: Slice) -> Rows:
+    return [
+        {"filter": name, "value": value} for name, values in overview.known(session, part).items() for value in values
+    ]
+
+
+def _ledger(session: ReadSession, part: Slice) -> Rows:
+    return [
+        {
+            "at": plan.created_at,
+            "generation": plan.generation,
+            "champion": plan.champion,
+            "arms": [{"name": a.name, "policy_version": a.policy_version, "weight": a.weight} for a in plan.arms],
+            "actor": plan.actor,
+            "reason": plan.reason,
+        }
+        for plan in reversed(plans.history(session, part.since, part.until))
+    ]
+
+
+def _failed(session: ReadSession, part: Slice) -> Rows:
+    return traces.listed(session, part, traces.Filter(status="error"))
+
+
+def _slowest(session: ReadSession, part: Slice) -> Rows:
+    return traces.listed(session, part, order="slowest")
+
+
+PANELS: dict[str, Panel] = {
+    panel.name: panel
+    for panel in (
+        Panel("overview.totals", "The window in numbers: counts, rates, latencies in ms", traffic.totals),
+        Panel("overview.before", "The window before", lambda session, part: traffic.totals(session, part.before())),
+        Panel("overview.over_time", "Latencies (ms), rates and acceptance over time", traffic.over_time),
+        Panel(
+            "overview.arms",
+            "End-to-end latency over time by arm and version, ms",
+            partial(traffic.over_time, by=("arm", "policy_version"), latencies=("e2e",)),
+        ),
+        Panel("overview.heat", "Requests by time and end-to-end latency, ms", traffic.heat),
+        Panel("overview.versions", "Versions in the window", partial(traffic.totals, by=VERSION)),
+        Panel("overview.classes", "Traffic classes in the window", partial(traffic.totals, by=CLASS)),
+        Panel("overview.replicas", "Replicas in the window", partial(traffic.totals, by=("replica_id",))),
+        Panel("overview.ledger", "What was served: the ledger's entries in the window", _ledger),
+        Panel("overview.filters", "Classes, arms, versions and replicas with traffic", _known),
+        Panel(
+            "speculation.by_version",
+            "Acceptance, draft length and tokens/s over time, by version",
+            speculation.acceptance_over_time,
+        ),
+        Panel(
+            "speculation.by_class",
+            "Acceptance and draft length over time, by class",
+            partial(speculation.acceptance_over_time, by=CLASS),
+        ),
+        Panel("speculation.positions", "Acceptance by draft position and version", speculation.positions),
+        Panel(
+            "speculation.positions_by_class",
+            "Acceptance by draft position and class",
+            partial(speculation.positions, by=CLASS),
+        ),
+        Panel("speculation.distribution", "Requests by acceptance length and version", speculation.distribution),
+        Panel("speculation.cost", "Step time (ms) against acceptance length, by version and class", speculation.cost),
+        Panel("traces.newest", "The newest requests", traces.listed),
+        Panel("traces.slowest", "The slowest requests", _slowest),
+        Panel("traces.failed", "The newest requests that failed", _failed),
+        Panel("system.writers", "Replicas and their trace writers", system.writers),
+        Panel("system.exporter", "The exporter to MLflow: lag in seconds", system.exporter),
+        Panel("system.partitions", "Partitions by day, bytes", system.stored),
+        Panel("system.compaction", "Rollup deltas that wait, age in seconds", system.compaction),
+        Panel("system.learning", "Attempts of the learner, CPU seconds", system.learning_cost),
+    )
+}

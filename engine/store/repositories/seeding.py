@@ -1,0 +1,86 @@
+"""Made-up traces in the millions, set-based, for benchmarks of the store. Never used on a database that serves."""
+
+from __future__ import annotations
+
+from datetime import date, datetime
+
+from sqlalchemy import text
+
+from engine.store.database import WriteSession
+from engine.store.repositories import partitions
+
+CLASSES = ("chat", "code", "long_form", "batch")
+
+
+def add_day(session: WriteSession, day: date, number: int, traces: int, until: datetime, seed: float) -> None:
+    """``traces`` requests of one UTC day that begin before ``until``; ``number`` counts the days from 0.
+
+    More by day than by night; four classes with their own lengths; a new champion every five days, before that two days
+    of a canary with its control at 10 % each; two replicas; some errors and retries; a queue that grows with the load.
+    ``seed`` in [-1, 1].
+    """
+    partitions.ensure(session, day)
+    session.execute(text("SELECT setseed(:seed)"), {"seed": seed})
+    values = {"day": day, "number": number, "traces": traces, "until": until}
+    session.execute(text(_DAY), values)
+
+
+def analyze(session: WriteSession) -> None:
+    """Statistics for the planner, which autovacuum would gather by and by."""
+    session.execute(text("ANALYZE"))
+
+
+_DAY = """
+    INSERT INTO traces (
+        started_at, trace_id, request_id, replica_id, policy_version, arm, generation, traffic_class, tenant,
+        assignment_key, status, finish_reason, error, model, endpoint, stream, temperature, max_tokens, queue_s, ttft_s,
+        tpot_s, e2e_s, prompt_tokens, output_tokens, steps, drafted, accepted, drafted_per_pos, accepted_per_pos,
+        prefill_s, draft_s, verify_s, retry, preemptions, trainable, written_at)
+    SELECT at, gen_random_uuid(), 'r' || g, 'replica-' || g % 2, version, arm, 1 + CAST(:number AS integer), class,
+        CASE g % 3 WHEN 0 THEN 'acme' WHEN 1 THEN 'globex' END, 'c' || g / 4, status,
+        CASE status WHEN 'ok' THEN 'stop' END, CASE status WHEN 'error' THEN 'planted' END, 'seeded',
+        '/v1/chat/completions', true, 0, 1024, queue_s, queue_s + prefill_s,
+        decode_s / greatest(output_tokens - 1, 1), queue_s + prefill_s + decode_s, prompt_tokens, output_tokens, steps,
+        4 * steps, accepted, ARRAY[steps, steps, steps, steps],
+        ARRAY[accepted / 2, accepted / 4, accepted / 8, accepted - accepted / 2 - accepted / 4 - accepted / 8],
+        prefill_s, 0.06 * decode_s, 0.92 * decode_s, CAST(r_retry < 0.01 AS integer),
+        CAST(load > 1.4 AND r_status > 0.98 AS integer), true,
+        at + make_interval(secs => queue_s + prefill_s + decode_s + 0.3)
+    FROM (
+        SELECT *, 0.004 * load * exp(random_normal(0, 1)) AS queue_s,
+            (0.02 + 0.0005 * prompt_tokens) * exp(random_normal(0, 0.2)) AS prefill_s,
+            steps * 0.02 * (0.8 + 0.3 * load) * exp(random_normal(0, 0.15)) AS decode_s
+        FROM (
+            SELECT *, CAST(ceil(output_tokens / length) AS integer) AS steps,
+                CAST(floor(ceil(output_tokens / length) * (length - 1)) AS integer) AS accepted
+            FROM (
+                SELECT *, 1.25 + 0.07 * (version - 2) + CASE class WHEN 'code' THEN 0.3 WHEN 'batch' THEN 0.1 ELSE 0 END
+                        + abs(random_normal(0, 0.12)) AS length,
+                    CASE WHEN r_status < 0.004 THEN 'error' WHEN r_status < 0.006 THEN 'cancelled' ELSE 'ok' END
+                        AS status,
+                    1 + CAST(exp(random_normal(CASE class WHEN 'long_form' THEN 7 WHEN 'code' THEN 5.5 ELSE 4.5 END,
+                        0.6)) AS integer) AS prompt_tokens,
+                    2 + CAST(exp(random_normal(CASE class WHEN 'long_form' THEN 5.5 WHEN 'batch' THEN 5 ELSE 4 END,
+                        0.5)) AS integer) AS output_tokens
+                FROM (
+                    SELECT g, r_status, r_retry, load, day_start + make_interval(secs => 86400 * place) AS at,
+                        CASE WHEN r_class < 0.45 THEN 'chat' WHEN r_class < 0.75 THEN 'code'
+                            WHEN r_class < 0.9 THEN 'long_form' ELSE 'batch' END AS class,
+                        CASE WHEN :number % 5 >= 3 AND r_arm < 0.1 THEN 'canary'
+                            WHEN :number % 5 >= 3 AND r_arm < 0.2 THEN 'control' ELSE 'champion' END AS arm,
+                        2 + :number / 5 + CAST(:number % 5 >= 3 AND r_arm < 0.1 AS integer) AS version
+                    FROM (
+                        SELECT g, r_class, r_arm, r_status, r_retry, CAST(:day AS timestamp) AT TIME ZONE 'UTC'
+                            AS day_start, u - 0.08 * sin(2 * pi() * u) AS place, 1 + 0.6 * sin(2 * pi() * u) AS load
+                        FROM (
+                            SELECT g, random() AS u, random() AS r_class, random() AS r_arm, random() AS r_status,
+                                random() AS r_retry
+                            FROM generate_series(1, CAST(:traces AS integer)) AS g
+                        ) AS drawn
+                    ) AS placed
+                ) AS assigned
+                WHERE at < :until
+            ) AS sized
+        ) AS stepped
+    ) AS timed
+"""

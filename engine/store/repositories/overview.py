@@ -1,7 +1,7 @@
 """What the dashboard shows over time, from rollups: sums and percentiles over any window, filter and grouping.
 
 A panel costs what its buckets cost, not what its traces cost. A window is read per day, hour or ten minutes, its ragged
-ends at finer resolution. What the compactor has not taken yet is read from the writers' deltas: a reader misses nothing.
+ends at finer resolution. What the compactor has not taken yet is read from the writers' deltas: nothing is missed.
 """
 
 from __future__ import annotations

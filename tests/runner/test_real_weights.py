@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -63,32 +63,61 @@ def top_two_gap(target: Target, ids: Sequence[int]) -> float:
     return float(best[0] - best[1])
 
 
+def assert_equal_up_to_ties(
+    target: Target, found: Mapping[str, RequestResult], plain: Mapping[str, RequestResult]
+) -> None:
+    """Where two outputs part, the best two logits must be as good as equal (methods.md section 4)."""
+    for name, result in found.items():
+        ours, theirs = result.payload.output_ids, plain[name].payload.output_ids
+        if ours == theirs:
+            continue
+        at = next(i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b)
+        gap = top_two_gap(target, [*result.payload.prompt_ids, *theirs[:at]])
+        assert gap < TIE, f"{name} differs at output token {at}, where the best two logits are {gap} apart"
+
+
 @pytest.mark.parametrize("version", [NGRAM, MEMORY])
-def test_greedy_equals_plain_decoding_up_to_ties(
+def test_greedy_equals_plain_decoding(
     smollm: Target, requests: list[EngineRequest], plain: dict[str, RequestResult], version: int
 ) -> None:
     extra: dict[int, Proposer] = {MEMORY: memory_of([plain[r.request_id] for r in requests[::2]])}
     drafted = serve(smollm, requests, version, extra)
-    for name, want in plain.items():
-        ours, theirs = drafted[name].payload.output_ids, want.payload.output_ids
-        if ours == theirs:
-            continue
-        at = next(i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b)
-        gap = top_two_gap(smollm, [*want.payload.prompt_ids, *theirs[:at]])
-        assert gap < TIE, f"{name} differs at output token {at}, where the best two logits are {gap} apart"
+    assert drafted.keys() == plain.keys()
+    assert_equal_up_to_ties(smollm, drafted, plain)
     assert sum(r.counts.accepted for r in drafted.values()) > 100
     assert all(r.draft_errors == 0 for r in drafted.values())
 
 
-def test_one_at_a_time_equals_sixteen_at_a_time_up_to_ties(
+def test_a_swap_in_the_middle_of_generation_changes_no_output(
+    smollm: Target, requests: list[EngineRequest], plain: dict[str, RequestResult]
+) -> None:
+    """Sixteen requests run under one version when it is taken away and another comes; the rest begin under that one."""
+    engine: Engine = engine_of(smollm, max_num_seqs=16, max_model_len=256, clock=time.monotonic)
+
+    def add(some: Sequence[EngineRequest], version: int) -> None:
+        for r in some:
+            engine.add(EngineRequest(r.request_id, r.prompt_ids, r.sampling, version, r.traffic_class))
+
+    add(requests[:16], NGRAM)
+    outputs = [output for _ in range(10) for output in engine.step()]
+    running = {live.request_id for live in engine.scheduler.running.values()}
+    engine.unload(NGRAM)
+    engine.load(MEMORY, memory_of([plain[r.request_id] for r in requests[::2]]))
+    add(requests[16:], MEMORY)
+    found = run(engine, outputs)
+    assert len(running) > 8, "the swap must fall into the middle"
+    assert found.keys() == plain.keys()
+    assert_equal_up_to_ties(smollm, found, plain)
+    versions = {name: result.policy_version for name, result in found.items()}
+    assert {versions[name] for name in running} == {NGRAM}
+    assert {versions[r.request_id] for r in requests[16:]} == {MEMORY}
+
+
+def test_one_at_a_time_equals_sixteen_at_a_time(
     smollm: Target, requests: list[EngineRequest], plain: dict[str, RequestResult]
 ) -> None:
     for r in requests[::12]:
-        (single,) = serve(smollm, [r], NONE).values()
-        ours, theirs = single.payload.output_ids, plain[r.request_id].payload.output_ids
-        if ours != theirs:
-            at = next(i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b)
-            assert top_two_gap(smollm, [*r.prompt_ids, *theirs[:at]]) < TIE
+        assert_equal_up_to_ties(smollm, serve(smollm, [r], NONE), plain)
 
 
 def test_it_speaks_english(smollm: Target) -> None:

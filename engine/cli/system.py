@@ -15,7 +15,7 @@ import typer
 from engine.cli.context import settings
 from engine.contracts import SlipstreamError
 from engine.ops import postgres
-from engine.ops.supervisor import Supervisor, is_alive, log_file, read_state
+from engine.ops.supervisor import Supervisor, is_running, log_file, read_state
 from engine.settings import Settings
 from engine.store.database import Database
 from engine.store.repositories import plans, replicas
@@ -131,8 +131,7 @@ def _status(chosen: Settings) -> dict[str, Any]:
     home: Path = chosen.home_path
     state = read_state(home)
     components = {
-        name: part | {"alive": is_alive(part["pid"])}
-        for name, part in (state or {"components": {}})["components"].items()
+        name: part | {"alive": is_running(part)} for name, part in (state or {"components": {}})["components"].items()
     }
     url = chosen.database_url or postgres.running_url(home)
     found: dict[str, Any] = {

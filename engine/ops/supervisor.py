@@ -19,12 +19,16 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from engine.contracts import SlipstreamError
 
 Say = Callable[[str], None]
 GRACE_S = 15.0
 """How long a component may take to end after SIGTERM before it is killed."""
 BACKOFF_S = (1.0, 2.0, 5.0, 15.0, 60.0)
+SAME_BIRTH_S = 10.0
+"""Two births of one process number that lie closer are one: clocks are set, and numbers do not come round so fast."""
 STEADY_S = 60.0
 """A component that ran this long starts its backoff from the beginning."""
 
@@ -144,9 +148,15 @@ class Supervisor:
     def _write_state(self) -> None:
         state = {
             "pid": os.getpid(),
+            "born": _born(os.getpid()),
             "started_at": datetime.now(UTC).isoformat(),
             "components": {
-                name: {"pid": r.process.pid, "url": r.component.url, "restarts": r.restarts}
+                name: {
+                    "pid": r.process.pid,
+                    "born": _born(r.process.pid),
+                    "url": r.component.url,
+                    "restarts": r.restarts,
+                }
                 for name, r in self._running.items()
             },
         }
@@ -171,25 +181,32 @@ def read_state(home: Path) -> dict[str, Any] | None:
         state: dict[str, Any] = json.loads(state_file(home).read_text())
     except (FileNotFoundError, json.JSONDecodeError):
         return None
-    alive = is_alive(state["pid"]) or any(is_alive(c["pid"]) for c in state["components"].values())
-    return state if alive else None
+    return state if any(map(is_running, [state, *state["components"].values()])) else None
 
 
-def is_alive(pid: int) -> bool:
-    """Whether a process runs; a zombie does not."""
+def is_running(part: Mapping[str, Any]) -> bool:
+    """Whether what the state file names still runs: after a reboot the same number may be somebody else's."""
+    return is_alive(part["pid"], part["born"])
+
+
+def is_alive(pid: int, born: float | None = None) -> bool:
+    """Whether a process runs; a zombie does not, nor does one that got the number of a process ``born`` earlier."""
     try:
-        with open(f"/proc/{pid}/stat") as stat:
-            return stat.read().rsplit(")", 1)[1].split()[0] != "Z"
-    except FileNotFoundError:
-        if Path("/proc/self").exists():
-            return False
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
+        process = psutil.Process(pid)
+        same = born is None or abs(process.create_time() - born) < SAME_BIRTH_S
+        return same and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
         return False
-    except PermissionError:
+    except psutil.AccessDenied:
         return True
-    return True
+
+
+def _born(pid: int) -> float | None:
+    """When a process began, seconds since the epoch; None when it has gone already."""
+    try:
+        return psutil.Process(pid).create_time()
+    except psutil.NoSuchProcess:
+        return None
 
 
 def end_group(pgid: int, grace_s: float) -> None:

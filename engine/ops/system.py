@@ -13,7 +13,7 @@ import httpx
 
 from engine.contracts import SlipstreamError
 from engine.ops import postgres
-from engine.ops.supervisor import Component, Say, Supervisor, end_group, is_alive, read_state, state_file
+from engine.ops.supervisor import Component, Say, Supervisor, end_group, is_running, read_state, state_file
 from engine.settings import Settings, child_environment
 from engine.store import migrate
 from engine.store.database import sqlalchemy_url
@@ -133,14 +133,14 @@ def down(settings: Settings, say: Say, sleep: Callable[[float], None], patience_
     if state is None:
         return postgres.stop(home)
     supervisor = state["pid"]
-    if is_alive(supervisor):
+    if is_running(state):
         os.kill(supervisor, 15)
         waited = 0.0
-        while is_alive(supervisor) and waited < patience_s:
+        while is_running(state) and waited < patience_s:
             sleep(0.2)
             waited += 0.2
     for name, component in state["components"].items():
-        if is_alive(component["pid"]):
+        if is_running(component):
             say(f"{name} was left behind by its supervisor; ending it")
             end_group(component["pid"], grace_s=10.0)
     state_file(home).unlink(missing_ok=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import textwrap
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from engine.contracts import SlipstreamError
-from engine.ops.supervisor import Component, Supervisor, end_group, is_alive, read_state
+from engine.ops.supervisor import Component, Supervisor, end_group, is_alive, read_state, state_file
 from tests.waiting import until
 
 
@@ -85,6 +86,17 @@ def test_state_is_on_disk_while_something_runs(supervisor: Supervisor, tmp_path:
     assert state is not None
     assert state["components"]["part"]["pid"] == supervisor.pid("part")
     supervisor.stop()
+    assert read_state(tmp_path) is None
+
+
+def test_a_number_that_another_process_has_now_is_not_ours(supervisor: Supervisor, tmp_path: Path) -> None:
+    """As after a reboot: the state file is there, its numbers run, but they were born later."""
+    supervisor.start(component(FOR_EVER))
+    path = state_file(tmp_path)
+    state = json.loads(path.read_text())
+    for part in (state, state["components"]["part"]):
+        part["born"] -= 3_600
+    path.write_text(json.dumps(state))
     assert read_state(tmp_path) is None
 
 

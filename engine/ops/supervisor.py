@@ -147,16 +147,10 @@ class Supervisor:
 
     def _write_state(self) -> None:
         state = {
-            "pid": os.getpid(),
-            "born": _born(os.getpid()),
+            **_identity(os.getpid()),
             "started_at": datetime.now(UTC).isoformat(),
             "components": {
-                name: {
-                    "pid": r.process.pid,
-                    "born": _born(r.process.pid),
-                    "url": r.component.url,
-                    "restarts": r.restarts,
-                }
+                name: _identity(r.process.pid) | {"url": r.component.url, "restarts": r.restarts}
                 for name, r in self._running.items()
             },
         }
@@ -201,12 +195,12 @@ def is_alive(pid: int, born: float | None = None) -> bool:
         return True
 
 
-def _born(pid: int) -> float | None:
-    """When a process began, seconds since the epoch; None when it has gone already."""
+def _identity(pid: int) -> dict[str, Any]:
+    """A process by number and birth (seconds since the epoch; None when it has gone already)."""
     try:
-        return psutil.Process(pid).create_time()
+        return {"pid": pid, "born": psutil.Process(pid).create_time()}
     except psutil.NoSuchProcess:
-        return None
+        return {"pid": pid, "born": None}
 
 
 def end_group(pgid: int, grace_s: float) -> None:

@@ -19,6 +19,8 @@ from engine.store.repositories.rollouts import DecisionRecord, Rollout
 NAMES = {
     "tokens_per_step": "tokens / step",
     "errors": "errors",
+    "fuse_mismatch": "outputs",
+    "fuse_restarts": "restarts",
     "fuse_p95": "p95 fuse",
     "srm": "even split",
 }

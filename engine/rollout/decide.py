@@ -19,6 +19,9 @@ from engine.store.repositories.rollouts import Command
 
 PROMOTED_STATES = frozenset({RolloutState.PROMOTING, RolloutState.PROMOTED, RolloutState.WATCHING})
 
+MAX_RESTARTS = 20
+"""Restarts that are remembered; a fuse that allows more is no fuse."""
+
 
 def decide(
     spec: RolloutSpec, status: RolloutStatus, evidence: Evidence, commands: Sequence[Command], now: datetime
@@ -32,7 +35,8 @@ def decide(
     if not status.serves:
         return _before_traffic(spec, status, evidence, command, now)
 
-    guards = evaluate(spec, evidence.segments)
+    status = _noting_restarts(status, evidence)
+    guards = evaluate(spec, evidence.segments, status.restarts, now)
     verdict, why = judge(spec, status, evidence, guards, now)
     if status.state in PROMOTED_STATES and verdict is not Verdict.FAIL:
         verdict = Verdict.PASS  # the arms are gone; only requests that were still running can change the table now
@@ -128,6 +132,15 @@ def _before_traffic(
     why = f"canary v{status.canary} to {weight:.0%}, an equal control beside it"
     started = replace(status.moved(RolloutState.RAMPING, now), reason=why, verdict=Verdict.INSUFFICIENT)
     return _consuming(Decision(Verdict.INSUFFICIENT, Action.SET_WEIGHT, why, started, weight=weight), command)
+
+
+def _noting_restarts(status: RolloutStatus, evidence: Evidence) -> RolloutStatus:
+    """A replica that is there again with a later start, and never left in order, has died in between."""
+    known = dict(status.starts)
+    starts = {r.replica_id: r.started_at for r in evidence.replicas if r.started_at is not None}
+    again = [at for name, at in starts.items() if name in known and at > known[name]]
+    restarts = (*status.restarts, *sorted(again))[-MAX_RESTARTS:]
+    return replace(status, starts=tuple(sorted(starts.items())), restarts=restarts)
 
 
 def _missing(status: RolloutStatus, evidence: Evidence) -> str | None:

@@ -1,129 +1,218 @@
-"""The guards, applied to what the traces say: a pure function of the specification and the counts."""
+"""The guards, applied to what the traces say: a pure function of the specification and the counts.
+
+A statistical guard collects one e-value from all classes together and one from each class, and judges their mean: valid
+whatever their dependence, and one class that is ruined fails the whole and is named.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from math import log
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime, timedelta
+from math import exp, log, log1p
+
+import numpy as np
 
 from engine.contracts import CANARY, CONTROL, Verdict
-from engine.rollout import statistics
-from engine.rollout.guards import Errors, LatencyFuse, RolloutSpec, SampleRatio, TokensPerStep
+from engine.rollout import quantiles, statistics
+from engine.rollout.guards import (
+    Errors,
+    Guard,
+    Latency,
+    LatencyFuse,
+    Mismatches,
+    MismatchFuse,
+    RestartFuse,
+    Retries,
+    RolloutSpec,
+    SampleRatio,
+    Timeouts,
+    TokensPerStep,
+)
+from engine.rollout.quantiles import Array
 from engine.rollout.records import GuardResult
-from engine.rollout.statistics import Moments
+from engine.rollout.statistics import Difference, Moments
 from engine.store.repositories.evidence import Segment
 
 ALL = "all"
-Pairs = Mapping[str, tuple[Segment, Segment]]  # segment name → (canary, control); ALL holds all classes together
 
 
-def evaluate(spec: RolloutSpec, segments: Sequence[Segment]) -> tuple[GuardResult, ...]:
-    """The guard table, in the order of the specification."""
-    pairs = _pairs(segments)
-    results = []
-    for guard in spec.guards:
-        match guard:
-            case TokensPerStep():
-                results.append(_tokens_per_step(guard, spec.guard_alpha(), pairs))
-            case Errors():
-                results.append(_errors(spec, pairs))
-            case LatencyFuse():
-                results.append(_fuse(guard, pairs))
-            case SampleRatio():
-                results.append(_sample_ratio(guard, pairs))
-    return tuple(results)
+def evaluate(
+    spec: RolloutSpec,
+    segments: Sequence[Segment],
+    restarts: Sequence[datetime] = (),
+    now: datetime | None = None,
+) -> tuple[GuardResult, ...]:
+    """The guard table, in the order of the specification. ``restarts``: when replicas started again meanwhile."""
+    arms = Arms.of(segments)
+    return tuple(_judged(guard, spec, arms, restarts, now) for guard in spec.guards)
 
 
-def _tokens_per_step(guard: TokensPerStep, alpha: float, pairs: Pairs) -> GuardResult:
-    """Mean of the e-values of all classes together and of each: one class that is ruined fails the whole."""
+@dataclass(frozen=True, slots=True)
+class Arms:
+    """Canary and control, aligned: entry 0 is all classes together, then each class that either arm has seen."""
+
+    names: tuple[str, ...]
+    canary: tuple[Segment, ...]
+    control: tuple[Segment, ...]
+
+    @classmethod
+    def of(cls, segments: Sequence[Segment]) -> Arms:
+        found = {(s.arm, s.traffic_class or ALL): s for s in segments}
+        classes = sorted({name for _, name in found} - {ALL})
+        names = (ALL, *classes)
+        canary, control = (
+            tuple(found.get((arm, name)) or Segment(arm, None if name == ALL else name) for name in names)
+            for arm in (CANARY, CONTROL)
+        )
+        return cls(names, canary, control)
+
+    def worst(self, log_e: Array) -> int:
+        return int(np.argmax(log_e))
+
+
+def _judged(
+    guard: Guard, spec: RolloutSpec, arms: Arms, restarts: Sequence[datetime], now: datetime | None
+) -> GuardResult:
+    match guard:
+        case TokensPerStep():
+            return _tokens_per_step(guard, spec.guard_alpha(), arms)
+        case Latency():
+            return _latency(guard, spec, arms)
+        case Errors() | Timeouts() | Retries() | Mismatches():
+            return _events(guard, spec, arms)
+        case LatencyFuse():
+            return _fuse(guard, arms)
+        case MismatchFuse():
+            return _mismatch(guard, arms)
+        case RestartFuse():
+            return _restarts(guard, arms, restarts, now)
+        case SampleRatio():
+            return _sample_ratio(guard, arms)
+
+
+def _tokens_per_step(guard: TokensPerStep, alpha: float, arms: Arms) -> GuardResult:
+    canary, control = _moments(arms.canary), _moments(arms.control)
     rho, limit = statistics.tuned_rho(guard.horizon, alpha), -log(alpha)
-    evidence = {ALL: 0.0}
-    for name, (canary, control) in pairs.items():
-        known = min(canary.n, control.n) >= guard.min_requests
-        diff = statistics.difference(_moments(canary), _moments(control))
-        evidence[name] = float(statistics.log_e_below(diff, 0.0, rho)) if known else 0.0
-    log_e = statistics.log_mean(list(evidence.values()))
+    diff = statistics.difference(canary, control)
+    known = np.minimum(canary.n, control.n) >= guard.min_requests
+    each = np.where(known, statistics.log_e_below(diff, 0.0, rho), 0.0)
+    log_e = statistics.log_mean(list(each))
     failed = log_e >= limit
-    segment = max(evidence, key=lambda name: evidence[name]) if failed else ALL
-    canary, control = _arms(pairs, segment)
-    line = _line(guard, alpha, segment, canary, control)
-    line = replace(line, log_e=log_e, limit=limit)
+    at = arms.worst(each) if failed else 0
+    width = float(statistics.half_width(_entry(diff, at), rho, alpha))
+    line = GuardResult(
+        guard.name,
+        Verdict.INSUFFICIENT,
+        "",
+        arms.names[at],
+        arms.canary[at].n,
+        arms.control[at].n,
+        float(canary.ratio[at]),
+        float(control.ratio[at]),
+        float(diff.estimate[at]) - width,
+        float(diff.estimate[at]) + width,
+        log_e,
+        limit,
+        worst=_worst(arms, each),
+    )
     if failed:
         return replace(
             line,
             verdict=Verdict.FAIL,
-            reason=f"{_where(segment)}the canary commits {line.canary:.3f} tokens per verify step, the control "
+            reason=f"{_where(line.segment)}the canary commits {line.canary:.3f} tokens per verify step, the control "
             f"{line.control:.3f}, over {line.n_canary} and {line.n_control} requests",
         )
-    canary, control = _arms(pairs, ALL)
-    if min(canary.n, control.n) < guard.min_requests:
+    if not known[0]:
         return replace(line, reason=f"needs {guard.min_requests} requests per arm with a verify step")
-    least = _scaled(_moments(control), 1.0 - guard.max_drop)
-    diff = statistics.difference(_moments(canary), least)
+    least = statistics.difference(_entry_moments(canary), _scaled(_entry_moments(control), 1.0 - guard.max_drop))
     rho = statistics.tuned_rho(guard.horizon, guard.pass_alpha)
-    if diff.estimate - statistics.half_width(diff, rho, guard.pass_alpha) > 0:
+    if least.estimate - statistics.half_width(least, rho, guard.pass_alpha) > 0:
         better = line.low is not None and line.low > 0
         reason = "better than the control" if better else f"not worse than the control by {guard.max_drop:.0%}"
         return replace(line, verdict=Verdict.PASS, reason=reason)
     return replace(line, reason=f"not yet certain that the canary is less than {guard.max_drop:.0%} worse")
 
 
-def _line(guard: TokensPerStep, alpha: float, segment: str, canary: Segment, control: Segment) -> GuardResult:
-    """Ratios and the one-sided bounds of their difference; INSUFFICIENT until somebody says otherwise."""
-    diff = statistics.difference(_moments(canary), _moments(control))
-    width = float(statistics.half_width(diff, statistics.tuned_rho(guard.horizon, alpha), alpha))
-    estimate = float(diff.estimate)
-    return GuardResult(
-        guard.kind,
-        Verdict.INSUFFICIENT,
-        "",
-        segment,
-        canary.n,
-        control.n,
-        float(_moments(canary).ratio),
-        float(_moments(control).ratio),
-        estimate - width,
-        estimate + width,
-    )
-
-
-def _errors(spec: RolloutSpec, pairs: Pairs) -> GuardResult:
-    alpha = spec.guard_alpha()
-    evidence = {ALL: 0.0}
-    for name, (canary, control) in pairs.items():
-        evidence[name] = float(statistics.log_e_binomial(canary.error_keys, control.error_keys))
-    log_e, limit = statistics.log_mean(list(evidence.values())), -log(alpha)
+def _latency(guard: Latency, spec: RolloutSpec, arms: Arms) -> GuardResult:
+    alpha, nothing = spec.guard_alpha(), ((), ())
+    pairs = [
+        quantiles.dense(a.latencies.get(guard.metric, nothing), b.latencies.get(guard.metric, nothing))
+        for a, b in zip(arms.canary, arms.control, strict=True)
+    ]
+    rho, limit = statistics.tuned_rho(guard.horizon, alpha), -log(alpha)
+    diff = quantiles.fast(pairs, guard.quantile, guard.margin)
+    if guard.method == "fast":
+        each = np.asarray(statistics.log_e_below(diff, 0.0, rho))
+    else:
+        each = np.array([quantiles.certified(p, guard.quantile, guard.margin) if p is not None else 0.0 for p in pairs])
+    log_e = statistics.log_mean(list(each))
     failed = log_e >= limit
-    segment = max(evidence, key=lambda name: evidence[name]) if failed else ALL
-    canary, control = _arms(pairs, segment)
+    at = arms.worst(each) if failed else 0
+    slow, usual = (arm[at].quantile(guard.metric, guard.quantile) for arm in (arms.canary, arms.control))
+    pair, one = pairs[at], _entry(diff, at)
+    width = float(statistics.half_width(one, rho, alpha))
+    middle = log1p(guard.margin) - float(one.estimate)  # log(canary / control)
+    known = np.isfinite(width)
     line = GuardResult(
-        Errors.kind,
+        guard.name,
         Verdict.PASS,
-        "no more errors than the control",
-        segment,
-        canary.keys,
-        control.keys,
-        canary.error_keys,
-        control.error_keys,
-        log_e=log_e,
-        limit=limit,
+        f"not seen to be more than {guard.margin:.0%} slower",
+        arms.names[at],
+        int(pair.canary.sum()) if pair is not None else 0,
+        int(pair.control.sum()) if pair is not None else 0,
+        slow,
+        usual,
+        exp(middle - width) - 1.0 if known and middle - width < 50 else None,
+        exp(middle + width) - 1.0 if known and middle + width < 50 else None,
+        log_e,
+        limit,
+        worst=_worst(arms, each),
     )
-    if failed:
-        reason = f"{_where(segment)}{canary.error_keys} of {canary.keys} keys met an error on the canary, "
-        reason += f"{control.error_keys} of {control.keys} on the control"
+    if failed and slow is not None and usual is not None:
+        reason = f"{_where(line.segment)}p{guard.quantile * 100:g} of {guard.metric} is {slow:.3g} s on the canary, "
+        reason += f"{usual:.3g} s on the control, more than {guard.margin:.0%} slower"
         return replace(line, verdict=Verdict.FAIL, reason=reason)
-    if min(canary.requests, control.requests) < spec.min_requests:
+    if min(line.n_canary, line.n_control) < spec.min_requests:
         return replace(line, verdict=Verdict.INSUFFICIENT, reason=f"needs {spec.min_requests} requests per arm")
     return line
 
 
-def _fuse(guard: LatencyFuse, pairs: Pairs) -> GuardResult:
-    canary, control = _arms(pairs, ALL)
-    slow, usual = (getattr(arm, f"{guard.metric}_p95") for arm in (canary, control))
+def _events(guard: Errors | Timeouts | Retries | Mismatches, spec: RolloutSpec, arms: Arms) -> GuardResult:
+    limit = -log(spec.guard_alpha())
+    met, usual = ([getattr(segment, guard.counted) for segment in arm] for arm in (arms.canary, arms.control))
+    each = np.asarray(statistics.log_e_binomial(np.array(met), np.array(usual)))
+    log_e = statistics.log_mean(list(each))
+    failed = log_e >= limit
+    at = arms.worst(each) if failed else 0
+    canary, control = arms.canary[at], arms.control[at]
     line = GuardResult(
-        guard.kind, Verdict.INSUFFICIENT, "", ALL, canary.requests, control.requests, slow, usual, limit=guard.ratio
+        guard.name,
+        Verdict.PASS,
+        f"no more {guard.name} than the control",
+        arms.names[at],
+        canary.requests,
+        control.requests,
+        met[at],
+        usual[at],
+        log_e=log_e,
+        limit=limit,
+        worst=_worst(arms, each),
     )
-    if min(canary.requests, control.requests) < guard.min_requests or slow is None or not usual:
+    if failed:
+        reason = f"{_where(line.segment)}{met[at]} keys met {guard.name} in {canary.requests} requests of the canary, "
+        reason += f"{usual[at]} in {control.requests} of the control"
+        return replace(line, verdict=Verdict.FAIL, reason=reason)
+    if min(arms.canary[0].requests, arms.control[0].requests) < spec.min_requests:
+        return replace(line, verdict=Verdict.INSUFFICIENT, reason=f"needs {spec.min_requests} requests per arm")
+    return line
+
+
+def _fuse(guard: LatencyFuse, arms: Arms) -> GuardResult:
+    n = [sum(arm[0].latencies.get(guard.metric, ((), ()))[1]) for arm in (arms.canary, arms.control)]
+    slow, usual = (arm[0].quantile(guard.metric, 0.95) for arm in (arms.canary, arms.control))
+    line = GuardResult(guard.name, Verdict.INSUFFICIENT, "", ALL, int(n[0]), int(n[1]), slow, usual, limit=guard.ratio)
+    if min(n) < guard.min_requests or slow is None or not usual:
         return replace(line, reason=f"needs {guard.min_requests} requests per arm")
     if slow > guard.ratio * usual:
         reason = f"p95 of {guard.metric} is {slow:.3g} s on the canary, more than {guard.ratio:g} × the {usual:.3g} s"
@@ -131,42 +220,63 @@ def _fuse(guard: LatencyFuse, pairs: Pairs) -> GuardResult:
     return replace(line, verdict=Verdict.PASS, reason=f"p95 of {guard.metric} within {guard.ratio:g} × the control")
 
 
-def _sample_ratio(guard: SampleRatio, pairs: Pairs) -> GuardResult:
-    canary, control = _arms(pairs, ALL)
-    log_e, limit = float(statistics.log_e_mismatch(canary.keys, control.keys)), -log(guard.alpha)
+def _mismatch(guard: MismatchFuse, arms: Arms) -> GuardResult:
+    canary, control = arms.canary[0], arms.control[0]
     line = GuardResult(
-        guard.kind,
+        guard.name,
         Verdict.PASS,
-        "both arms get equal traffic",
+        f"{canary.audited} outputs of the canary are the target's own",
         ALL,
-        canary.keys,
-        control.keys,
-        log_e=log_e,
-        limit=limit,
+        canary.audited,
+        control.audited,
+        canary.mismatches,
+        control.mismatches,
+        limit=1.0,
+    )
+    if canary.mismatches:
+        reason = f"{canary.mismatches} of {canary.audited} outputs of the canary are not the target's own"
+        return replace(line, verdict=Verdict.FAIL, reason=reason)
+    return line
+
+
+def _restarts(guard: RestartFuse, arms: Arms, restarts: Sequence[datetime], now: datetime | None) -> GuardResult:
+    recent = [at for at in restarts if now is None or now - at <= timedelta(seconds=guard.window_s)]
+    reason = f"{len(recent)} restarts of replicas in {guard.window_s:g} s"
+    n = (arms.canary[0].requests, arms.control[0].requests)
+    verdict = Verdict.FAIL if len(recent) >= guard.restarts else Verdict.PASS
+    return GuardResult(guard.name, verdict, reason, ALL, *n, canary=float(len(recent)), limit=float(guard.restarts))
+
+
+def _sample_ratio(guard: SampleRatio, arms: Arms) -> GuardResult:
+    canary, control = arms.canary[0].keys, arms.control[0].keys
+    log_e, limit = float(statistics.log_e_mismatch(canary, control)), -log(guard.alpha)
+    line = GuardResult(
+        guard.name, Verdict.PASS, "both arms get equal traffic", ALL, canary, control, log_e=log_e, limit=limit
     )
     if log_e >= limit:
-        reason = f"the split is broken: {canary.keys} keys on the canary, {control.keys} on the control"
+        reason = f"the split is broken: {canary} keys on the canary, {control} on the control"
         return replace(line, verdict=Verdict.ERROR, reason=reason)
     return line
 
 
-def _pairs(segments: Sequence[Segment]) -> Pairs:
-    """Canary and control of all classes together and of each class that either has seen."""
-    found = {(s.arm, s.traffic_class or ALL): s for s in segments}
-    names = sorted({name for _, name in found}, key=lambda name: (name != ALL, name))
-    return {name: tuple(found.get((arm, name), _nothing(arm, name)) for arm in (CANARY, CONTROL)) for name in names}  # type: ignore[misc]
+def _worst(arms: Arms, log_e: Array) -> str:
+    """The class with the most evidence against the canary, where there is any."""
+    at = arms.worst(log_e[1:]) + 1 if len(log_e) > 1 else 0
+    return arms.names[at] if log_e[at] > 0 else ""
 
 
-def _arms(pairs: Pairs, name: str) -> tuple[Segment, Segment]:
-    return pairs.get(name) or (_nothing(CANARY, name), _nothing(CONTROL, name))
+def _moments(segments: Sequence[Segment]) -> Moments:
+    return Moments(
+        *(np.array([getattr(s, name) for s in segments], float) for name in ("n", "x", "y", "xx", "yy", "xy"))
+    )
 
 
-def _nothing(arm: str, name: str) -> Segment:
-    return Segment(arm, None if name == ALL else name, 0, 0, 0, 0, 0, 0, 0, 0, 0.0, 0.0, 0.0, 0.0, 0.0)
+def _entry(diff: Difference, at: int) -> Difference:
+    return Difference(diff.estimate[at], diff.se[at], diff.pairs[at])
 
 
-def _moments(segment: Segment) -> Moments:
-    return Moments(segment.n, segment.x, segment.y, segment.xx, segment.yy, segment.xy)
+def _entry_moments(m: Moments, at: int = 0) -> Moments:
+    return Moments(m.n[at], m.x[at], m.y[at], m.xx[at], m.yy[at], m.xy[at])
 
 
 def _scaled(m: Moments, by: float) -> Moments:

@@ -1,15 +1,14 @@
-"""Guards as data: what a rollout must not do, written down before it starts and frozen with a hash."""
+"""Guards as data: what a rollout must not do, written down before it starts. ``specs`` reads, checks, hashes them."""
 
 from __future__ import annotations
 
-import difflib
-import hashlib
-import json
-from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, field, fields, replace
-from typing import Any, ClassVar
+from dataclasses import dataclass, field
+from typing import ClassVar
 
 from engine.contracts import SlipstreamError
+
+METRICS = ("e2e", "ttft", "tpot")
+METHODS = ("fast", "certified")
 
 
 class SpecError(SlipstreamError):
@@ -33,22 +32,100 @@ class TokensPerStep:
     min_requests: int = 20
     horizon: int = 300
 
+    @property
+    def name(self) -> str:
+        return self.kind
+
+    def fault(self) -> str | None:
+        if not (0 < self.pass_alpha < 0.5 and self.horizon >= 1):
+            return "pass_alpha lies in (0, 0.5) and horizon is at least 1."
+        return None
+
 
 @dataclass(frozen=True, slots=True)
-class Errors:
-    """Assignment keys with an error or timeout: FAIL when it is certain that more of them are the canary's."""
+class Latency:
+    """FAIL when it is certain that the canary's ``quantile`` of ``metric`` exceeds (1 + ``margin``) × the control's.
 
-    kind: ClassVar[str] = "errors"
+    ``method``: certified (an e-process, valid by a theorem) or fast (sharper in the tail, calibrated on equal arms).
+    Both arms share their replicas' batches: this sees a canary that is slow by itself, not one that slows everybody.
+    """
+
+    kind: ClassVar[str] = "latency"
     rolls_back: ClassVar[bool] = True
     statistical: ClassVar[bool] = True
+    metric: str = "e2e"
+    quantile: float = 0.95
+    margin: float = 0.05
+    method: str = "fast"
+    horizon: int = 300
+
+    @property
+    def name(self) -> str:
+        return f"{self.metric}_p{self.quantile * 100:g}"
+
+    def fault(self) -> str | None:
+        if self.metric not in METRICS:
+            return f"metric is one of {', '.join(METRICS)}, got {self.metric!r}."
+        if self.method not in METHODS:
+            return f"method is one of {', '.join(METHODS)}, got {self.method!r}."
+        if not 0.01 <= self.quantile <= 0.999 or self.horizon < 1:
+            return f"quantile lies in [0.01, 0.999] and horizon is at least 1, got {self.quantile} and {self.horizon}."
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class _Events:
+    """Assignment keys that met an event: FAIL when it is certain that more of them are the canary's."""
+
+    rolls_back: ClassVar[bool] = True
+    statistical: ClassVar[bool] = True
+    kind: ClassVar[str] = ""
+    counted: ClassVar[str] = ""
+    """The field of a Segment that counts the keys."""
+
+    @property
+    def name(self) -> str:
+        return self.kind
+
+    def fault(self) -> str | None:
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class Errors(_Events):
+    """Requests that ended in an error."""
+
+    kind: ClassVar[str] = "errors"
+    counted: ClassVar[str] = "error_keys"
+
+
+@dataclass(frozen=True, slots=True)
+class Timeouts(_Events):
+    """Requests that ran past their time: what hangs."""
+
+    kind: ClassVar[str] = "timeouts"
+    counted: ClassVar[str] = "timeout_keys"
+
+
+@dataclass(frozen=True, slots=True)
+class Retries(_Events):
+    """Requests that a client sent again."""
+
+    kind: ClassVar[str] = "retries"
+    counted: ClassVar[str] = "retry_keys"
+
+
+@dataclass(frozen=True, slots=True)
+class Mismatches(_Events):
+    """Greedy outputs that are not the target's own, found by the auditor, beyond ties."""
+
+    kind: ClassVar[str] = "mismatches"
+    counted: ClassVar[str] = "mismatches"
 
 
 @dataclass(frozen=True, slots=True)
 class LatencyFuse:
-    """Absolute: FAIL when the canary's p95 of ``metric`` exceeds ``ratio`` times the control's.
-
-    Both arms share their replicas' batches, so this sees a canary that is slow by itself, not one that slows all.
-    """
+    """Absolute: FAIL when the canary's p95 of ``metric`` exceeds ``ratio`` times the control's."""
 
     kind: ClassVar[str] = "fuse_p95"
     rolls_back: ClassVar[bool] = True
@@ -56,6 +133,47 @@ class LatencyFuse:
     metric: str = "e2e"
     ratio: float = 3.0
     min_requests: int = 200
+
+    @property
+    def name(self) -> str:
+        return self.kind
+
+    def fault(self) -> str | None:
+        return None if self.metric in METRICS else f"metric is one of {', '.join(METRICS)}, got {self.metric!r}."
+
+
+@dataclass(frozen=True, slots=True)
+class MismatchFuse:
+    """Absolute: FAIL at the first output of the canary that is not the target's own. Drafts never change an output."""
+
+    kind: ClassVar[str] = "fuse_mismatch"
+    rolls_back: ClassVar[bool] = True
+    statistical: ClassVar[bool] = False
+
+    @property
+    def name(self) -> str:
+        return self.kind
+
+    def fault(self) -> str | None:
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class RestartFuse:
+    """Absolute: FAIL when replicas start again ``restarts`` times within ``window_s`` while the canary serves."""
+
+    kind: ClassVar[str] = "fuse_restarts"
+    rolls_back: ClassVar[bool] = True
+    statistical: ClassVar[bool] = False
+    restarts: int = 2
+    window_s: float = 300.0
+
+    @property
+    def name(self) -> str:
+        return self.kind
+
+    def fault(self) -> str | None:
+        return None if self.restarts >= 1 else "restarts is at least 1."
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,9 +185,23 @@ class SampleRatio:
     statistical: ClassVar[bool] = False
     alpha: float = 0.001
 
+    @property
+    def name(self) -> str:
+        return self.kind
 
-Guard = TokensPerStep | Errors | LatencyFuse | SampleRatio
-KINDS: dict[str, type[Guard]] = {kind.kind: kind for kind in (TokensPerStep, Errors, LatencyFuse, SampleRatio)}
+    def fault(self) -> str | None:
+        return None if 0 < self.alpha < 0.5 else "alpha lies in (0, 0.5)."
+
+
+Events = Errors | Timeouts | Retries | Mismatches
+Guard = TokensPerStep | Latency | Events | LatencyFuse | MismatchFuse | RestartFuse | SampleRatio
+KINDS: dict[str, type[Guard]] = {
+    kind.kind: kind
+    for kind in (
+        *(TokensPerStep, Latency, Errors, Timeouts, Retries, Mismatches),
+        *(LatencyFuse, MismatchFuse, RestartFuse, SampleRatio),
+    )
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +209,8 @@ class RolloutSpec:
     """Durations are seconds, ``steps`` canary weights in (0, 0.5], ascending; the control always weighs the same.
 
     ``min_requests`` is per arm and step. ``alpha`` is the probability of rolling back an identical canary, split
-    evenly over the statistical guards. ``deadline_s`` counts from the first canary traffic.
+    evenly over the statistical guards. ``deadline_s`` counts from the first canary traffic. ``traffic_classes`` says
+    whose requests may be sliced at all; None is everybody's.
     """
 
     steps: tuple[float, ...]
@@ -99,140 +232,6 @@ class RolloutSpec:
     def tokens_per_step(self) -> TokensPerStep | None:
         return next((guard for guard in self.guards if isinstance(guard, TokensPerStep)), None)
 
-
-PRESETS: dict[str, RolloutSpec] = {
-    "cautious": RolloutSpec(
-        preset="cautious",
-        steps=(0.01, 0.05, 0.1, 0.25, 0.5),
-        guards=(TokensPerStep(max_drop=0.02, pass_alpha=0.01, horizon=600), Errors(), LatencyFuse(), SampleRatio()),
-        min_requests=300,
-        soak_s=3_600.0,
-        watch_s=7_200.0,
-        deadline_s=172_800.0,
-        stale_s=600.0,
-    ),
-    "standard": RolloutSpec(
-        preset="standard",
-        steps=(0.1, 0.25, 0.5),
-        guards=(TokensPerStep(), Errors(), LatencyFuse(), SampleRatio()),
-    ),
-    "fast": RolloutSpec(
-        preset="fast",
-        steps=(0.3, 0.5),
-        guards=(
-            TokensPerStep(max_drop=0.05, min_requests=12, horizon=60),
-            Errors(),
-            LatencyFuse(metric="tpot", min_requests=60),
-            SampleRatio(),
-        ),
-        min_requests=25,
-        warmup_s=4.0,
-        soak_s=5.0,
-        watch_s=10.0,
-        deadline_s=900.0,
-        stale_s=45.0,
-    ),
-}
-"""``fast`` decides in minutes at two requests a second; it risks no more false rollbacks, it only finds less."""
-
-
-def preset(name: str, traffic_classes: Sequence[str] | None = None) -> RolloutSpec:
-    if name not in PRESETS:
-        raise SpecError(f"There is no preset {name!r}; there are {', '.join(PRESETS)}.")
-    classes = tuple(sorted(set(traffic_classes))) if traffic_classes else None
-    return validate(replace(PRESETS[name], traffic_classes=classes))
-
-
-def to_dict(spec: RolloutSpec) -> dict[str, Any]:
-    """The specification as JSON has it: what is stored, hashed and parsed again."""
-    tree = {f.name: getattr(spec, f.name) for f in fields(spec)}
-    tree["guards"] = [{"kind": guard.kind, **asdict(guard)} for guard in spec.guards]
-    return dict(json.loads(json.dumps(tree)))
-
-
-def parse(tree: Mapping[str, Any]) -> RolloutSpec:
-    """A specification from JSON or YAML, strictly: an unknown key is an error that names the nearest known one."""
-    values = _known(RolloutSpec, tree, "rollout")
-    guards = values.get("guards")
-    if not isinstance(guards, (list, tuple)):
-        raise SpecError(f"rollout.guards must be a list of guards, got {guards!r}.")
-    values["guards"] = tuple(_guard(entry, f"rollout.guards[{i}]") for i, entry in enumerate(guards))
-    for name in ("steps", "traffic_classes"):
-        value = values.get(name)
-        if value is not None:
-            if not isinstance(value, (list, tuple)):
-                raise SpecError(f"rollout.{name} must be a list, got {value!r}.")
-            values[name] = tuple(value)
-    return validate(RolloutSpec(**values))
-
-
-def validate(spec: RolloutSpec) -> RolloutSpec:
-    """The same specification, or a SpecError for the first thing that is wrong with it."""
-    numbers = [(f.name, getattr(spec, f.name)) for f in fields(spec) if f.type in ("int", "float")]
-    numbers += [("step", weight) for weight in spec.steps]
-    numbers += [
-        (f"{guard.kind}.{f.name}", getattr(guard, f.name))
-        for guard in spec.guards
-        for f in fields(guard)
-        if f.type in ("int", "float")
-    ]
-    for name, value in numbers:
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= 0:
-            raise SpecError(f"rollout.{name} must be a number that is not negative, got {value!r}.")
-    if not spec.steps or any(not 0 < w <= 0.5 for w in spec.steps) or list(spec.steps) != sorted(set(spec.steps)):
-        raise SpecError(
-            f"rollout.steps must be ascending weights above 0 and at most 0.5 (the control takes as much as the "
-            f"canary), got {list(spec.steps)}."
-        )
-    if not any(guard.rolls_back for guard in spec.guards):
-        raise SpecError(
-            "A rollout without rollback conditions cannot start: add a guard of kind "
-            + ", ".join(name for name, kind in KINDS.items() if kind.rolls_back)
-            + "."
-        )
-    kinds = [guard.kind for guard in spec.guards]
-    if len(set(kinds)) != len(kinds):
-        raise SpecError(f"rollout.guards has a kind twice: {kinds}.")
-    if spec.tokens_per_step() is None:
-        raise SpecError("A rollout needs a guard of kind tokens_per_step: it is what lets the last step PASS.")
-    if not 0 < spec.alpha < 0.5 or spec.min_requests < 1 or not spec.deadline_s > spec.warmup_s:
-        raise SpecError("rollout: alpha lies in (0, 0.5), min_requests is at least 1, deadline_s exceeds warmup_s.")
-    for guard in spec.guards:
-        if isinstance(guard, LatencyFuse) and guard.metric not in ("e2e", "ttft", "tpot"):
-            raise SpecError(f"rollout.fuse_p95.metric is one of e2e, ttft, tpot, got {guard.metric!r}.")
-        if isinstance(guard, TokensPerStep) and not (0 < guard.pass_alpha < 0.5 and guard.horizon >= 1):
-            raise SpecError("rollout.tokens_per_step: pass_alpha lies in (0, 0.5) and horizon is at least 1.")
-    return spec
-
-
-def spec_hash(spec: RolloutSpec) -> str:
-    """sha256 over the specification: whoever changes a guard after launch is found out."""
-    return tree_hash(to_dict(spec))
-
-
-def tree_hash(tree: Mapping[str, Any]) -> str:
-    """The hash of a specification as it is stored; a later version of the code does not change it."""
-    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
-
-
-def _guard(tree: Any, where: str) -> Guard:
-    if not isinstance(tree, Mapping) or tree.get("kind") not in KINDS:
-        kind = tree.get("kind") if isinstance(tree, Mapping) else tree
-        raise SpecError(f"{where} needs a kind, one of {', '.join(KINDS)}; got {kind!r}.")
-    kind_class = KINDS[tree["kind"]]
-    return kind_class(**_known(kind_class, {k: v for k, v in tree.items() if k != "kind"}, where))
-
-
-def _known(kind: type, tree: Mapping[str, Any], where: str) -> dict[str, Any]:
-    known = {f.name: f for f in fields(kind)}
-    for key in tree:
-        if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
-            raise SpecError(
-                f"Unknown key {where}.{key}."
-                + (f" Did you mean {near[0]}?" if near else f" Known: {', '.join(known)}.")
-            )
-    for name, f in known.items():
-        if f.default is MISSING and f.default_factory is MISSING and name not in tree:
-            raise SpecError(f"{where}.{name} is missing.")
-    return dict(tree)
+    def metrics(self) -> tuple[str, ...]:
+        """The latencies that some guard looks at."""
+        return tuple(sorted({guard.metric for guard in self.guards if isinstance(guard, Latency | LatencyFuse)}))

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 
 from engine.contracts import RolloutState, SlipstreamError
-from engine.rollout import guards
+from engine.rollout import specs
 from engine.rollout.guards import RolloutSpec
 from engine.rollout.records import RolloutStatus, status_to_json
 from engine.store.database import Database
@@ -29,7 +29,7 @@ def launch(
 
     SlipstreamError where the version does not exist, is champion already, or another rollout is active.
     """
-    chosen = guards.validate(spec) if spec is not None else guards.preset(preset, traffic_classes)
+    chosen = specs.validate(spec) if spec is not None else specs.preset(preset, traffic_classes)
     started = now or datetime.now(UTC)
     with db.write() as session:
         plan = plans.latest(session)
@@ -42,8 +42,8 @@ def launch(
         made = rollouts.create(
             session,
             name=name or f"v{canary}",
-            spec=guards.to_dict(chosen),
-            spec_hash=guards.spec_hash(chosen),
+            spec=specs.to_dict(chosen),
+            spec_hash=specs.spec_hash(chosen),
             canary=canary,
             champion=plan.champion,
             actor=actor,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import datetime, timedelta
 
 from engine.contracts import CANARY, ServingPlan, SlipstreamError
-from engine.rollout import guards
+from engine.rollout import specs
 from engine.rollout.guards import RolloutSpec, SpecError
 from engine.rollout.records import Evidence, Ledger, Replica, RolloutStatus, status_from_json
 from engine.store.database import ReadSession, WriteSession
@@ -21,13 +21,13 @@ class Untrusted(SlipstreamError):
 
 def load(rollout: Rollout) -> tuple[RolloutSpec, RolloutStatus]:
     """The frozen specification, verified against its hash, and the status."""
-    if guards.tree_hash(rollout.spec) != rollout.spec_hash:
+    if specs.tree_hash(rollout.spec) != rollout.spec_hash:
         raise Untrusted(
             f"The guards of rollout {rollout.id} are not those it was started with (hash {rollout.spec_hash[:12]}…). "
             "Its canary goes back to the champion; start a new one."
         )
     try:
-        return guards.parse(rollout.spec), status_from_json(rollout.status)
+        return specs.parse(rollout.spec), status_from_json(rollout.status)
     except (SpecError, KeyError, TypeError, ValueError) as error:
         raise Untrusted(f"Rollout {rollout.id} cannot be read by this version of the code: {error!r}") from error
 
@@ -49,10 +49,11 @@ def gather(
                 tuple(sorted(r.resident)),
                 errors.get(r.replica_id),
                 alive=now - r.heartbeat_at <= replicas.ALIVE,
+                started_at=r.started_at,
             )
             for r in replicas.may_serve(session, now)
         ),
-        segments=tuple(evidence_store.segments(session, windows)),
+        segments=tuple(evidence_store.segments(session, windows, spec.metrics())),
         newest_trace=evidence_store.newest(session, windows[-1]) if windows else None,
         observed=evidence_store.observed_share(session, windows[-1], spec.traffic_classes) if windows else None,
         canary_known=policies.get(session, status.canary) is not None,

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from enum import StrEnum
+from math import isfinite
 from typing import Any
 
 from engine.contracts import RolloutState, Verdict
@@ -37,7 +38,8 @@ class RolloutStatus:
 
     ``generation`` is the last plan this rollout made, ``since`` when the present state began. ``held_by`` is operator
     (until resumed) or evidence (until the evidence is fit again), ``resumes_to`` the state before the hold, ``ends_as``
-    what it will be called once its traffic is seen to be back.
+    what it will be called once its traffic is seen to be back. ``starts`` holds when each replica had started, as last
+    seen, and ``restarts`` when one was seen to have started again.
     """
 
     rollout_id: int
@@ -53,6 +55,8 @@ class RolloutStatus:
     verdict: Verdict = Verdict.INSUFFICIENT
     reason: str = ""
     ends_as: RolloutState = RolloutState.ROLLED_BACK
+    starts: tuple[tuple[str, datetime], ...] = ()
+    restarts: tuple[datetime, ...] = ()
 
     @property
     def stage(self) -> Stage:
@@ -92,6 +96,7 @@ class Replica:
     resident: tuple[int, ...]
     load_error: str | None = None
     alive: bool = True
+    started_at: datetime | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +117,11 @@ class Evidence:
 
 @dataclass(frozen=True, slots=True)
 class GuardResult:
-    """One line of the guard table. Values are of the named segment; ``log_e`` and ``limit`` are natural logarithms."""
+    """One line of the guard table. Values are of the named segment; ``log_e`` and ``limit`` are natural logarithms.
+
+    ``low`` and ``high`` bound canary − control of tokens per step, and canary / control − 1 of a latency. ``worst``
+    names the class with the most evidence against the canary.
+    """
 
     guard: str
     verdict: Verdict
@@ -126,6 +135,7 @@ class GuardResult:
     high: float | None = None
     log_e: float | None = None
     limit: float | None = None
+    worst: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,6 +187,8 @@ def status_from_json(tree: Mapping[str, Any]) -> RolloutStatus:
     values["resumes_to"] = RolloutState(values["resumes_to"]) if values["resumes_to"] else None
     values["verdict"] = Verdict(values["verdict"])
     values["ends_as"] = RolloutState(values.get("ends_as", RolloutState.ROLLED_BACK))
+    values["starts"] = tuple((name, datetime.fromisoformat(at)) for name, at in values.get("starts", ()))
+    values["restarts"] = tuple(datetime.fromisoformat(at) for at in values.get("restarts", ()))
     return RolloutStatus(**values)
 
 
@@ -199,7 +211,7 @@ def evidence_from_json(tree: Mapping[str, Any]) -> tuple[Evidence, tuple[Command
     newest = inputs["newest_trace"]
     evidence = Evidence(
         ledger=Ledger(**inputs["ledger"]) if inputs["ledger"] else None,
-        replicas=tuple(Replica(**{**r, "resident": tuple(r["resident"])}) for r in inputs["replicas"]),
+        replicas=tuple(_replica(tree) for tree in inputs["replicas"]),
         segments=tuple(Segment(**segment) for segment in inputs["segments"]),
         newest_trace=datetime.fromisoformat(newest) if newest else None,
         observed=inputs["observed"],
@@ -209,14 +221,20 @@ def evidence_from_json(tree: Mapping[str, Any]) -> tuple[Evidence, tuple[Command
     return evidence, commands
 
 
+def _replica(tree: Mapping[str, Any]) -> Replica:
+    started = tree.get("started_at")
+    at = datetime.fromisoformat(started) if started else None
+    return Replica(**{**tree, "resident": tuple(tree["resident"]), "started_at": at})
+
+
 def _plain(value: Any) -> Any:
-    """Instants as ISO texts, tuples as lists, infinities as None: JSON without surprises."""
+    """Instants as ISO texts, tuples as lists, what is not finite as None: JSON without surprises."""
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
     if isinstance(value, datetime):
         return value.isoformat()
-    if isinstance(value, float) and value in (float("inf"), float("-inf")):
+    if isinstance(value, float) and not isfinite(value):
         return None
     return value

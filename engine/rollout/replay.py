@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from engine.rollout import guards
+from engine.rollout import specs
 from engine.rollout.decide import decide
 from engine.rollout.records import evidence_from_json, status_from_json
 from engine.store.repositories.rollouts import DecisionRecord
@@ -23,7 +23,7 @@ class Disagreement:
 
 def replay(spec: Mapping[str, Any], decisions: Sequence[DecisionRecord]) -> list[Disagreement]:
     """The decisions that do not come out again as (verdict, to_state, action); none when all is well."""
-    parsed = guards.parse(spec)
+    parsed = specs.parse(spec)
     found = []
     for record in decisions:
         if "inputs" not in record.evidence:  # the end of a rollout whose specification could not be read

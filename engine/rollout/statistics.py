@@ -122,14 +122,27 @@ def log_e_binomial(canary: Number, control: Number) -> Number:
     E = 2^{k+1} · B(c+1, k−c+1) · (1 − I_{1/2}(c+1, k−c+1)) for c of k events, the same in whatever order they came.
     """
     a, b = np.asarray(canary, float) + 1.0, np.asarray(control, float) + 1.0
-    upper = np.maximum(special.betaincc(a, b, 0.5), 1e-300)
-    return (a + b - 1.0) * np.log(2.0) + special.betaln(a, b) + np.log(upper)
+    return (a + b - 1.0) * np.log(2.0) + log_upper_beta(a, b, 0.5)
 
 
 def log_e_mismatch(canary: Number, control: Number) -> Number:
     """Evidence that the split is not 1:1 in either direction: beta-binomial mixture, p uniform over (0, 1)."""
     a, b = np.asarray(canary, float) + 1.0, np.asarray(control, float) + 1.0
     return (a + b - 2.0) * np.log(2.0) + special.betaln(a, b)
+
+
+def log_upper_beta(a: Number, b: Number, x: float) -> Number:
+    """log of ∫ s^{a−1}(1−s)^{b−1} ds over (x, 1).
+
+    Where the share above x is too small for a float (a canary much better than its control), the integrand, which is
+    log-concave, is bounded by the exponential that touches it at x. Cutting it off instead would make evidence of it.
+    """
+    a, b = np.asarray(a, float), np.asarray(b, float)
+    share = special.betaincc(a, b, x)
+    tiny = share < 1e-280
+    fall = np.where(tiny, (b - 1.0) / (1.0 - x) - (a - 1.0) / x, 1.0)
+    touching = (a - 1.0) * np.log(x) + (b - 1.0) * np.log1p(-x) - np.log(fall)
+    return np.where(tiny, touching, special.betaln(a, b) + np.log(np.where(tiny, 1.0, share)))[()]
 
 
 def log_mean(log_e: list[float]) -> float:

@@ -8,7 +8,7 @@ from datetime import datetime, timedelta
 from sqlalchemy import update
 
 from engine.contracts import RolloutState, Verdict
-from engine.rollout import guards
+from engine.rollout import specs
 from engine.rollout.decide import decide
 from engine.rollout.launch import launch
 from engine.rollout.loading import gather, load
@@ -40,7 +40,7 @@ def roll_out(db: Database, v: list[int], begin: datetime, end: datetime) -> None
     _over(db, v[2], v[1], begin, PROMOTED)
     _over(db, v[3], v[2], begin, TAKEN_BACK)
     began = begin + timedelta(minutes=47)
-    spec = replace(guards.preset("fast"), min_requests=120)
+    spec = replace(specs.preset("fast"), min_requests=120)
     rollout = launch(db, canary=v[4], actor="learner", spec=spec, name=f"v{v[4]}", now=began)
     _served_by(db, rollout, "rollout 3")
     status = RolloutStatus(
@@ -77,13 +77,13 @@ def _as_early_as(guards: list[dict], part: float) -> None:  # type: ignore[type-
 
 def _over(db: Database, canary: int, champion: int, begin: datetime, turns: list[Turn]) -> None:
     first = begin + timedelta(minutes=turns[0][0])
-    spec = guards.preset("fast")
+    spec = specs.preset("fast")
     with db.write() as session:
         rollout = rollouts.create(
             session,
             name=f"v{canary}",
-            spec=guards.to_dict(spec),
-            spec_hash=guards.spec_hash(spec),
+            spec=specs.to_dict(spec),
+            spec_hash=specs.spec_hash(spec),
             canary=canary,
             champion=champion,
             actor="learner",

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
-from uuid import UUID
+from uuid import UUID, uuid4
 
 import numpy as np
 from sqlalchemy import insert, text
 
-from engine.contracts import ProposerKind, ReplicaState, ServingPlan
+from engine.contracts import Objectives, ProposerKind, ReplicaState, ServingPlan, Status, TraceRecord
 from engine.routing import assign
 from engine.store.database import Database
 from engine.store.models import LearningIntakeRow, TracePayloadRow, TraceRow
-from engine.store.repositories import partitions, plans, policies, replicas
+from engine.store.repositories import ingest, partitions, plans, policies, replicas
+from engine.telemetry import rollup
+from engine.telemetry.spill import Batch
+from engine.telemetry.writer import _rollup_rows
 
 MODEL = "tiny"
+STARTED = datetime(2026, 1, 1, tzinfo=UTC)
 
 
 def versions(db: Database, count: int) -> list[int]:
@@ -38,7 +42,9 @@ def beat(db: Database, now: datetime, resident: Sequence[int], generation: int |
     with db.write() as session:
         newest = plans.latest(session)
         observed = generation if generation is not None else newest.generation if newest else None
-        replicas.beat(session, ReplicaState("r0", "http://r0", MODEL, now, now, observed, tuple(resident), dict(stats)))
+        replicas.beat(
+            session, ReplicaState("r0", "http://r0", MODEL, STARTED, now, observed, tuple(resident), dict(stats))
+        )
 
 
 def serve(
@@ -127,6 +133,9 @@ def _write(db: Database, began: datetime, rows: list[dict[str, object]], payload
             partitions.ensure(session, day)
         if rows:
             session.execute(insert(TraceRow), [row | {"written_at": row["started_at"]} for row in rows])
+            records = tuple(TraceRecord(**row | {"status": Status(row["status"])}) for row in rows)  # type: ignore[arg-type]
+            batch = Batch(uuid4(), 0, records)
+            ingest.add_rollups(session, *_rollup_rows(batch, rollup.deltas(records, Objectives(1.0, 0.1))))
         if payloads:
             session.execute(insert(TracePayloadRow), payloads)
         session.execute(text("ANALYZE traces"))

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from engine.contracts import CANARY, RolloutState, SlipstreamError, Verdict
-from engine.rollout import guards
+from engine.rollout import specs
 from engine.rollout.controller import Controller, launch_awaiting
 from engine.rollout.decide import decide
 from engine.rollout.launch import launch
@@ -225,7 +225,7 @@ def test_guards_changed_after_launch_end_the_rollout(ready: Database, now: datet
     with ready.write() as session:
         row = session.get(RolloutRow, current(ready).id)
         assert row is not None
-        row.spec = guards.to_dict(replace(guards.preset("fast"), alpha=0.4))
+        row.spec = specs.to_dict(replace(specs.preset("fast"), alpha=0.4))
     acting.tick(now + timedelta(seconds=1))
     with ready.read() as session:
         plan = plans.latest(session)

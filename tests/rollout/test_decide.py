@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from engine.contracts import CANARY, CONTROL, RolloutState, Verdict
-from engine.rollout import guards
+from engine.rollout import specs
 from engine.rollout.decide import decide
 from engine.rollout.records import Action, Replica
 from tests.rollout.world import CANARY_VERSION, CHAMPION, FALLBACK, World, ramping, segment
@@ -36,7 +36,7 @@ def test_a_better_canary_climbs_its_steps_and_becomes_champion() -> None:
 
 
 def test_what_was_proved_for_one_class_does_not_become_champion_of_all() -> None:
-    world = ramping(replace(guards.preset("fast"), traffic_classes=("chat",)))
+    world = ramping(replace(specs.preset("fast"), traffic_classes=("chat",)))
     to_soaking(world)
     world.both(400, canary=2.3)
     decision = world.tick(world.spec.soak_s)
@@ -72,7 +72,7 @@ def test_errors_of_the_canary_fail_it() -> None:
     world.traffic(segment(CANARY, 100, errors=25), segment(CONTROL, 100, errors=1))
     decision = world.tick(10)
     assert decision.verdict is Verdict.FAIL
-    assert "25 of 100 keys met an error" in decision.reason
+    assert "25 keys met errors in 100 requests of the canary" in decision.reason
 
 
 def test_the_latency_fuse_blows_without_statistics() -> None:
@@ -263,7 +263,7 @@ def test_deciding_twice_on_the_same_facts_gives_the_same() -> None:
 
 
 def test_the_standard_preset_needs_its_own_evidence() -> None:
-    world = ramping(guards.preset("standard"))
+    world = ramping(specs.preset("standard"))
     world.both(99, canary=3.0)
     assert world.tick(100).verdict is Verdict.INSUFFICIENT
     world.both(100, canary=3.0)

@@ -11,7 +11,7 @@ import pytest
 
 from engine.contracts import TERMINAL_STATES, RolloutState, Verdict
 from engine.rollout import decide as decide_module
-from engine.rollout import guards
+from engine.rollout import specs
 from engine.rollout.records import Action, RolloutStatus
 from tests.rollout.world import CANARY_VERSION, CHAMPION, START, World, classes
 
@@ -21,7 +21,7 @@ PROGRESS = {RolloutState.RAMPING: 0, RolloutState.SOAKING: 1, RolloutState.PROMO
 
 def random_world(seed: int) -> World:
     rng = np.random.default_rng(seed)
-    world = World(guards.preset(("fast", "standard")[seed % 2]))
+    world = World(specs.preset(("fast", "standard")[seed % 2]))
     quality = float(rng.choice([1.0, 2.0, 2.0, 2.4]))
     requests = 0
     for _ in range(STEPS_PER_WORLD):

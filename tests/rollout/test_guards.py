@@ -6,27 +6,28 @@ from dataclasses import replace
 
 import pytest
 
-from engine.rollout import guards
-from engine.rollout.guards import PRESETS, RolloutSpec, SampleRatio, SpecError, TokensPerStep
+from engine.rollout import specs
+from engine.rollout.guards import RolloutSpec, SampleRatio, SpecError, TokensPerStep
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", specs.PRESETS)
 def test_a_preset_survives_json_and_keeps_its_hash(name: str) -> None:
-    spec = guards.preset(name)
-    again = guards.parse(guards.to_dict(spec))
+    spec = specs.preset(name)
+    again = specs.parse(specs.to_dict(spec))
     assert again == spec
-    assert guards.spec_hash(again) == guards.spec_hash(spec)
+    assert specs.spec_hash(again) == specs.spec_hash(spec)
 
 
 def test_no_preset_risks_more_false_rollbacks_than_another() -> None:
-    assert {spec.alpha for spec in PRESETS.values()} == {0.01}
-    assert all(spec.guard_alpha() == 0.005 for spec in PRESETS.values())
+    for spec in map(specs.preset, specs.PRESETS):
+        assert spec.alpha == 0.01
+        assert spec.guard_alpha() * sum(guard.statistical for guard in spec.guards) == pytest.approx(0.01)
 
 
 def test_every_change_of_a_guard_changes_the_hash() -> None:
-    spec = guards.preset("standard")
+    spec = specs.preset("standard")
     looser = replace(spec, guards=(TokensPerStep(max_drop=0.5), *spec.guards[1:]))
-    assert guards.spec_hash(looser) != guards.spec_hash(spec)
+    assert specs.spec_hash(looser) != specs.spec_hash(spec)
 
 
 @pytest.mark.parametrize(
@@ -37,7 +38,9 @@ def test_every_change_of_a_guard_changes_the_hash() -> None:
         ({"guards": []}, "without rollback conditions"),
         ({"guards": [{"kind": "errors"}]}, "needs a guard of kind tokens_per_step"),
         ({"guards": [{"kind": "tokens_per_step", "max_dorp": 0.1}]}, "Did you mean max_drop"),
-        ({"guards": [{"kind": "latency"}]}, "needs a kind, one of"),
+        ({"guards": [{"kind": "latancy"}]}, "needs a kind, one of .* Did you mean latency"),
+        ({"guards": [{"kind": "latency", "metric": "queue"}]}, "metric is one of e2e, ttft, tpot"),
+        ({"guards": [{"kind": "latency"}, {"kind": "latency", "margin": 0.2}]}, "a guard twice: e2e_p95"),
         ({"steps": [0.5, 0.25]}, "ascending"),
         ({"steps": [0.6]}, "at most 0.5"),
         ({"steps": []}, "ascending"),
@@ -48,19 +51,19 @@ def test_every_change_of_a_guard_changes_the_hash() -> None:
 )
 def test_a_wrong_specification_says_what_is_wrong(change: dict[str, object], message: str) -> None:
     with pytest.raises(SpecError, match=message):
-        guards.parse(guards.to_dict(guards.preset("fast")) | change)
+        specs.parse(specs.to_dict(specs.preset("fast")) | change)
 
 
 def test_a_missing_key_is_named() -> None:
     with pytest.raises(SpecError, match=r"rollout\.steps is missing"):
-        guards.parse({"guards": [{"kind": "errors"}]})
+        specs.parse({"guards": [{"kind": "errors"}]})
 
 
 def test_an_unknown_preset_is_refused() -> None:
     with pytest.raises(SpecError, match="cautious, standard, fast"):
-        guards.preset("reckless")
+        specs.preset("reckless")
 
 
 def test_a_spec_built_in_code_is_validated_as_well() -> None:
     with pytest.raises(SpecError, match="without rollback conditions"):
-        guards.validate(RolloutSpec(steps=(0.5,), guards=(SampleRatio(),)))
+        specs.validate(RolloutSpec(steps=(0.5,), guards=(SampleRatio(),)))

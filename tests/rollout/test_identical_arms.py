@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from engine.contracts import CANARY, CONTROL, RolloutState
-from engine.rollout import guards
+from engine.rollout import specs
+from engine.store import histogram
 from engine.store.repositories.evidence import Segment
 from tests.rollout.world import World
 
@@ -35,19 +36,29 @@ class Arm:
 
     def _segment(self, name: str | None, stage_from: int) -> Segment:
         mine = [row for row in self.rows if name in (None, row[0])]
-        x, y, tpot = (np.array([row[i] for row in mine], float) for i in (1, 2, 3))
+        x, y = (np.array([row[i] for row in mine], float) for i in (1, 2))
         failed, n = sum(row[4] for row in mine), len(mine)
-        p50, p95 = np.quantile(tpot, [0.5, 0.95]) if n else (0.0, 0.0)
         return Segment(
-            self.name, name, n, len(self.rows) - stage_from, n, failed, failed, 0, 0, n, x.sum(), y.sum(),
-            (x * x).sum(), (y * y).sum(), (x * y).sum(), None, None, None, None, float(p50), float(p95),
-        )  # fmt: skip
+            self.name,
+            name,
+            n,
+            len(self.rows) - stage_from,
+            n,
+            failed,
+            n=n,
+            x=x.sum(),
+            y=y.sum(),
+            xx=(x * x).sum(),
+            yy=(y * y).sum(),
+            xy=(x * y).sum(),
+            latencies={"tpot": histogram.count(row[3] for row in mine)},
+        )
 
 
 def rollout(seed: int, shift: float = 0.0, errors: float = 0.01, preset: str = "fast") -> tuple[RolloutState, int]:
     """How it ended, or stands after all looks, and after how many requests per arm."""
     rng = np.random.default_rng(seed)
-    world = World(guards.preset(preset))
+    world = World(specs.preset(preset))
     world.tick()
     arms, stage_from, stages = (Arm(CANARY), Arm(CONTROL)), 0, 1
     for look in range(LOOKS):

@@ -113,6 +113,9 @@ def test_errors_from_half_a_percent_to_five_are_found() -> None:
 def test_a_better_canary_is_never_blamed_for_errors() -> None:
     assert statistics.log_e_binomial(0, 40) < 0
     assert statistics.log_e_binomial(0, 0) == pytest.approx(0.0)
+    for many in (800, 2_000, 50_000):  # 2^-many is no float any more
+        assert statistics.log_e_binomial(0, many) == pytest.approx(-np.log(many + 1.0), abs=0.01)
+        assert statistics.log_e_binomial(many // 10, many) < 0
 
 
 def test_e_values_of_events_have_expectation_one_under_the_null() -> None:

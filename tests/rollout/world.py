@@ -9,10 +9,11 @@ from datetime import UTC, datetime, timedelta
 import numpy as np
 
 from engine.contracts import CANARY, CONTROL, RolloutState
-from engine.rollout import guards
+from engine.rollout import specs
 from engine.rollout.decide import decide
 from engine.rollout.guards import RolloutSpec
 from engine.rollout.records import Action, Decision, Evidence, Ledger, Replica, RolloutStatus, with_plan
+from engine.store import histogram
 from engine.store.repositories.evidence import Segment
 from engine.store.repositories.rollouts import Command
 
@@ -35,17 +36,33 @@ def segment(
     n = float(requests)
     x, y = n * steps * tokens_per_step, n * steps
     xx = n * (steps * steps) * (tokens_per_step**2 + noise**2)
+    usual = round(0.9 * requests)  # nine in ten take half of the p95
+    slow = {"e2e": p95, "ttft": p95 / 2, "tpot": p95 / 20}
     return Segment(
-        arm, traffic_class, requests, requests if stage_requests is None else stage_requests, requests, errors, errors,
-        0, 0, requests, x, y, xx, n * steps * steps, steps * x, p95 / 2, p95, p95 / 4, p95 / 2, p95 / 40, p95 / 20,
-    )  # fmt: skip
+        arm,
+        traffic_class,
+        requests,
+        requests if stage_requests is None else stage_requests,
+        requests,
+        errors,
+        n=requests,
+        x=x,
+        y=y,
+        xx=xx,
+        yy=n * steps * steps,
+        xy=steps * x,
+        latencies={
+            metric: ([histogram.bucket(top / 2), histogram.bucket(top)], [usual, requests - usual])
+            for metric, top in slow.items()
+        },
+    )
 
 
 @dataclass
 class World:
     """``tick`` decides once and applies the decision, as the controller does."""
 
-    spec: RolloutSpec = field(default_factory=lambda: guards.preset("fast"))
+    spec: RolloutSpec = field(default_factory=lambda: specs.preset("fast"))
     now: datetime = START
     ledger: Ledger = field(default_factory=lambda: Ledger(10, CHAMPION, FALLBACK, None, None, "server", "first start"))
     replicas: tuple[Replica, ...] = (Replica("replica-0", 10, (FALLBACK, CHAMPION)),)
@@ -115,7 +132,7 @@ class World:
 
 def ramping(spec: RolloutSpec | None = None) -> World:
     """A world whose canary has just been put before traffic."""
-    world = World(spec or guards.preset("fast"))
+    world = World(spec or specs.preset("fast"))
     assert world.tick().to_state is RolloutState.RAMPING
     return world
 

@@ -9,6 +9,7 @@ import pytest
 from sqlalchemy import select, update
 
 from engine.contracts import CANARY, CONTROL, Arm
+from engine.store import histogram
 from engine.store.database import Database
 from engine.store.models import TraceRow
 from engine.store.repositories import evidence, leases, plans
@@ -44,8 +45,10 @@ def test_moments_and_counts_are_those_of_the_rows(served: Database) -> None:
         assert (s.requests, s.stage_requests, s.n) == (len(mine), len(mine), len(mine))
         assert (s.x, s.y, s.xx, s.yy) == (sum(x), sum(y), sum(v * v for v in x), sum(v * v for v in y))
         assert s.xy == sum(a * b for a, b in zip(x, y, strict=True))
-        assert s.errors == s.error_keys == sum(r.status == "error" for r in mine)
-        assert s.e2e_p95 == 1.0
+        assert s.error_keys == sum(r.status == "error" for r in mine)
+        assert s.keys == (len({r.assignment_key for r in mine}) if s.traffic_class is None else 0)
+        fine = [r.e2e_s for r in mine if r.status == "ok"]
+        assert dict(zip(*s.latencies["e2e"], strict=True)) == dict(zip(*histogram.count(fine), strict=True))
 
 
 def test_a_retrying_client_is_one_key_and_one_error(served: Database) -> None:
@@ -55,9 +58,40 @@ def test_a_retrying_client_is_one_key_and_one_error(served: Database) -> None:
         )
     with served.read() as session:
         canary = next(s for s in evidence.segments(session, [Window(1, NOW, NOW)]) if s.arm == CANARY)
+        assert canary.traffic_class is None
     assert (canary.keys, canary.error_keys) == (1, 1)
-    assert canary.errors == canary.retries == canary.requests > 10
-    assert canary.e2e_p95 is None
+    assert (canary.retry_keys, canary.timeout_keys) == (1, 0)
+    assert canary.requests > 10
+
+
+def test_a_key_of_two_classes_counts_once_over_all(served: Database) -> None:
+    with served.write() as session:
+        session.execute(update(TraceRow).where(TraceRow.arm == CANARY).values(assignment_key="one"))
+    with served.read() as session:
+        found = {s.traffic_class: s for s in evidence.segments(session, [Window(1, NOW, NOW)]) if s.arm == CANARY}
+    assert {name: s.error_keys for name, s in found.items()} == {None: 1, "chat": 1, "code": 1}
+    assert found[None].keys == 1
+
+
+@pytest.mark.parametrize("since", [0.0, 20.0, 59.0, 60.0, 61.5, 200.0])
+def test_histograms_count_each_request_once_wherever_the_warm_up_ends(db: Database, since: float) -> None:
+    """The minute of the cut comes from the traces, whole minutes from the rollups."""
+    one, two = world.versions(db, 2)
+    with db.write() as session:
+        arms = (Arm(CANARY, two, 0.4), Arm(CONTROL, one, 0.4))
+        plans.append(session, champion=one, fallback=one, arms=arms, actor="t", reason="t")
+    rng, began = np.random.default_rng(1), NOW.replace(second=0, microsecond=0)
+    for second in range(0, 240, 7):
+        world.serve(db, rng, began + timedelta(seconds=second), 10, {one: 1.0, two: 1.5})
+    cut = began + timedelta(seconds=since)
+    with db.read() as session:
+        found = evidence.segments(session, [Window(1, began, cut)])
+        rows = session.scalars(select(TraceRow).where(TraceRow.started_at >= cut)).all()
+    for s in found:
+        mine = [r for r in rows if r.arm == s.arm and s.traffic_class in (None, r.traffic_class)]
+        for metric in ("e2e", "ttft", "tpot"):
+            expected = histogram.count(getattr(r, f"{metric}_s") for r in mine)
+            assert tuple(map(list, s.latencies[metric])) == expected
 
 
 def test_warm_up_and_other_generations_do_not_count(served: Database) -> None:

@@ -67,6 +67,12 @@ class TraceRow(Base):
         Index("ix_traces_trace_id", "trace_id"),
         Index("ix_traces_e2e", "e2e_s"),
         Index("ix_traces_failed", "started_at", postgresql_where=text("status <> 'ok'")),
+        Index(  # what a rollout looks at on every tick, and nothing else
+            "ix_traces_compared",
+            "generation",
+            "written_at",
+            postgresql_where=text("arm IN ('canary', 'control')"),
+        ),
         CheckConstraint("accepted <= drafted", name="accepted_le_drafted"),
         {"postgresql_partition_by": "RANGE (started_at)"},
     )

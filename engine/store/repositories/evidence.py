@@ -1,15 +1,25 @@
-"""What the traces say about a rollout's canary and its control: one aggregate, made anew on every tick."""
+"""What the traces say about a rollout's canary and its control, made anew on every tick.
+
+Counts and moments come from the compared requests alone (a partial index holds no others); latencies are merges of the
+minute rollups' histograms, and only the minute in which a warm-up ended is read from its traces.
+"""
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
+from typing import Any
 
 from sqlalchemy import text
 
 from engine.contracts import CANARY
+from engine.store import histogram
 from engine.store.database import ReadSession, WriteSession
+
+Counts = tuple[Sequence[int], Sequence[int]]
+"""A sparse log histogram: (bucket indices ascending, counts)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,81 +35,136 @@ class Window:
 class Segment:
     """The requests of one arm in one traffic class, or in all classes together (``traffic_class`` None).
 
-    ``keys`` and ``error_keys`` count assignment keys, not requests: the key is what was randomised, and a client that
-    retries one failing request ten times is one event. Σx and Σy are over requests that took a verify step, with
-    x = steps + accepted (tokens committed by verify steps, bonus included) and y = steps. Latencies are seconds, of
-    requests that ended well; None where there was none. ``stage_requests`` are those of the newest stage.
+    ``keys`` (of all classes together only) and ``…_keys`` count assignment keys, not requests: the key is what was
+    randomised, and a client that retries one failing request ten times is one event. Σx and Σy are over requests that
+    took a verify step, with x = steps + accepted (tokens committed by verify steps, bonus included) and y = steps.
+    ``latencies`` holds, per metric, the log histogram of requests that ended well. ``stage_requests`` are those of the
+    newest stage; ``audited`` and ``mismatches`` count outputs that were replayed without a draft, and those that
+    differed.
     """
 
     arm: str
     traffic_class: str | None
-    requests: int
-    stage_requests: int
-    keys: int
-    error_keys: int
-    errors: int
-    cancelled: int
-    retries: int
-    n: int
-    x: float
-    y: float
-    xx: float
-    yy: float
-    xy: float
-    e2e_p50: float | None = None
-    e2e_p95: float | None = None
-    ttft_p50: float | None = None
-    ttft_p95: float | None = None
-    tpot_p50: float | None = None
-    tpot_p95: float | None = None
+    requests: int = 0
+    stage_requests: int = 0
+    keys: int = 0
+    error_keys: int = 0
+    timeout_keys: int = 0
+    retry_keys: int = 0
+    cancelled: int = 0
+    n: int = 0
+    x: float = 0.0
+    y: float = 0.0
+    xx: float = 0.0
+    yy: float = 0.0
+    xy: float = 0.0
+    audited: int = 0
+    mismatches: int = 0
+    latencies: dict[str, Counts] = field(default_factory=dict)
+
+    def quantile(self, metric: str, q: float) -> float | None:
+        """Seconds; None of nothing."""
+        indices, counts = self.latencies.get(metric, ((), ()))
+        return histogram.quantile(dict(zip(indices, counts, strict=True)), q)
 
 
-_SEGMENTS = text(
+_STAGE = """
+    stage AS (
+        SELECT generation, since, date_trunc('minute', since + interval '59.999999 seconds', 'UTC') AS whole
+        FROM unnest(CAST(:generations AS bigint[]), CAST(:counts_from AS timestamptz[])) AS s(generation, since)
+    )"""
+
+_COMPARED = """
+    FROM traces JOIN stage USING (generation)
+    WHERE started_at >= stage.since AND started_at >= :earliest
+      AND arm IN ('canary', 'control') AND status <> 'rejected'
+"""
+
+_SUMS = text(
+    f"""
+    WITH {_STAGE}
+    SELECT arm, traffic_class, count(*) AS requests, count(*) FILTER (WHERE generation = :current) AS stage_requests,
+        count(*) FILTER (WHERE status = 'cancelled') AS cancelled, count(*) FILTER (WHERE steps > 0) AS n,
+        sum(steps + accepted) FILTER (WHERE steps > 0) AS x, sum(steps) AS y,
+        sum((steps + accepted)::float8 * (steps + accepted)) FILTER (WHERE steps > 0) AS xx,
+        sum(steps::float8 * steps) AS yy, sum((steps + accepted)::float8 * steps) AS xy
+    {_COMPARED} GROUP BY GROUPING SETS ((arm, traffic_class), (arm)) ORDER BY arm, traffic_class NULLS FIRST
     """
-    WITH stage AS (
-        SELECT * FROM unnest(CAST(:generations AS bigint[]), CAST(:counts_from AS timestamptz[]))
-            AS s(generation, since)
-    ), request AS (
-        SELECT traces.*, steps + accepted AS committed, status = 'ok' AS fine, status IN ('error', 'timeout') AS failed
-        FROM traces JOIN stage USING (generation)
-        WHERE started_at >= stage.since AND started_at >= :earliest
-          AND arm IN ('canary', 'control') AND status <> 'rejected'
+)
+
+_EVENTS = text(
+    f"""
+    WITH {_STAGE}
+    SELECT arm, traffic_class, count(DISTINCT assignment_key) FILTER (WHERE status = 'error') AS error_keys,
+        count(DISTINCT assignment_key) FILTER (WHERE status = 'timeout') AS timeout_keys,
+        count(DISTINCT assignment_key) FILTER (WHERE retry > 0) AS retry_keys
+    {_COMPARED} AND (status IN ('error', 'timeout') OR retry > 0)
+    GROUP BY GROUPING SETS ((arm, traffic_class), (arm))
+    """
+)
+
+_KEYS = text(
+    f"""
+    WITH {_STAGE}
+    SELECT arm, count(*) AS keys
+    FROM (SELECT DISTINCT arm, hashtextextended(assignment_key, 0) {_COMPARED}) AS k GROUP BY arm
+    """
+)
+"""Hashed: a few times faster than texts, and two of a million keys share one of 2^64 values with odds of 3e-8."""
+
+_LATENCIES = text(
+    f"""
+    WITH {_STAGE}, bucket AS (
+        SELECT arm, traffic_class, metric, u.idx, u.cnt
+        FROM (
+            SELECT at, generation, arm, traffic_class, metric, idx, cnt FROM rollup_histograms_minute
+            UNION ALL SELECT at, generation, arm, traffic_class, metric, idx, cnt FROM rollup_delta_histograms
+        ) AS rolled JOIN stage USING (generation), unnest(idx, cnt) AS u(idx, cnt)
+        WHERE at >= stage.whole AND at >= :earliest AND arm IN ('canary', 'control') AND metric = ANY(:metrics)
+        UNION ALL
+        SELECT arm, traffic_class, metric, ceil(ln(greatest(seconds, :smallest)) / :log_gamma), 1
+        FROM traces JOIN stage USING (generation),
+            (VALUES ('e2e'), ('ttft'), ('tpot')) AS m(metric),
+            LATERAL (SELECT CASE metric WHEN 'e2e' THEN e2e_s WHEN 'ttft' THEN ttft_s ELSE tpot_s END) AS v(seconds)
+        WHERE started_at >= stage.since AND started_at < stage.whole AND started_at >= :earliest
+          AND arm IN ('canary', 'control') AND status = 'ok' AND metric = ANY(:metrics) AND seconds IS NOT NULL
     )
-    SELECT arm, traffic_class, count(*), count(*) FILTER (WHERE generation = :current),
-        count(DISTINCT assignment_key), count(DISTINCT assignment_key) FILTER (WHERE failed),
-        count(*) FILTER (WHERE failed), count(*) FILTER (WHERE status = 'cancelled'),
-        count(*) FILTER (WHERE retry > 0),
-        count(*) FILTER (WHERE steps > 0), coalesce(sum(committed), 0), coalesce(sum(steps), 0),
-        coalesce(sum(committed::float8 * committed) FILTER (WHERE steps > 0), 0),
-        coalesce(sum(steps::float8 * steps), 0), coalesce(sum(committed::float8 * steps), 0),
-        percentile_cont(ARRAY[0.5, 0.95]) WITHIN GROUP (ORDER BY e2e_s) FILTER (WHERE fine),
-        percentile_cont(ARRAY[0.5, 0.95]) WITHIN GROUP (ORDER BY ttft_s) FILTER (WHERE fine),
-        percentile_cont(ARRAY[0.5, 0.95]) WITHIN GROUP (ORDER BY tpot_s) FILTER (WHERE fine)
-    FROM request GROUP BY GROUPING SETS ((arm, traffic_class), (arm))
-    ORDER BY arm, traffic_class NULLS FIRST
+    SELECT arm, traffic_class, metric, array_agg(idx ORDER BY idx), array_agg(cnt ORDER BY idx) FROM (
+        SELECT arm, traffic_class, metric, idx::int AS idx, sum(cnt)::bigint AS cnt FROM bucket
+        GROUP BY GROUPING SETS ((arm, traffic_class, metric, idx), (arm, metric, idx))
+    ) AS merged GROUP BY arm, traffic_class, metric
     """
 )
 
 
-def segments(session: ReadSession | WriteSession, windows: Sequence[Window]) -> list[Segment]:
-    """Counts, moments and quantiles by arm and class over all stages of a rollout, each after its warm-up."""
+def segments(
+    session: ReadSession | WriteSession, windows: Sequence[Window], metrics: Collection[str] = ("e2e", "ttft", "tpot")
+) -> list[Segment]:
+    """Counts, moments and histograms by arm and class over all stages of a rollout, each after its warm-up."""
     if not windows:
         return []
-    rows = session.execute(
-        _SEGMENTS,
-        {
-            "generations": [window.generation for window in windows],
-            "counts_from": [window.counts_from for window in windows],
-            "earliest": min(window.counts_from for window in windows),
-            "current": windows[-1].generation,
-        },
-    )
+    values = {
+        "generations": [window.generation for window in windows],
+        "counts_from": [window.counts_from for window in windows],
+        "earliest": min(window.counts_from for window in windows),
+    }
+    session.execute(text("SET LOCAL work_mem = '64MB'"))  # sorts and hashes of a long rollout stay in memory
+    buckets = values | {
+        "metrics": sorted(metrics),
+        "smallest": histogram.SMALLEST,
+        "log_gamma": histogram.LOG_GAMMA,
+    }
+    latencies: dict[tuple[str, str | None], dict[str, Counts]] = defaultdict(dict)
+    for arm, traffic_class, metric, indices, counts in session.execute(_LATENCIES, buckets):
+        latencies[arm, traffic_class][metric] = (indices, counts)
+    events = {(row.arm, row.traffic_class): dict(row._mapping) for row in session.execute(_EVENTS, values)}
+    keys: dict[str, int] = {row.arm: row.keys for row in session.execute(_KEYS, values)}
     found = []
-    for arm, traffic_class, *rest in rows:
-        counts = [int(value) for value in rest[:8]]
-        moments = [float(value) for value in rest[8:13]]
-        quantiles = [value for pair in rest[13:] for value in (pair or (None, None))]
-        found.append(Segment(arm, traffic_class, *counts, *moments, *quantiles))
+    for row in session.execute(_SUMS, values | {"current": windows[-1].generation}):
+        tree: dict[str, Any] = events.get((row.arm, row.traffic_class), {}) | dict(row._mapping)
+        tree |= {name: float(tree[name] or 0) for name in ("x", "y", "xx", "yy", "xy")}
+        tree["keys"] = keys.get(row.arm, 0) if row.traffic_class is None else 0
+        found.append(Segment(**tree, latencies=latencies.get((row.arm, row.traffic_class), {})))
     return found
 
 
@@ -120,8 +185,11 @@ def observed_share(
     """The canary's share of the eligible requests of this stage; None before the first."""
     canary, everything = session.execute(
         text(
-            "SELECT count(*) FILTER (WHERE arm = :canary), count(*) FROM traces WHERE generation = :generation "
-            "AND started_at >= :began AND (CAST(:classes AS text[]) IS NULL OR traffic_class = ANY(:classes))"
+            "SELECT coalesce(sum(requests) FILTER (WHERE arm = :canary), 0), coalesce(sum(requests), 0) "
+            "FROM (SELECT at, generation, arm, traffic_class, requests FROM rollups_minute UNION ALL "
+            "SELECT at, generation, arm, traffic_class, requests FROM rollup_deltas) AS rolled "
+            "WHERE generation = :generation AND at >= date_trunc('minute', CAST(:began AS timestamptz), 'UTC') "
+            "AND (CAST(:classes AS text[]) IS NULL OR traffic_class = ANY(:classes))"
         ),
         {
             "canary": CANARY,
@@ -130,4 +198,4 @@ def observed_share(
             "classes": sorted(traffic_classes) if traffic_classes is not None else None,
         },
     ).one()
-    return canary / everything if everything else None
+    return int(canary) / int(everything) if everything else None

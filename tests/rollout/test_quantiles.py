@@ -1,0 +1,132 @@
+"""Latency quantiles of two arms: false alarms and power by simulation, and planted faults that it must see."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import log
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from engine.rollout import quantiles, statistics
+from engine.rollout.quantiles import Pair
+from engine.store import histogram
+
+SIZE, FIRST = 700, -300
+ALPHA = 0.05
+RHO = statistics.tuned_rho(300, ALPHA)
+
+
+def buckets(rng: np.random.Generator, requests: int, scale: float = 1.0, tail: float = 1.0) -> np.ndarray:
+    """Log-normal latencies around a second, as dense bucket numbers; ``tail`` stretches what is above the median."""
+    z = 0.5 * rng.standard_normal(requests)
+    return np.ceil((np.where(z > 0, tail * z, z) + log(scale)) / histogram.LOG_GAMMA).astype(int) - FIRST
+
+
+def looks(requests: int) -> list[int]:
+    """About every twentieth part more."""
+    found = [20]
+    while found[-1] < requests:
+        found.append(max(found[-1] + 2, int(found[-1] * 1.05)))
+    return [n for n in found if n <= requests]
+
+
+def first_alarm(bound: Callable[[Pair], bool], canary: np.ndarray, control: np.ndarray) -> int | None:
+    for n in looks(len(canary)):
+        counts = [np.bincount(arm[:n], minlength=SIZE).astype(float) for arm in (canary, control)]
+        if bound(Pair(counts[0], counts[1], FIRST)):
+            return n
+    return None
+
+
+def certified(p: float, margin: float = 0.0) -> Callable[[Pair], bool]:
+    return lambda pair: quantiles.certified(pair, p, margin) >= log(1 / ALPHA)
+
+
+def fast(p: float, margin: float = 0.0) -> Callable[[Pair], bool]:
+    def bound(pair: Pair) -> bool:
+        return bool(statistics.log_e_below(quantiles.fast([pair], p, margin), 0.0, RHO)[0] >= log(1 / ALPHA))
+
+    return bound
+
+
+def fixed_sample(p: float) -> Callable[[Pair], bool]:
+    """The planted fault: a z-test of the same level, looked at as often."""
+
+    def bound(pair: Pair) -> bool:
+        diff = quantiles.fast([pair], p, 0.0)
+        return bool(diff.se[0] > 0 and diff.estimate[0] / diff.se[0] < stats.norm.ppf(ALPHA))
+
+    return bound
+
+
+def false_alarms(bound: Callable[[Pair], bool], runs: int, margin: float = 0.0) -> float:
+    rng = np.random.default_rng(1)
+    alarms = [first_alarm(bound, buckets(rng, 800, 1.0 + margin), buckets(rng, 800)) is not None for _ in range(runs)]
+    return float(np.mean(alarms))
+
+
+@pytest.mark.parametrize("method", [certified, fast])
+@pytest.mark.parametrize(("p", "margin"), [(0.5, 0.0), (0.95, 0.0), (0.95, 0.05)])
+def test_equal_arms_and_arms_at_the_margin_are_rarely_blamed(method, p: float, margin: float) -> None:  # type: ignore[no-untyped-def]
+    assert false_alarms(method(p, margin), 100, margin) <= 0.1  # of 100 at 5 %; more than ten have odds of 1 %
+
+
+def test_the_simulation_catches_a_test_that_may_not_be_peeked_at() -> None:
+    assert false_alarms(fixed_sample(0.5), 100) > 0.2
+
+
+@pytest.mark.parametrize(
+    ("bound", "scale", "tail", "within"),
+    [
+        (certified(0.5, 0.05), 2.0, 1.0, 80),
+        (fast(0.5, 0.05), 2.0, 1.0, 80),
+        (certified(0.95, 0.05), 1.5, 1.0, 500),
+        (fast(0.95, 0.05), 1.5, 1.0, 400),
+        (fast(0.95, 0.05), 1.0, 1.5, 500),
+    ],
+)
+def test_a_slower_canary_is_found(bound: Callable[[Pair], bool], scale: float, tail: float, within: int) -> None:
+    rng = np.random.default_rng(2)
+    found = [first_alarm(bound, buckets(rng, 2_000, scale, tail), buckets(rng, 2_000)) or 9_999 for _ in range(20)]
+    assert np.median(found) <= within
+
+
+def test_a_faster_canary_is_never_blamed_however_much_one_sees() -> None:
+    """Where a float can no longer hold how unlikely it would be that the canary is slower."""
+    canary, control = (np.array([n, 0.0, 0.0, m]) for n, m in ((60_000, 400), (40_000, 20_000)))
+    pair = Pair(canary, control, FIRST)
+    for p in (0.5, 0.95):
+        assert quantiles.certified(pair, p, 0.0) < 0
+    assert quantiles.certified(Pair(control, control, FIRST), 0.5, 0.1) < 0
+
+
+def test_the_mixture_of_one_arm_has_expectation_one_at_the_null() -> None:
+    k = np.arange(41)
+    for share in (0.05, 0.5, 0.95):
+        weight = stats.binom.pmf(k, 40, share)
+        assert weight @ np.exp(quantiles._mixture(k, 40, share, 10.0)) == pytest.approx(1.0)
+
+
+def test_the_margin_moves_the_null_by_whole_buckets_to_the_safe_side() -> None:
+    rng = np.random.default_rng(3)
+    arms = [np.bincount(buckets(rng, 500, scale), minlength=SIZE).astype(float) for scale in (1.6, 1.0)]
+    pair = Pair(arms[0], arms[1], FIRST)
+    by_margin = [quantiles.certified(pair, 0.5, margin) for margin in (0.0, 0.01, 0.0202, 0.05, 0.3, 0.7)]
+    assert by_margin == sorted(by_margin, reverse=True)
+    assert by_margin[1] == by_margin[2] < by_margin[0]
+
+
+def test_the_curve_is_that_of_the_requests() -> None:
+    values = np.random.default_rng(4).lognormal(0, 0.5, 20_000)
+    levels, seconds = quantiles.curve(dict(zip(*histogram.count(values), strict=True)))
+    assert seconds == pytest.approx(np.quantile(values, levels), rel=0.03)
+    assert not len(quantiles.curve({})[0])
+
+
+def test_an_arm_without_requests_is_no_pair() -> None:
+    assert quantiles.dense(([], []), ([3], [1])) is None
+    pair = quantiles.dense(([5], [2]), ([3, 4], [1, 1]))
+    assert pair is not None
+    assert (pair.canary.tolist(), pair.control.tolist(), pair.first) == ([0, 0, 2], [1, 1, 0], 3)

@@ -28,6 +28,8 @@ class ProposerKind(StrEnum):
     NONE = "none"
     NGRAM = "ngram"
     TRACE_MEMORY = "trace_memory"
+    NEURAL = "neural"
+    HYBRID = "hybrid"
 
 
 class Status(StrEnum):

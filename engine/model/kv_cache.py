@@ -8,16 +8,27 @@ batch are computed and dropped: cheaper than copying keys and values together.
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import numpy as np
 import torch
 from torch import Tensor
 
-from engine.model.config import LlamaConfig
+
+class CacheShape(Protocol):
+    """What of a model's configuration decides the size of its cache."""
+
+    @property
+    def num_layers(self) -> int: ...
+    @property
+    def num_kv_heads(self) -> int: ...
+    @property
+    def head_dim(self) -> int: ...
 
 
 class KVCache:
     def __init__(
-        self, config: LlamaConfig, num_slots: int, max_len: int, dtype: torch.dtype, device: torch.device | str = "cpu"
+        self, config: CacheShape, num_slots: int, max_len: int, dtype: torch.dtype, device: torch.device | str = "cpu"
     ) -> None:
         self.num_slots, self.max_len = num_slots, max_len
         shape = (2, config.num_layers, num_slots, max_len, config.num_kv_heads, config.head_dim)

@@ -13,7 +13,7 @@ from engine.runner.request import EngineRequest, Output, RequestResult
 from engine.runner.runner import Runner
 from engine.scheduler.scheduler import Scheduler
 from engine.speculation.control import KController
-from engine.speculation.proposer import Proposer
+from engine.speculation.proposer import HiddenReader, NeedsTarget, Proposer
 
 __all__ = ["Engine", "EngineRequest", "InvalidRequest", "Output", "PolicyNotResident", "RequestResult"]
 
@@ -47,16 +47,24 @@ class Engine:
         self.step_errors = 0
         self.control = KController()  # verifies whole drafts until it is given step costs
         self.runner = Runner(target.model, self.control, max_num_seqs, self.max_model_len, clock)
-        self._proposers: dict[int, Proposer] = {}
+        self._loaded: dict[int, Proposer] = {}
+        self._proposers: dict[int, Proposer] = {}  # the same, bound to this target where they need one
         self._lives: dict[str, Live] = {}
 
     def load(self, version: int, proposer: Proposer) -> None:
         """Make a policy resident. A version is immutable: loading another policy under its number is refused."""
-        if self._proposers.setdefault(version, proposer) is not proposer:
-            raise SlipstreamError(f"Policy version {version} is resident already; versions never change.")
+        if version in self._loaded:
+            if self._loaded[version] is not proposer:
+                raise SlipstreamError(f"Policy version {version} is resident already; versions never change.")
+            return
+        bound: Proposer = proposer
+        if isinstance(proposer, NeedsTarget):
+            bound = proposer.bind(self.target.model, self.scheduler.max_num_seqs, self.max_model_len)
+        self._loaded[version], self._proposers[version] = proposer, bound
 
     def unload(self, version: int) -> None:
         """Forget a policy; requests that began with it keep it to their end."""
+        self._loaded.pop(version, None)
         self._proposers.pop(version, None)
         self.control.forget(version)
 
@@ -122,9 +130,14 @@ class Engine:
     def check_integrity(self) -> None:
         self.scheduler.check_integrity()
         assert self._lives.keys() == self.scheduler.waiting.keys() | self.scheduler.running.keys()
+        for proposer in self._proposers.values():
+            if isinstance(proposer, HiddenReader):
+                held = sum(live.reader is proposer and live.drafter is not None for live in self._lives.values())
+                assert held == proposer.in_use, f"{held} requests draft by {proposer.kind}, {proposer.in_use} places"
 
     def _forget(self, request_id: str) -> Live:
         self.scheduler.finish(request_id)
         live = self._lives.pop(request_id)
+        live.leave()
         self.draft_errors += live.draft_errors
         return live

@@ -14,7 +14,7 @@ from engine.runner.request import EngineRequest, Output, RequestResult
 from engine.runner.stopping import StopText
 from engine.scheduler.sequence import Sequence as SequenceState
 from engine.speculation.control import RowControl
-from engine.speculation.proposer import Drafter, Proposer
+from engine.speculation.proposer import Drafter, HiddenReader, Proposer
 from engine.speculation.verify import VerifyOutcome
 
 log = logging.getLogger(__name__)
@@ -62,6 +62,7 @@ class Live:
         self._text = StopText(tokenizer.detokenizer(), request.sampling.stop)
         self._eos = frozenset() if request.sampling.ignore_eos else tokenizer.eos_ids
         self._drafter: Drafter | None = None
+        self.reader = proposer if isinstance(proposer, HiddenReader) else None
 
     @property
     def most_drafts(self) -> int:
@@ -79,23 +80,36 @@ class Live:
         if k <= 0:
             return Draft(0, [])
         try:
-            if self._drafter is None:
+            if self._drafter is None and self.reader is None:
                 self._drafter = self.proposer.start(self.request.prompt_ids, self.request.traffic_class)
                 self._drafter.observe(self._output_ids)
-            tokens, confidence = self._drafter.propose(k), self._drafter.confidence
+            if self._drafter is None:  # it has missed hidden states, and nobody has them any more
+                return Draft(0, [])
+            return self.drafted(k, self._drafter.propose(k), vocab_size)
+        except Exception:
+            self.draft_failed()
+            return Draft(0, [])
+
+    def drafted(self, k: int, tokens: list[int], vocab_size: int) -> Draft:
+        """What the drafter proposed when asked for ``k``, checked."""
+        assert self._drafter is not None
+        confidence = self._drafter.confidence
+        try:
             if len(tokens) > k or not all(0 <= token < vocab_size for token in tokens):
                 raise ValueError(f"proposed {tokens!r} for k = {k}, vocabulary {vocab_size}")
             if confidence and len(confidence) != len(tokens):
                 raise ValueError(f"proposed {len(tokens)} tokens with {len(confidence)} confidences")
             return Draft(k, tokens, confidence)
         except Exception:
-            self._draft_failed()
+            self.draft_failed()
             return Draft(0, [])
 
     def commit_first(self, token: int, now: float) -> Output:
         """The token that the prefill's last logits gave: output, but not a verify step."""
         self.times.first_token = now
         kept, text, reason = self._append((token,))
+        if self.reader is not None and self._drafter is not None:  # others start with their first draft
+            self._drafter.observe(kept)
         return self._output(kept, text, reason, now)
 
     def commit(self, draft: Draft, verified: int, outcome: VerifyOutcome, now: float) -> Output:
@@ -114,7 +128,7 @@ class Live:
             try:
                 self._drafter.observe(kept)
             except Exception:
-                self._draft_failed()
+                self.draft_failed()
         return self._output(kept, text, reason, now)
 
     def end(self, status: Status, reason: FinishReason, now: float, error: str | None = None) -> Output:
@@ -126,9 +140,33 @@ class Live:
     def _output_ids(self) -> list[int]:
         return self.seq.token_ids[self.seq.num_prompt :]
 
-    def _draft_failed(self) -> None:
-        """Count it, and let the next step begin with a fresh drafter: this one's state cannot be trusted."""
-        self._drafter = None
+    @property
+    def drafter(self) -> Drafter | None:
+        return self._drafter
+
+    def begin(self) -> None:
+        """The prompt is about to be computed: a drafter that reads hidden states must hear them from the first on."""
+        if self.reader is None:
+            return
+        self.leave()
+        try:
+            self._drafter = self.reader.start(self.request.prompt_ids, self.request.traffic_class)
+            self._drafter.observe(self._output_ids)
+        except Exception:
+            self.draft_failed()
+
+    def leave(self) -> None:
+        """Give back what the drafter holds."""
+        drafter, self._drafter = self._drafter, None
+        if self.reader is not None and drafter is not None:
+            self.reader.end(drafter)
+
+    def draft_failed(self) -> None:
+        """Count it, and let the next step begin with a fresh drafter: this one's state cannot be trusted.
+
+        One that reads hidden states has no fresh start before the end of the request, which goes on without drafts.
+        """
+        self.leave()
         self.draft_errors += 1
         if self.draft_errors == 1:
             log.exception("policy %s cannot draft for %s", self.request.policy_version, self.request.request_id)

@@ -14,6 +14,7 @@ from torch import Tensor
 from engine.model.batch import Batch, Row, build_batch
 from engine.model.kv_cache import KVCache
 from engine.model.llama import Llama
+from engine.runner.drafting import Heard, draft_together, feed_together
 from engine.runner.live import Draft, Live
 from engine.runner.request import Output
 from engine.scheduler.scheduler import ScheduledStep
@@ -43,8 +44,10 @@ class Runner:
         for chunk in scheduled.prefills:
             if chunk.start == 0:
                 lives[chunk.seq.request_id].times.scheduled = began
+                lives[chunk.seq.request_id].begin()
         batch = self._batch(scheduled, verified)
-        hidden = self.model.forward(batch, self.cache)
+        layers = _aux_layers(scheduled, lives)
+        hidden, aux = self.model.forward_with_aux(batch, self.cache, layers)
         logits = self.model.logits(hidden[self._wanted(batch, scheduled)])
         outcomes = _verify([*decoding, *ending], [*verified, *([] for _ in ending)], logits)
         now = self.clock()
@@ -61,6 +64,9 @@ class Runner:
             live.seq.num_computed = len(live.seq.token_ids) - 1
         for live, outcome in zip(ending, outcomes[len(decoding) :], strict=True):
             outputs.append(live.commit_first(outcome.tokens[0], now))
+        if aux is not None:
+            going = [live for live, output in zip([*decoding, *ending], outputs, strict=True) if not output.finished]
+            feed_together(_heard(scheduled, lives, verified, outcomes, going), layers, aux)
         self._committing = self.clock() - now
         return outputs
 
@@ -70,13 +76,10 @@ class Runner:
         """(drafts, seconds each took, how many tokens of each are verified)."""
         controls = [live.control for live in decoding]
         limits = self.control.limits(controls, [live.most_drafts for live in decoding], base_rows, base_tokens)
-        drafts, drafting = list[Draft](), list[float]()
-        for live, limit in zip(decoding, limits, strict=True):
-            began = self.clock()
-            drafts.append(live.draft(limit, self.model.config.vocab_size))
-            drafting.append(self.clock() - began)
+        drafts, drafting = draft_together(decoding, limits, self.model.config.vocab_size, self.clock)
+        for live, limit, took in zip(decoding, limits, drafting, strict=True):
             if limit:
-                live.control.acceptance.took(drafting[-1], limit)
+                live.control.acceptance.took(took, limit)
         offers = [Offer(c, len(d.tokens), d.confidence) for c, d in zip(controls, drafts, strict=True)]
         return drafts, drafting, self.control.choose(offers, base_rows, base_tokens)
 
@@ -119,6 +122,34 @@ class Runner:
         chunks = zip(batch.prefills, scheduled.prefills, strict=True)
         rows = [*range(num_decode), *(group.last - 1 for group, chunk in chunks if chunk.is_last)]
         return torch.tensor(rows, dtype=torch.int64, device=self.model.device)
+
+
+def _aux_layers(scheduled: ScheduledStep, lives: Mapping[str, Live]) -> tuple[int, ...]:
+    """The layers whose outputs somebody in this step reads, none where nobody does."""
+    readers = {lives[seq.request_id].reader for seq in scheduled.sequences}
+    return tuple(sorted({layer for reader in readers if reader is not None for layer in reader.aux_layers}))
+
+
+def _heard(
+    scheduled: ScheduledStep,
+    lives: Mapping[str, Live],
+    verified: Sequence[Sequence[int]],
+    outcomes: Sequence[VerifyOutcome],
+    going: Sequence[Live],
+) -> list[Heard]:
+    """Which rows of the pass hold tokens that stay, of the requests that go on; after the step was committed."""
+    found, first = [], 0
+    for seq, draft, outcome in zip(scheduled.decodes, verified, outcomes, strict=False):
+        live, count = lives[seq.request_id], len(outcome.tokens)
+        if live.reader is not None and live in going:
+            found.append(Heard(live, seq.num_computed - count, first, first + count))
+        first += 1 + len(draft)
+    for chunk in scheduled.prefills:
+        live = lives[chunk.seq.request_id]
+        if live.reader is not None and (not chunk.is_last or live in going):
+            found.append(Heard(live, chunk.start, first, first + chunk.count))
+        first += chunk.count
+    return found
 
 
 def _verify(lives: list[Live], drafts: list[list[int]], logits: Tensor) -> list[VerifyOutcome]:

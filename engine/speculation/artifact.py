@@ -82,8 +82,8 @@ def load_proposer(
     manifest = read_manifest(files)
     _check_fingerprint("target", manifest.target_fingerprint, target_fingerprint)
     _check_fingerprint("tokenizer", manifest.tokenizer_fingerprint, tokenizer_fingerprint)
-    if manifest.kind is ProposerKind.TRACE_MEMORY and manifest.target_fingerprint is None:
-        raise PolicyError("A trace_memory policy holds tokens, so its manifest must name a target_fingerprint.")
+    if manifest.kind in _OF_ONE_TARGET and manifest.target_fingerprint is None:
+        raise PolicyError(f"A {manifest.kind} policy fits one target, so its manifest must name a target_fingerprint.")
     del files[MANIFEST]
     proposer = loaders()[manifest.kind](manifest.num_speculative_tokens, manifest.settings, files)
     return cast(Proposer, replace(cast(Any, proposer), control=read_control(manifest)))
@@ -139,6 +139,7 @@ def read_manifest(files: Mapping[str, bytes]) -> Manifest:
 
 
 MAX_K = 32
+_OF_ONE_TARGET = (ProposerKind.TRACE_MEMORY, ProposerKind.NEURAL, ProposerKind.HYBRID)
 _TYPES: dict[str, tuple[type, ...]] = {
     "kind": (str,),
     "num_speculative_tokens": (int,),

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from engine.contracts import ProposerKind, SlipstreamError
 from engine.speculation.control import ControlSettings
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from engine.model.llama import Llama
 
 
 class PolicyError(SlipstreamError):
@@ -45,6 +50,40 @@ class Proposer(Protocol):
     def start(self, prompt_ids: Sequence[int], traffic_class: str) -> Drafter: ...
 
 
+@runtime_checkable
+class NeedsTarget(Protocol):
+    """A policy that drafts from the target's hidden states: the engine binds it to its own target when it loads it."""
+
+    def bind(self, target: Llama, num_seqs: int, max_len: int) -> HiddenReader: ...
+
+
+@runtime_checkable
+class HiddenReader(Protocol):
+    """A bound policy: a proposer whose requests are drafted for together. The runner hands it what the target said.
+
+    ``aux_layers``: the layers whose outputs it reads. Its drafters come from ``start`` and hold a place until ``end``.
+    """
+
+    kind: ProposerKind
+    num_speculative_tokens: int
+    control: ControlSettings
+    aux_layers: tuple[int, ...]
+
+    def start(self, prompt_ids: Sequence[int], traffic_class: str) -> Any: ...
+
+    def propose(self, wants: Sequence[tuple[Any, int]]) -> list[list[int]]:
+        """A draft of at most k tokens for every (drafter, k); each is what the drafter would propose alone."""
+
+    def feed(self, fed: Sequence[tuple[Any, int, Tensor]]) -> None:
+        """(drafter, first position, aux states [n, len(aux_layers) * hidden]) of tokens that the request has."""
+
+    def end(self, drafter: Any) -> None: ...
+
+    @property
+    def in_use(self) -> int:
+        """Requests that hold a place."""
+
+
 class Loader(Protocol):
     """Makes a proposer of a manifest's settings and the artifact's other files; refuses what it does not know."""
 
@@ -55,12 +94,14 @@ class Loader(Protocol):
 
 def loaders() -> dict[ProposerKind, Loader]:
     """Kind → loader. A new proposer is one file and one line here."""
-    from engine.speculation import memory, ngram, none
+    from engine.speculation import hybrid, memory, neural, ngram, none
 
     return {
         ProposerKind.NONE: none.load,
         ProposerKind.NGRAM: ngram.load,
         ProposerKind.TRACE_MEMORY: memory.load,
+        ProposerKind.NEURAL: neural.load,
+        ProposerKind.HYBRID: hybrid.load,
     }
 
 
@@ -75,6 +116,10 @@ def read_settings(kind: ProposerKind, given: Mapping[str, Any], defaults: Mappin
                 f"Setting {key!r} of a {kind} policy must be a number like {defaults[key]}, got {value!r}."
             )
     return {**defaults, **given}
+
+
+def unbound(kind: ProposerKind) -> PolicyError:
+    return PolicyError(f"A {kind} policy drafts from a target's hidden states: bind it to a target before it starts.")
 
 
 def no_files(kind: ProposerKind, files: Mapping[str, bytes]) -> None:

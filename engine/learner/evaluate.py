@@ -1,0 +1,59 @@
+"""What a draft network would be accepted of sequences whose target states are known, without running the target."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from engine.learner.features import Example
+from engine.learner.trainer import pack
+from engine.model.draft import DraftNetwork
+from engine.model.draft_unroll import unroll
+
+
+@dataclass(slots=True)
+class ClassAcceptance:
+    """Counts of greedy verify steps with K drafts each; ``accepted_per_pos``[s]: steps that accepted more than s."""
+
+    steps: int = 0
+    accepted_per_pos: list[int] = field(default_factory=list)
+
+    @property
+    def acceptance_length(self) -> float:
+        """1 + accepted / steps, bonus included."""
+        return 1 + sum(self.accepted_per_pos) / self.steps if self.steps else 1.0
+
+    def __str__(self) -> str:
+        shares = " ".join(f"{n / max(1, self.steps):.2f}" for n in self.accepted_per_pos)
+        return f"{self.acceptance_length:.3f} ({shares}; {self.steps} steps)"
+
+
+@torch.inference_mode()
+def acceptance(
+    network: DraftNetwork, examples: Sequence[tuple[str, Example]], k: int = 4
+) -> dict[str, ClassAcceptance]:
+    """By traffic class, over (class, example): the verify steps that greedy decoding with K = ``k`` would have made.
+
+    A chain that goes on with known tokens is accepted exactly as far as one that goes on with its own.
+    """
+    places = torch.full((network.target.config.vocab_size,), -1, dtype=torch.int64)
+    places[network.vocabulary] = torch.arange(network.config.vocab_size)
+    found: dict[str, ClassAcceptance] = {}
+    for name, one in examples:
+        counts = found.setdefault(name, ClassAcceptance(accepted_per_pos=[0] * k))
+        batch = pack([one], network.target)
+        truth = places[batch.truth]
+        outputs = unroll(network, batch.token_ids, network.fuse(batch.aux), batch.segments, k)
+        right = torch.stack([network.logits(output).argmax(-1) == truth for output in outputs])  # [k, M]
+        start = 0
+        while start < truth.shape[0]:  # a verify step drafts from slot `start` on
+            chain = right[torch.arange(k), torch.arange(start, start + k).clamp(max=truth.shape[0] - 1)]
+            chain = chain & (torch.arange(start, start + k) < truth.shape[0])
+            accepted = int(chain.long().cumprod(0).sum())
+            counts.steps += 1
+            for s in range(accepted):
+                counts.accepted_per_pos[s] += 1
+            start += accepted + 1
+    return dict(sorted(found.items()))

@@ -1,0 +1,164 @@
+"""The static draft: trained offline from conversations that the target wrote itself, before any traffic.
+
+It is what adaptation starts from and what it has to beat, so nothing of it may come from benchmark prompts. Work goes
+into a folder (features, checkpoint) and goes on there when it is called again, so it can be cut into slices.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from engine.contracts import SlipstreamError
+from engine.learner import checkpoint
+from engine.learner.evaluate import ClassAcceptance, acceptance
+from engine.learner.feature_cache import Conversation, cached_examples
+from engine.learner.features import Example, can_teach
+from engine.learner.trainer import Progress, Trainer, TrainOptions, choose_vocabulary, fresh_weights
+from engine.model.draft import DraftConfig
+from engine.model.loading import Target
+from engine.speculation.neural_file import pack
+
+CHECKPOINT = "checkpoint.safetensors"
+HELD_OUT_SHARE = 0.06
+FROM_SCRATCH = TrainOptions(lr=1e-3, lr_end=5e-4, slots_per_step=1024, warmup=40)
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class StaticPlan:
+    """What is trained. ``minutes`` bounds one call; a call that was cut off leaves the rest to the next."""
+
+    vocab_size: int = 8192
+    epochs: int = 6
+    seed: int = 0
+    minutes: float = float("inf")
+    options: TrainOptions = FROM_SCRATCH
+
+
+@dataclass(frozen=True, slots=True)
+class StaticDraft:
+    """The files of the trained draft, what it accepts of held-out conversations, and what it cost."""
+
+    files: dict[str, bytes]
+    held_out: Mapping[str, ClassAcceptance]
+    steps: int
+    conversations: int
+    cpu_s: float
+
+
+def read_conversations(path: Path, target: Target, max_tokens: int = 2048) -> list[Conversation]:
+    """JSONL with ``prompt``, ``response_token_ids`` (else ``response``) and ``traffic_class`` where there is one."""
+    found = list[Conversation]()
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        try:
+            row = json.loads(line)
+            prompt = target.tokenizer.apply_chat_template([{"role": "user", "content": row["prompt"]}])
+            output = row.get("response_token_ids") or target.tokenizer.encode(row["response"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise SlipstreamError(
+                f"{path}, line {number}: not a conversation with 'prompt' and 'response_token_ids': {error!r}."
+            ) from None
+        if can_teach(prompt, output) and len(prompt) + len(output) <= max_tokens:
+            found.append(Conversation(tuple(prompt), tuple(output), str(row.get("traffic_class", "all"))))
+    if not found:
+        raise SlipstreamError(f"{path} holds no conversation of at most {max_tokens} tokens with a response.")
+    return found
+
+
+def is_held_out(conversation: Conversation, share: float = HELD_OUT_SHARE) -> bool:
+    """By hash of the prompt, so that the same conversation is never on both sides, whatever file it came in."""
+    digest = hashlib.blake2b(json.dumps(conversation.prompt_ids).encode(), digest_size=8, person=b"static").digest()
+    return int.from_bytes(digest, "big") < share * 2**64
+
+
+def train_static(
+    target: Target,
+    conversations: Sequence[Conversation],
+    folder: Path,
+    plan: StaticPlan,
+    say: Say,
+    clock: Callable[[], float] = time.monotonic,
+) -> StaticDraft | None:
+    """The draft, or None when ``plan.minutes`` ran out first: call again to go on."""
+    began, until = time.process_time(), clock() + plan.minutes * 60
+    config = DraftConfig.of_target(target.config, min(plan.vocab_size, target.config.vocab_size))
+    examples = _examples(target, conversations, config, folder, say, lambda: clock() > until)
+    if examples is None:
+        return None
+    pairs = list(zip(conversations, examples, strict=True))
+    train = [e for c, e in pairs if not is_held_out(c)]
+    vocabulary = choose_vocabulary(
+        [c.output_ids for c in conversations if not is_held_out(c)], config.vocab_size, target.config.vocab_size
+    )
+    steps = -(-sum(e.num_slots for e in train) // plan.options.slots_per_step)
+    options = replace(plan.options, total_steps=steps * plan.epochs)
+    trainer = Trainer(target.model, config, fresh_weights(config, target.model, plan.seed), vocabulary, options)
+    place: dict[str, Any] = {"digest": _digest(target, conversations, config, options, plan), "epoch": 0, "cpu_s": 0.0}
+    path = folder / CHECKPOINT
+    if path.exists():
+        state, found = checkpoint.load(path, trainer.optimizer.state_dict()["param_groups"])
+        if found["digest"] != place["digest"]:
+            raise SlipstreamError(f"{path} belongs to another training. Remove it, or give another folder.")
+        trainer.load_state(state)
+        place = found
+    spent = float(place["cpu_s"])
+    held = [(c.traffic_class, e) for c, e in pairs if is_held_out(c)]
+    for epoch in range(int(place["epoch"]), plan.epochs):
+        if clock() > until:
+            return None
+        _epoch(trainer, train, plan.seed * 1_000 + epoch, epoch, say)
+        by_class = acceptance(trainer.network, held)
+        say(f"epoch {epoch + 1}/{plan.epochs}: held out " + ", ".join(f"{n} {a}" for n, a in by_class.items()))
+        place |= {"epoch": epoch + 1, "cpu_s": spent + time.process_time() - began}
+        checkpoint.save(path, trainer.state(), place)
+    return StaticDraft(
+        pack(config, trainer.weights, vocabulary),
+        acceptance(trainer.network, held),
+        trainer.steps,
+        len(train),
+        float(place["cpu_s"]),
+    )
+
+
+def _examples(
+    target: Target,
+    conversations: Sequence[Conversation],
+    config: DraftConfig,
+    folder: Path,
+    say: Say,
+    over: Callable[[], bool],
+) -> list[Example] | None:
+    ids = json.dumps([[c.prompt_ids, c.output_ids] for c in conversations])
+    name = hashlib.sha256(f"{target.fingerprint} {config.aux_layers} {ids}".encode()).hexdigest()[:16]
+
+    def due(done: int, of: int) -> bool:
+        say(f"target states of {done}/{of} conversations")
+        return over()
+
+    return cached_examples(folder / f"features-{name}", target.model, conversations, config.aux_layers, due)
+
+
+def _epoch(trainer: Trainer, train: Sequence[Example], seed: int, epoch: int, say: Say) -> None:
+    total, began = Progress(right=[0] * trainer.options.depth), time.monotonic()
+    for done in trainer.epoch(train, seed):
+        total.steps, total.slots, total.rows = total.steps + 1, total.slots + done.slots, total.rows + done.rows
+        total.loss += done.loss
+        total.right = [a + b for a, b in zip(total.right, done.right, strict=True)]
+        if total.steps % 10 == 0:
+            say(
+                f"epoch {epoch + 1}, step {trainer.steps}: loss {total.loss / total.steps:.3f}, acceptance length "
+                f"{total.acceptance_length:.3f}, {total.slots / (time.monotonic() - began):.0f} tokens/s"
+            )
+
+
+def _digest(
+    target: Target, conversations: Sequence[Conversation], config: DraftConfig, options: TrainOptions, plan: StaticPlan
+) -> str:
+    parts = [target.fingerprint, asdict(config), asdict(options), plan.seed, plan.epochs, len(conversations)]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]

@@ -1,0 +1,63 @@
+"""Attention of one layer over the keys and values in a cache, for the decode rows and prompt chunks of a batch.
+
+The query heads of a kv head are folded into the rows of attention, so keys and values are never repeated.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from engine.model.batch import Batch, DecodeGroup, PrefillGroup
+from engine.model.kv_cache import KVCache
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding of [N, heads, hd] by ``cos`` and signed ``sin`` [N, 1, hd] (``rope_tables``)."""
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
+
+
+def rope_tables(
+    theta: float, head_dim: int, max_position: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """cos and signed sin [max_position, hd]; x * cos + roll(x, hd/2) * sin rotates the halves of x (RoFormer).
+
+    rotate_half(x) is (-x2, x1) and roll gives (x2, x1): the sign lives in the table.
+    """
+    half = head_dim // 2
+    frequency = theta ** -(torch.arange(half, dtype=torch.float64) / half)
+    angle = torch.outer(torch.arange(max_position, dtype=torch.float64), frequency)
+    cos, sin = angle.cos(), angle.sin()
+    return torch.cat([cos, cos], -1).to(device, dtype), torch.cat([-sin, sin], -1).to(device, dtype)
+
+
+def attend(layer: int, query: Tensor, batch: Batch, cache: KVCache) -> Tensor:
+    """[N, heads, hd] → [N, heads * hd]; keys and values of these tokens are in ``cache`` already."""
+    parts = []
+    if batch.decode is not None:
+        parts.append(_attend_decode(layer, query[: batch.decode.num_tokens], batch.decode, cache))
+    parts += [_attend_prefill(layer, query[g.first : g.last], g, cache) for g in batch.prefills]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _attend_decode(layer: int, query: Tensor, group: DecodeGroup, cache: KVCache) -> Tensor:
+    rows, width = group.rows, group.width
+    key, value = cache.rows(layer, 0, rows, group.length)
+    kv_heads, dim = key.shape[1], key.shape[-1]
+    g = query.shape[1] // kv_heads
+    if group.pad is not None:
+        query = query.new_zeros(rows * width, kv_heads * g, dim).index_copy_(0, group.pad, query)
+    query = query.reshape(rows, width, kv_heads, g, dim).transpose(1, 2).reshape(rows, kv_heads, width * g, dim)
+    out = F.scaled_dot_product_attention(query, key, value, attn_mask=group.mask)
+    out = out.view(rows, kv_heads, width, g, dim).transpose(1, 2).reshape(rows * width, kv_heads * g * dim)
+    return out if group.pad is None else out[group.pad]
+
+
+def _attend_prefill(layer: int, query: Tensor, group: PrefillGroup, cache: KVCache) -> Tensor:
+    key, value = cache.rows(layer, group.slot, group.slot + 1, group.length)
+    kv_heads, dim = key.shape[1], key.shape[-1]
+    g, count = query.shape[1] // kv_heads, group.last - group.first
+    query = query.reshape(count, kv_heads, g, dim).transpose(0, 1).reshape(1, kv_heads, count * g, dim)
+    out = F.scaled_dot_product_attention(query, key, value, attn_mask=group.mask)
+    return out.view(kv_heads, count, g, dim).transpose(0, 1).reshape(count, kv_heads * g * dim)

@@ -1,0 +1,79 @@
+"""Drafts for all rows of a step, and what the target then said for those who draft from it.
+
+Requests of one policy that reads hidden states are drafted for in the same passes; all others draft each on its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from engine.runner.live import Draft, Live
+from engine.speculation.proposer import HiddenReader
+
+
+def draft_together(
+    lives: Sequence[Live], limits: Sequence[int], vocab_size: int, clock: Callable[[], float]
+) -> tuple[list[Draft], list[float]]:
+    """(a draft of at most so many tokens for each, seconds each took). Shared passes are split by tokens asked for."""
+    drafts, took = [Draft(0, [])] * len(lives), [0.0] * len(lives)
+    alone = []
+    for i, live in enumerate(lives):
+        if limits[i] > 0 and (live.reader is None or live.drafter is None):
+            alone.append(i)
+    for reader, members in _by_reader([i for i in range(len(lives)) if limits[i] > 0], lives):
+        began = clock()
+        try:
+            made = reader.propose([(lives[i].drafter, limits[i]) for i in members])
+        except Exception:  # somebody's state is wrong: let each try by itself, so that only that one is without
+            alone += members
+            continue
+        for i, tokens in zip(members, made, strict=True):
+            drafts[i] = lives[i].drafted(limits[i], tokens, vocab_size)
+        seconds, asked = clock() - began, sum(limits[i] for i in members)
+        for i in members:
+            took[i] = seconds * limits[i] / asked
+    for i in alone:
+        began = clock()
+        drafts[i] = lives[i].draft(limits[i], vocab_size)
+        took[i] = clock() - began
+    return drafts, took
+
+
+@dataclass(frozen=True, slots=True)
+class Heard:
+    """Rows [first, last) of a pass are the tokens of ``live`` at positions ``start``…, all of them its own for good."""
+
+    live: Live
+    start: int
+    first: int
+    last: int
+
+
+def feed_together(heard: Sequence[Heard], layers: Sequence[int], aux: Tensor) -> None:
+    """Hand ``aux`` [N, len(layers) * hidden], the outputs of ``layers``, to the drafters that read them."""
+    states = aux.view(aux.shape[0], len(layers), -1)
+    for reader, members in _by_reader(range(len(heard)), [h.live for h in heard]):
+        wanted = [layers.index(layer) for layer in reader.aux_layers]
+        own = aux if wanted == list(range(len(layers))) else states[:, wanted].flatten(1)
+        fed = [(heard[i].live.drafter, heard[i].start, own[heard[i].first : heard[i].last]) for i in members]
+        try:
+            reader.feed(fed)
+        except Exception:
+            for i, one in zip(members, fed, strict=True):  # what was taken already is passed over
+                try:
+                    reader.feed([one])
+                except Exception:
+                    heard[i].live.draft_failed()
+
+
+def _by_reader(places: Sequence[int], lives: Sequence[Live]) -> Iterator[tuple[HiddenReader, list[int]]]:
+    """Those of ``places`` whose drafters read hidden states, grouped by policy."""
+    groups: dict[int, tuple[HiddenReader, list[int]]] = {}
+    for i in places:
+        reader = lives[i].reader
+        if reader is not None and lives[i].drafter is not None:
+            groups.setdefault(id(reader), (reader, []))[1].append(i)
+    yield from groups.values()

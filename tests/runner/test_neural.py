@@ -1,0 +1,152 @@
+"""The neural draft in the engine: exact whatever it says, alone or in company, and worth what it is worth."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from engine.contracts import SpecCounts
+from engine.model.loading import Target
+from engine.runner.engine import RequestResult
+from engine.speculation.draft_pool import DraftPool
+from engine.speculation.hybrid import HybridProposer
+from engine.speculation.neural_file import DraftFile
+from engine.speculation.proposer import Proposer
+from tests.runner.drafts import CopyPool, DreamingPool, LatePool, neural, random_draft, trained_draft
+from tests.runner.driving import MEMORY, NGRAM, NONE, Scripted, alone, engine_of, memory_of, request, run
+from tests.runner.test_exactness import prompts
+
+WILD, TRAINED, HYBRID, FOOL = 5, 6, 7, 8
+LONG = 40
+
+
+@pytest.fixture(scope="module")
+def plain(tiny: Target) -> list[RequestResult]:
+    return [alone(tiny, request(str(i), p, NONE, max_tokens=LONG)) for i, p in enumerate(prompts(tiny, 10))]
+
+
+@pytest.fixture(scope="module")
+def trained(tiny: Target, plain: list[RequestResult]) -> DraftFile:
+    return trained_draft(tiny, [(p.payload.prompt_ids, p.payload.output_ids) for p in plain[:6]], 100)
+
+
+@pytest.fixture(scope="module")
+def proposers(tiny: Target, plain: list[RequestResult], trained: DraftFile) -> dict[int, Proposer]:
+    vocab = tiny.config.vocab_size
+    return {
+        WILD: neural(random_draft(tiny)),
+        TRAINED: neural(trained, min_survival=0.01),
+        MEMORY: memory_of(plain[::2]),
+        HYBRID: HybridProposer(4, memory_of(plain[::2]), trained, 0.0),
+        FOOL: Scripted(lambda tokens, k: [(tokens[-1] * 7 + i) % vocab for i in range(k)]),
+    }
+
+
+@pytest.mark.parametrize("version", [WILD, TRAINED, HYBRID])
+def test_greedy_equals_plain_decoding_bit_for_bit(
+    tiny: Target, plain: list[RequestResult], proposers: dict[int, Proposer], version: int
+) -> None:
+    counts = SpecCounts()
+    for want in plain:
+        got = alone(tiny, request("x", want.payload.prompt_ids, version, max_tokens=LONG), proposers)
+        assert got.payload.output_ids == want.payload.output_ids
+        assert got.draft_errors == 0
+        counts.drafted += got.counts.drafted
+        counts.accepted += got.counts.accepted
+    assert counts.drafted > counts.accepted  # something was rejected, or this proved little
+    assert counts.accepted > (0 if version == WILD else 50)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_row_does_not_depend_on_its_neighbours(tiny: Target, proposers: dict[int, Proposer], seed: int) -> None:
+    """Joins, leaves, six policies and sampling, prompts in chunks: every survivor gets what it gets alone."""
+    rng = random.Random(seed)
+    wanted = []
+    for i, prompt in enumerate(prompts(tiny, 14, seed + 50)):
+        sampled = {"temperature": 0.8, "top_p": 0.95, "seed": i} if rng.random() < 0.4 else {}
+        version = rng.choice([NONE, NGRAM, MEMORY, WILD, TRAINED, TRAINED, HYBRID, HYBRID, FOOL])
+        wanted.append(request(f"r{i}", prompt, version, max_tokens=rng.randint(1, 30), **sampled))
+    engine = engine_of(tiny, proposers, max_num_seqs=5, prefill_chunk=16)
+    waiting, outputs, cancelled = list(wanted), [], set()
+    while waiting or engine.has_work:
+        while waiting and rng.random() < 0.5:
+            engine.add(waiting.pop())
+        if rng.random() < 0.05 and engine.scheduler.running:
+            name = rng.choice(list(engine.scheduler.running))
+            cancelled.add(name)
+            engine.cancel(name)
+        outputs += engine.step()
+        engine.check_integrity()
+    results = {o.request_id: o.result for o in outputs if o.result is not None}
+    assert results.keys() | cancelled == {w.request_id for w in wanted}
+    for want in wanted:
+        if want.request_id not in cancelled:
+            got, single = results[want.request_id], alone(tiny, want, proposers)
+            assert got.payload == single.payload, want
+            assert (got.counts, got.draft_errors) == (single.counts, 0)
+
+
+def test_a_draft_that_copies_the_target_is_accepted_whole(
+    tiny: Target, plain: list[RequestResult], trained: DraftFile
+) -> None:
+    """Positions, slots, keys and values: one place out of line anywhere, and something is rejected."""
+    copy = {WILD: neural(trained, CopyPool)}
+    for want in plain:
+        counts = alone(tiny, request("x", want.payload.prompt_ids, WILD, max_tokens=LONG), copy).counts
+        assert counts.accepted == counts.drafted
+        assert counts.drafted_per_pos == [8, 8, 8, 7]  # 39 tokens after the first, five a step, the last step four
+    engine = engine_of(tiny, copy, prefill_chunk=7)
+    for i, want in enumerate(plain):
+        engine.add(request(str(i), want.payload.prompt_ids, WILD, max_tokens=LONG))
+    for result in run(engine).values():
+        assert result.counts.accepted == result.counts.drafted == 31
+
+
+def accepted(tiny: Target, plain: list[RequestResult], draft: DraftFile, make: type[DraftPool]) -> float:
+    counts = [
+        alone(tiny, request("x", p.payload.prompt_ids, WILD, max_tokens=LONG), {WILD: neural(draft, make)}).counts
+        for p in plain[:6]
+    ]
+    return 1 + sum(c.accepted for c in counts) / sum(c.steps for c in counts)
+
+
+def test_a_trained_draft_is_worth_what_training_says_and_faults_show(
+    tiny: Target, plain: list[RequestResult], trained: DraftFile
+) -> None:
+    """Outputs are right whatever the draft does, so its acceptance is pinned: planted misalignments lower it."""
+    sound = accepted(tiny, plain, trained, DraftPool)
+    assert sound > 2.0
+    assert accepted(tiny, plain, trained, LatePool) < 0.8 * sound
+    assert accepted(tiny, plain, trained, DreamingPool) < 0.97 * sound
+
+
+def test_places_are_given_back(tiny: Target, proposers: dict[int, Proposer]) -> None:
+    engine = engine_of(tiny, proposers, max_num_seqs=2)
+    bound = engine._proposers[WILD]
+    for i in range(5):
+        engine.add(request(str(i), [1, 2, 3 + i], WILD))
+    outputs = engine.step()
+    assert bound.in_use == 2  # type: ignore[attr-defined]
+    cancelled = engine.cancel("0")
+    assert cancelled is not None
+    assert bound.in_use == 1  # type: ignore[attr-defined]
+    engine.unload(WILD)
+    run(engine, [*outputs, cancelled])
+    assert bound.in_use == 0  # type: ignore[attr-defined]
+
+
+def test_a_failing_draft_costs_its_request_the_draft_only(
+    tiny: Target, plain: list[RequestResult], trained: DraftFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = engine_of(tiny, {WILD: neural(trained)})
+    for i, want in enumerate(plain[:3]):
+        engine.add(request(str(i), want.payload.prompt_ids, WILD, max_tokens=LONG))
+    outputs = [output for _ in range(3) for output in engine.step()]
+    state = engine._lives["1"].drafter.state  # type: ignore[union-attr]
+    state.tokens.append(0)  # its own state is broken
+    results = run(engine, outputs)
+    for i, want in enumerate(plain[:3]):
+        assert results[str(i)].payload.output_ids == want.payload.output_ids
+        assert results[str(i)].draft_errors == (1 if i == 1 else 0)
+    assert results["0"].counts.accepted > 20

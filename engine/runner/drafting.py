@@ -19,11 +19,10 @@ def draft_together(
 ) -> tuple[list[Draft], list[float]]:
     """(a draft of at most so many tokens for each, seconds each took). Shared passes are split by tokens asked for."""
     drafts, took = [Draft(0, [])] * len(lives), [0.0] * len(lives)
-    alone = []
-    for i, live in enumerate(lives):
-        if limits[i] > 0 and (live.reader is None or live.drafter is None):
-            alone.append(i)
-    for reader, members in _by_reader([i for i in range(len(lives)) if limits[i] > 0], lives):
+    asked = [i for i in range(len(lives)) if limits[i] > 0]
+    groups = list(_by_reader(asked, lives))
+    alone = sorted(set(range(len(lives))) - {i for _, members in groups for i in members})
+    for reader, members in groups:
         began = clock()
         try:
             made = reader.propose([(lives[i].drafter, limits[i]) for i in members])
@@ -32,9 +31,9 @@ def draft_together(
             continue
         for i, tokens in zip(members, made, strict=True):
             drafts[i] = lives[i].drafted(limits[i], tokens, vocab_size)
-        seconds, asked = clock() - began, sum(limits[i] for i in members)
+        seconds, tokens_asked = clock() - began, sum(limits[i] for i in members)
         for i in members:
-            took[i] = seconds * limits[i] / asked
+            took[i] = seconds * limits[i] / tokens_asked
     for i in alone:
         began = clock()
         drafts[i] = lives[i].draft(limits[i], vocab_size)

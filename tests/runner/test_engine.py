@@ -52,12 +52,13 @@ def speaking(tiny: Target, monkeypatch: pytest.MonkeyPatch) -> Target:
     """The tiny target made to say a given text: its logits point at the token that follows in it."""
     ids, _ = readable(tiny)
     model = tiny.model
-    forward, logits = model.forward, model.logits
+    forward, logits = model.forward_with_aux, model.logits
 
-    def next_ids(batch: object, cache: object) -> object:
-        hidden = forward(batch, cache).clone()  # type: ignore[arg-type]
+    def next_ids(batch: object, cache: object, layers: object) -> object:
+        hidden, aux = forward(batch, cache, layers)  # type: ignore[arg-type]
+        hidden = hidden.clone()
         hidden[:, 0] = batch.positions.to(hidden.dtype)  # type: ignore[attr-defined]
-        return hidden
+        return hidden, aux
 
     def pointed(hidden: object) -> object:
         out = logits(hidden).zero_()  # type: ignore[arg-type]
@@ -65,7 +66,7 @@ def speaking(tiny: Target, monkeypatch: pytest.MonkeyPatch) -> Target:
             out[row, ids[(int(position) - len(PROMPT) + 1) % len(ids)]] = 1.0
         return out
 
-    monkeypatch.setattr(model, "forward", next_ids)
+    monkeypatch.setattr(model, "forward_with_aux", next_ids)
     monkeypatch.setattr(model, "logits", pointed)
     return tiny
 

@@ -43,9 +43,9 @@ class Report:
         )
 
     def to_text(self) -> str:
-        rows = [f"{'figure':34} {'value':>10} {'95 % interval':>23} {'n':>6}  unit"]
+        rows = [f"{'figure':44} {'value':>10} {'95 % interval':>23} {'n':>6}  unit"]
         rows += [
-            f"{f.name:34} {f.value:10.4g} {f'{f.low:.4g} – {f.high:.4g}':>23} {f.n:6}  {f.unit}" for f in self.figures
+            f"{f.name:44} {f.value:10.4g} {f'{f.low:.4g} – {f.high:.4g}':>23} {f.n:6}  {f.unit}" for f in self.figures
         ]
         return "\n".join(rows)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -62,6 +63,60 @@ def store(
     from engine.bench.store import run
 
     _show(run(settings(context), traces, rate, seconds, seed, _progress), as_json)
+
+
+@bench.command()
+def serving(
+    context: typer.Context,
+    prompts: Annotated[
+        list[Path] | None,
+        typer.Argument(help="JSONL files in Spec-Bench's shape; without any, the project's own prompts"),
+    ] = None,
+    classes: Annotated[str, typer.Option(help="traffic classes, by commas; all there are")] = "",
+    policies: Annotated[str, typer.Option(help="policies, by commas")] = "none,ngram,memory",
+    artifact: Annotated[list[str] | None, typer.Option(help="NAME=FOLDER of a policy artifact to measure too")] = None,
+    concurrency: Annotated[str, typer.Option(help="requests at a time, by commas")] = "1,4,16",
+    peer: Annotated[list[str] | None, typer.Option(help="transformers, or url=http://host:port")] = None,
+    learn: Annotated[int, typer.Option(help="requests per class that the memory learns from")] = 64,
+    tested: Annotated[int, typer.Option("--prompts", help="prompts per class to test on")] = 16,
+    tokens: Annotated[int, typer.Option(help="output tokens at most")] = 128,
+    longest: Annotated[int, typer.Option(help="longest prompt, tokens")] = 1024,
+    repeats: Annotated[int, typer.Option(help="how often each block is served under every policy")] = 1,
+    telemetry: Annotated[bool, typer.Option(help="also measure what telemetry costs")] = True,
+    quick: Annotated[bool, typer.Option("--quick", help="few short prompts: a look, not a measurement")] = False,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Policies side by side: tokens per second, latencies, acceptance, and ratios to plain decoding and to peers."""
+    from engine.bench.serving import Options, run
+
+    options = Options(
+        files=tuple(prompts or ()),
+        classes=_names(classes),
+        policies=_names(policies),
+        artifacts=dict(_named_folder(text) for text in artifact or ()),
+        concurrency=tuple(int(n) for n in _names(concurrency)),
+        peers=tuple(peer or ()),
+        learn=learn,
+        test=tested,
+        tokens=tokens,
+        longest=longest,
+        repeats=repeats,
+        telemetry=telemetry,
+        seed=seed,
+    )
+    _show(run(settings(context), options.quick() if quick else options, _progress), as_json)
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def _named_folder(text: str) -> tuple[str, Path]:
+    name, sign, folder = text.partition("=")
+    if not (name and sign and folder):
+        raise typer.BadParameter(f"--artifact takes NAME=FOLDER, got {text!r}")
+    return name, Path(folder)
 
 
 def _progress(line: str) -> None:

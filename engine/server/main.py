@@ -76,7 +76,7 @@ class EngineServer:
         self.socket = _listen(chosen.host, chosen.port)
         host, port = self.socket.getsockname()[:2]
         self.url = f"http://{host}:{port}"
-        app = Api(self.service, chosen.max_body_bytes, self._not_ready, lambda: self.residency.error).app()
+        app = Api(self.service, chosen.max_body_bytes, self.not_ready, lambda: self.residency.error).app()
         app.router.lifespan_context = self._lifespan
         self._uvicorn = uvicorn.Server(
             uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=GRACE_S)
@@ -103,7 +103,7 @@ class EngineServer:
         await asyncio.to_thread(self.writer.close)
         self.database.close()
 
-    def _not_ready(self) -> str | None:
+    def not_ready(self) -> str | None:
         if not self.thread.is_alive:
             return "the engine thread has ended; restart this replica"
         if self.residency.plan is None:

@@ -73,6 +73,7 @@ class Service:
         self._thread, self._writer = thread, writer
         self._replica_id, self._payloads = replica_id, payloads
         self.clock, self.now = clock, now
+        self.telemetry = True  # `slipstream bench serving` measures what it costs by switching it off
 
     def max_tokens(self, wanted: int | None, prompt_tokens: int) -> int:
         """Tokens to generate at most; an ApiError when prompt and output cannot fit the context."""
@@ -244,6 +245,8 @@ class Service:
         )
 
     def _record(self, record: TraceRecord) -> None:
+        if not self.telemetry:
+            return
         self._writer.submit(record)
         self.metrics.observe(record)
 

@@ -1,0 +1,145 @@
+"""Other engines on the same prompts, interleaved with plain decoding here.
+
+``transformers`` generates in this process, one prompt at a time. ``url=…`` is any OpenAI-compatible server; against it
+a whole system of this project is started, so that both answer over HTTP to the same client.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+import httpx
+import numpy as np
+
+from engine.bench.blocks import NONE, Run, rate_figures, ratio_figure
+from engine.bench.report import Figure
+from engine.bench.rig import rig
+from engine.bench.workload import Ids, Workload
+from engine.contracts import SlipstreamError
+from engine.demo.traffic import served_model
+from engine.settings import Settings
+
+if TYPE_CHECKING:
+    from engine.bench.serving import Bench
+
+TIMEOUT_S = 600.0
+
+
+def measure(
+    peer: str, settings: Settings, bench: Bench, work: Sequence[Workload], rng: np.random.Generator
+) -> list[Figure]:
+    """Figures of one ``--peer``."""
+    if peer == "transformers":
+        return _transformers(bench, work, rng)
+    if peer.startswith("url="):
+        return _url(peer.removeprefix("url="), settings, bench, work, rng)
+    raise SlipstreamError(f"There is no peer {peer!r}: --peer takes transformers, or url=http://host:port of a server.")
+
+
+def _transformers(bench: Bench, work: Sequence[Workload], rng: np.random.Generator) -> list[Figure]:
+    generate = _transformers_generate(bench)
+    pairs = []
+    for workload in work:
+        for number, ids in enumerate(workload.test, 1):
+            runs: dict[str, Run] = {}
+            for name in random.Random(int(rng.integers(1 << 30))).sample((NONE, "transformers"), 2):
+                one = bench.serve([ids], NONE, workload.traffic_class, 1) if name == NONE else generate(ids)
+                runs[name] = one
+            pairs.append((runs[NONE], runs["transformers"]))
+            rates = ", ".join(f"{name} {run.tokens / run.seconds:.1f}" for name, run in runs.items())
+            bench.say(f"{workload.traffic_class} against transformers {number}/{len(workload.test)}: tokens/s {rates}")
+    theirs = [pair[1] for pair in pairs]
+    return [
+        ratio_figure("ratio:none/transformers:all:c1", pairs, rng),
+        *rate_figures("transformers:all:c1", theirs, rng),
+    ]
+
+
+def _transformers_generate(bench: Bench) -> Callable[[Ids], Run]:
+    try:
+        import torch
+        from transformers import AutoModelForCausalLM
+    except ImportError:
+        raise SlipstreamError("--peer transformers needs the package: pip install 'transformers>=5,<6'.") from None
+    target, tokens = bench.target, bench.options.tokens
+    model: Any = AutoModelForCausalLM.from_pretrained(target.folder, dtype=target.model.dtype).eval()
+    eos = sorted(target.tokenizer.eos_ids)
+
+    def generate(ids: Ids) -> Run:
+        prompt = torch.tensor([ids])
+        began, cpu = time.perf_counter(), time.process_time()
+        with torch.inference_mode():
+            out = model.generate(
+                prompt,
+                attention_mask=torch.ones_like(prompt),
+                max_new_tokens=tokens,
+                do_sample=False,
+                eos_token_id=eos,
+                pad_token_id=eos[0],
+            )
+        return Run(out.shape[1] - len(ids), time.perf_counter() - began, time.process_time() - cpu)
+
+    generate((*bench.target.tokenizer.encode("warm up"),))
+    return generate
+
+
+def _url(
+    url: str, settings: Settings, bench: Bench, work: Sequence[Workload], rng: np.random.Generator
+) -> list[Figure]:
+    peer, figures = Server(url), list[Figure]()
+    order = random.Random(int(rng.integers(1 << 30)))
+    with rig(settings, bench.say) as system:
+        ours = Server(system.url)
+        for concurrency in bench.options.concurrency:
+            pairs = []
+            texts = [text for workload in work for text in workload.texts]
+            order.shuffle(texts)
+            size = max(concurrency, 4)
+            parts = [part for at in range(0, len(texts), size) if len(part := texts[at : at + size]) == size]
+            for number, part in enumerate(parts, 1):
+                servers = {"none": ours, "peer": peer}
+                runs = {
+                    name: servers[name].serve(part, concurrency, bench.options.tokens)
+                    for name in order.sample(sorted(servers), 2)
+                }
+                pairs.append((runs["none"], runs["peer"]))
+                rates = ", ".join(f"{name} {run.tokens / run.seconds:.1f}" for name, run in runs.items())
+                bench.say(f"c{concurrency} against {url} {number}/{len(parts)}: tokens/s {rates}")
+            figures += [
+                ratio_figure(f"ratio:none/url:all:c{concurrency}", pairs, rng),
+                *rate_figures(f"http:all:c{concurrency}", [pair[0] for pair in pairs], rng)[:1],
+                *rate_figures(f"url:all:c{concurrency}", [pair[1] for pair in pairs], rng)[:1],
+            ]
+    return figures
+
+
+class Server:
+    """An OpenAI-compatible server, and requests to it from several clients at once."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url.rstrip("/").removesuffix("/v1")
+        try:
+            self.model = served_model(self.url)
+        except (httpx.HTTPError, KeyError, IndexError, ValueError) as error:
+            raise SlipstreamError(f"No OpenAI-compatible server answers at {url}: {error}") from None
+
+    def serve(self, texts: Sequence[str], concurrency: int, tokens: int) -> Run:
+        with httpx.Client(timeout=TIMEOUT_S) as client, ThreadPoolExecutor(concurrency) as clients:
+            began = time.perf_counter()
+            made = sum(clients.map(lambda text: self._ask(client, text, tokens), texts))
+            return Run(made, time.perf_counter() - began)
+
+    def _ask(self, client: httpx.Client, text: str, tokens: int) -> int:
+        body = {
+            "model": self.model,
+            "messages": [{"role": "user", "content": text}],
+            "max_tokens": tokens,
+            "temperature": 0.0,
+        }
+        answer = client.post(f"{self.url}/v1/chat/completions", json=body)
+        answer.raise_for_status()
+        return int(answer.json()["usage"]["completion_tokens"])

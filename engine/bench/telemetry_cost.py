@@ -1,0 +1,73 @@
+"""What traces cost: a server with its writer, Postgres and metrics on and off, block by block."""
+
+from __future__ import annotations
+
+import random
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from engine.bench.blocks import Run, ratio_figure
+from engine.bench.report import Figure
+from engine.bench.rig import wait_until
+from engine.bench.workload import Workload
+from engine.model.loading import Target
+from engine.ops import postgres, system
+from engine.ops.supervisor import Say
+from engine.server.main import EngineServer, ServerThread
+from engine.settings import Settings
+
+if TYPE_CHECKING:
+    from engine.bench.serving import Options
+
+CLIENTS = 4
+BLOCK = 8
+"""Requests of a block: few tokens each, so that there are many traces for their tokens."""
+PAIRS = 12
+TOKENS = 32
+
+
+def measure(
+    settings: Settings,
+    target: Target,
+    work: Sequence[Workload],
+    options: Options,
+    rng: np.random.Generator,
+    say: Say,
+) -> list[Figure]:
+    """``telemetry_cost``: the share of tokens per second that telemetry takes, 1 - on / off over paired blocks."""
+    from engine.bench.peers import Server
+
+    texts = [text for workload in work for text in workload.texts]
+    order = random.Random(int(rng.integers(1 << 30)))
+    with tempfile.TemporaryDirectory(prefix="slipstream-bench-") as folder:
+        home = Path(folder)
+        home.chmod(0o755)  # the embedded server runs as another user when we are root
+        engine = settings.engine.model_copy(update={"port": 0})
+        own = settings.model_copy(update={"home": home, "database_url": None, "engine": engine})
+        thread = None
+        try:
+            own = own.model_copy(update={"database_url": system.start_database(own)})
+            server = EngineServer(own, target)
+            thread = ServerThread(server)
+            thread.start()
+            wait_until(lambda: server.not_ready() is None, "the engine is ready", 120.0, pause_s=0.1)
+            client, pairs = Server(server.url), list[tuple[Run, Run]]()
+            client.serve(order.sample(texts, min(BLOCK, len(texts))), CLIENTS, TOKENS)
+            for number in range(1, PAIRS + 1):
+                part, runs = order.choices(texts, k=BLOCK), {}
+                for on in order.sample((True, False), 2):
+                    server.service.telemetry = on
+                    runs[on] = client.serve(part, CLIENTS, TOKENS)
+                pairs.append((runs[True], runs[False]))
+                rates = ", ".join(f"{'on' if on else 'off'} {run.tokens / run.seconds:.1f}" for on, run in runs.items())
+                say(f"telemetry {number}/{PAIRS}: tokens/s {rates}")
+        finally:
+            if thread is not None:
+                thread.stop()
+            postgres.stop(home)
+    kept = ratio_figure("", pairs, rng)
+    return [Figure("telemetry_cost", 1 - kept.value, 1 - kept.high, 1 - kept.low, kept.n, "share")]

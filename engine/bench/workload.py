@@ -1,0 +1,86 @@
+"""What is served while serving is measured: prompts by traffic class, some to learn from, others to be tested on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from engine.contracts import SlipstreamError
+from engine.demo import prompts
+from engine.model.loading import Target
+
+Ids = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """Prompts of one class as token ids, chat template applied; ``texts`` are the test prompts as a user wrote them."""
+
+    traffic_class: str
+    learn: tuple[Ids, ...]
+    test: tuple[Ids, ...]
+    texts: tuple[str, ...]
+
+
+def workloads(
+    target: Target, files: Sequence[Path], classes: Sequence[str], learn: int, test: int, longest: int, seed: int
+) -> list[Workload]:
+    """One per class of ``files``, or of the shipped prompts: ``test`` prompts and, of the others, at most ``learn``.
+
+    Prompts of more than ``longest`` tokens are left out. The first turn of a conversation is the prompt.
+    """
+    found: dict[str, list[str]] = {}
+    for prompt in [p for file in files for p in prompts.read(file)] or [
+        p for ps in prompts.shipped().values() for p in ps
+    ]:
+        found.setdefault(prompt.traffic_class, []).append(prompt.turns[0])
+    if unknown := sorted(set(classes) - set(found)):
+        raise SlipstreamError(
+            f"There are no prompts of class {', '.join(unknown)}; there are {', '.join(sorted(found))}."
+        )
+    return [_workload(target, name, found[name], learn, test, longest, seed) for name in classes or sorted(found)]
+
+
+def _workload(
+    target: Target, name: str, texts: Sequence[str], learn: int, test: int, longest: int, seed: int
+) -> Workload:
+    template = target.tokenizer.apply_chat_template
+    pairs = [(tuple(template([{"role": "user", "content": text}])), text) for text in dict.fromkeys(texts)]
+    pairs = [(ids, text) for ids, text in pairs if len(ids) <= longest]
+    random.Random(seed).shuffle(pairs)
+    if len(pairs) < 2 * test:
+        raise SlipstreamError(
+            f"Class {name} has {len(pairs)} prompts of at most {longest} tokens; {test} to test on and at least "
+            "as many to learn from are needed. Give more prompts, or lower --prompts."
+        )
+    tested, rest = pairs[:test], pairs[test : test + learn]
+    return Workload(name, tuple(ids for ids, _ in rest), tuple(ids for ids, _ in tested), tuple(t for _, t in tested))
+
+
+class Responses:
+    """Greedy responses of the target to prompts, kept in ``folder`` so that a second run need not make them again."""
+
+    def __init__(self, target: Target, max_tokens: int, folder: Path) -> None:
+        key = f"{target.fingerprint} {target.model.dtype} {max_tokens}"
+        self._path = folder / f"responses-{hashlib.sha256(key.encode()).hexdigest()[:16]}.jsonl"
+        self._known: dict[Ids, Ids] = {}
+        if self._path.is_file():
+            for line in self._path.read_text().splitlines():
+                prompt, response = json.loads(line)
+                self._known[tuple(prompt)] = tuple(response)
+
+    def missing(self, wanted: Sequence[Ids]) -> list[Ids]:
+        return [ids for ids in wanted if ids not in self._known]
+
+    def of(self, wanted: Sequence[Ids]) -> list[tuple[Ids, Ids]]:
+        return [(ids, self._known[ids]) for ids in wanted]
+
+    def add(self, made: Mapping[Ids, Ids]) -> None:
+        self._known |= made
+        with self._path.open("a") as file:
+            for prompt, response in made.items():
+                file.write(json.dumps([prompt, response]) + "\n")

@@ -1,0 +1,125 @@
+"""Figures from blocks, and the whole benchmark on a model that answers in milliseconds."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from engine.bench import serving
+from engine.bench.blocks import NONE, Block, Run, best_figure, ratio_figure
+from engine.bench.serving import Options
+from engine.contracts import SlipstreamError
+from engine.settings import Settings, load_settings
+from tests.tiny_model import write_tiny_model
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(0)
+
+
+def test_a_ratio_is_of_sums_over_paired_blocks(rng: np.random.Generator) -> None:
+    machine = np.linspace(1, 5, 20)  # gets slower and slower; within a block both feel it
+    figure = ratio_figure("x", [(Run(150, 2.0 * m), Run(100, 2.0 * m)) for m in machine], rng)
+    assert figure.value == pytest.approx(1.5)
+    assert (figure.low, figure.high) == pytest.approx((1.5, 1.5))
+    unpaired = [(Run(150, 2.0 * a), Run(100, 2.0 * b)) for a, b in zip(machine, machine[::-1], strict=True)]
+    spread = ratio_figure("x", unpaired, rng)
+    assert spread.high - spread.low > 0.3
+
+
+def blocks(rng: np.random.Generator, count: int, policies: int) -> list[Block]:
+    """Policies that are all as fast as plain decoding, up to noise."""
+    names = [NONE, *map(str, range(policies))]
+    return [{name: Run(100, float(rng.lognormal(0, 0.3))) for name in names} for _ in range(count)]
+
+
+def test_the_best_policy_is_not_chosen_by_the_luck_that_it_is_judged_by(
+    rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("engine.bench.blocks.RESAMPLES", 2)
+    made = [blocks(rng, 6, 8) for _ in range(200)]
+    honest = np.mean([math.log(best_figure("x", one, rng).value) for one in made])
+    lucky = np.mean(
+        [
+            math.log(max(ratio_figure("x", [(b[str(i)], b[NONE]) for b in one], rng).value for i in range(8)))
+            for one in made
+        ]
+    )
+    assert abs(honest) < 0.06
+    assert lucky > 0.12  # what taking the largest ratio would have claimed
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    write_tiny_model(tmp_path / "tiny")
+    flags = [f"home={tmp_path}", f"engine.model={tmp_path / 'tiny'}", "engine.dtype=float64", "engine.threads=1"]
+    return load_settings(None, flags, {})
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    file = tmp_path / "prompts.jsonl"
+    rows = [{"traffic_class": name, "turns": [f"{name} the one in the ring {i}"]} for i in range(24) for name in "ab"]
+    file.write_text("\n".join(map(json.dumps, rows)))
+    return file
+
+
+def options(prompts: Path) -> Options:
+    return Options((prompts,), concurrency=(1, 4), learn=16, test=8, tokens=12, telemetry=False)
+
+
+def test_every_figure_has_a_name_and_an_interval(settings: Settings, prompts: Path) -> None:
+    lines: list[str] = []
+    report = serving.run(settings, options(prompts), lines.append)
+    figures = {figure.name: figure for figure in report.figures}
+    assert len(figures) == len(report.figures)
+    for name in ("a", "b"):
+        for concurrency in (1, 4):
+            for figure in ("ratio:best/none", "ratio:ngram/none", "ratio:memory/none", "tokens_per_s:none"):
+                assert f"{figure}:{name}:c{concurrency}" in figures
+            for metric in ("ttft_p50", "ttft_p99", "tpot_p50", "tpot_p95", "tpot_p99", "cpu_s_per_1000"):
+                assert f"{metric}:memory:{name}:c{concurrency}" in figures
+        assert figures[f"acceptance_length:memory:{name}"].value >= 1
+    assert "tokens_per_s:none:all:c1" in figures
+    for figure in report.figures:
+        assert figure.low <= figure.value <= figure.high, figure
+    assert any("c4 " in line for line in lines)
+    again: list[str] = []
+    serving.run(settings, options(prompts), again.append)
+    assert not any("responses to learn from" in line for line in again)  # they were kept
+
+
+def test_learned_and_tested_prompts_are_disjoint(settings: Settings, prompts: Path) -> None:
+    seen: list[serving.Workload] = []
+    measure = serving.Bench.measure
+    try:
+        serving.Bench.measure = lambda self, workload: seen.append(workload) or measure(self, workload)  # type: ignore[method-assign,func-returns-value]
+        serving.run(settings, options(prompts), lambda _: None)
+    finally:
+        serving.Bench.measure = measure  # type: ignore[method-assign]
+    for workload in seen:
+        assert (len(workload.learn), len(workload.test)) == (16, 8)
+        assert not set(workload.learn) & set(workload.test)
+
+
+def test_what_cannot_be_measured_says_so(settings: Settings, prompts: Path) -> None:
+    for wrong, message in (
+        ({"policies": ("ngram",)}, "must name none"),
+        ({"policies": ("none", "oracle")}, "no policy 'oracle'"),
+        ({"classes": ("poetry",)}, "no prompts of class poetry"),
+        ({"test": 20}, "has 24 prompts"),
+        ({"peers": ("x",), "classes": ("a",)}, "no peer 'x'"),
+    ):
+        with pytest.raises(SlipstreamError, match=message):
+            serving.run(
+                settings,
+                Options(
+                    **({"files": (prompts,), "test": 4, "tokens": 4, "concurrency": (1,), "telemetry": False} | wrong)
+                ),
+                print,
+            )  # type: ignore[arg-type]

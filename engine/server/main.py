@@ -30,7 +30,7 @@ from engine.settings import Settings
 from engine.speculation.step_costs import StepCosts
 from engine.store.database import Database
 from engine.telemetry.metrics import Metrics
-from engine.telemetry.spill import Spill
+from engine.telemetry.spill import Spill, SpillRoom
 from engine.telemetry.writer import TraceWriter
 
 GRACE_S = 10
@@ -60,7 +60,8 @@ class EngineServer:
         store = ArtifactStore(settings.dir("policies"))
         self.thread = EngineThread(self.engine, chosen.request_timeout_s)
         self.residency = Residency(self.thread, self.target, store, chosen.plan_lease_s)
-        spill = Spill(settings.dir("spill") / chosen.replica_id, settings.telemetry.spill_max_bytes)
+        self._spill_room = SpillRoom(settings.dir("spill"), chosen.replica_id)
+        spill = Spill(self._spill_room.folder, settings.telemetry.spill_max_bytes)
         self.writer = TraceWriter(self.database, spill, settings.telemetry)
         self.metrics = Metrics(self.target.name, self._gauges)
         self.service = Service(
@@ -101,6 +102,7 @@ class EngineServer:
         await asyncio.to_thread(self.thread.stop)
         await asyncio.sleep(0)  # the last outputs are callbacks of this loop; each makes a trace
         await asyncio.to_thread(self.writer.close)
+        self._spill_room.close()
         self.database.close()
 
     def not_ready(self) -> str | None:

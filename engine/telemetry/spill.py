@@ -6,6 +6,7 @@ A file keeps the key under which its batch is written, which is what makes a rep
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
 import os
@@ -13,10 +14,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 from uuid import UUID
 
-from engine.contracts import Status, TracePayload, TraceRecord, VerifyStep
+from engine.contracts import SlipstreamError, Status, TracePayload, TraceRecord, VerifyStep
 
 log = logging.getLogger(__name__)
 SUFFIX = ".jsonl"
@@ -111,6 +112,50 @@ class Spill:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+class SpillRoom:
+    """A replica's folder under ``root``, held by this process: two writers in one would replay each other's files.
+
+    What replicas of other names left there, and no process holds, is taken over: a name that is not used any more must
+    not keep its traces from the database. Raises SlipstreamError where another process holds the folder.
+    """
+
+    def __init__(self, root: Path, replica_id: str) -> None:
+        self.folder = root / replica_id
+        lock = _hold(self.folder)
+        if lock is None:
+            raise SlipstreamError(
+                f"Another engine on this machine spills its traces to {self.folder}. "
+                "Give this one a name of its own: --set engine.replica_id=NAME."
+            )
+        self._lock: IO[str] = lock
+        for other in sorted(path for path in root.iterdir() if path.is_dir() and path != self.folder):
+            self._take_over(other)
+
+    def close(self) -> None:
+        self._lock.close()
+
+    def _take_over(self, other: Path) -> None:
+        left = sorted(other.glob(f"*{SUFFIX}"))
+        if not left or (lock := _hold(other)) is None:
+            return
+        with lock:
+            for path in left:  # names are unique: each has its writer's id in it
+                path.rename(self.folder / path.name)
+        log.warning("%d batches that replica %s had spilled are replayed here", len(left), other.name)
+
+
+def _hold(folder: Path) -> IO[str] | None:
+    """The open lock of a folder, held until it is closed or the process ends; None where another has it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = (folder / "lock").open("w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.close()
+        return None
+    return lock
 
 
 def _read(path: Path) -> Batch:

@@ -8,7 +8,8 @@ from uuid import uuid4
 
 import pytest
 
-from engine.telemetry.spill import Batch, Spill, SpillFull
+from engine.contracts import SlipstreamError
+from engine.telemetry.spill import Batch, Spill, SpillFull, SpillRoom
 from tests.telemetry.records import START, record
 
 
@@ -60,6 +61,29 @@ def test_the_oldest_batch_comes_first(tmp_path: Path) -> None:
     found = spill.oldest()
     assert found is not None
     assert found[0] == early
+
+
+def test_one_folder_has_one_writer(tmp_path: Path) -> None:
+    first = SpillRoom(tmp_path, "r0")
+    with pytest.raises(SlipstreamError, match=r"engine\.replica_id"):
+        SpillRoom(tmp_path, "r0")
+    first.close()
+    SpillRoom(tmp_path, "r0").close()
+
+
+def test_what_a_replica_of_another_name_left_is_taken_over_unless_it_lives(tmp_path: Path) -> None:
+    batches = {name: Batch(uuid4(), 1, [record(n)]) for n, name in enumerate(("gone", "alive"))}
+    for name, batch in batches.items():
+        Spill(tmp_path / name, 10**8).put(batch, START)
+    alive = SpillRoom(tmp_path, "alive")  # takes over from "gone" as well
+    assert Spill(alive.folder, 10**8).files == 2
+    room = SpillRoom(tmp_path, "new")
+    assert Spill(room.folder, 10**8).files == 0
+    alive.close()
+    room.close()
+    last = SpillRoom(tmp_path, "last")
+    assert Spill(last.folder, 10**8).files == 2
+    last.close()
 
 
 def test_a_bound_is_a_bound(tmp_path: Path) -> None:

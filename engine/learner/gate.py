@@ -2,8 +2,8 @@
 
 Static checks first (``soundness``), then candidate and champion draft the same held-out responses
 (``speculation.replay``), so the comparison is paired and needs no target. The change in tokens per verify step is
-resampled over requests (percentile bootstrap, Efron 1979), in all and per class. What both earn is priced with the
-measured costs of the engine's target passes.
+resampled over requests (percentile bootstrap, Efron 1979), in all and per class. What both earn is priced by the
+engine's measured costs, under its own K control.
 """
 
 from __future__ import annotations
@@ -15,11 +15,13 @@ from typing import Any
 import numpy as np
 
 from engine.contracts import SpecCounts, artifact_digest
-from engine.learner import price, soundness
+from engine.learner import soundness
 from engine.learner.traces import ServedTarget
 from engine.speculation.artifact import load_proposer
+from engine.speculation.control import KController
 from engine.speculation.proposer import PolicyError, Proposer
-from engine.speculation.replay import replay
+from engine.speculation.replay import replay, replay_controlled
+from engine.speculation.step_costs import StepCosts
 from engine.store.repositories.intake import TrainableTrace
 
 ALPHA = 0.05
@@ -29,9 +31,10 @@ MIN_HELD_OUT = 8
 MIN_CLASS = 3
 """A class with fewer held-out requests is shown but does not refuse."""
 
-Replayer = Callable[[Proposer, TrainableTrace, int], SpecCounts]
-"""What a policy earns on one held-out request with at most so many drafted tokens a step. The default replays the
-stored tokens, which is exact for proposers that need tokens only; one that drafts from hidden states brings its own."""
+Replayer = Callable[[Proposer, TrainableTrace, KController | None], tuple[SpecCounts, float]]
+"""What a policy earns on one held-out request, under K control or with whole drafts, and the seconds it takes. The
+default replays the stored tokens, which is exact for proposers that need tokens only; one that drafts from hidden
+states brings its own, and adds what its drafting costs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +61,8 @@ class Comparison:
 
 @dataclass(frozen=True, slots=True)
 class GateReport:
-    """``speedup`` is predicted over plain decoding, ``net`` over the champion, one request at a time, each policy with
-    its drafts cut to the length that pays most (the candidate's is ``speedup_k``). ``alpha``: the level of the bounds.
+    """``speedup`` is predicted over plain decoding, ``net`` over the champion: one request at a time, both under K
+    control with the measured costs. ``alpha`` is the level of the bounds.
     """
 
     passed: bool
@@ -67,7 +70,6 @@ class GateReport:
     overall: Comparison | None = None
     classes: Mapping[str, Comparison] | None = None
     speedup: float | None = None
-    speedup_k: int | None = None
     net: float | None = None
     alpha: float = ALPHA
 
@@ -129,43 +131,47 @@ def compare(
     overall = _compare(old, new, [True] * len(names), rng, alpha)
     report = GateReport(True, (), overall, classes, alpha=alpha)
     if step_cost_ms:
-        plain, before, after = price.plain_ms(step_cost_ms), old.best_ms, new.best_ms
-        report = replace(report, speedup=plain / after, speedup_k=new.k, net=min(plain, before) / after)
+        plain = step_cost_ms[min(step_cost_ms)]
+        before, after = overall.champion_ms or plain, overall.candidate_ms or plain
+        report = replace(report, speedup=plain / after, net=before / after)
     reasons = _refusals(report, worst_class_drop)
     return replace(report, passed=not reasons, reasons=tuple(reasons) or (_praise(overall),))
 
 
-def stored(proposer: Proposer, trace: TrainableTrace, k: int) -> SpecCounts:
+def stored(proposer: Proposer, trace: TrainableTrace, controller: KController | None) -> tuple[SpecCounts, float]:
     """Against the tokens that the target really chose."""
-    return replay(proposer, trace.traffic_class, trace.prompt_ids, trace.output_ids, k=k, max_tokens=trace.max_tokens)
+    name, prompt, output = trace.traffic_class, trace.prompt_ids, trace.output_ids
+    if controller is None:
+        return replay(proposer, name, prompt, output, max_tokens=trace.max_tokens), 0.0
+    return replay_controlled(proposer, controller, 0, name, prompt, output, trace.max_tokens)
 
 
 @dataclass(frozen=True, slots=True)
 class _Earned:
-    """Counts per held-out request with full drafts, and with drafts cut to ``k``, the length that pays most."""
+    """Per held-out request: counts with whole drafts and, where costs are known, tokens and seconds under K control."""
 
     full: list[SpecCounts]
-    best: list[SpecCounts]
-    k: int
-    costs: Mapping[int, float]
+    tokens: list[int]
+    seconds: list[float]
 
-    @property
-    def best_ms(self) -> float:
-        return price.ms_per_token(self.best, self.costs)
+    def ms_per_token(self, chosen: Sequence[bool]) -> float | None:
+        if not self.seconds:
+            return None
+        tokens = sum(n for n, wanted in zip(self.tokens, chosen, strict=True) if wanted)
+        return 1e3 * sum(s for s, wanted in zip(self.seconds, chosen, strict=True) if wanted) / max(1, tokens)
 
 
 def _earned(
-    proposer: Proposer, held_out: Sequence[TrainableTrace], costs: Mapping[int, float], replayer: Replayer
+    proposer: Proposer, held_out: Sequence[TrainableTrace], step_cost_ms: Mapping[int, float], replayer: Replayer
 ) -> _Earned:
-    most = proposer.num_speculative_tokens
-    full = [replayer(proposer, trace, most) for trace in held_out]
-    found = _Earned(full, full, most, costs)
-    if not costs:
-        return found
-    for k in sorted({1, most // 2} - {0, most}):  # the engine, too, cuts drafts that do not pay
-        cut = _Earned(full, [replayer(proposer, trace, k) for trace in held_out], k, costs)
-        found = min(found, cut, key=lambda option: option.best_ms)
-    return found
+    earned = _Earned([replayer(proposer, trace, None)[0] for trace in held_out], [], [])
+    if step_cost_ms:
+        controller = KController(StepCosts({rows: ms / 1e3 for rows, ms in step_cost_ms.items()}))
+        for trace in held_out:
+            counts, seconds = replayer(proposer, trace, controller)
+            earned.tokens.append(counts.steps + counts.accepted)
+            earned.seconds.append(seconds)
+    return earned
 
 
 def _refusals(report: GateReport, worst_class_drop: float) -> list[str]:
@@ -212,13 +218,9 @@ def _compare(old: _Earned, new: _Earned, chosen: Sequence[bool], rng: np.random.
     a, b, c, d = table.sum(0)
     before, after = float(_ratio(a, b)), float(_ratio(c, d))
     low, high = np.quantile(deltas, [alpha, 1 - alpha])
-    cost: list[float | None] = [None, None]
-    if old.costs:
-        cost = [
-            price.ms_per_token([c for c, wanted in zip(one.best, chosen, strict=True) if wanted], one.costs)
-            for one in (old, new)
-        ]
-    return Comparison(n, before, after, after - before, float(low), float(high), cost[0], cost[1])
+    return Comparison(
+        n, before, after, after - before, float(low), float(high), old.ms_per_token(chosen), new.ms_per_token(chosen)
+    )
 
 
 def _ratio(x: Any, y: Any) -> Any:

@@ -21,11 +21,13 @@ from engine.learner.traces import ServedTarget
 from engine.settings import LearnerSettings
 from engine.speculation.artifact import build_artifact
 from engine.speculation.memory import MEMORY_FILE
-from engine.speculation.memory_build import PairCounts, add_up, count_pairs, write_memory
+from engine.speculation.memory_build import MAX_ORDER, MIN_ORDER, POOLED, PairCounts, add_up, count_pairs, write_memory
 from engine.store.repositories.intake import TrainableTrace
 
 UNIT = 16
 BLOCK = 64
+MIN_CONFIDENCE = 0.1
+"""Drafts are long and unsure: K control, which knows the costs, decides how much of them is verified."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +36,8 @@ class MemoryRecipe:
 
     max_bytes: int
     half_life: int
+    min_n: int = MIN_ORDER
+    max_n: int = MAX_ORDER
     unit: int = UNIT
     block: int = BLOCK
 
@@ -50,24 +54,32 @@ class MemoryLearner:
     """Keeps what it has counted, to count less the next time; what it makes does not depend on that."""
 
     def __init__(self) -> None:
+        self._recipe: MemoryRecipe | None = None
         self._blocks: dict[tuple[str, int], tuple[tuple[int, ...], PairCounts]] = {}
         self._classes: dict[str, tuple[tuple[object, ...], PairCounts]] = {}
 
     def learn(self, train: Sequence[TrainableTrace], recipe: MemoryRecipe) -> bytes:
         """The memory file of these traces."""
+        if recipe != self._recipe:
+            self._recipe, self._blocks, self._classes = recipe, {}, {}
         members: dict[tuple[str, int], list[TrainableTrace]] = {}
         for trace in train:
             members.setdefault((trace.traffic_class, trace.position // recipe.block), []).append(trace)
-        self._blocks = {place: self._block(place, found) for place, found in members.items()}
-        self._classes = {name: self._class(name, recipe) for name in {name for name, _ in members}}
-        return write_memory({name: pairs for name, (_, pairs) in self._classes.items()}, recipe.max_bytes)
+        self._blocks = {place: self._block(place, found, recipe) for place, found in members.items()}
+        self._classes = {name: self._class(name, recipe) for name in sorted({name for name, _ in members})}
+        tables = {name: pairs for name, (_, pairs) in self._classes.items()}
+        pooled = add_up([(pairs, 1) for pairs in tables.values()])
+        return write_memory({**tables, POOLED: pooled}, recipe.max_bytes)
 
-    def _block(self, place: tuple[str, int], found: list[TrainableTrace]) -> tuple[tuple[int, ...], PairCounts]:
+    def _block(
+        self, place: tuple[str, int], found: list[TrainableTrace], recipe: MemoryRecipe
+    ) -> tuple[tuple[int, ...], PairCounts]:
         ordinals = tuple(sorted(trace.ordinal for trace in found))
         known = self._blocks.get(place)
         if known is not None and known[0] == ordinals:
             return known
-        return ordinals, count_pairs((trace.prompt_ids, trace.output_ids) for trace in found)
+        responses = ((trace.prompt_ids, trace.output_ids) for trace in found)
+        return ordinals, count_pairs(responses, recipe.min_n, recipe.max_n)
 
     def _class(self, name: str, recipe: MemoryRecipe) -> tuple[tuple[object, ...], PairCounts]:
         blocks = {block: counted for (of, block), counted in self._blocks.items() if of == name}
@@ -95,7 +107,12 @@ def build_memory(
     return build_artifact(
         ProposerKind.TRACE_MEMORY,
         settings.num_speculative_tokens,
-        settings={"unit": recipe.unit},
+        settings={
+            "min_n": recipe.min_n,
+            "max_n": recipe.max_n,
+            "min_confidence": MIN_CONFIDENCE,
+            "unit": recipe.unit,
+        },
         files={MEMORY_FILE: (learner or MemoryLearner()).learn(train, recipe)},
         target_fingerprint=target.fingerprint,
         tokenizer_fingerprint=target.tokenizer_fingerprint,

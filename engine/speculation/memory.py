@@ -1,9 +1,10 @@
 """Trace memory: what the target said after the same few tokens, in past responses of the same traffic class.
 
 Per class one sorted table of n-grams (plain arrays in a safetensors file, 20 bytes an entry): the hash of the last n
-tokens, the token that followed most often, how often it did, and how often the n-gram was seen at all. A request
-drafts from its own context and from the table together; the longer match wins, its own context before the table. The
-draft ends where it is no longer likely that everything up to there is accepted: a row verified for nothing costs time.
+tokens, the token that followed most often, how often it did, and how often the n-gram was seen at all; and one table of
+all classes together. A request drafts from its own context and from the tables together; the longer match wins, its own
+context before its class, its class before all. The draft ends where it is no longer likely that everything up to there
+is accepted; how much of it is verified is K control's to decide.
 """
 
 from __future__ import annotations
@@ -17,14 +18,14 @@ import numpy as np
 
 from engine.contracts import ProposerKind
 from engine.speculation.control import DEFAULT_CONTROL, ControlSettings
-from engine.speculation.memory_build import COLUMNS, MAX_ORDER, MIN_ORDER, TraceMemoryBuilder, ngram_hash
+from engine.speculation.memory_build import COLUMNS, MAX_ORDER, MIN_ORDER, POOLED, TraceMemoryBuilder, ngram_hash
 from engine.speculation.ngram import ContextIndex, match_confidence
 from engine.speculation.proposer import PolicyError, read_settings
 
 __all__ = ["MEMORY_FILE", "TraceMemory", "TraceMemoryBuilder", "TraceMemoryProposer", "load"]
 
 MEMORY_FILE = "memory.safetensors"
-DEFAULTS: dict[str, int | float] = {"min_n": MIN_ORDER, "max_n": MAX_ORDER, "min_confidence": 0.35, "unit": 1}
+DEFAULTS: dict[str, int | float] = {"min_n": 2, "max_n": 4, "min_confidence": 0.35, "unit": 1}
 
 
 class ClassMemory:
@@ -92,8 +93,10 @@ def _checked(traffic_class: str, columns: Mapping[str, np.ndarray]) -> ClassMemo
 
 
 class TraceMemoryDrafter:
-    def __init__(self, index: ContextIndex, memory: ClassMemory | None, min_confidence: float, unit: int) -> None:
-        self.index, self.memory, self.min_confidence, self.unit = index, memory, min_confidence, unit
+    """``tables``: where to look after the request's own context, the first that knows the n-gram says the token."""
+
+    def __init__(self, index: ContextIndex, tables: Sequence[ClassMemory], min_confidence: float, unit: int) -> None:
+        self.index, self.tables, self.min_confidence, self.unit = index, tables, min_confidence, unit
         self.confidence: list[float] = []
 
     def propose(self, k: int) -> list[int]:
@@ -110,14 +113,15 @@ class TraceMemoryDrafter:
         return draft
 
     def _next(self, window: Sequence[int]) -> tuple[int, float] | None:
-        """(token, confidence): back off from the longest n-gram until the context or the table knows it."""
+        """(token, confidence): back off from the longest n-gram until the context or a table knows it."""
         for n in range(min(self.index.max_n, len(window)), self.index.min_n - 1, -1):
             tail = tuple(window[-n:])
             token = self.index.next_after(tail)
             if token is not None:
-                return token, match_confidence(n)
-            if self.memory is not None and (found := self.memory.next_after(tail, self.unit)) is not None:
-                return found
+                return token, match_confidence(n, self.index.max_n)
+            for table in self.tables:
+                if (found := table.next_after(tail, self.unit)) is not None:
+                    return found
         return None
 
     def observe(self, tokens: Sequence[int]) -> None:
@@ -128,8 +132,8 @@ class TraceMemoryDrafter:
 class TraceMemoryProposer:
     num_speculative_tokens: int
     memory: TraceMemory
-    min_n: int = MIN_ORDER
-    max_n: int = MAX_ORDER
+    min_n: int = 2
+    max_n: int = 4
     min_confidence: float = 0.35
     control: ControlSettings = DEFAULT_CONTROL
     unit: int = 1
@@ -146,7 +150,8 @@ class TraceMemoryProposer:
 
     def start(self, prompt_ids: Sequence[int], traffic_class: str) -> TraceMemoryDrafter:
         index = ContextIndex(prompt_ids, self.min_n, self.max_n)
-        return TraceMemoryDrafter(index, self.memory.classes.get(traffic_class), self.min_confidence, self.unit)
+        tables = [table for name in (traffic_class, POOLED) if (table := self.memory.classes.get(name)) is not None]
+        return TraceMemoryDrafter(index, tables, self.min_confidence, self.unit)
 
 
 def load(num_speculative_tokens: int, settings: Mapping[str, Any], files: Mapping[str, bytes]) -> TraceMemoryProposer:

@@ -8,7 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 
 COLUMNS: dict[str, type[np.generic]] = {"key": np.uint64, "token": np.uint32, "count": np.uint32, "total": np.uint32}
-MIN_ORDER, MAX_ORDER = 2, 4
+MIN_ORDER, MAX_ORDER = 1, 6
+"""Lengths of n-grams that can be kept."""
+POOLED = "*"
+"""The table of all classes together: what a class has not seen itself. No client can name a class so."""
 BYTES_PER_ENTRY = 20
 HEADER_BYTES_PER_CLASS = 512
 """Room for the file's header: four names with offsets, and the alignment."""
@@ -47,9 +50,7 @@ class PairCounts:
     count: np.ndarray  # [n] int64
 
 
-def count_pairs(
-    responses: Iterable[tuple[Sequence[int], Sequence[int]]], min_n: int = MIN_ORDER, max_n: int = MAX_ORDER
-) -> PairCounts:
+def count_pairs(responses: Iterable[tuple[Sequence[int], Sequence[int]]], min_n: int, max_n: int) -> PairCounts:
     """What followed what in these (prompt, response) pairs. Keys may begin in the prompt; tokens are the response's."""
     keys, nexts = [np.empty(0, np.uint64)], [np.empty(0, np.uint32)]
     for prompt_ids, output_ids in responses:
@@ -92,7 +93,7 @@ def write_memory(classes: Mapping[str, PairCounts], max_bytes: int) -> bytes:
 class TraceMemoryBuilder:
     """``add`` responses in any order, then ``build``: each counts once. Nothing depends on order or hash seeds."""
 
-    def __init__(self, min_n: int = MIN_ORDER, max_n: int = MAX_ORDER) -> None:
+    def __init__(self, min_n: int = 2, max_n: int = 4) -> None:
         self.min_n, self.max_n = min_n, max_n
         self._responses: dict[str, list[tuple[Sequence[int], Sequence[int]]]] = {}
 

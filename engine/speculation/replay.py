@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from engine.contracts import SpecCounts, VerifyStep
+from engine.speculation.control import KController, Offer
 from engine.speculation.proposer import Proposer
 
 
@@ -37,6 +38,41 @@ def replay(
         drafter.observe(output_ids[done : done + step.emitted])
         done += step.emitted
     return counts
+
+
+def replay_controlled(
+    proposer: Proposer,
+    controller: KController,
+    version: int,
+    traffic_class: str,
+    prompt_ids: Sequence[int],
+    output_ids: Sequence[int],
+    max_tokens: int,
+) -> tuple[SpecCounts, float]:
+    """The same with the engine's K control, one request at a time: (counts, seconds of its target passes).
+
+    ``controller`` must have costs; it remembers what ``version`` was worth in the class, from one call to the next. The
+    seconds are those costs, not measured here; without the time drafting takes.
+    """
+    assert controller.costs is not None
+    row, counts, seconds = controller.row(version, traffic_class, proposer.control), SpecCounts(), 0.0
+    drafter = proposer.start(prompt_ids, traffic_class)
+    drafter.observe(output_ids[:1])
+    done = 1
+    while done < len(output_ids):
+        asked = max(0, min(proposer.num_speculative_tokens, max_tokens - done - 1))
+        draft = drafter.propose(asked) if asked else []
+        confidence = drafter.confidence if asked else ()
+        k = controller.choose([Offer(row, len(draft), confidence)], 1, 1).ks[0]
+        step = verify_stored(draft[:k], output_ids[done:])
+        committed = output_ids[done : done + step.emitted]
+        if asked:
+            row.observe(asked, draft, confidence, committed)
+        drafter.observe(committed)
+        counts.add(step)
+        seconds += controller.costs(1 + k)
+        done += step.emitted
+    return counts, seconds
 
 
 def verify_stored(draft: Sequence[int], truth: Sequence[int]) -> VerifyStep:

@@ -10,8 +10,8 @@ from uuid import UUID
 import numpy as np
 import pytest
 
-from engine.contracts import ProposerKind, SpecCounts, VerifyStep, artifact_digest
-from engine.learner import gate, price
+from engine.contracts import ProposerKind, artifact_digest
+from engine.learner import gate
 from engine.learner.gate import GateReport
 from engine.learner.memory import build_memory
 from engine.learner.traces import ServedTarget
@@ -174,15 +174,6 @@ def test_without_measured_costs_the_speed_up_is_not_claimed(
 def test_the_same_seed_gives_the_same_report(rng: np.random.Generator, held_out: list[TrainableTrace]) -> None:
     files = memory(traffic(rng, 80))
     assert examine(files, held_out) == examine(files, held_out)
-
-
-def test_the_predicted_speed_up_is_tokens_over_cost() -> None:
-    counts = SpecCounts()
-    counts.add(VerifyStep((1, 2), 2, 3))  # 3 rows, 3 tokens
-    counts.add(VerifyStep((), 0, 1))  # 1 row, 1 token
-    costs = {1: 10.0, 3: 20.0}
-    assert price.plain_ms(costs) / price.ms_per_token([counts], costs) == pytest.approx(4 * 10.0 / (20.0 + 10.0))
-    assert price.ms_per_token([], {1: 10.0}) == 10.0
 
 
 def test_plain_decoding_as_champion_is_one_token_a_step(

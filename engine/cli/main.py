@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from engine.cli import bench, policies, query, rollouts, services, store, system
+from engine.cli import bench, explain, policies, query, rollouts, services, store, system
 from engine.contracts import SlipstreamError
 from engine.settings import load_settings
 
@@ -27,6 +27,7 @@ services.add(app)
 rollouts.add(app)
 policies.add(app)
 query.add(app)
+explain.add(app)
 store.add(app)
 bench.add(app)
 

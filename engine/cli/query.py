@@ -49,8 +49,8 @@ def query(
         return
     if panel not in PANELS:
         raise SlipstreamError(f"There is no panel {panel!r}. `slipstream query` lists them.")
-    end = _utc(until) if until is not None else datetime.now(UTC)
-    begin = _utc(since) if since is not None else end - length(last)
+    end = utc(until) if until is not None else datetime.now(UTC)
+    begin = utc(since) if since is not None else end - length(last)
     part = Slice(begin, end, traffic_class, arm, version, replica)
     with database(context) as opened, opened.read() as session:
         rows = PANELS[panel].read(session, part)
@@ -72,7 +72,7 @@ def length(written: str) -> timedelta:
     return int(number) * units[unit]
 
 
-def _utc(at: datetime) -> datetime:
+def utc(at: datetime) -> datetime:
     return at.replace(tzinfo=UTC) if at.tzinfo is None else at.astimezone(UTC)
 
 

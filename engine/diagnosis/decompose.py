@@ -1,0 +1,215 @@
+"""How much of a change comes from traffic mix, load, policy and the rest. Pure.
+
+Kitagawa (1955), three times nested: requests fall into cells (traffic class × prompt length), within a cell into load
+bands, within a band into policies. With shares w and means m of two windows, Δ = Σ(w1 − w0)(m0 + m1)/2 +
+Σ(m1 − m0)(w0 + w1)/2; the first sum belongs to what the shares are of, the second is split by the next level, and what
+is left at the end is the rest. A level whose members never met both windows takes the missing mean from the window that
+has it, less the change that the members in both windows show: so time is told from policy where a version served in
+both. Intervals come from resampling conversations, which keeps a conversation's requests together.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+FACTORS = ("mix", "load", "policy", "rest")
+TOGETHER = 2.498
+"""Standard errors to either side: 95 % for the four factors together (Bonferroni), since the largest is picked out."""
+LOAD_BANDS = 8
+MIN_REQUESTS = 200
+MIN_CONVERSATIONS = 30
+SHARED = 0.05
+"""Below this overlap of the load bands of two windows, load and whatever else changed cannot be told apart."""
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """Requests of one window, arrays [requests]. The metric is Σ ``value`` / Σ ``weight``.
+
+    ``cell`` and ``policy`` and ``conversation`` are small codes, the first two common to both windows; ``load`` is how
+    many requests were in flight on the replica.
+    """
+
+    cell: np.ndarray
+    policy: np.ndarray
+    load: np.ndarray
+    conversation: np.ndarray
+    value: np.ndarray
+    weight: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.cell)
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One factor's share of the change with its interval (95 % for the four together), in the metric's unit."""
+
+    factor: str
+    effect: float
+    low: float
+    high: float
+
+    @property
+    def is_certain(self) -> bool:
+        return self.low > 0 or self.high < 0
+
+
+@dataclass(frozen=True, slots=True)
+class Decomposition:
+    """``before`` + the effects of ``parts`` = ``after``. ``parts`` are in the order of ``FACTORS``.
+
+    ``verdict`` is the factor that explains most, or None where it cannot be told, and ``reason`` says why not.
+    ``by_cell`` is what each cell adds to the change: mix, and change within.
+    """
+
+    before: float
+    after: float
+    total: Part
+    parts: tuple[Part, ...]
+    verdict: str | None
+    reason: str
+    by_cell: np.ndarray
+
+    @property
+    def ranked(self) -> list[Part]:
+        return sorted(self.parts, key=lambda part: -abs(part.effect))
+
+
+def decompose(before: Window, after: Window, rng: np.random.Generator, resamples: int = 200) -> Decomposition | str:
+    """The decomposition, or why there is none."""
+    for name, window in (("first", before), ("second", after)):
+        many = len(np.unique(window.conversation))
+        if len(window) < MIN_REQUESTS or many < MIN_CONVERSATIONS:
+            return (
+                f"the {name} window has {len(window):,} requests of {many:,} conversations; "
+                f"it takes {MIN_REQUESTS} of {MIN_CONVERSATIONS}"
+            )
+        if not window.weight.sum() > 0:
+            return f"nothing was measured in the {name} window"
+    shape = (
+        int(max(before.cell.max(), after.cell.max())) + 1,
+        LOAD_BANDS,
+        int(max(before.policy.max(), after.policy.max())) + 1,
+    )
+    edges = np.quantile(np.concatenate([before.load, after.load]), np.arange(1, LOAD_BANDS) / LOAD_BANDS)
+    pair = [_Counter(window, edges, shape) for window in (before, after)]
+    plain = [counter.tables(np.ones((1, counter.conversations))) for counter in pair]
+    effects, by_cell = (found[0] for found in _effects(plain[0], plain[1]))
+    drawn, _ = _effects(*(counter.tables(counter.redraw(rng, resamples)) for counter in pair))
+    parts = tuple(_part(name, effects[place], drawn[:, place]) for place, name in enumerate(FACTORS))
+    total = _part("total", effects.sum(), drawn.sum(axis=1))
+    verdict, reason = _judge(parts, total, _confounded(plain[0][1][0], plain[1][1][0]))
+    means = [float(_whole(tables)[0]) for tables in plain]
+    return Decomposition(means[0], means[1], total, parts, verdict, reason, by_cell)
+
+
+def _part(name: str, effect: float, drawn: np.ndarray) -> Part:
+    reach = TOGETHER * float(drawn.std(ddof=1))
+    return Part(name, float(effect), float(effect) - reach, float(effect) + reach)
+
+
+Tables = tuple[np.ndarray, np.ndarray]
+"""Σ value and Σ weight, each [samples, cells, load bands, policies]."""
+
+
+class _Counter:
+    """A window by conversation and group, so that a sample of conversations is summed quickly."""
+
+    def __init__(self, window: Window, edges: np.ndarray, shape: tuple[int, int, int]) -> None:
+        band = np.searchsorted(edges, window.load, side="right")
+        self.window, self.shape = window, shape
+        self.group = np.ravel_multi_index((window.cell, band, window.policy), shape)
+        names, self.codes = np.unique(window.conversation, return_inverse=True)
+        self.conversations = len(names)
+
+    def redraw(self, rng: np.random.Generator, samples: int) -> np.ndarray:
+        """How often each conversation is in each sample with replacement, [samples, conversations]."""
+        many = self.conversations
+        return np.stack([np.bincount(rng.integers(many, size=many), minlength=many) for _ in range(samples)])
+
+    def tables(self, times: np.ndarray) -> Tables:
+        size = int(np.prod(self.shape))
+        made = []
+        for column in (self.window.value, self.window.weight):
+            rows = [np.bincount(self.group, column * row[self.codes], size).reshape(self.shape) for row in times]
+            made.append(np.stack(rows))
+        return made[0], made[1]
+
+
+def _effects(before: Tables, after: Tables) -> tuple[np.ndarray, np.ndarray]:
+    """Effects in the order of FACTORS [samples, 4], and each cell's contribution [samples, cells].
+
+    The rest is what the three others leave, so that the four add up to the change.
+    """
+    cells = [_level(tables, (2, 3)) for tables in (before, after)]
+    by_cell, cell_share = _shift(cells[0], cells[1])
+    by_band, band_share = _shift(*(_level(tables, (3,)) for tables in (before, after)))
+    by_policy, _ = _shift(*(_level(tables, ()) for tables in (before, after)))
+    load = by_band.sum(axis=2)
+    policy = (band_share * by_policy.sum(axis=3)).sum(axis=2)
+    change = np.nan_to_num(cells[1][1] - cells[0][1])
+    whole = _whole(after) - _whole(before)
+    known = np.stack([by_cell.sum(axis=1), (cell_share * load).sum(axis=1), (cell_share * policy).sum(axis=1)], axis=1)
+    rest = whole - known.sum(axis=1)
+    return np.concatenate([known, rest[:, None]], axis=1), by_cell + cell_share * change
+
+
+def _whole(tables: Tables) -> np.ndarray:
+    return tables[0].sum(axis=(1, 2, 3)) / tables[1].sum(axis=(1, 2, 3))
+
+
+def _level(tables: Tables, axes: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """Shares and means of the members of a level (the last axis), the levels below summed over; a mean is nan where a
+    member is absent, and so are the shares where all are."""
+    value, weight = (table.sum(axis=axes) if axes else table for table in tables)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return weight / weight.sum(axis=-1, keepdims=True), np.where(weight > 0, value / weight, np.nan)
+
+
+def _shift(
+    before: tuple[np.ndarray, np.ndarray], after: tuple[np.ndarray, np.ndarray]
+) -> tuple[np.ndarray, np.ndarray]:
+    """(effect of each member's change of share, its mean share in both windows), along the last axis.
+
+    Nothing moves where one of the windows has no members at all: the level above accounts for that.
+    """
+    (w0, m0), (w1, m1) = before, after
+    met = ~np.isnan(w0) & ~np.isnan(w1)
+    w0, w1 = (np.where(met, shares, 0.0) for shares in (w0, w1))
+    share = (w0 + w1) / 2
+    both = np.where(~np.isnan(m0) & ~np.isnan(m1), share, 0.0)
+    weight = both.sum(axis=-1, keepdims=True)
+    change = (both * np.nan_to_num(m1 - m0)).sum(axis=-1, keepdims=True)
+    moved = np.divide(change, weight, out=np.zeros_like(change), where=weight > 0)
+    middle = np.nan_to_num((np.where(np.isnan(m0), m1 - moved, m0) + np.where(np.isnan(m1), m0 + moved, m1)) / 2)
+    centre = (share * middle).sum(axis=-1, keepdims=True)  # shares sum to one: a constant may be taken off every mean
+    return (w1 - w0) * (middle - centre), share
+
+
+def _confounded(before: np.ndarray, after: np.ndarray) -> bool:
+    """Whether the load moved out of its bands while the policies changed too: then neither can be named.
+
+    Arguments: Σ weight [cells, load bands, policies].
+    """
+
+    def overlap(axes: tuple[int, int]) -> float:
+        shares = [weight.sum(axis=axes) / weight.sum() for weight in (before, after)]
+        return float(np.minimum(*shares).sum())
+
+    return overlap((0, 2)) < SHARED and overlap((0, 1)) < SHARED
+
+
+def _judge(parts: tuple[Part, ...], total: Part, confounded: bool) -> tuple[str | None, str]:
+    first, second, *_ = sorted(parts, key=lambda part: -abs(part.effect))
+    if confounded:
+        return None, "load and policy changed together, and no load was served by both"
+    if not first.is_certain:
+        if not total.is_certain:
+            return None, "the change is no larger than chance allows"
+        return None, f"{first.factor} looks largest, but its interval includes none at all"
+    if abs(second.effect) > 0 and min(abs(first.low), abs(first.high)) < abs(second.effect) and second.is_certain:
+        return first.factor, f"{first.factor} and {second.factor} are close"
+    return first.factor, ""

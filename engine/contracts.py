@@ -202,6 +202,12 @@ class TracePayload:
 class TraceRecord:
     """One request, whatever became of it: one row of ``traces`` (design.md section 7).
 
+    A request waits through its decoding steps for ``draft_s`` (its own proposals), ``verify_s`` (target passes) and
+    ``other_s``. ``cost_s`` is what it cost of these: its proposals and its share of the pass; over all requests these
+    add up to the engine's time. ``plain_s`` is what plain decoding of the same tokens would have cost, by the measured
+    step costs (0: not known); plain_s / cost_s is the observed gain, ``expected_accepted`` what K control expected of
+    ``accepted``.
+
     ``tpot_s`` = (e2e − TTFT) / (output_tokens − 1), None under two tokens. ``started_at`` is when the server had
     read the request; with ``trace_id`` it is the identity under which a trace is stored once.
     """
@@ -238,6 +244,10 @@ class TraceRecord:
     prefill_s: float = 0.0
     draft_s: float = 0.0
     verify_s: float = 0.0
+    other_s: float = 0.0
+    cost_s: float = 0.0
+    plain_s: float = 0.0
+    expected_accepted: float = 0.0
     retry: int = 0
     preemptions: int = 0
     trainable: bool = True

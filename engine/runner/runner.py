@@ -66,7 +66,11 @@ class Runner:
             outputs.append(live.commit_first(outcome.tokens[0], now))
         if aux is not None:
             going = [live for live, output in zip([*decoding, *ending], outputs, strict=True) if not output.finished]
-            feed_together(_heard(scheduled, lives, verified, outcomes, going), layers, aux)
+            heard, feeding = _heard(scheduled, lives, verified, outcomes, going), self.clock()
+            feed_together(heard, layers, aux)
+            fed = self.clock()
+            _charge(heard, fed - feeding)
+            now += fed - feeding  # whoever listens pays for it, and it teaches nothing about passes
         self._committing = self.clock() - now
         return outputs
 
@@ -122,6 +126,15 @@ class Runner:
         chunks = zip(batch.prefills, scheduled.prefills, strict=True)
         rows = [*range(num_decode), *(group.last - 1 for group, chunk in chunks if chunk.is_last)]
         return torch.tensor(rows, dtype=torch.int64, device=self.model.device)
+
+
+def _charge(heard: Sequence[Heard], seconds: float) -> None:
+    """Reading hidden states is drafting: those who read pay, by rows."""
+    rows = sum(h.last - h.first for h in heard)
+    for h in heard:
+        share = seconds * (h.last - h.first) / rows
+        h.live.times.draft += share
+        h.live.times.cost += share
 
 
 def _aux_layers(scheduled: ScheduledStep, lives: Mapping[str, Live]) -> tuple[int, ...]:

@@ -46,6 +46,10 @@ class Metrics:
         self._e2e = seconds("vllm:e2e_request_latency_seconds", "End-to-end latency.", E2E_S)
         self._queue = seconds("vllm:request_queue_time_seconds", "Time in the queue.", E2E_S)
         self._requests = counter("slipstream:requests", "Requests by policy version, arm and status.", (*arm, "status"))
+        self._drafting = counter("slipstream:draft_seconds", "Time of own proposals.", arm)
+        self._cost = counter("slipstream:cost_seconds", "Decoding time by what each request cost of it.", arm)
+        self._plain = counter("slipstream:plain_seconds", "What plain decoding of the same would have cost.", arm)
+        self._expected = counter("slipstream:expected_accepted", "Accepted tokens that K control expected.", arm)
         self.registry.register(_Gauges(model, gauges))
 
     def observe(self, record: TraceRecord) -> None:
@@ -54,6 +58,13 @@ class Metrics:
         self._requests.labels(model, str(record.policy_version), record.arm, record.status.value).inc()
         if record.status is Status.OK:
             self._success.labels(model, record.finish_reason or "").inc()
+        for counter, amount in (
+            (self._drafting, record.draft_s),
+            (self._cost, record.cost_s),
+            (self._plain, record.plain_s),
+            (self._expected, record.expected_accepted),
+        ):
+            counter.labels(model, str(record.policy_version), record.arm).inc(amount)
         for counter, n in (
             (self._prompt, record.prompt_tokens),
             (self._output, record.output_tokens),

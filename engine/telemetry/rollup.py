@@ -46,6 +46,10 @@ class Sums:
     draft_s: float = 0.0
     verify_s: float = 0.0
     decode_s: float = 0.0
+    other_s: float = 0.0
+    cost_s: float = 0.0
+    plain_s: float = 0.0
+    expected_accepted: float = 0.0
 
     def add(self, record: TraceRecord, objectives: Objectives) -> None:
         self.requests += 1
@@ -63,6 +67,10 @@ class Sums:
         _add_positions(self.accepted_per_pos, record.accepted_per_pos)
         self.draft_s += record.draft_s
         self.verify_s += record.verify_s
+        self.other_s += record.other_s
+        self.cost_s += record.cost_s
+        self.plain_s += record.plain_s
+        self.expected_accepted += record.expected_accepted
         if record.ttft_s is not None:
             self.decode_s += max(record.e2e_s - record.ttft_s, 0.0)
 

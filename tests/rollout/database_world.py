@@ -123,7 +123,8 @@ def _trace(trace_id: UUID, at: datetime, version: int, traffic_class: str) -> di
         "stream": False, "temperature": 0.0, "max_tokens": 512, "ttft_s": 0.1, "tpot_s": 0.02, "e2e_s": 1.0,
         "prompt_tokens": 8, "output_tokens": 40, "steps": 0, "drafted": 0, "accepted": 0,
         "drafted_per_pos": [], "accepted_per_pos": [],
-        "prefill_s": 0.0, "draft_s": 0.0, "verify_s": 0.0, "retry": 0, "preemptions": 0, "trainable": True,
+        "prefill_s": 0.0, "draft_s": 0.0, "verify_s": 0.0, "other_s": 0.0,
+        "cost_s": 0.0, "plain_s": 0.0, "expected_accepted": 0.0, "retry": 0, "preemptions": 0, "trainable": True,
     }  # fmt: skip
 
 

@@ -57,6 +57,10 @@ def record(number: int, seed: int = 0, **changes: Any) -> TraceRecord:
         accepted_per_pos=tuple(counts.accepted_per_pos),
         draft_s=0.001,
         verify_s=decode,
+        other_s=0.1 * decode,
+        cost_s=0.5 * decode,
+        plain_s=0.7 * decode,
+        expected_accepted=1.25,
         retry=int(rng.random() < 0.1),
         payload=TracePayload(tuple(range(7)), tuple(rng.randrange(300) for _ in range(output)), tuple(steps)),
     )

@@ -35,6 +35,10 @@ COUNTS = (
     "accepted",
     "draft_s",
     "verify_s",
+    "other_s",
+    "cost_s",
+    "plain_s",
+    "expected_accepted",
 )
 RAW = f"""
     SELECT date_trunc('minute', started_at, 'UTC') AS minute, {KEY}, count(*) AS requests,

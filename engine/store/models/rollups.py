@@ -38,6 +38,10 @@ class Sums:
     draft_s: Mapped[float]
     verify_s: Mapped[float]
     decode_s: Mapped[float]
+    other_s: Mapped[float]
+    cost_s: Mapped[float]
+    plain_s: Mapped[float]
+    expected_accepted: Mapped[float]
 
 
 class Buckets:

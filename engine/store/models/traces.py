@@ -56,6 +56,10 @@ class TraceRow(Base):
     prefill_s: Mapped[float]
     draft_s: Mapped[float]
     verify_s: Mapped[float]
+    other_s: Mapped[float]
+    cost_s: Mapped[float]
+    plain_s: Mapped[float]
+    expected_accepted: Mapped[float]
     retry: Mapped[int] = mapped_column(SmallInteger)
     preemptions: Mapped[int] = mapped_column(SmallInteger)
     trainable: Mapped[bool] = mapped_column(Boolean)

@@ -85,6 +85,9 @@ def with_ratios(row: dict[str, Any], seconds: float) -> dict[str, Any]:
 
     ``acceptance_length`` is 1 + accepted / steps, bonus included; ``acceptance_rate`` accepted / drafted;
     ``draft_length`` drafted / steps, the K that was used; ``goodput_s`` requests within the objectives per second.
+    ``cost_step_ms`` is what a step cost of the engine's time, without its neighbours' shares; ``observed_gain`` the
+    cost of plain decoding over it, ``expected_length`` the acceptance length that K control expected; None where no
+    step costs were known.
     """
     steps = row["steps"]
     accepted = _over(row["accepted"], steps)
@@ -98,6 +101,9 @@ def with_ratios(row: dict[str, Any], seconds: float) -> dict[str, Any]:
         "draft_length": _over(row["drafted"], steps),
         "draft_step_ms": _over(row["draft_s"] * 1e3, steps),
         "verify_step_ms": _over(row["verify_s"] * 1e3, steps),
+        "cost_step_ms": _over(row["cost_s"] * 1e3, steps),
+        "observed_gain": _over(row["plain_s"], row["cost_s"]) if row["plain_s"] else None,
+        "expected_length": 1 + row["expected_accepted"] / steps if steps and row["expected_accepted"] else None,
         "decode_tokens_s": _over(max(row["output_tokens"] - row["requests"], 0), row["decode_s"]),
         "error_rate": _over(row["errors"], row["requests"]),
         "retry_rate": _over(row["retries"], row["requests"]),

@@ -21,7 +21,7 @@ from sqlalchemy import text
 
 from engine.store import histogram
 from engine.store.database import ReadSession
-from engine.store.repositories.rollups import COUNTS, METRICS, POSITIONS, SECONDS, TIERS
+from engine.store.repositories.rollups import COUNTS, METRICS, POSITIONS, REALS, TIERS
 
 DIMENSIONS = frozenset({"policy_version", "arm", "traffic_class", "replica_id"})
 ORIGIN = datetime(2000, 1, 1, tzinfo=UTC)
@@ -87,10 +87,10 @@ def sums(
     totals = ", ".join(
         [
             *(f"CAST(sum({name}) AS bigint) AS {name}" for name in COUNTS),
-            *(f"sum({name}) AS {name}" for name in SECONDS),
+            *(f"sum({name}) AS {name}" for name in REALS),
         ]
     )
-    source = _source(part, width, _SUMS, (*DIMENSIONS, *COUNTS, *SECONDS))
+    source = _source(part, width, _SUMS, (*DIMENSIONS, *COUNTS, *REALS))
     query = f"SELECT {_list(columns.values(), totals)} FROM {source} {_group(columns)}"
     rows = session.execute(text(query), _parameters(part, width)).mappings()
     return [dict(row) for row in rows if row["requests"] is not None]

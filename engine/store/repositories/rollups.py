@@ -32,7 +32,7 @@ COUNTS = (
     *("requests", "errors", "cancelled", "retries", "preemptions", "good"),
     *("prompt_tokens", "output_tokens", "steps", "drafted", "accepted"),
 )
-SECONDS = ("draft_s", "verify_s", "decode_s")
+REALS = ("draft_s", "verify_s", "decode_s", "other_s", "cost_s", "plain_s", "expected_accepted")
 POSITIONS = ("drafted_per_pos", "accepted_per_pos")
 METRICS = ("ttft", "tpot", "e2e", "queue", "acceptance_length")
 """What has a histogram: four durations in seconds, and the acceptance length of one request."""
@@ -130,12 +130,12 @@ def _sums(source: str, key: Sequence[str]) -> str:
     totals = ", ".join(
         [
             *(f"CAST(sum({name}) AS bigint) AS {name}" for name in COUNTS),
-            *(f"sum({name}) AS {name}" for name in SECONDS),
+            *(f"sum({name}) AS {name}" for name in REALS),
         ]
     )
     arrays = _list(POSITIONS, "coalesce({0}, '{{}}') AS {0}")
     return f"""
-        SELECT {_list(key)}, {_list((*COUNTS, *SECONDS))}, {arrays}
+        SELECT {_list(key)}, {_list((*COUNTS, *REALS))}, {arrays}
         FROM (SELECT {_list(key)}, {totals} FROM {source} GROUP BY {_list(key)}) AS total
         LEFT JOIN (
             SELECT {_list(key)}, array_agg(d ORDER BY place) AS drafted_per_pos,
@@ -161,13 +161,13 @@ def _histograms(source: str, key: Sequence[str]) -> str:
 
 def _add_sums(table: str, source: str, key: Sequence[str]) -> str:
     """INSERT of sums, added to the row that is there."""
-    added = [f"{name} = {table}.{name} + excluded.{name}" for name in (*COUNTS, *SECONDS)]
+    added = [f"{name} = {table}.{name} + excluded.{name}" for name in (*COUNTS, *REALS)]
     added += [
         f"{name} = (SELECT coalesce(array_agg(coalesce(x, 0) + coalesce(y, 0) ORDER BY place), '{{}}') "
         f"FROM unnest({table}.{name}, excluded.{name}) WITH ORDINALITY AS p (x, y, place))"
         for name in POSITIONS
     ]
-    columns = _list((*key, *COUNTS, *SECONDS, *POSITIONS))
+    columns = _list((*key, *COUNTS, *REALS, *POSITIONS))
     return (
         f"INSERT INTO {table} ({columns}) {_sums(source, key)} ON CONFLICT ({_list(key)}) DO UPDATE SET "
         + ", ".join(added)
@@ -195,7 +195,7 @@ def _start(tier: str) -> str:
 
 
 def _longer(source: str, tier: str) -> str:
-    return f"(SELECT {_start(tier)}, {_list((*LONG_KEY[1:], *COUNTS, *SECONDS, *POSITIONS))} FROM {source}) AS source"
+    return f"(SELECT {_start(tier)}, {_list((*LONG_KEY[1:], *COUNTS, *REALS, *POSITIONS))} FROM {source}) AS source"
 
 
 def _longer_histograms(source: str, tier: str) -> str:
@@ -233,6 +233,7 @@ _RAW = f"""(
         CAST(status IN ('error', 'timeout') AS integer) AS errors, CAST(status = 'cancelled' AS integer) AS cancelled,
         CAST(retry > 0 AS integer) AS retries, preemptions, CAST(coalesce({_WELL}, false) AS integer) AS good,
         prompt_tokens, output_tokens, steps, drafted, accepted, drafted_per_pos, accepted_per_pos, draft_s, verify_s,
+        other_s, cost_s, plain_s, expected_accepted,
         CASE WHEN ttft_s IS NULL THEN 0 ELSE greatest(e2e_s - ttft_s, 0) END AS decode_s
     FROM traces WHERE started_at >= :since AND started_at < :until) AS raw"""
 _BUCKET = "CAST(ceil(ln(greatest(v, CAST(:smallest AS float8))) / CAST(:log_gamma AS float8)) AS smallint)"
@@ -246,7 +247,7 @@ _RAW_HISTOGRAMS = f"""
         GROUP BY 1, {_list(MINUTE_KEY[1:])}, metric, bucket
     ) AS by_bucket GROUP BY {_list(MINUTE_KEY)}, metric"""
 _REBUILD_MINUTES = (
-    f"INSERT INTO rollups_minute ({_list((*MINUTE_KEY, *COUNTS, *SECONDS, *POSITIONS))}) {_sums(_RAW, MINUTE_KEY)}"
+    f"INSERT INTO rollups_minute ({_list((*MINUTE_KEY, *COUNTS, *REALS, *POSITIONS))}) {_sums(_RAW, MINUTE_KEY)}"
 )
 _REBUILD_MINUTE_HISTOGRAMS = (
     f"INSERT INTO rollup_histograms_minute ({_list((*MINUTE_KEY, 'metric', 'idx', 'cnt'))}) {_RAW_HISTOGRAMS}"

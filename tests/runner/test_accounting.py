@@ -1,0 +1,87 @@
+"""What a step took is given to the requests that took part in it: all of it, and each its own part."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+
+from engine.model.loading import Target
+from engine.runner.request import RequestResult
+from engine.runner.runner import Runner
+from engine.speculation.step_costs import StepCosts
+from tests.runner.driving import NGRAM, NONE, Scripted, engine_of, request, run
+
+SLOW = 4
+PROMPTS = ([40, 41, 42, 43], [50, 51] * 4, [60, 61, 62], [70, 71] * 3)
+
+
+@dataclass
+class Clock:
+    """Moves by a little at every look, and by what a slow drafter takes."""
+
+    now: float = 0.0
+
+    def __call__(self) -> float:
+        self.now += 0.001
+        return self.now
+
+
+def served(tiny: Target, costs: dict[int, float] | None = None, patience: float = 0.5) -> list[RequestResult]:
+    """Four requests of three policies, begun together; the last one's drafter is slow."""
+    clock = Clock()
+
+    def think(tokens: list[int], k: int) -> list[int]:
+        clock.now += patience
+        return [tokens[-1]] * k
+
+    engine = engine_of(tiny, {SLOW: Scripted(think)}, clock=clock)
+    engine.control.costs = StepCosts(costs) if costs else None
+    for i, (prompt, version) in enumerate(zip(PROMPTS, (NONE, NGRAM, NONE, SLOW), strict=True)):
+        engine.add(request(str(i), prompt, version, max_tokens=20))
+    results = run(engine)
+    return [results[str(i)] for i in range(4)]
+
+
+def test_costs_add_up_to_the_engines_time(tiny: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    spent = []
+    account = Runner._account
+
+    def listen(self: Runner, decoding, drafting, choice, base_rows, before_s, pass_s) -> None:  # type: ignore[no-untyped-def]
+        if decoding:
+            spent.append(before_s + pass_s + self._committing)
+        account(self, decoding, drafting, choice, base_rows, before_s, pass_s)
+
+    monkeypatch.setattr(Runner, "_account", listen)
+    assert sum(result.cost_s for result in served(tiny)) == pytest.approx(sum(spent))
+
+
+def test_a_slow_draft_is_seen_although_it_shares_its_batch(tiny: Target) -> None:
+    plain, ngram, other, slow = served(tiny)
+    assert plain.verify_s == pytest.approx(other.verify_s)
+    assert slow.draft_s > 100 * max(ngram.draft_s, plain.draft_s)
+    assert slow.cost_s > 100 * max(plain.cost_s, ngram.cost_s)
+    assert plain.other_s > 0.9 * slow.draft_s  # its neighbours waited for it; that is where they see it
+
+
+def test_a_request_waits_for_all_its_decoding_time(tiny: Target) -> None:
+    for result in served(tiny):
+        decode = result.e2e_s - result.ttft_s  # type: ignore[operator]
+        waited = result.draft_s + result.verify_s + result.other_s
+        assert waited == pytest.approx(decode, rel=0.1, abs=0.2)
+
+
+def test_what_plain_decoding_would_have_cost_is_its_rows_in_a_plain_pass(tiny: Target) -> None:
+    results = served(tiny, {1: 1.0, 100: 100.0}, patience=0.0)  # a second a row: nothing pays, plain costs 1 s a token
+    assert sum(result.counts.drafted for result in results) == 0
+    steps = results[0].counts.steps
+    drift = results[0].plain_s / steps  # the clock of this test is faster than the profile says, alike for all
+    for result in results:
+        assert result.plain_s == pytest.approx(steps * drift, rel=0.05)
+        assert result.expected_accepted == 0
+    assert all(result.plain_s == 0 for result in served(tiny))
+
+
+def test_expected_acceptances_are_those_of_the_verified_tokens(tiny: Target) -> None:
+    slow = served(tiny)[3]
+    assert 0 < slow.expected_accepted < slow.counts.drafted

@@ -1,6 +1,7 @@
 """A deliberately bad policy: a trace memory that matches real contexts and is sure of the wrong next token.
 
-It never changes an output, no draft can; it only wastes verify rows. That is what a guard must see.
+It never changes an output, no draft can; it only wastes verify rows, and as its K control is off it never stops. That is
+what a guard must see.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ def spoil(files: Mapping[str, bytes], rng: np.random.Generator) -> dict[str, byt
         ProposerKind.TRACE_MEMORY,
         manifest.num_speculative_tokens,
         settings={**manifest.settings, "min_confidence": 0.0},
+        control={"enabled": False},
         files={MEMORY_FILE: safetensors.save(arrays)},
         target_fingerprint=manifest.target_fingerprint,
         tokenizer_fingerprint=manifest.tokenizer_fingerprint,

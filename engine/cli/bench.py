@@ -108,6 +108,45 @@ def serving(
     _show(run(settings(context), options.quick() if quick else options, _progress), as_json)
 
 
+@bench.command()
+def adaptation(
+    context: typer.Context,
+    prompts: Annotated[
+        list[Path] | None, typer.Option("--prompts", help="a JSONL file in Spec-Bench's shape; repeatable")
+    ] = None,
+    corpus: Annotated[
+        Path | None, typer.Option(help="JSONL of prompt and response_token_ids that static is trained on")
+    ] = None,
+    static: Annotated[Path | None, typer.Option(help="folder of a policy artifact to take for static")] = None,
+    streams: Annotated[str, typer.Option(help="streams, by commas")] = "mixed,shift,recurring,gradual",
+    seeds: Annotated[int, typer.Option(help="how many orders of the same requests")] = 3,
+    tokens: Annotated[int, typer.Option(help="output tokens at most")] = 128,
+    every: Annotated[int, typer.Option(help="requests between two candidates")] = 16,
+    verify: Annotated[int, typer.Option(help="requests of each class decoded for real; 0 for none")] = 8,
+    limit: Annotated[int, typer.Option(help="prompts of a class at most; 0 for all")] = 0,
+    out: Annotated[Path | None, typer.Option(help="folder for JSON, CSV and a page with the curves")] = None,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Learning from live traffic against a frozen draft when the traffic shifts; what the gate prevents."""
+    from engine.bench.adaptation import Options, run
+
+    options = Options(
+        prompts=tuple(prompts or ()),
+        corpus=corpus,
+        static=static,
+        streams=_names(streams),
+        seeds=seeds,
+        tokens=tokens,
+        every=every,
+        verify=verify,
+        limit=limit,
+        seed=seed,
+        out=out,
+    )
+    _show(run(settings(context), options, _progress), as_json)
+
+
 def _names(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(",") if part.strip())
 

@@ -1,0 +1,221 @@
+"""The benchmark from prompts to report."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+
+from engine.bench.adaptation import figures, live, output
+from engine.bench.adaptation.arms import AdaptiveArm, Arm, Served, offline
+from engine.bench.adaptation.figures import Run
+from engine.bench.adaptation.prepare import Material, prepare
+from engine.bench.adaptation.sabotage import sabotaged
+from engine.bench.adaptation.streams import STREAMS, Response, Stream, stream
+from engine.bench.report import Figure, Report, count_figure
+from engine.learner.memory import MemoryLearner
+from engine.ops.supervisor import Say
+from engine.settings import Settings
+from engine.speculation.ngram import NgramProposer
+from engine.speculation.none import NoneProposer
+from engine.speculation.proposer import Proposer
+
+ARMS = ("none", "ngram", "static", "ungated", "gated")
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """``prompts``: JSONL files, none for the project's own. ``corpus``: a JSONL file of ``prompt`` and
+    ``response_token_ids`` that static is trained on; without it, a third of the prompts is. ``static``: a policy's
+    folder instead. ``verify``: requests of a class decoded for real. ``out``: where JSON, CSV and page go."""
+
+    prompts: tuple[Path, ...] = ()
+    corpus: Path | None = None
+    static: Path | None = None
+    streams: tuple[str, ...] = STREAMS
+    seeds: int = 3
+    tokens: int = 128
+    every: int = 16
+    verify: int = 8
+    limit: int = 0
+    seed: int = 0
+    out: Path | None = None
+
+
+@dataclass(slots=True)
+class Prevented:
+    """Planted bad updates that the gate was offered, how many it let through, and the last reason by kind."""
+
+    candidates: int = 0
+    offered: int = 0
+    passed: int = 0
+    reasons: dict[str, str] = field(default_factory=dict)
+
+    def offer(self, arm: AdaptiveArm, good: dict[str, bytes], rng: np.random.Generator) -> None:
+        """Bad versions of a candidate that is about to be judged, judged on the same requests; every other time."""
+        self.candidates += 1
+        if self.candidates % 2:
+            return
+        for kind, files in sabotaged(good, rng).items():
+            report = arm.judge(files)
+            self.offered += 1
+            self.passed += report.passed
+            self.reasons[kind] = ("PASSED: " if report.passed else "") + "; ".join(report.reasons)
+
+
+def run(settings: Settings, options: Options, say: Say) -> Report:
+    wanted = replace_learner(settings, options.every)
+    material = prepare(wanted, options, say)
+    rng = np.random.default_rng(options.seed)
+    runs: dict[str, list[Run]] = {name: [] for name in options.streams}
+    arms: dict[tuple[str, int], dict[str, Arm]] = {}
+    prevented = Prevented()
+    for seed in range(options.seed, options.seed + options.seeds):
+        for name in options.streams:
+            began = time.monotonic()
+            one = stream(name, material.classes, seed)
+            done, used = _play(one, material, seed, prevented if name == "mixed" else None, rng)
+            runs[name].append(done)
+            arms[name, seed] = used
+            say(f"{name}, seed {seed}: {len(one.requests)} requests under {len(ARMS)} arms, "
+                f"{time.monotonic() - began:.0f} s")  # fmt: skip
+    found = _figures(runs, arms, material, rng)
+    found.append(_day0(material, options, rng))
+    found.append(count_figure("bad_updates_served", prevented.passed, prevented.offered, "updates"))
+    if options.verify and "shift" in runs:
+        gated = arms["shift", options.seed]["gated"].proposer
+        say("decoding a subsample for real")
+        found += live.verify(material, gated, options.verify, rng)
+    report = Report("adaptation", options.seed, found)
+    if options.out is not None:
+        output.write(options.out, report, runs, arms, prevented.reasons)
+        say(f"{options.out}: figures.json, requests.csv, attempts.csv, page.html")
+    return report
+
+
+def replace_learner(settings: Settings, every: int) -> Settings:
+    return settings.model_copy(update={"learner": settings.learner.model_copy(update={"every_requests": every})})
+
+
+def _arms(material: Material, seed: int) -> dict[str, Arm]:
+    world = replace(material.world, seed=seed)
+    static, corpus = material.static, material.corpus
+    return {
+        "none": Arm("none", world, NoneProposer()),
+        "ngram": Arm("ngram", world, NgramProposer(world.settings.num_speculative_tokens)),
+        "static": Arm("static", world, static),
+        "ungated": AdaptiveArm("ungated", world, static, corpus, gated=False),
+        "gated": AdaptiveArm("gated", world, static, corpus, gated=True),
+    }
+
+
+def _play(
+    one: Stream, material: Material, seed: int, prevented: Prevented | None, rng: np.random.Generator
+) -> tuple[Run, dict[str, Arm]]:
+    """Every arm serves a request before the next one comes. ``prevented`` offers bad updates to the gate meanwhile."""
+    arms = _arms(material, seed)
+    served: dict[str, list[Served]] = {name: [] for name in arms}
+    gated = arms["gated"]
+    assert isinstance(gated, AdaptiveArm)
+    if prevented is not None:
+        gated.on_candidate = lambda files: prevented.offer(gated, files, rng)
+    for response in one.requests:
+        for name, arm in arms.items():
+            served[name].append(arm.serve(response))
+    judged = _offline(one, material) if one.name == "shift" else {}
+    return Run(one, seed, served, judged), arms
+
+
+def _offline(one: Stream, material: Material) -> dict[int, Served]:
+    """Each request under a policy trained offline on the corpus and on its class; two halves, each judged by a policy
+    that learned the other, so that none was taught by what it is judged on."""
+    found: dict[int, Served] = {}
+    learner = MemoryLearner()
+    for phase in one.phases:
+        places = list(range(phase.first, phase.last))
+        for side in (0, 1):
+            taught = [one.requests[at] for at in places[1 - side :: 2]]
+            arm = Arm("offline", material.world, offline(material.world, [*material.corpus, *taught], learner))
+            for at in places:  # all of them, so that K control has as much experience as in the arms
+                served = arm.serve(one.requests[at])
+                if (at - phase.first) % 2 == side:
+                    found[at] = served
+    return found
+
+
+def _figures(
+    runs: Mapping[str, Sequence[Run]],
+    arms: Mapping[tuple[str, int], Mapping[str, Arm]],
+    material: Material,
+    rng: np.random.Generator,
+) -> list[Figure]:
+    found: list[Figure] = []
+    for name, done in runs.items():
+        for first, second in (("gated", "static"), ("ungated", "static"), ("gated", "none"), ("static", "none")):
+            rows = [row for r in done for row in figures.pairs(r, first, second, range(len(r.stream.requests)), True)]
+            found.append(figures.ratio(f"ratio:{first}/{second}:{name}:all", rows, rng))
+    for traffic_class in sorted(material.classes):
+        if "shift" not in runs:
+            break
+        rows = [
+            row
+            for r in runs["shift"]
+            for phase in r.stream.phases[1:]  # the first class is no shift
+            if phase.traffic_class == traffic_class
+            for row in figures.pairs(r, "gated", "static", phase.second_half, False)
+        ]
+        if rows:
+            found.append(figures.ratio(f"ratio:gated/static:shift:{traffic_class}", rows, rng))
+        if (one := figures.recovery(runs["shift"], "gated", traffic_class)) is not None:
+            found.append(one)
+    if "shift" in runs:
+        found += [figures.regret(runs["shift"], name) for name in ARMS]
+    if "recurring" in runs:
+        rows = [row for r in runs["recurring"] for row in _returns(r, arms["recurring", r.seed]["gated"])]
+        found.append(figures.forgetting(rows, rng))
+    return found
+
+
+def _returns(run: Run, arm: Arm) -> list[tuple[object, figures.Pair]]:
+    """The first requests of each return, under the version that met them and under that which saw the class leave."""
+    assert isinstance(arm, AdaptiveArm)
+    rows: list[tuple[object, figures.Pair]] = []
+    for left, back in ((0, 2), (1, 3)):
+        before = run.arms["gated"][run.stream.phases[left].last - 1].version
+        for at in range(run.stream.phases[back].first, run.stream.phases[back].first + figures.RETURN):
+            if at >= run.stream.phases[back].last:
+                break
+            response, now = run.stream.requests[at], run.arms["gated"][at].version
+            new, old = (_alone(arm, arm.served[version], response) for version in (now, before))
+            rows.append((response.prompt_ids, (*new, *old)))
+    return rows
+
+
+def _alone(arm: Arm, proposer: Proposer, response: Response) -> tuple[float, float]:
+    """(tokens, verify steps) with whole drafts: what the policy knows, whatever K control thinks of it."""
+    from engine.speculation.replay import replay
+
+    counts = replay(
+        proposer, response.traffic_class, response.prompt_ids, response.output_ids, max_tokens=arm.world.max_tokens
+    )
+    return float(counts.steps + counts.accepted), float(counts.steps)
+
+
+def _day0(material: Material, options: Options, rng: np.random.Generator) -> Figure:
+    """From no draft at all: the second half of the first 100 requests of one class, code where there is any."""
+    name = "code" if "code" in material.classes else sorted(material.classes)[0]
+    rows: list[tuple[object, figures.Pair]] = []
+    for seed in range(options.seed, options.seed + options.seeds):
+        world = replace(material.world, seed=seed)
+        one = stream("shift", {name: material.classes[name]}, seed)
+        gated = AdaptiveArm("gated", world, NoneProposer(), (), gated=True)
+        none = Arm("none", world, NoneProposer())
+        requests = one.requests[:100]
+        served = {"gated": [gated.serve(r) for r in requests], "none": [none.serve(r) for r in requests]}
+        rows += figures.pairs(
+            Run(one, seed, served, {}), "gated", "none", range(len(requests) // 2, len(requests)), True
+        )
+    return figures.ratio(f"ratio:gated/none:day0:{name}", rows, rng)

@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 import httpx
 
 from engine.contracts import SlipstreamError
-from engine.ops import upkeep
+from engine.ops import drift, upkeep
 from engine.ops.exporter import MlflowExporter
 from engine.registry import mlflow_registry
 from engine.registry.artifacts import ArtifactStore
@@ -43,6 +43,7 @@ def run(settings: Settings, database: Database, stop: threading.Event) -> None:
     """Do the chores until ``stop`` is set."""
     chores = [
         Chore("partitions", 3600.0, lambda: upkeep.keep_partitions(database, settings.telemetry, datetime.now(UTC))),
+        Chore("drift", 120.0, lambda: drift.look(database, datetime.now(UTC))),
         Chore("rollups", 15.0, lambda: upkeep.compact(database, datetime.now(UTC))),
     ]
     client = None

@@ -4,6 +4,7 @@ Every table has one writer, named in its docstring. Append-only tables are never
 """
 
 from engine.store.models.base import Base
+from engine.store.models.findings import DriftFindingRow
 from engine.store.models.learning import LearningAttemptRow, LearningIntakeRow, TenantSettingRow
 from engine.store.models.plans import PlanObservationRow, ReplicaRow, ServingPlanRow
 from engine.store.models.policies import PolicyLineageRow, PolicyVersionRow
@@ -29,6 +30,7 @@ from engine.store.models.traces import (
 
 __all__ = [
     "Base",
+    "DriftFindingRow",
     "ExportCursorRow",
     "LearningAttemptRow",
     "LearningIntakeRow",

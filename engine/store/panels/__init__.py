@@ -5,15 +5,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 
 from engine.store.database import ReadSession
 from engine.store.panels import speculation, system, traffic
 from engine.store.panels.traffic import Rows
-from engine.store.repositories import overview, plans, traces
+from engine.store.repositories import drift, learning, overview, plans, traces
 from engine.store.repositories.overview import Slice
 
 Read = Callable[[ReadSession, Slice], Rows]
+REACTION = timedelta(hours=6)
 VERSION, CLASS = ("policy_version",), ("traffic_class",)
 
 
@@ -48,6 +50,17 @@ def _ledger(session: ReadSession, part: Slice) -> Rows:
         }
         for plan in reversed(plans.history(session, part.since, part.until))
     ]
+
+
+def _findings(session: ReadSession, part: Slice) -> Rows:
+    """Findings of the window, each with what the learner did in the six hours after it."""
+    rows = drift.findings(session, part.since, part.until)
+    attempts = learning.attempts(session) if rows else []
+    for row in rows:
+        after = [a for a in attempts if row["found_at"] <= a.finished_at <= row["found_at"] + REACTION]
+        made = [f"v{a.version}" for a in after if a.version is not None]
+        row["learner"] = f"made {', '.join(reversed(made))}" if made else f"{len(after)} refused" if after else ""
+    return rows
 
 
 def _failed(session: ReadSession, part: Slice) -> Rows:
@@ -93,6 +106,8 @@ PANELS: dict[str, Panel] = {
         ),
         Panel("speculation.distribution", "Requests by acceptance length and version", speculation.distribution),
         Panel("speculation.cost", "Step time (ms) against acceptance length, by version and class", speculation.cost),
+        Panel("drift.findings", "What drifted: when, where, how large, how sure", _findings),
+        Panel("drift.mix", "Requests over time by class", partial(traffic.over_time, by=CLASS, latencies=())),
         Panel("traces.newest", "The newest requests", traces.listed),
         Panel("traces.slowest", "The slowest requests", _slowest),
         Panel("traces.failed", "The newest requests that failed", _failed),

@@ -1,0 +1,161 @@
+"""Thresholds that know the sample size, a CUSUM that knows the mix, and findings that are rows with one writer."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from engine.contracts import Arm, ProposerKind, TraceRecord
+from engine.diagnosis import drift
+from engine.ops import drift as monitor
+from engine.settings import TelemetrySettings
+from engine.store.database import Database
+from engine.store.repositories import drift as found
+from engine.store.repositories import plans, policies
+from engine.telemetry.spill import Batch, Spill
+from engine.telemetry.writer import TraceWriter
+from tests.telemetry.records import record
+
+NOW = datetime.now(UTC).replace(second=0, microsecond=0)
+
+
+def share_of_alarms(n: int, shifted: float = 0.0, rule: str = "ours") -> float:
+    rng = np.random.default_rng(3)
+    usual, other = np.full(10, 0.1), np.linspace(0.1 - shifted, 0.1 + shifted, 10)
+    hits = 0
+    for _ in range(400):
+        shift = drift.psi(rng.multinomial(10 * n, usual), rng.multinomial(n, other))
+        hits += shift.psi > 0.1 if rule == "folklore" else shift.is_drift
+    return hits / 400
+
+
+@pytest.mark.parametrize("n", [100, 400, 5_000])
+def test_psi_without_drift_alarms_rarely_at_any_size(n: int) -> None:
+    assert share_of_alarms(n) <= 0.075
+
+
+def test_folklore_does_not_and_real_drift_is_found() -> None:
+    assert share_of_alarms(100, rule="folklore") > 0.3
+    assert share_of_alarms(1_000, shifted=0.06) > 0.95
+
+
+def test_new_members_need_a_share_and_no_past() -> None:
+    assert drift.new_members({"a": 5}, {"a": 90, "b": 8, "c": 1}) == {"b": pytest.approx(8 / 99)}
+
+
+def stream(rng: np.random.Generator, n: int, code: float = 0.3, drop: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
+    classes = np.where(rng.random(n) < code, "code", "chat")
+    return np.where(classes == "code", 1.6, 0.6) - drop + rng.normal(0, 0.25, n), classes
+
+
+def test_a_drop_is_found_near_its_begin_and_a_change_of_mix_is_none() -> None:
+    alarms = []
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        usual, later = stream(rng, 8_000), stream(rng, 3_000, drop=0.1)
+        values, classes = (np.concatenate(pair) for pair in zip(usual, later, strict=True))
+        change = drift.change_point(values, classes)
+        assert isinstance(change, drift.Change)
+        assert abs(change.onset - 8_000) < 250
+        assert change.after - change.before == pytest.approx(-0.1, abs=0.04)
+        alarms.append(change.alarm - 8_000)
+        mixed = stream(rng, 3_000, code=0.8)
+        values, classes = (np.concatenate(pair) for pair in zip(usual, mixed, strict=True))
+        assert drift.change_point(values, classes) is None
+        assert drift.change_point(values, np.full(len(values), "all")) is not None, "not centred, it would alarm"
+    assert np.median(alarms) < 300
+
+
+def test_the_cusum_refuses_to_arm_on_too_little_and_is_quiet_in_control() -> None:
+    rng = np.random.default_rng(0)
+    assert "takes 5,000" in str(drift.change_point(*stream(rng, 4_999)))
+    false = sum(drift.change_point(*stream(np.random.default_rng(seed), 20_000)) is not None for seed in range(40))
+    assert false <= 3
+
+
+def test_a_slide_needs_hours_and_a_slope() -> None:
+    hours, rng = np.arange(24.0), np.random.default_rng(0)
+    noise = rng.normal(0, 0.02, 24)
+    found = drift.slide(hours, 1.0 - 0.01 * hours + noise, np.ones(24))
+    assert found is not None
+    assert found.lost == pytest.approx(0.23, abs=0.04)
+    assert found.t > 4
+    flat = drift.slide(hours, 1.0 + noise, np.ones(24))
+    assert flat is None or flat.t < 4
+    assert drift.slide(hours[:5], hours[:5], np.ones(5)) is None
+
+
+def write(db: Database, folder: Path, records: list[TraceRecord]) -> None:
+    writer = TraceWriter(db, Spill(folder, 10**8), TelemetrySettings())
+    for seq, start in enumerate(range(0, len(records), 500), start=1):
+        writer._transaction(Batch(writer._writer_id, seq, records[start : start + 500]))
+
+
+def served(db: Database, kind: ProposerKind = ProposerKind.NGRAM) -> int:
+    with db.write() as session:
+        version = policies.register(session, digest=kind.value, kind=kind, num_speculative_tokens=4, manifest={})
+        arms: tuple[Arm, ...] = ()
+        plans.append(session, champion=version.version, fallback=version.version, arms=arms, actor="t", reason="t")
+    return version.version
+
+
+def day(version: int, late_class: str, long: int) -> list[TraceRecord]:
+    """Twenty-five hours of requests; in the last one another class turns up, and prompts are of another length."""
+    made = []
+    for number in range(2_000):
+        at = NOW - timedelta(hours=25) + timedelta(seconds=number * 45)
+        last = at >= NOW - timedelta(hours=1)
+        name = late_class if last and number % 3 == 0 else "chat"
+        made.append(
+            record(number, 9, started_at=at, policy_version=version, traffic_class=name, status="ok", tenant="acme",
+                   prompt_tokens=long if last else 40, output_tokens=30 + number % 7)
+        )  # fmt: skip
+    for extra in range(400):
+        at = NOW - timedelta(minutes=40) + timedelta(seconds=extra)
+        made.append(record(extra, 10, started_at=at, policy_version=version, traffic_class="chat", status="ok",
+                           tenant="acme", prompt_tokens=long, output_tokens=30 + extra % 7))  # fmt: skip
+    return made
+
+
+def test_findings_are_rows_that_are_kept_up_to_date_and_end(db: Database, tmp_path: Path) -> None:
+    version = served(db)
+    write(db, tmp_path, day(version, "translation", 500))
+    monitor.look(db, NOW)
+    monitor.look(db, NOW + timedelta(minutes=1))
+    with db.read() as session:
+        rows = found.findings(session, NOW - timedelta(hours=1), NOW + timedelta(hours=1))
+    kinds = {(row["kind"], row["quantity"]) for row in rows}
+    assert ("input", "prompt length") in kinds
+    assert ("new_traffic", "class translation") in kinds
+    assert ("input", "output length") not in kinds
+    assert len(rows) == len({(r["kind"], r["quantity"], r["traffic_class"]) for r in rows}), "found twice is one row"
+    assert all(row["ended_at"] is None and row["statistic"] > row["threshold"] for row in rows)
+    monitor.look(db, NOW + timedelta(hours=30))
+    with db.read() as session:
+        rows = found.findings(session, NOW, NOW + timedelta(hours=31))
+    assert all(row["ended_at"] is not None for row in rows)
+
+
+def test_the_same_traffic_as_yesterday_is_no_finding(db: Database, tmp_path: Path) -> None:
+    write(db, tmp_path, day(served(db), "chat", 40))
+    with db.read() as session:
+        assert [finding.kind for finding in monitor.findings(session, NOW)] == []
+
+
+@pytest.mark.parametrize(("kind", "alarms"), [(ProposerKind.NGRAM, 1), (ProposerKind.NONE, 0)])
+def test_silent_death_alarms_except_where_nothing_is_drafted_on_purpose(
+    db: Database, tmp_path: Path, kind: ProposerKind, alarms: int
+) -> None:
+    version = served(db, kind)
+    dead = {"steps": 20, "drafted": 80, "accepted": 0, "status": "ok", "traffic_class": "code"}
+    write(db, tmp_path, [
+        record(n, 4, started_at=NOW - timedelta(minutes=5, seconds=n), policy_version=version, **dead)
+        for n in range(60)
+    ])  # fmt: skip
+    with db.read() as session:
+        deaths = [finding for finding in monitor.findings(session, NOW) if finding.kind == "silent_death"]
+    assert len(deaths) == alarms
+    assert all(finding.traffic_class == "code" for finding in deaths)

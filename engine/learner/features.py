@@ -13,11 +13,10 @@ import torch
 from torch import Tensor
 
 from engine.contracts import SlipstreamError
-from engine.model.batch import Row, build_batch
-from engine.model.kv_cache import KVCache
 from engine.model.llama import Llama
+from engine.model.states import hidden_states
 
-CHUNK = 512
+ROWS = 128
 KEPT = torch.bfloat16
 """Features are kept in two bytes a number: a buffer of conversations must fit beside the engine."""
 
@@ -51,24 +50,6 @@ def can_teach(prompt_ids: Sequence[int], output_ids: Sequence[int]) -> bool:
     return len(prompt_ids) >= 1 and len(output_ids) >= 2
 
 
-@torch.inference_mode()
-def hidden_states(model: Llama, token_ids: Sequence[int], aux_layers: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """(last hidden states [n, hidden] before the norm, outputs of ``aux_layers`` [n, len * hidden]) by one prefill."""
-    n = len(token_ids)
-    if n > model.config.max_position:
-        raise SlipstreamError(f"A sequence of {n} tokens is longer than the target's {model.config.max_position}.")
-    cache = KVCache(model.config, 1, n, model.dtype, model.device)
-    last, aux = [], []
-    for start in range(0, n, CHUNK):
-        row = Row(0, start, token_ids[start : start + CHUNK])
-        batch = build_batch([], [row], n, model.config.group_size, model.dtype, model.device)
-        x, states = model.forward_with_aux(batch, cache, aux_layers)
-        assert states is not None
-        last.append(x)
-        aux.append(states)
-    return torch.cat(last), torch.cat(aux)
-
-
 def example(
     model: Llama, prompt_ids: Sequence[int], output_ids: Sequence[int], aux_layers: Sequence[int], kept: torch.dtype
 ) -> Example:
@@ -80,7 +61,7 @@ def example(
     begin = len(prompt_ids) - 1
     with torch.inference_mode():
         said = model.normed(last[begin + 1 : len(ids) - 1])
-        log_z = torch.cat([(part @ model.head.t()).float().logsumexp(-1) for part in said.split(CHUNK // 4)])
+        log_z = torch.cat([(part @ model.head.t()).float().logsumexp(-1) for part in said.split(ROWS)])
     # Copies made outside inference mode: autograd may not keep what was made inside.
     return Example(
         torch.tensor(ids), begin, _copy(aux[: len(ids) - 2], kept), _copy(said, kept), _copy(log_z, torch.float32)

@@ -17,6 +17,7 @@ from engine.speculation.memory import MEMORY_FILE, TraceMemory, TraceMemoryDraft
 from engine.speculation.neural import NeuralDrafter, check_survival, make_pool, propose_together
 from engine.speculation.neural_file import SHAPE_FILE, WEIGHTS_FILE, DraftFile, unpack
 from engine.speculation.proposer import PolicyError, read_settings, unbound
+from engine.speculation.rehearsal import RehearsedDrafter, rehearse
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -80,9 +81,35 @@ class BoundHybrid:
     def end(self, drafter: HybridDrafter) -> None:
         self.pool.end(drafter.drafting.state)
 
+    def rehearse(self, prompt_ids: Sequence[int], output_ids: Sequence[int], traffic_class: str) -> RehearsedHybrid:
+        rehearsal = rehearse(self.pool.network, prompt_ids, output_ids, self.num_speculative_tokens)
+        return RehearsedHybrid(
+            self.policy.memory.start(prompt_ids, traffic_class), RehearsedDrafter(rehearsal, self.pool.min_survival)
+        )
+
     @property
     def in_use(self) -> int:
         return self.pool.in_use
+
+
+class RehearsedHybrid:
+    """A hybrid's drafter over a stored response (``rehearsal``)."""
+
+    def __init__(self, remembering: TraceMemoryDrafter, rehearsed: RehearsedDrafter) -> None:
+        self.remembering, self.rehearsed = remembering, rehearsed
+        self.confidence: Sequence[float] = ()
+
+    def propose(self, k: int) -> list[int]:
+        for drafter in (self.remembering, self.rehearsed):
+            if draft := drafter.propose(k):
+                self.confidence = drafter.confidence
+                return draft
+        self.confidence = ()
+        return []
+
+    def observe(self, tokens: Sequence[int]) -> None:
+        self.remembering.observe(tokens)
+        self.rehearsed.observe(tokens)
 
 
 def _propose(pool: DraftPool, wants: Sequence[tuple[HybridDrafter, int]]) -> list[list[int]]:

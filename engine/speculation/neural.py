@@ -15,6 +15,7 @@ from engine.speculation.control import DEFAULT_CONTROL, ControlSettings
 from engine.speculation.draft_pool import DraftPool, DraftState, Want
 from engine.speculation.neural_file import SHAPE_FILE, WEIGHTS_FILE, DraftFile, unpack
 from engine.speculation.proposer import PolicyError, read_settings, unbound
+from engine.speculation.rehearsal import RehearsedDrafter, rehearse
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -77,6 +78,10 @@ class BoundNeural:
 
     def end(self, drafter: NeuralDrafter) -> None:
         self.pool.end(drafter.state)
+
+    def rehearse(self, prompt_ids: Sequence[int], output_ids: Sequence[int], traffic_class: str) -> RehearsedDrafter:
+        rehearsal = rehearse(self.pool.network, prompt_ids, output_ids, self.num_speculative_tokens)
+        return RehearsedDrafter(rehearsal, self.pool.min_survival)
 
     @property
     def in_use(self) -> int:

@@ -79,6 +79,9 @@ class HiddenReader(Protocol):
 
     def end(self, drafter: Any) -> None: ...
 
+    def rehearse(self, prompt_ids: Sequence[int], output_ids: Sequence[int], traffic_class: str) -> Drafter:
+        """A drafter for the replay of a stored response, which needs no states: it has computed them."""
+
     @property
     def in_use(self) -> int:
         """Requests that hold a place."""

@@ -1,4 +1,4 @@
-"""What a deterministic proposer would have earned on a stored greedy response, without the target.
+"""What a deterministic proposer would have earned on a stored greedy response, without decoding it again.
 
 Greedy verification accepts a drafted token exactly when it equals the token the target chose, and the stored response
 is what it chose; so the counts are those that the runner would have made (a test holds the two together).
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from engine.contracts import SpecCounts, VerifyStep
 from engine.speculation.control import KController, Offer
-from engine.speculation.proposer import Proposer
+from engine.speculation.proposer import Drafter, HiddenReader, Proposer
 
 
 def replay(
@@ -28,7 +28,7 @@ def replay(
     """
     limit = proposer.num_speculative_tokens if k is None else k
     counts = SpecCounts()
-    drafter = proposer.start(prompt_ids, traffic_class)
+    drafter = _drafter(proposer, prompt_ids, output_ids, traffic_class)
     drafter.observe(output_ids[:1])  # the first token comes from the prefill
     done = 1
     while done < len(output_ids):
@@ -48,15 +48,16 @@ def replay_controlled(
     prompt_ids: Sequence[int],
     output_ids: Sequence[int],
     max_tokens: int,
+    draft_pass_s: float = 0.0,
 ) -> tuple[SpecCounts, float]:
     """The same with the engine's K control, one request at a time: (counts, seconds of its target passes).
 
     ``controller`` must have costs; it remembers what ``version`` was worth in the class, from one call to the next. The
-    seconds are those costs, not measured here; without the time drafting takes.
+    seconds are those costs, not measured here, and ``draft_pass_s`` for each pass that a neural draft makes.
     """
     assert controller.costs is not None
     row, counts, seconds = controller.row(version, traffic_class, proposer.control), SpecCounts(), 0.0
-    drafter = proposer.start(prompt_ids, traffic_class)
+    drafter = _drafter(proposer, prompt_ids, output_ids, traffic_class)
     drafter.observe(output_ids[:1])
     done = 1
     while done < len(output_ids):
@@ -72,7 +73,16 @@ def replay_controlled(
         counts.add(step)
         seconds += controller.costs(1 + k)
         done += step.emitted
-    return counts, seconds
+    passes: int = getattr(drafter, "passes", 0)
+    return counts, seconds + passes * draft_pass_s
+
+
+def _drafter(
+    proposer: Proposer, prompt_ids: Sequence[int], output_ids: Sequence[int], traffic_class: str
+) -> Drafter:
+    if isinstance(proposer, HiddenReader):
+        return proposer.rehearse(prompt_ids, output_ids, traffic_class)
+    return proposer.start(prompt_ids, traffic_class)
 
 
 def verify_stored(draft: Sequence[int], truth: Sequence[int]) -> VerifyStep:

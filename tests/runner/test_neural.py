@@ -13,6 +13,7 @@ from engine.speculation.draft_pool import DraftPool
 from engine.speculation.hybrid import HybridProposer
 from engine.speculation.neural_file import DraftFile
 from engine.speculation.proposer import Proposer
+from engine.speculation.replay import replay
 from tests.runner.drafts import CopyPool, DreamingPool, LatePool, neural, random_draft, trained_draft
 from tests.runner.driving import MEMORY, NGRAM, NONE, Scripted, alone, engine_of, memory_of, request, run
 from tests.runner.test_exactness import prompts
@@ -119,6 +120,23 @@ def test_a_trained_draft_is_worth_what_training_says_and_faults_show(
     assert sound > 2.0
     assert accepted(tiny, plain, trained, LatePool) < 0.8 * sound
     assert accepted(tiny, plain, trained, DreamingPool) < 0.97 * sound
+
+
+@pytest.mark.parametrize("version", [WILD, TRAINED, HYBRID])
+def test_replay_counts_what_the_runner_counts(
+    tiny: Target, plain: list[RequestResult], proposers: dict[int, Proposer], version: int
+) -> None:
+    """Chains from all places at once against drafting step by step with keys and values in a cache."""
+    bound = engine_of(tiny, proposers)._proposers[version]
+    for i, want in enumerate(plain[:5]):
+        limit = (LONG, 7)[i % 2]
+        result = alone(tiny, request("x", want.payload.prompt_ids, version, max_tokens=limit), proposers)
+        ids = result.payload.prompt_ids, result.payload.output_ids
+        for given in (limit, None):  # without a limit drafts reach past the end, and only more is drafted
+            counts = replay(bound, "chat", *ids, max_tokens=given)
+            if given is not None:
+                assert counts == result.counts, i
+            assert (counts.steps, counts.accepted) >= (result.counts.steps, result.counts.accepted)
 
 
 def test_places_are_given_back(tiny: Target, proposers: dict[int, Proposer]) -> None:

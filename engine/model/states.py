@@ -1,0 +1,33 @@
+"""The target's hidden states of known tokens, by one prefill."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from engine.contracts import SlipstreamError
+from engine.model.batch import Row, build_batch
+from engine.model.kv_cache import KVCache
+from engine.model.llama import Llama
+
+CHUNK = 512
+
+
+@torch.inference_mode()
+def hidden_states(model: Llama, token_ids: Sequence[int], aux_layers: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """(last hidden states [n, hidden] before the norm, outputs of ``aux_layers`` [n, len * hidden])."""
+    n = len(token_ids)
+    if n > model.config.max_position:
+        raise SlipstreamError(f"A sequence of {n} tokens is longer than the target's {model.config.max_position}.")
+    cache = KVCache(model.config, 1, n, model.dtype, model.device)
+    last, aux = [], []
+    for start in range(0, n, CHUNK):
+        row = Row(0, start, token_ids[start : start + CHUNK])
+        batch = build_batch([], [row], n, model.config.group_size, model.dtype, model.device)
+        x, states = model.forward_with_aux(batch, cache, aux_layers)
+        assert states is not None
+        last.append(x)
+        aux.append(states)
+    return torch.cat(last), torch.cat(aux)

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from engine.cli import bench, explain, policies, query, rollouts, services, store, system
+from engine.cli import bench, drafts, explain, policies, query, rollouts, services, store, system
 from engine.contracts import SlipstreamError
 from engine.settings import load_settings
 
@@ -26,6 +26,7 @@ system.add(app)
 services.add(app)
 rollouts.add(app)
 policies.add(app)
+drafts.add(policies.policy)
 query.add(app)
 explain.add(app)
 store.add(app)

@@ -9,12 +9,13 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
-from engine.contracts import SlipstreamError
+from engine.contracts import ProposerKind, SlipstreamError
 from engine.learner import checkpoint
 from engine.learner.evaluate import ClassAcceptance, acceptance
 from engine.learner.feature_cache import Conversation, cached_examples
@@ -22,10 +23,12 @@ from engine.learner.features import Example, can_teach
 from engine.learner.trainer import Progress, Trainer, TrainOptions, choose_vocabulary, fresh_weights
 from engine.model.draft import DraftConfig
 from engine.model.loading import Target
+from engine.speculation.artifact import build_artifact
 from engine.speculation.neural_file import pack
 
 CHECKPOINT = "checkpoint.safetensors"
 HELD_OUT_SHARE = 0.06
+REPORT_EVERY = 20
 FROM_SCRATCH = TrainOptions(lr=1e-3, lr_end=5e-4, slots_per_step=1024, warmup=40)
 Say = Callable[[str], None]
 
@@ -86,7 +89,7 @@ def train_static(
     clock: Callable[[], float] = time.monotonic,
 ) -> StaticDraft | None:
     """The draft, or None when ``plan.minutes`` ran out first: call again to go on."""
-    began, until = time.process_time(), clock() + plan.minutes * 60
+    until = clock() + plan.minutes * 60
     config = DraftConfig.of_target(target.config, min(plan.vocab_size, target.config.vocab_size))
     examples = _examples(target, conversations, config, folder, say, lambda: clock() > until)
     if examples is None:
@@ -99,30 +102,43 @@ def train_static(
     steps = -(-sum(e.num_slots for e in train) // plan.options.slots_per_step)
     options = replace(plan.options, total_steps=steps * plan.epochs)
     trainer = Trainer(target.model, config, fresh_weights(config, target.model, plan.seed), vocabulary, options)
-    place: dict[str, Any] = {"digest": _digest(target, conversations, config, options, plan), "epoch": 0, "cpu_s": 0.0}
-    path = folder / CHECKPOINT
-    if path.exists():
-        state, found = checkpoint.load(path, trainer.optimizer.state_dict()["param_groups"])
-        if found["digest"] != place["digest"]:
-            raise SlipstreamError(f"{path} belongs to another training. Remove it, or give another folder.")
-        trainer.load_state(state)
-        place = found
-    spent = float(place["cpu_s"])
+    began = clock()
+    run = _Run(folder / CHECKPOINT, trainer, _digest(target, conversations, config, options, plan))
     held = [(c.traffic_class, e) for c, e in pairs if is_held_out(c)]
-    for epoch in range(int(place["epoch"]), plan.epochs):
-        if clock() > until:
-            return None
-        _epoch(trainer, train, plan.seed * 1_000 + epoch, epoch, say)
+    for epoch in range(run.epoch, plan.epochs):
+        for done in trainer.epoch(train, plan.seed * 1_000 + epoch, skip=run.batch):
+            run.count(done)
+            over = clock() > until
+            if run.batch % REPORT_EVERY == 0 or over:
+                say(run.line(clock() - began))
+                run.save()
+            if over:
+                return None
         by_class = acceptance(trainer.network, held)
         say(f"epoch {epoch + 1}/{plan.epochs}: held out " + ", ".join(f"{n} {a}" for n, a in by_class.items()))
-        place |= {"epoch": epoch + 1, "cpu_s": spent + time.process_time() - began}
-        checkpoint.save(path, trainer.state(), place)
+        run.next_epoch()
     return StaticDraft(
         pack(config, trainer.weights, vocabulary),
         acceptance(trainer.network, held),
         trainer.steps,
         len(train),
-        float(place["cpu_s"]),
+        run.cpu_s,
+    )
+
+
+def policy_files(draft: StaticDraft, target: Target, num_speculative_tokens: int) -> dict[str, bytes]:
+    """A neural policy of the draft, for this target only."""
+    return build_artifact(
+        ProposerKind.NEURAL,
+        num_speculative_tokens,
+        files=draft.files,
+        target_fingerprint=target.fingerprint,
+        tokenizer_fingerprint=target.tokenizer_fingerprint,
+        lineage={
+            "static": {"conversations": draft.conversations, "steps": draft.steps},
+            "held_out": {name: asdict(counts) for name, counts in draft.held_out.items()},
+            "code": f"slipstream {version('slipstream')}",
+        },
     )
 
 
@@ -144,17 +160,45 @@ def _examples(
     return cached_examples(folder / f"features-{name}", target.model, conversations, config.aux_layers, due)
 
 
-def _epoch(trainer: Trainer, train: Sequence[Example], seed: int, epoch: int, say: Say) -> None:
-    total, began = Progress(right=[0] * trainer.options.depth), time.monotonic()
-    for done in trainer.epoch(train, seed):
-        total.steps, total.slots, total.rows = total.steps + 1, total.slots + done.slots, total.rows + done.rows
-        total.loss += done.loss
-        total.right = [a + b for a, b in zip(total.right, done.right, strict=True)]
-        if total.steps % 10 == 0:
-            say(
-                f"epoch {epoch + 1}, step {trainer.steps}: loss {total.loss / total.steps:.3f}, acceptance length "
-                f"{total.acceptance_length:.3f}, {total.slots / (time.monotonic() - began):.0f} tokens/s"
-            )
+class _Run:
+    """Where a training is, and its checkpoint."""
+
+    def __init__(self, path: Path, trainer: Trainer, digest: str) -> None:
+        self.path, self.trainer, self.digest = path, trainer, digest
+        self.epoch = self.batch = 0
+        self.cpu_s, self._since = 0.0, time.process_time()
+        self.recent: deque[Progress] = deque(maxlen=20)
+        self._slots = 0
+        if not path.exists():
+            return
+        state, place = checkpoint.load(path, trainer.optimizer.state_dict()["param_groups"])
+        if place["digest"] != digest:
+            raise SlipstreamError(f"{path} belongs to another training. Remove it, or give another folder.")
+        trainer.load_state(state)
+        self.epoch, self.batch, self.cpu_s = place["epoch"], place["batch"], place["cpu_s"]
+
+    def count(self, done: Progress) -> None:
+        self.recent.append(done)
+        self.batch += 1
+        self._slots += done.slots
+
+    def next_epoch(self) -> None:
+        self.epoch, self.batch = self.epoch + 1, 0
+        self.save()
+
+    def save(self) -> None:
+        self.cpu_s, self._since = self.cpu_s + time.process_time() - self._since, time.process_time()
+        place = {"digest": self.digest, "epoch": self.epoch, "batch": self.batch, "cpu_s": self.cpu_s}
+        checkpoint.save(self.path, self.trainer.state(), place)
+
+    def line(self, seconds: float) -> str:
+        """The last steps, and the speed of this call."""
+        rows, right = sum(p.rows for p in self.recent), sum(sum(p.right) for p in self.recent)
+        loss = sum(p.loss for p in self.recent) / len(self.recent)
+        return (
+            f"epoch {self.epoch + 1}, step {self.trainer.steps}: loss {loss:.3f}, acceptance length of chains "
+            f"{1 + right / rows:.3f}, {self._slots / max(seconds, 1e-9):.0f} tokens/s"
+        )
 
 
 def _digest(

@@ -99,10 +99,15 @@ class Trainer:
         self.steps = 0
         self._usual: float | None = None  # what the loss has been lately
 
-    def epoch(self, examples: Sequence[Example], seed: int) -> Iterator[Progress]:
-        """One pass over ``examples`` in an order made from ``seed``; what each optimiser step did, as it is done."""
+    def epoch(self, examples: Sequence[Example], seed: int, skip: int = 0) -> Iterator[Progress]:
+        """One pass over ``examples`` in an order made from ``seed``; what each optimiser step did, as it is done.
+
+        A pass that was interrupted goes on after its first ``skip`` steps.
+        """
         order = np.random.default_rng(seed).permutation(len(examples))
-        for batch in batches([examples[i] for i in order], self.options.slots_per_step):
+        for number, batch in enumerate(batches([examples[i] for i in order], self.options.slots_per_step)):
+            if number < skip:
+                continue
             began = self.clock()
             yield self.step(batch)
             if self.options.duty < 1:
@@ -152,6 +157,8 @@ class Trainer:
         total = fused.new_zeros(())
         for s, output in enumerate(outputs):
             rows = torch.nonzero(batch.offset >= s)[:, 0]
+            if not rows.numel():  # responses shorter than the chain
+                break
             on_path = chained[rows]
             weight = self.options.decay**s
 
@@ -229,18 +236,27 @@ def batches(examples: Sequence[Example], slots: int) -> Iterator[list[Example]]:
 
 
 def fresh_weights(config: DraftConfig, target: Llama, seed: int) -> dict[str, Tensor]:
-    """Where training starts: normal weights, the target's last norm, and a fuse that lets the high layer through."""
-    generator = torch.Generator().manual_seed(seed)
+    """Where training starts: the target's last layer over its high state, and normal weights for what is new.
+
+    Half the loss of the first hundred steps is saved by not starting from nothing (docs/log.md).
+    """
+    generator, h = torch.Generator().manual_seed(seed), config.hidden_size
     weights = {}
     for name, shape in config.shapes.items():
         if len(shape) == 1:
             weights[name] = torch.ones(shape, dtype=target.dtype)
         else:
-            weights[name] = torch.randn(shape, generator=generator, dtype=torch.float64).mul_(0.02).to(target.dtype)
-    weights["fuse"] *= 0.2
+            weights[name] = torch.randn(shape, generator=generator, dtype=torch.float64).mul_(0.01).to(target.dtype)
     weights["norm"] = target.norm.detach().cpu().clone()
-    h = config.hidden_size
     weights["fuse"][:, -h:] += torch.eye(h, dtype=target.dtype)
+    last = target.layers[-1]
+    taken = {"out": last.out, "gate_up": last.gate_up, "down": last.down}
+    taken |= {"hidden_norm": last.attention_norm, "mlp_norm": last.mlp_norm}
+    for name, tensor in taken.items():
+        if tuple(tensor.shape) == config.shapes[name]:
+            weights[name] = tensor.detach().cpu().clone()
+    if tuple(last.qkv.shape) == (config.shapes["qkv"][0], h):
+        weights["qkv"][:, h:] += last.qkv.detach().cpu()
     return weights
 
 

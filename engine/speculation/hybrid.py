@@ -107,6 +107,10 @@ class RehearsedHybrid:
         self.confidence = ()
         return []
 
+    @property
+    def passes(self) -> int:
+        return self.rehearsed.passes
+
     def observe(self, tokens: Sequence[int]) -> None:
         self.remembering.observe(tokens)
         self.rehearsed.observe(tokens)

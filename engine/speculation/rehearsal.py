@@ -60,6 +60,7 @@ class RehearsedDrafter:
     def __init__(self, rehearsal: Rehearsal, min_survival: float) -> None:
         self.rehearsal, self.min_survival = rehearsal, min_survival
         self.confidence: list[float] = []
+        self.passes = 0  # that the draft itself would have made for what it was asked
         self._observed = 0
 
     def propose(self, k: int) -> list[int]:
@@ -70,6 +71,7 @@ class RehearsedDrafter:
             if survival < self.min_survival:
                 break
             self.confidence.append(chance)
+        self.passes += min(k, len(self.confidence) + 1)
         return self.rehearsal.tokens[place][: len(self.confidence)]
 
     def observe(self, tokens: Sequence[int]) -> None:

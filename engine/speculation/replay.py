@@ -77,9 +77,7 @@ def replay_controlled(
     return counts, seconds + passes * draft_pass_s
 
 
-def _drafter(
-    proposer: Proposer, prompt_ids: Sequence[int], output_ids: Sequence[int], traffic_class: str
-) -> Drafter:
+def _drafter(proposer: Proposer, prompt_ids: Sequence[int], output_ids: Sequence[int], traffic_class: str) -> Drafter:
     if isinstance(proposer, HiddenReader):
         return proposer.rehearse(prompt_ids, output_ids, traffic_class)
     return proposer.start(prompt_ids, traffic_class)

@@ -73,6 +73,14 @@ def count_figure(name: str, events: int, trials: int, unit: str) -> Figure:
     return Figure(name, float(events), float(interval.low * trials), float(interval.high * trials), trials, unit)
 
 
+def share_figure(name: str, events: int, trials: int) -> Figure:
+    """A share with its Clopper–Pearson interval."""
+    from scipy.stats import binomtest
+
+    interval = binomtest(events, trials).proportion_ci(method="exact")
+    return Figure(name, events / trials, float(interval.low), float(interval.high), trials, "share")
+
+
 def machine() -> str:
     """Processor, cores this process may use, memory: what the figures were measured on."""
     model = platform.processor() or platform.machine()

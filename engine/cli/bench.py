@@ -158,6 +158,18 @@ def _named_folder(text: str) -> tuple[str, Path]:
     return name, Path(folder)
 
 
+@bench.command()
+def rollouts(
+    quick: Annotated[bool, typer.Option("--quick/--full", help="200 rollouts with identical arms, or 2,000")] = True,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Simulated rollouts: false rollbacks of an equal canary, requests until a worse one is found, and naive rules."""
+    from engine.bench.rollouts import run
+
+    _show(run(quick, seed, _progress), as_json)
+
+
 def _progress(line: str) -> None:
     sys.stderr.write(line + "\n")
 

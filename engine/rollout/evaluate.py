@@ -97,7 +97,7 @@ def _tokens_per_step(guard: TokensPerStep, alpha: float, arms: Arms) -> GuardRes
     diff = statistics.difference(canary, control)
     known = np.minimum(canary.n, control.n) >= guard.min_requests
     each = np.where(known, statistics.log_e_below(diff, 0.0, rho), 0.0)
-    log_e = statistics.log_mean(list(each))
+    log_e = statistics.log_mean(each[0], list(each[1:]))
     failed = log_e >= limit
     at = arms.worst(each) if failed else 0
     width = float(statistics.half_width(_entry(diff, at), rho, alpha))
@@ -121,7 +121,7 @@ def _tokens_per_step(guard: TokensPerStep, alpha: float, arms: Arms) -> GuardRes
             line,
             verdict=Verdict.FAIL,
             reason=f"{_where(line.segment)}the canary commits {line.canary:.3f} tokens per verify step, the control "
-            f"{line.control:.3f}, over {line.n_canary} and {line.n_control} requests",
+            f"{line.control:.3f}, over {line.n_canary} and {line.n_control} requests" + _worst_said(line),
         )
     if not known[0]:
         return replace(line, reason=f"needs {guard.min_requests} requests per arm with a verify step")
@@ -146,7 +146,7 @@ def _latency(guard: Latency, spec: RolloutSpec, arms: Arms) -> GuardResult:
         each = np.asarray(statistics.log_e_below(diff, 0.0, rho))
     else:
         each = np.array([quantiles.certified(p, guard.quantile, guard.margin) if p is not None else 0.0 for p in pairs])
-    log_e = statistics.log_mean(list(each))
+    log_e = statistics.log_mean(each[0], list(each[1:]))
     failed = log_e >= limit
     at = arms.worst(each) if failed else 0
     slow, usual = (arm[at].quantile(guard.metric, guard.quantile) for arm in (arms.canary, arms.control))
@@ -172,7 +172,7 @@ def _latency(guard: Latency, spec: RolloutSpec, arms: Arms) -> GuardResult:
     if failed and slow is not None and usual is not None:
         reason = f"{_where(line.segment)}p{guard.quantile * 100:g} of {guard.metric} is {slow:.3g} s on the canary, "
         reason += f"{usual:.3g} s on the control, more than {guard.margin:.0%} slower"
-        return replace(line, verdict=Verdict.FAIL, reason=reason)
+        return replace(line, verdict=Verdict.FAIL, reason=reason + _worst_said(line))
     if min(line.n_canary, line.n_control) < spec.min_requests:
         return replace(line, verdict=Verdict.INSUFFICIENT, reason=f"needs {spec.min_requests} requests per arm")
     return line
@@ -182,7 +182,7 @@ def _events(guard: Errors | Timeouts | Retries | Mismatches, spec: RolloutSpec, 
     limit = -log(spec.guard_alpha())
     met, usual = ([getattr(segment, guard.counted) for segment in arm] for arm in (arms.canary, arms.control))
     each = np.asarray(statistics.log_e_binomial(np.array(met), np.array(usual)))
-    log_e = statistics.log_mean(list(each))
+    log_e = statistics.log_mean(each[0], list(each[1:]))
     failed = log_e >= limit
     at = arms.worst(each) if failed else 0
     canary, control = arms.canary[at], arms.control[at]
@@ -202,7 +202,7 @@ def _events(guard: Errors | Timeouts | Retries | Mismatches, spec: RolloutSpec, 
     if failed:
         reason = f"{_where(line.segment)}{met[at]} keys met {guard.name} in {canary.requests} requests of the canary, "
         reason += f"{usual[at]} in {control.requests} of the control"
-        return replace(line, verdict=Verdict.FAIL, reason=reason)
+        return replace(line, verdict=Verdict.FAIL, reason=reason + _worst_said(line))
     if min(arms.canary[0].requests, arms.control[0].requests) < spec.min_requests:
         return replace(line, verdict=Verdict.INSUFFICIENT, reason=f"needs {spec.min_requests} requests per arm")
     return line
@@ -282,6 +282,10 @@ def _entry_moments(m: Moments, at: int = 0) -> Moments:
 def _scaled(m: Moments, by: float) -> Moments:
     """The moments of ``by``·x and y."""
     return Moments(m.n, m.x * by, m.y, m.xx * by * by, m.yy, m.xy * by)
+
+
+def _worst_said(line: GuardResult) -> str:
+    return f", worst in class {line.worst}" if line.segment == ALL and line.worst else ""
 
 
 def _where(segment: str) -> str:

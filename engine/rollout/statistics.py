@@ -10,11 +10,12 @@ normal and beta-binomial mixtures, Howard et al., arXiv 1810.08240.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy import special, stats
+from scipy import special
 
 Number = Any  # float, or a numpy array of floats: every function broadcasts
 MIN_PAIRS = 10
@@ -72,8 +73,8 @@ class Difference:
         """
         t = _quotient(self.estimate - at, self.se)
         freedom = np.maximum(np.asarray(self.pairs, float) - 1.0, 1.0)
-        tail = np.maximum(stats.t.sf(np.abs(t), freedom), 1e-300)
-        return np.sign(t) * stats.norm.isf(tail)
+        tail = np.maximum(special.stdtr(freedom, -np.abs(t)), 1e-300)
+        return -np.sign(t) * special.ndtri(tail)
 
 
 def difference(canary: Moments, control: Moments) -> Difference:
@@ -97,7 +98,7 @@ def log_e_below(diff: Difference, at: Number, rho: float) -> Number:
     share = diff.pairs * rho * rho
     shrink = share / (share + 1.0)
     z = -diff.z(at)
-    log_e = np.log(2.0) - 0.5 * np.log1p(share) + 0.5 * z * z * shrink + stats.norm.logcdf(z * np.sqrt(shrink))
+    log_e = np.log(2.0) - 0.5 * np.log1p(share) + 0.5 * z * z * shrink + special.log_ndtr(z * np.sqrt(shrink))
     known = (np.asarray(diff.pairs) >= MIN_PAIRS) & (np.asarray(diff.se) > 0)
     return np.where(known, log_e, 0.0)
 
@@ -110,7 +111,7 @@ def half_width(diff: Difference, rho: float, alpha: float) -> Number:
     share = diff.pairs * rho * rho
     z = np.sqrt(2.0 * (1.0 + _quotient(1.0, share)) * np.log1p(np.sqrt(share + 1.0) / (2.0 * alpha)))
     freedom = np.maximum(np.asarray(diff.pairs, float) - 1.0, 1.0)
-    t = stats.t.isf(np.maximum(stats.norm.sf(z), 1e-300), freedom)
+    t = -special.stdtrit(freedom, np.maximum(special.ndtr(-z), 1e-300))
     known = (np.asarray(diff.pairs) >= MIN_PAIRS) & (np.asarray(diff.se) > 0)
     return np.where(known, t * diff.se, np.inf)
 
@@ -145,9 +146,15 @@ def log_upper_beta(a: Number, b: Number, x: float) -> Number:
     return np.where(tiny, touching, special.betaln(a, b) + np.log(np.where(tiny, 1.0, share)))[()]
 
 
-def log_mean(log_e: list[float]) -> float:
-    """The mean of e-values is an e-value whatever their dependence; this is its logarithm. Of none: 0, no evidence."""
-    return float(special.logsumexp(log_e) - np.log(len(log_e))) if log_e else 0.0
+def log_mean(blend: float, classes: Sequence[float]) -> float:
+    """log of a mean of e-values: half its weight on the blend of all classes, the other half shared by the classes.
+
+    A mean of e-values is an e-value whatever their dependence. A class that appears later enters with E = 1, which
+    draws the mean towards 1 and never over a limit.
+    """
+    if not len(classes):
+        return float(blend)
+    return float(np.logaddexp(blend, np.logaddexp.reduce(classes) - np.log(len(classes))) - np.log(2.0))
 
 
 def _quotient(a: Number, b: Number) -> Number:

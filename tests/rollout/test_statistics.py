@@ -138,4 +138,8 @@ def test_without_data_there_is_no_evidence() -> None:
     none = statistics.difference(Moments(), Moments())
     assert statistics.log_e_below(none, 0.0, 0.1) == 0
     assert statistics.half_width(none, 0.1, 0.05) == np.inf
-    assert statistics.log_mean([]) == 0.0
+    assert statistics.log_mean(0.7, []) == 0.7
+
+
+def test_the_mean_gives_half_its_weight_to_the_blend() -> None:
+    assert statistics.log_mean(np.log(3.0), np.log([1.0, 5.0, 9.0])) == pytest.approx(np.log(0.5 * 3 + 0.5 * 5))

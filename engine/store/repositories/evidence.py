@@ -6,12 +6,14 @@ minute rollups' histograms, and only the minute in which a warm-up ended is read
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
+import numpy as np
 from sqlalchemy import text
 
 from engine.contracts import CANARY
@@ -65,7 +67,11 @@ class Segment:
     def quantile(self, metric: str, q: float) -> float | None:
         """Seconds; None of nothing."""
         indices, counts = self.latencies.get(metric, ((), ()))
-        return histogram.quantile(dict(zip(indices, counts, strict=True)), q)
+        if not len(indices):
+            return None
+        cumulated = np.cumsum(counts)
+        rank = math.floor(q * (int(cumulated[-1]) - 1))
+        return histogram.value(int(indices[int(np.searchsorted(cumulated, rank, side="right"))]))
 
 
 _STAGE = """

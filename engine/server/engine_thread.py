@@ -121,6 +121,8 @@ class EngineThread:
             if self.engine.has_work:
                 self._step()
                 self._end_overdue()
+                if not self.engine.has_work:
+                    self.engine.check_integrity()  # idle: whatever was lent is back, or this thread ends
 
     def _step(self) -> None:
         """One step. The engine contains a failure of the model; should it fail itself, what runs ends with it."""

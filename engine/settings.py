@@ -72,6 +72,10 @@ class TelemetrySettings(Section):
 
 class LearnerSettings(Section):
     enabled: bool = Field(True, description="whether `slipstream up` starts a learner")
+    kind: Literal["memory", "hybrid"] = Field(
+        "memory", description="what candidates are: a trace memory, or one beside a neural draft that is tuned"
+    )
+    tune_requests: PositiveInt = Field(96, description="requests that one candidate tunes its neural draft on")
     every_requests: PositiveInt = Field(
         80, description="a further candidate is made after this many new trainable requests"
     )

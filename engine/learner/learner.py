@@ -21,8 +21,7 @@ import numpy as np
 from sqlalchemy.exc import SQLAlchemyError
 
 from engine.contracts import PolicyVersion, SlipstreamError, artifact_digest
-from engine.learner import gate, memory, traces
-from engine.learner.memory import MemoryLearner
+from engine.learner import candidates, gate, traces
 from engine.learner.traces import NoTarget, ServedTarget, TraceBuffer
 from engine.registry.artifacts import ArtifactStore
 from engine.registry.publish import publish
@@ -89,7 +88,8 @@ class Learner:
         self.settings, self.db, self.store, self.clock = settings, db, store, clock
         self.rng = np.random.default_rng(seed)
         self.holder = f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:6]}"
-        self._buffer, self._memory = TraceBuffer(settings.learner.window_requests), MemoryLearner()
+        self._buffer = TraceBuffer(settings.learner.window_requests)
+        self._maker = candidates.maker(settings, db, store)
 
     def attempt_if_due(self) -> Attempt | None:
         """Take in what is new; then one attempt when there is enough and nothing is being tried. None otherwise."""
@@ -178,7 +178,7 @@ class Learner:
     ) -> Attempt:
         target, champion, wanted = situation.target, situation.champion, self.settings.learner
         with meter.part("learn"):
-            files = memory.build_memory(situation.train, target, wanted, champion.digest, self._memory)
+            files = self._maker.make(situation.train, target, champion)
         with self.db.read() as session:
             known = policies.by_digest(session, artifact_digest(files))
         if known is not None:
@@ -186,7 +186,14 @@ class Learner:
         with meter.part("gate"):
             resident = load_proposer(self.store.files(champion.digest), champion.digest, target.fingerprint)
             report = gate.examine(
-                files, resident, situation.held_out, target, wanted.worst_class_drop, self.rng, situation.alpha
+                files,
+                resident,
+                situation.held_out,
+                target,
+                wanted.worst_class_drop,
+                self.rng,
+                situation.alpha,
+                self._maker.replayer,
             )
         attempt = replace(attempt, reason="; ".join(report.reasons), gate=report.to_json())
         if not report.passed:
@@ -228,4 +235,4 @@ def build_candidate(settings: Settings, db: Database, now: datetime | None = Non
         train = TraceBuffer(settings.learner.window_requests).refresh(session, target.model)
         plan = plans.latest(session)
         parent = policies.get(session, plan.champion) if plan is not None else None
-    return memory.build_memory(train, target, settings.learner, parent.digest if parent else None)
+    return candidates.MemoryMaker(settings).make(train, target, parent)

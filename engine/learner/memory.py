@@ -103,7 +103,7 @@ def build_memory(
     """
     if not train:
         raise SlipstreamError("There is no trace to learn from: no trainable request with its tokens in the window.")
-    recipe, used = MemoryRecipe.of(settings), traces.lineage("train", train)
+    recipe = MemoryRecipe.of(settings)
     return build_artifact(
         ProposerKind.TRACE_MEMORY,
         settings.num_speculative_tokens,
@@ -117,16 +117,22 @@ def build_memory(
         target_fingerprint=target.fingerprint,
         tokenizer_fingerprint=target.tokenizer_fingerprint,
         parent=parent,
-        lineage={
-            "traces": len(train),
-            "trace_ids_sha256": trace_ids_digest(train),
-            "window_from": used.window_from.astimezone(UTC).isoformat(),
-            "window_to": used.window_to.astimezone(UTC).isoformat(),
-            "classes": dict(used.classes),
-            "memory": asdict(recipe),
-            "code": f"slipstream {version('slipstream')}",
-        },
+        lineage=memory_lineage(train, recipe),
     )
+
+
+def memory_lineage(train: Sequence[TrainableTrace], recipe: MemoryRecipe) -> dict[str, Any]:
+    """What the manifest says of the traces and how they were counted."""
+    used = traces.lineage("train", train)
+    return {
+        "traces": len(train),
+        "trace_ids_sha256": trace_ids_digest(train),
+        "window_from": used.window_from.astimezone(UTC).isoformat(),
+        "window_to": used.window_to.astimezone(UTC).isoformat(),
+        "classes": dict(used.classes),
+        "memory": asdict(recipe),
+        "code": f"slipstream {version('slipstream')}",
+    }
 
 
 def rebuild_memory(train: Sequence[TrainableTrace], manifest: Mapping[str, Any]) -> bytes:

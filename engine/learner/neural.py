@@ -1,0 +1,210 @@
+"""The second learner: a hybrid of a fresh trace memory and a neural draft, tuned on the traces that are newest.
+
+The draft is tuned from the champion's where that has one, else from the newest version that does: the static draft
+(``static``) in the beginning. The target's hidden states are computed again by prefill, in this process, which loads
+the target for it when it first learns.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from statistics import median
+
+import numpy as np
+import torch
+
+from engine.contracts import PolicyVersion, ProposerKind, SlipstreamError, SpecCounts
+from engine.learner.evaluate import acceptance
+from engine.learner.features import KEPT, can_teach, example
+from engine.learner.gate import Replayer
+from engine.learner.memory import MemoryLearner, MemoryRecipe, memory_lineage
+from engine.learner.traces import ServedTarget
+from engine.learner.trainer import Trainer, TrainOptions
+from engine.model.llama import Llama
+from engine.model.loading import load_target
+from engine.registry.artifacts import ArtifactStore
+from engine.settings import Settings
+from engine.speculation.artifact import build_artifact
+from engine.speculation.control import KController
+from engine.speculation.draft_pool import DraftPool, Want
+from engine.speculation.hybrid import HybridProposer
+from engine.speculation.memory import MEMORY_FILE
+from engine.speculation.neural import NeuralProposer
+from engine.speculation.neural_file import SHAPE_FILE, WEIGHTS_FILE, DraftFile, pack, unpack
+from engine.speculation.proposer import Proposer
+from engine.speculation.replay import replay, replay_controlled
+from engine.store.database import Database
+from engine.store.repositories import policies
+from engine.store.repositories.intake import TrainableTrace
+
+WITH_DRAFT = (ProposerKind.NEURAL, ProposerKind.HYBRID)
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class TuneRecipe:
+    """All that the tuning depends on beside traces and parent; kept in the manifest.
+
+    One pass over at most ``requests`` traces, half of them the newest, half drawn from the rest of the buffer.
+    """
+
+    requests: int = 96
+    lr: float = 3e-4
+    slots_per_step: int = 1024
+    first_rejection: float = 2.5
+    seed: int = 0
+
+    @property
+    def options(self) -> TrainOptions:
+        return TrainOptions(
+            lr=self.lr,
+            lr_end=self.lr,
+            warmup=2,
+            first_rejection=self.first_rejection,
+            slots_per_step=self.slots_per_step,
+            micro_slots=512,
+        )
+
+
+class HybridMaker:
+    def __init__(self, settings: Settings, db: Database, store: ArtifactStore, target: Llama | None = None) -> None:
+        self.settings, self.db, self.store = settings, db, store
+        self.recipe = TuneRecipe(requests=settings.learner.tune_requests)
+        self._memory, self._target = MemoryLearner(), target
+        self._replayer: TargetReplayer | None = None
+
+    @property
+    def replayer(self) -> Replayer | None:
+        return self._replayer
+
+    def make(
+        self, train: Sequence[TrainableTrace], target: ServedTarget, champion: PolicyVersion | None
+    ) -> dict[str, bytes]:
+        if not train:
+            raise SlipstreamError(
+                "There is no trace to learn from: no trainable request with its tokens in the window."
+            )
+        model = self._model(target)
+        parent = self._parent(target, champion)
+        draft = unpack({name: self.store.files(parent.digest)[name] for name in (SHAPE_FILE, WEIGHTS_FILE)})
+        memory, recipe = MemoryRecipe.of(self.settings.learner), self.recipe
+        tuned, curve = tune(model, draft, train, recipe)
+        return build_artifact(
+            ProposerKind.HYBRID,
+            self.settings.learner.num_speculative_tokens,
+            settings={"unit": memory.unit},
+            files={MEMORY_FILE: self._memory.learn(train, memory), **tuned},
+            target_fingerprint=target.fingerprint,
+            tokenizer_fingerprint=target.tokenizer_fingerprint,
+            parent=champion.digest if champion is not None else None,
+            lineage={**memory_lineage(train, memory), "draft": parent.digest, "tuning": asdict(recipe), "curve": curve},
+        )
+
+    def _model(self, target: ServedTarget) -> Llama:
+        if self._target is None:
+            torch.set_num_threads(1)
+            chosen = self.settings.engine
+            loaded = load_target(chosen.model, self.settings.dir("models"), "float32", "cpu", 1, log.info)
+            if loaded.fingerprint != target.fingerprint:
+                raise SlipstreamError(
+                    f"The replicas serve target {target.fingerprint[:12]}…, engine.model here is {chosen.model}, "
+                    f"{loaded.fingerprint[:12]}…. Start the learner with the model that is served."
+                )
+            self._target = loaded.model
+        self._replayer = self._replayer or TargetReplayer(self._target)
+        return self._target
+
+    def _parent(self, target: ServedTarget, champion: PolicyVersion | None) -> PolicyVersion:
+        """Whose draft is tuned: the champion's, else the newest there is for this target."""
+        with self.db.read() as session:
+            known = ([champion] if champion is not None else []) + policies.all_versions(session)
+        for version in known:
+            fits = version.manifest.get("target_fingerprint") == target.fingerprint
+            if version.kind in WITH_DRAFT and fits and version.retired_at is None:
+                return version
+        raise SlipstreamError(
+            "There is no neural draft to start from for this target. Make one: "
+            "`slipstream policy train-static --data conversations.jsonl --out DIR --register`."
+        )
+
+
+def tune(
+    model: Llama, draft: DraftFile, train: Sequence[TrainableTrace], recipe: TuneRecipe
+) -> tuple[dict[str, bytes], dict[str, float]]:
+    """(the draft's files after one pass over the chosen traces, acceptance length on them before and after)."""
+    chosen = [t for t in choose(train, recipe) if can_teach(t.prompt_ids, t.output_ids)]
+    trainer = Trainer(model, draft.config, draft.weights, draft.vocabulary, recipe.options)
+    examples = [example(model, t.prompt_ids, t.output_ids, draft.config.aux_layers, KEPT) for t in chosen]
+    right = rows = losses = steps = 0.0
+    for done in trainer.epoch(examples, recipe.seed):
+        right, rows = right + sum(done.right), rows + done.rows
+        losses, steps = losses + done.loss, steps + 1
+    after = acceptance(trainer.network, [("all", e) for e in examples[:16]], k=trainer.options.depth)
+    curve = {
+        "steps": steps,
+        "loss": losses / max(1, steps),
+        "chains_while_training": 1 + right / max(1, rows),
+        "seen_again": after["all"].acceptance_length if after else 1.0,
+    }
+    return pack(draft.config, trainer.weights, draft.vocabulary), curve
+
+
+def choose(train: Sequence[TrainableTrace], recipe: TuneRecipe) -> list[TrainableTrace]:
+    """The newest half of ``recipe.requests``, and as many of the others, by a draw that depends on the traces only."""
+    ordered = sorted(train, key=lambda t: t.ordinal)
+    newest = ordered[-(recipe.requests - recipe.requests // 2) :]
+    others = ordered[: -len(newest)]
+    key = hashlib.blake2b(b"".join(t.trace_id.bytes for t in ordered), digest_size=8, person=b"tune").digest()
+    rng = np.random.default_rng([recipe.seed, int.from_bytes(key, "big")])
+    picked = sorted(rng.permutation(len(others))[: recipe.requests // 2].tolist())
+    return [*(others[i] for i in picked), *newest]
+
+
+class TargetReplayer:
+    """The gate's replay for policies that draft from hidden states: by this process' own target.
+
+    A draft pass is charged with what it costs here, measured once per policy.
+    """
+
+    def __init__(self, target: Llama, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._target, self._clock = target, clock
+        self._bound: dict[int, tuple[Proposer, Proposer, float]] = {}  # by id; the policy itself keeps the id taken
+
+    def __call__(
+        self, proposer: Proposer, trace: TrainableTrace, controller: KController | None
+    ) -> tuple[SpecCounts, float]:
+        bound, pass_s = self._bind(proposer)
+        name, prompt, output = trace.traffic_class, trace.prompt_ids, trace.output_ids
+        if controller is None:
+            return replay(bound, name, prompt, output, max_tokens=trace.max_tokens), 0.0
+        return replay_controlled(bound, controller, 0, name, prompt, output, trace.max_tokens, pass_s)
+
+    def _bind(self, proposer: Proposer) -> tuple[Proposer, float]:
+        if id(proposer) not in self._bound:
+            bound, pass_s = proposer, 0.0
+            if isinstance(proposer, NeuralProposer | HybridProposer):
+                bound = proposer.bind(self._target, 1, self._target.config.max_position)
+                pass_s = draft_pass_s(bound.pool, self._clock)
+            self._bound = {**dict(list(self._bound.items())[-3:]), id(proposer): (proposer, bound, pass_s)}
+        _, bound, pass_s = self._bound[id(proposer)]
+        return bound, pass_s
+
+
+def draft_pass_s(pool: DraftPool, clock: Callable[[], float], repeats: int = 9, context: int = 64) -> float:
+    """Median seconds of one draft pass for one request."""
+    aux = torch.zeros(1, 3 * pool.network.config.hidden_size, dtype=pool.network.target.dtype)
+    state = pool.start([0] * context)
+    pool.feed([(state, 0, aux.expand(context - 1, -1))])
+    took = []
+    for _ in range(repeats + 1):
+        began = clock()
+        pool.propose([Want(state, 1)])
+        took.append(clock() - began)
+        state.tokens.append(0)
+        pool.feed([(state, len(state.tokens) - 2, aux)])
+    pool.end(state)
+    return median(took[1:])

@@ -1,0 +1,176 @@
+"""The second learner: a hybrid whose draft is tuned on recent traces, through the same gate."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+from uuid import UUID
+
+import numpy as np
+import pytest
+
+from engine.contracts import ProposerKind, artifact_digest
+from engine.learner.features import can_teach
+from engine.learner.neural import HybridMaker, TargetReplayer, TuneRecipe, choose, tune
+from engine.learner.trainer import choose_vocabulary, fresh_weights
+from engine.model.draft import DraftConfig
+from engine.model.loading import Target, load_target
+from engine.registry.publish import publish
+from engine.settings import LearnerSettings
+from engine.speculation.artifact import build_artifact, load_proposer
+from engine.speculation.control import KController
+from engine.speculation.neural_file import DraftFile, pack, unpack
+from engine.speculation.step_costs import StepCosts
+from engine.store.database import Database
+from engine.store.repositories import learning, policies
+from engine.store.repositories.intake import TrainableTrace
+from tests.learner.test_gate import COSTS
+from tests.learner.test_learner import NOW, World
+from tests.rollout import database_world as world
+from tests.runner.driving import alone, request
+from tests.tiny_model import write_tiny_model
+
+FINGERPRINT = "f" * 64
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Target:
+    folder: Path = tmp_path_factory.mktemp("tiny")
+    write_tiny_model(folder, seed=3)
+    return load_target(str(folder), folder, dtype="float64", threads=1)
+
+
+@pytest.fixture(scope="module")
+def draft(tiny: Target) -> DraftFile:
+    config = DraftConfig.of_target(tiny.config, 128)
+    return unpack(pack(config, fresh_weights(config, tiny.model, 0), choose_vocabulary([], 128, 512)))
+
+
+@pytest.fixture(scope="module")
+def said(tiny: Target) -> list[TrainableTrace]:
+    """What the target really answered, as traces."""
+    rng, found = random.Random(1), []
+    for i in range(6):
+        prompt = rng.choices(range(3, tiny.config.vocab_size), k=6)
+        output = alone(tiny, request(str(i), prompt, max_tokens=30)).payload.output_ids
+        found.append(TrainableTrace(i, UUID(int=i), NOW, "chat", i, prompt, output, 30))
+    return found
+
+
+def test_tuning_teaches_and_is_the_same_twice(tiny: Target, draft: DraftFile, said: list[TrainableTrace]) -> None:
+    recipe = TuneRecipe(requests=6, lr=1e-2, slots_per_step=60)
+    files, curve = tune(tiny.model, draft, said, recipe)
+    assert files == tune(tiny.model, draft, said, recipe)[0]
+    again = unpack(files)
+    for _ in range(8):
+        files, last = tune(tiny.model, again, said, recipe)
+        again = unpack(files)
+    assert last["loss"] < curve["loss"]
+    assert last["seen_again"] > curve["seen_again"]
+
+
+def test_the_newest_and_some_of_the_rest_are_chosen(said: list[TrainableTrace]) -> None:
+    many = [replace(said[0], ordinal=i, trace_id=UUID(int=i)) for i in range(100)]
+    chosen = choose(many[::-1], TuneRecipe(requests=20))
+    ordinals = [t.ordinal for t in chosen]
+    assert ordinals == sorted(set(ordinals))
+    assert ordinals[10:] == list(range(90, 100))
+    assert choose(many, TuneRecipe(requests=20)) == chosen
+    assert [t.ordinal for t in choose(many[:7], TuneRecipe(requests=20))] == list(range(7))
+    assert not can_teach([1], [2])
+
+
+def test_a_draft_pass_is_charged_where_it_is_made(tiny: Target, draft: DraftFile, said: list[TrainableTrace]) -> None:
+    files = build_artifact(ProposerKind.NEURAL, 3, files=pack_again(draft), target_fingerprint=FINGERPRINT,
+                           settings={"min_survival": 0.0})  # fmt: skip
+    policy, now = load_proposer(files, artifact_digest(files), FINGERPRINT), [0.0]
+
+    def clock() -> float:
+        now[0] += 0.5
+        return now[0]
+
+    replayer, control = (
+        TargetReplayer(tiny.model, clock),
+        KController(StepCosts({r: ms / 1e3 for r, ms in COSTS.items()})),
+    )
+    counts, seconds = replayer(policy, said[0], None)
+    assert (counts.drafted > 0, seconds) == (True, 0.0)
+    controlled, seconds = replayer(policy, said[0], control)
+    assert seconds > 0.5 * controlled.steps  # at least a pass of half a second for every step
+
+
+def pack_again(draft: DraftFile) -> dict[str, bytes]:
+    return pack(draft.config, draft.weights, draft.vocabulary)
+
+
+class HybridWorld(World):
+    """The same installation, learning hybrids for the tiny target; tokens are of its vocabulary."""
+
+    def __init__(self, db: Database, home: Path, tiny: Target) -> None:
+        super().__init__(db, home)
+        wanted = LearnerSettings(kind="hybrid", every_requests=40, min_requests=60, tune_requests=8)
+        self.settings = self.settings.model_copy(update={"learner": wanted})
+        self.vocab = tiny.config.vocab_size
+        self.learner._maker = HybridMaker(self.settings, db, self.store, tiny.model)
+
+    def serve(self, requests: int, **columns: object) -> None:
+        phrases = np.random.default_rng(3).integers(0, self.vocab, (6, 8)).tolist()
+        texts = [
+            (
+                ("chat", "code")[n % 2],
+                self.rng.integers(0, self.vocab, 5).tolist(),
+                [t for phrase in self.rng.integers(0, 6, 3) for t in phrases[phrase]],
+            )
+            for n in range(requests)
+        ]
+        self.now += timedelta(seconds=10)
+        world.remember(self.db, self.now, texts, self.rng, **columns)
+        self.now += timedelta(seconds=10)
+        self.beat()
+
+
+def test_a_hybrid_goes_through_the_gate_with_its_lineage(
+    db: Database, tmp_path: Path, tiny: Target, draft: DraftFile
+) -> None:
+    w = HybridWorld(db, tmp_path, tiny)
+    w.serve(100)
+    attempt = w.learner.attempt_if_due()
+    assert attempt is not None
+    assert attempt.outcome == learning.ERROR
+    assert "train-static" in attempt.reason  # there is no draft to start from
+
+    static = publish(
+        w.db, w.store, build_artifact(ProposerKind.NEURAL, 4, files=pack_again(draft), target_fingerprint=FINGERPRINT)
+    )
+    w.now += timedelta(hours=1)
+    w.serve(60)
+    attempt = w.learner.attempt_if_due()
+    assert attempt is not None
+    assert attempt.outcome == learning.REGISTERED, attempt.reason
+    with w.db.read() as session:
+        made = policies.get(session, attempt.version or 0)
+    assert made is not None
+    assert (made.kind, made.parent_version) == (ProposerKind.HYBRID, w.champion)
+    lineage = made.manifest["lineage"]
+    assert lineage["draft"] == static.digest
+    assert lineage["tuning"]["requests"] == 8
+    assert attempt.gate["net"] > 1
+    policy = load_proposer(w.store.files(made.digest), made.digest, FINGERPRINT, "t" * 64)
+    assert policy.kind is ProposerKind.HYBRID
+
+
+def test_a_draft_that_diverges_is_an_error_and_no_version(
+    db: Database, tmp_path: Path, tiny: Target, draft: DraftFile
+) -> None:
+    w = HybridWorld(db, tmp_path, tiny)
+    publish(
+        w.db, w.store, build_artifact(ProposerKind.NEURAL, 4, files=pack_again(draft), target_fingerprint=FINGERPRINT)
+    )
+    w.learner._maker.recipe = TuneRecipe(requests=40, lr=1e12, slots_per_step=20)  # type: ignore[attr-defined]
+    w.serve(100)
+    attempt = w.learner.attempt_if_due()
+    assert attempt is not None
+    assert (attempt.outcome, attempt.version) == (learning.ERROR, None)
+    assert "TrainingDiverged" in attempt.reason or "not finite" in attempt.reason

@@ -207,10 +207,12 @@ def _false(world: World, ends: Sequence[Run]) -> list[Figure]:
 
 
 def _detection(name: str, ends: Sequence[Run], rng: np.random.Generator) -> list[Figure]:
-    at = [float(r.at) if r.ended == "rolled_back" else float("inf") for r in ends]
+    """A rollout that is not rolled back counts as found after the last request of the longest."""
+    longest = max(r.at for r in ends)
+    at = [float(r.at if r.ended == "rolled_back" else longest) for r in ends]
     rate = share_figure(f"detected:{name}", sum(r.ended == "rolled_back" for r in ends), len(ends))
     median, p90 = (
-        quantile_figure(f"{label}:{name}", [min(value, 1e9) for value in at], q, "requests per arm", rng)
+        quantile_figure(f"{label}:{name}", at, q, "requests per arm", rng)
         for label, q in (("detect_n", 0.5), ("detect_n_p90", 0.9))
     )
     naive = [

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import datetime, timedelta
+from math import log
 
 from engine.contracts import CANARY, CONTROL, TERMINAL_STATES, RolloutState, Verdict
 from engine.rollout.evaluate import evaluate
@@ -19,6 +20,8 @@ from engine.store.repositories.rollouts import Command
 
 PROMOTED_STATES = frozenset({RolloutState.PROMOTING, RolloutState.PROMOTED, RolloutState.WATCHING})
 
+LEANS = log(10.0)
+"""No promotion while some guard has evidence of 10 against the canary in some class: the blend may hide a small one."""
 MAX_RESTARTS = 20
 """Restarts that are remembered; a fuse that allows more is no fuse."""
 
@@ -93,8 +96,13 @@ def judge(
     if (least := min(got.get(CANARY, 0), got.get(CONTROL, 0))) < spec.min_requests:
         return Verdict.INSUFFICIENT, f"{least} of {spec.min_requests} requests per arm at this weight"
     proof = next(g for g in guards if g.guard == TokensPerStep.kind)
-    if needs_proof and len(status.stages) == len(spec.steps) and proof.verdict is not Verdict.PASS:
-        return Verdict.INSUFFICIENT, f"{proof.guard}: {proof.reason}"
+    if needs_proof and len(status.stages) == len(spec.steps):
+        if proof.verdict is not Verdict.PASS:
+            return Verdict.INSUFFICIENT, f"{proof.guard}: {proof.reason}"
+        for guard in guards:
+            if guard.lean is not None and guard.lean > LEANS:
+                where = f" in class {guard.worst}" if guard.worst else ""
+                return Verdict.INSUFFICIENT, f"{guard.guard}: leans against the canary{where}, not certain yet"
     return Verdict.PASS, f"no guard fails; {proof.reason}"
 
 

@@ -115,6 +115,7 @@ def _tokens_per_step(guard: TokensPerStep, alpha: float, arms: Arms) -> GuardRes
         log_e,
         limit,
         worst=_worst(arms, each),
+        lean=float(each.max()),
     )
     if failed:
         return replace(
@@ -168,6 +169,7 @@ def _latency(guard: Latency, spec: RolloutSpec, arms: Arms) -> GuardResult:
         log_e,
         limit,
         worst=_worst(arms, each),
+        lean=float(each.max()),
     )
     if failed and slow is not None and usual is not None:
         reason = f"{_where(line.segment)}p{guard.quantile * 100:g} of {guard.metric} is {slow:.3g} s on the canary, "
@@ -198,6 +200,7 @@ def _events(guard: Errors | Timeouts | Retries | Mismatches, spec: RolloutSpec, 
         log_e=log_e,
         limit=limit,
         worst=_worst(arms, each),
+        lean=float(each.max()),
     )
     if failed:
         reason = f"{_where(line.segment)}{met[at]} keys met {guard.name} in {canary.requests} requests of the canary, "

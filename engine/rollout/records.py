@@ -120,7 +120,7 @@ class GuardResult:
     """One line of the guard table. Values are of the named segment; ``log_e`` and ``limit`` are natural logarithms.
 
     ``low`` and ``high`` bound canary − control of tokens per step, and canary / control − 1 of a latency. ``worst``
-    names the class with the most evidence against the canary.
+    names the class with the most evidence against the canary, ``lean`` is log E of the segment with the most.
     """
 
     guard: str
@@ -136,6 +136,7 @@ class GuardResult:
     log_e: float | None = None
     limit: float | None = None
     worst: str = ""
+    lean: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

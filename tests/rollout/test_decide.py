@@ -67,6 +67,18 @@ def test_one_ruined_class_fails_the_whole_and_is_named() -> None:
     assert "in class code" in decision.reason
 
 
+def test_a_small_class_that_looks_worse_holds_back_the_promotion_of_a_better_blend() -> None:
+    world = ramping(replace(specs.preset("fast"), steps=(0.5,)))
+    blend = [segment(arm, 400, value) for arm, value in ((CANARY, 2.3), (CONTROL, 2.0))]
+    code = [segment(arm, 20, value, "code", noise=0.1) for arm, value in ((CANARY, 1.87), (CONTROL, 2.0))]
+    world.traffic(*blend)
+    assert world.tick(10).to_state is RolloutState.SOAKING
+    world.traffic(*blend, *code)
+    decision = world.tick(1)
+    assert (decision.verdict, decision.to_state) == (Verdict.INSUFFICIENT, RolloutState.SOAKING)
+    assert "leans against the canary in class code" in decision.reason
+
+
 def test_errors_of_the_canary_fail_it() -> None:
     world = ramping()
     world.traffic(segment(CANARY, 100, errors=25), segment(CONTROL, 100, errors=1))

@@ -1,0 +1,65 @@
+"""The simulation sums traffic as the evidence query would, and its rollouts end as they should."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from engine.bench import rollouts
+from engine.bench.rollout_world import CLASSES, Regression, Traffic, World, looks
+from engine.contracts import CANARY
+from engine.store import histogram
+
+AT = looks(200)
+
+
+@pytest.mark.parametrize("traffic", [Traffic(), Traffic(shock=3.0, day=0.5, mix=True, slow_replica=0.2)])
+def test_the_sums_are_those_of_the_requests(traffic: Traffic) -> None:
+    canary, _ = World("x", Regression(errors=0.1), traffic).arms(0, AT)
+    look = len(AT) // 2
+    n = int(AT[look])
+    whole, *each = canary.segments(look, None)
+    steps, accepted = canary.steps[:n].astype(float), canary.accepted[:n]
+    committed = steps + accepted
+    assert (whole.n, whole.x, whole.y) == (n, committed.sum(), steps.sum())
+    assert (whole.xx, whole.yy, whole.xy) == ((committed**2).sum(), (steps**2).sum(), (committed * steps).sum())
+    assert whole.error_keys == canary.failed[:n].sum()
+    fine = ~(canary.failed | canary.late)[:n]
+    indices, counts = histogram.count(canary.latency[:n][fine])
+    assert [list(part) for part in whole.latencies["e2e"]] == [indices, counts]
+    assert [s.traffic_class for s in each] == list(CLASSES)
+    assert [s.n for s in each] == np.bincount(canary.of_class[:n], minlength=len(CLASSES)).tolist()
+
+
+def test_late_records_are_seen_later_and_lost_ones_never() -> None:
+    late, _ = World("x", traffic=Traffic(late=30)).arms(0, AT)
+    seen = [late.segments(look, None)[0].n for look in range(len(AT))]
+    assert all(n <= max(0, at - 30) for n, at in zip(seen, AT.tolist(), strict=True))
+    lost, _ = World("x", traffic=Traffic(lost=1.0)).arms(0, AT)
+    assert lost.segments(len(AT) - 1, None)[0].n == 0
+
+
+def test_a_regression_of_one_class_leaves_the_others_alone() -> None:
+    wrong = World("x", Regression(acceptance=-0.3, scale=2.0, only="batch", begins=50)).arms(3, AT)[0]
+    usual = World("x").arms(3, AT)[0]
+    hit = (wrong.of_class == CLASSES.index("batch")) & (np.arange(len(wrong.steps)) >= 50)
+    assert (wrong.latency[~hit] == usual.latency[~hit]).all()
+    assert (wrong.latency[hit] > usual.latency[hit]).all()
+    assert wrong.name == CANARY
+
+
+def test_an_equal_canary_is_not_blamed_where_naive_rules_blame_it() -> None:
+    ends = [rollouts.rollout(rollouts.EQUAL[0], 600, "", seed) for seed in range(25)]
+    assert [r.ended for r in ends].count("rolled_back") <= 1
+    assert sum(r.peek is not None for r in ends) >= 3
+
+
+@pytest.mark.parametrize(("world", "within"), [(rollouts.WORSE[0], 130), (rollouts.WORSE[3], 520)])
+def test_a_worse_canary_is_rolled_back(world: World, within: int) -> None:
+    ends = [rollouts.rollout(world, 1_500, "", seed) for seed in range(8)]
+    assert {r.ended for r in ends} == {"rolled_back"}
+    assert np.median([r.at for r in ends]) <= within
+
+
+def test_no_traffic_is_nobodys_fault() -> None:
+    assert rollouts.no_traffic() == "INCONCLUSIVE"

@@ -41,6 +41,9 @@ class EngineSettings(Section):
     threads: int = Field(0, ge=0, description="torch threads; 0 takes every core this process may use")
     max_num_seqs: PositiveInt = Field(16, description="requests decoded together in one step")
     max_model_len: PositiveInt = Field(2048, description="longest prompt plus output, tokens")
+    kv_tokens: int = Field(
+        0, ge=0, description="tokens that all running requests may hold together; 0: as many as fit max_num_seqs"
+    )
     prefill_chunk: PositiveInt = Field(256, description="prompt tokens of one sequence computed in one step")
     max_queue: PositiveInt = Field(256, description="requests that may wait; beyond it the answer is 429")
     max_body_bytes: PositiveInt = Field(2_000_000, description="largest request body")

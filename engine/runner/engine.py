@@ -37,12 +37,13 @@ class Engine:
         max_model_len: int = 2048,
         prefill_chunk: int = 256,
         max_queue: int = 256,
+        kv_tokens: int | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """``max_model_len`` is cut to what the model's positions allow."""
+        """``max_model_len`` is cut to what the model's positions allow; ``kv_tokens``: of all that run together."""
         self.target, self.clock = target, clock
         self.max_model_len = min(max_model_len, target.config.max_position)
-        self.scheduler = Scheduler(max_num_seqs, self.max_model_len, prefill_chunk, max_queue)
+        self.scheduler = Scheduler(max_num_seqs, self.max_model_len, prefill_chunk, max_queue, kv_tokens=kv_tokens)
         self.draft_errors = 0  # of requests that ended
         self.step_errors = 0
         self.control = KController()  # verifies whole drafts until it is given step costs
@@ -119,12 +120,14 @@ class Engine:
         return self.scheduler.has_work
 
     def stats(self) -> dict[str, int]:
-        """Gauges ``running`` and ``waiting``, counters ``draft_errors`` and ``step_errors``."""
+        """Gauges ``running``, ``waiting`` and ``kv_blocks``; the others are counters."""
         return {
             "running": len(self.scheduler.running),
             "waiting": len(self.scheduler.waiting),
             "draft_errors": self.draft_errors + sum(live.draft_errors for live in list(self._lives.values())),
             "step_errors": self.step_errors,
+            "preemptions": self.scheduler.preemptions,
+            "kv_blocks": self.scheduler.blocks_in_use,
         }
 
     def check_integrity(self) -> None:

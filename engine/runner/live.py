@@ -52,7 +52,7 @@ class Live:
         self.sampling = request.sampling
         self.proposer = proposer  # pinned: loading or unloading versions later changes nothing here
         self.control = control
-        self.seq = SequenceState(request.request_id, request.prompt_ids, request.sampling.max_tokens)
+        self.seq = SequenceState(request.request_id, request.prompt_ids, request.sampling.max_tokens, request.client)
         self._rng = np.random.default_rng(request.sampling.seed)
         self._uniforms: list[float] = []  # of the output positions to come
         self.expected_accepted = 0.0
@@ -144,8 +144,13 @@ class Live:
     def drafter(self) -> Drafter | None:
         return self._drafter
 
-    def begin(self) -> None:
-        """The prompt is about to be computed: a drafter that reads hidden states must hear them from the first on."""
+    def begin(self, now: float) -> None:
+        """The prompt is about to be computed, for the first time or once more after a preemption.
+
+        A drafter that reads hidden states must hear them from the first on.
+        """
+        if self.times.scheduled is None:
+            self.times.scheduled = now
         if self.reader is None:
             return
         self.leave()
@@ -224,6 +229,7 @@ class Live:
             expected_accepted=self.expected_accepted,
             counts=self.counts,
             draft_errors=self.draft_errors,
+            preemptions=self.seq.preemptions,
             payload=TracePayload(self.request.prompt_ids, tuple(self._output_ids), tuple(self.steps)),
             error=error,
         )

@@ -16,6 +16,7 @@ class EngineRequest:
     sampling: SamplingParams
     policy_version: int
     traffic_class: str = "chat"
+    client: str = ""  # between whom the queue is fair
 
 
 @dataclass(frozen=True, slots=True)

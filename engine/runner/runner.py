@@ -35,7 +35,7 @@ class Runner:
         """Outputs of the rows that got tokens. ``lives`` holds the requests of ``scheduled`` by their ids."""
         started = self.clock()
         decoding = [lives[seq.request_id] for seq in scheduled.decodes]
-        ending = [lives[chunk.seq.request_id] for chunk in scheduled.prefills if chunk.is_last]
+        ending = [lives[chunk.seq.request_id] for chunk in scheduled.prefills if chunk.gives_first_token]
         base_rows = len(decoding) + sum(chunk.count for chunk in scheduled.prefills)
         drafts, drafting, choice = self._draft(decoding, base_rows, len(decoding) + len(ending))
         verified = [draft.tokens[:k] for draft, k in zip(drafts, choice.ks, strict=True)]
@@ -43,8 +43,7 @@ class Runner:
         began = self.clock()
         for chunk in scheduled.prefills:
             if chunk.start == 0:
-                lives[chunk.seq.request_id].times.scheduled = began
-                lives[chunk.seq.request_id].begin()
+                lives[chunk.seq.request_id].begin(began)
         batch = self._batch(scheduled, verified)
         layers = _aux_layers(scheduled, lives)
         hidden, aux = self.model.forward_with_aux(batch, self.cache, layers)
@@ -124,7 +123,7 @@ class Runner:
         if not batch.prefills:
             return slice(None)
         chunks = zip(batch.prefills, scheduled.prefills, strict=True)
-        rows = [*range(num_decode), *(group.last - 1 for group, chunk in chunks if chunk.is_last)]
+        rows = [*range(num_decode), *(group.last - 1 for group, chunk in chunks if chunk.gives_first_token)]
         return torch.tensor(rows, dtype=torch.int64, device=self.model.device)
 
 
@@ -159,7 +158,7 @@ def _heard(
         first += 1 + len(draft)
     for chunk in scheduled.prefills:
         live = lives[chunk.seq.request_id]
-        if live.reader is not None and (not chunk.is_last or live in going):
+        if live.reader is not None and (not chunk.gives_first_token or live in going):
             found.append(Heard(live, chunk.start, first, first + chunk.count))
         first += chunk.count
     return found

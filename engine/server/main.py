@@ -55,6 +55,7 @@ class EngineServer:
             max_model_len=chosen.max_model_len,
             prefill_chunk=chosen.prefill_chunk,
             max_queue=chosen.max_queue,
+            kv_tokens=chosen.kv_tokens or None,
         )
         self.database = Database(settings.database_url, application=f"slipstream {chosen.replica_id}")
         store = ArtifactStore(settings.dir("policies"))
@@ -119,6 +120,8 @@ class EngineServer:
             "vllm:num_requests_waiting": engine["waiting"],
             "slipstream:draft_errors": engine["draft_errors"],
             "slipstream:step_errors": engine["step_errors"],
+            "vllm:num_preemptions": engine["preemptions"],
+            "slipstream:kv_blocks": engine["kv_blocks"],
             "slipstream:plan_generation": plan.generation if plan is not None else 0,
             "slipstream:plan_incomplete": float(self.residency.error is not None),
             "slipstream:plan_lease_expired": float(self.residency.lease_expired),

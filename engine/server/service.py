@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from uuid import UUID, uuid4
 
@@ -108,7 +108,14 @@ class Service:
         """Give a request its arm and hand it to the engine."""
         assignment = self.residency.assign(caller.key, traffic_class)
         trace_id = uuid4()
-        request = EngineRequest(trace_id.hex, tuple(prompt_ids), sampling, assignment.policy_version, traffic_class)
+        request = EngineRequest(
+            trace_id.hex,
+            tuple(prompt_ids),
+            sampling,
+            assignment.policy_version,
+            traffic_class,
+            client=caller.tenant or "",
+        )
         running = Running(caller, trace_id, endpoint, stream, started_at, arrived, request, assignment)
         self._submit(running)
         return running
@@ -170,10 +177,7 @@ class Service:
             running.reassigned = True
             running.assignment = self.residency.assign(running.caller.key, running.request.traffic_class)
             version = running.assignment.policy_version
-            request = running.request
-            running.request = EngineRequest(
-                request.request_id, request.prompt_ids, request.sampling, version, request.traffic_class
-            )
+            running.request = replace(running.request, policy_version=version)
             self._submit(running)
             return
         if isinstance(what, SlipstreamError):

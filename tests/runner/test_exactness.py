@@ -113,6 +113,30 @@ def test_a_row_does_not_depend_on_its_neighbours(
     assert cut > 0 if costs is DEAR else cut >= 0
 
 
+@pytest.mark.parametrize("costs", [None, DEAR], ids=["whole drafts", "dear rows"])
+def test_a_preempted_request_says_what_it_says_alone(
+    tiny: Target, proposers: dict[int, Proposer], costs: dict[int, float] | None
+) -> None:
+    """The cache holds about two of five long requests: they take turns, and nobody can tell from the tokens."""
+    wanted = [
+        request(f"r{i}", p, version, max_tokens=90, **({"temperature": 0.8, "seed": i} if i % 2 else {}))
+        for i, (p, version) in enumerate(zip(prompts(tiny, 5, 9), (NONE, NGRAM, MEMORY, FOOL, NGRAM), strict=True))
+    ]
+    engine = engine_of(tiny, proposers, max_num_seqs=5, prefill_chunk=16, kv_tokens=256)
+    engine.control.costs = StepCosts(costs) if costs else None
+    for want in wanted:
+        engine.add(want)
+    results = run(engine)
+    assert engine.stats()["preemptions"] == sum(result.preemptions for result in results.values()) >= 2
+    assert engine.stats()["kv_blocks"] == 0
+    for want in wanted:
+        got = results[want.request_id]
+        assert got.payload.output_ids == alone(tiny, want, proposers).payload.output_ids
+        assert got.ttft_s is not None
+        assert got.queue_s is not None
+        assert got.queue_s < got.ttft_s
+
+
 @pytest.mark.parametrize("version", [MEMORY, FOOL])
 def test_sampled_tokens_do_not_depend_on_what_is_drafted(
     tiny: Target, plain: list[RequestResult], proposers: dict[int, Proposer], version: int

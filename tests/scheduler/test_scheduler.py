@@ -13,15 +13,15 @@ def scheduler(**options: int) -> Scheduler:
     return Scheduler(**({"max_num_seqs": 4, "max_model_len": 64, "prefill_chunk": 8, "max_queue": 8} | options))
 
 
-def seq(name: str, prompt: int = 5, max_tokens: int = 4) -> Sequence:
-    return Sequence(name, range(prompt), max_tokens)
+def seq(name: str, prompt: int = 5, max_tokens: int = 4, client: str = "") -> Sequence:
+    return Sequence(name, range(prompt), max_tokens, client)
 
 
 def run(step: ScheduledStep) -> None:
     """What the runner does to a sequence, in integers."""
     for chunk in step.prefills:
         chunk.seq.num_computed += chunk.count
-        if chunk.is_last:
+        if chunk.gives_first_token:
             chunk.seq.token_ids.append(0)
     for decoding in step.decodes:
         decoding.token_ids.append(0)
@@ -78,7 +78,7 @@ def test_what_never_fits_is_refused_and_a_full_queue_says_so() -> None:
     s.add(seq("fits", 60, 4))
     with pytest.raises(QueueFull):
         s.add(seq("y"))
-    assert list(s.waiting) == ["fits"]
+    assert s.waiting.keys() == {"fits"}
 
 
 def test_finish_frees_at_once_wherever_a_sequence_is() -> None:
@@ -93,23 +93,25 @@ def test_finish_frees_at_once_wherever_a_sequence_is() -> None:
     s.check_integrity()
 
 
-def test_any_order_of_events_keeps_the_slots_whole_and_starves_nobody() -> None:
+@pytest.mark.parametrize("kv_tokens", [None, 320, 176])
+def test_any_order_of_events_keeps_the_slots_whole_and_starves_nobody(kv_tokens: int | None) -> None:
     rng = random.Random(0)
-    s = scheduler(max_queue=50)
+    s = scheduler(max_queue=50, kv_tokens=kv_tokens, max_model_len=160)
     added, finished = 0, 0
-    for _ in range(2_000):
+    for _ in range(6_000):
         event = rng.random()
         if event < 0.3 and added < 300:
             try:
-                s.add(seq(str(added), rng.randint(1, 40), rng.randint(1, 20)))
+                s.add(seq(str(added), rng.randint(1, 40), rng.randint(1, 90), rng.choice("xyz")))
                 added += 1
             except QueueFull:
                 pass
         elif event < 0.35 and s.has_work:
-            finished += s.finish(rng.choice([*s.waiting, *s.running])) is not None
+            finished += s.finish(rng.choice([*sorted(s.waiting.keys()), *s.running])) is not None
         else:
             step = s.schedule()
             assert sum(c.count for c in step.prefills) <= s.max_prefill_tokens
+            assert s.blocks_in_use <= s.num_blocks
             run(step)
             for done in [q for q in s.running.values() if q.num_output and q.remaining == 0]:
                 finished += s.finish(done.request_id) is not None
@@ -119,3 +121,77 @@ def test_any_order_of_events_keeps_the_slots_whole_and_starves_nobody() -> None:
         for done in [q for q in s.running.values() if q.num_output and q.remaining == 0]:
             finished += s.finish(done.request_id) is not None
     assert finished == added > 100
+    assert (s.preemptions > 0) == (kv_tokens is not None)
+
+
+def test_the_youngest_gives_way_and_is_computed_again_with_its_output() -> None:
+    s = scheduler(max_model_len=128, kv_tokens=12 * 16, prefill_chunk=64, max_prefill_tokens=64)
+    for name in "ab":
+        s.add(seq(name, 20, 100))
+    while not s.preemptions:
+        run(s.schedule())
+        s.check_integrity()
+    assert list(s.running) == ["a"]
+    (away,) = s.waiting.values()
+    tokens = list(away.token_ids)
+    assert (away.request_id, away.preemptions, away.slot) == ("b", 1, NO_SLOT)
+    assert away.num_output > 30
+    s.finish("a")
+    step = s.schedule()
+    assert chunks(step) == [("b", 0, len(tokens) - 1)]
+    assert not step.prefills[0].gives_first_token  # it has that long since
+    run(step)
+    assert away.token_ids == tokens
+    assert [d.request_id for d in s.schedule().decodes] == ["b"]
+    s.check_integrity()
+
+
+def test_what_the_whole_cache_cannot_hold_is_refused() -> None:
+    s = scheduler(max_model_len=128, kv_tokens=64)
+    with pytest.raises(RequestTooLong, match="holds 64"):
+        s.add(seq("x", 40, 40))
+    s.add(seq("y", 40, 24))
+
+
+def test_one_client_with_many_requests_does_not_hold_up_another() -> None:
+    s = scheduler(max_num_seqs=1, max_queue=50)
+    for i in range(20):
+        s.add(seq(f"many-{i}", client="many"))
+    served = []
+    for turn in range(8):
+        if turn == 2:
+            s.add(seq("few-0", client="few"))
+            s.add(seq("few-1", client="few"))
+        while not s.running:
+            run(s.schedule())
+        (name,) = s.running
+        while s.running[name].remaining:
+            run(s.schedule())
+        s.finish(name)
+        served.append(name)
+    assert served[2:6] == ["few-0", "many-2", "few-1", "many-3"] or served[2:6] == [
+        "many-2",
+        "few-0",
+        "many-3",
+        "few-1",
+    ]
+    assert [name for name in served if name.startswith("many")] == [f"many-{i}" for i in range(6)]
+
+
+def test_who_comes_back_after_a_pause_has_saved_nothing_up() -> None:
+    s = scheduler(max_num_seqs=1, max_queue=50)
+    for i in range(10):
+        s.add(seq(f"busy-{i}", client="busy"))
+    for _ in range(5):
+        run(s.schedule())
+        (name,) = s.running
+        s.finish(name)
+    for i in range(5):
+        s.add(seq(f"new-{i}", client="new"))
+    order = []
+    for _ in range(6):
+        s.schedule()
+        (name,) = s.running
+        order.append(name.split("-")[0])
+        s.finish(name)
+    assert order.count("new") == order.count("busy") == 3

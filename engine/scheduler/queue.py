@@ -1,0 +1,71 @@
+"""Who is next: first come first served within a client, and between clients whoever was served least.
+
+Virtual token counters (Sheng et al. 2024, arXiv 2401.00588): each client has a counter of the tokens it was served, and
+the client with the lowest goes next. One that comes back after a pause is lifted to the lowest of those that wait, so
+that nobody saves up. With one client this is a plain queue.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+from engine.scheduler.sequence import Sequence
+
+OUTPUT_WEIGHT = 2
+"""An output token costs about as much as so many prompt tokens, which are computed many at a time."""
+
+
+class FairQueue:
+    """Waiting sequences. Iterating, ``in`` and ``keys`` go over request ids; order is by client, then by arrival."""
+
+    def __init__(self) -> None:
+        self._clients: dict[str, OrderedDict[str, Sequence]] = {}
+        self._served: dict[str, int] = {}
+
+    def push(self, seq: Sequence) -> None:
+        self._of(seq.client)[seq.request_id] = seq
+
+    def push_back(self, seq: Sequence) -> None:
+        """A sequence that lost its place in the cache: before all others of its client."""
+        queue = self._of(seq.client)
+        queue[seq.request_id] = seq
+        queue.move_to_end(seq.request_id, last=False)
+
+    def head(self) -> Sequence:
+        """The sequence that is next. KeyError when nobody waits."""
+        if not self._clients:
+            raise KeyError("nobody waits")
+        client = min(self._clients, key=lambda name: self._served[name])
+        return next(iter(self._clients[client].values()))
+
+    def remove(self, request_id: str) -> Sequence | None:
+        for client, queue in self._clients.items():
+            if (seq := queue.pop(request_id, None)) is not None:
+                if not queue:
+                    del self._clients[client]
+                return seq
+        return None
+
+    def charge(self, client: str, prompt_tokens: int = 0, output_tokens: int = 0) -> None:
+        self._served[client] = self._served.get(client, 0) + prompt_tokens + OUTPUT_WEIGHT * output_tokens
+
+    def forget(self, running: set[str]) -> None:
+        """Drop the counters of clients that neither wait nor run, once nobody waits: nothing is left to be fair about."""
+        if not self._clients:
+            self._served = {name: count for name, count in self._served.items() if name in running}
+
+    def keys(self) -> set[str]:
+        return {request_id for queue in self._clients.values() for request_id in queue}
+
+    def values(self) -> list[Sequence]:
+        return [seq for queue in self._clients.values() for seq in queue.values()]
+
+    def __len__(self) -> int:
+        return sum(len(queue) for queue in self._clients.values())
+
+    def _of(self, client: str) -> OrderedDict[str, Sequence]:
+        if client not in self._clients:
+            lowest = min((self._served[name] for name in self._clients), default=0)
+            self._served[client] = max(self._served.get(client, 0), lowest)
+            self._clients[client] = OrderedDict()
+        return self._clients[client]

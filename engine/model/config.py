@@ -1,4 +1,7 @@
-"""The shape of a Llama-family model, read from its config.json. What is not supported is refused by name."""
+"""The shape of a Llama-family model, read from its config.json. What is not supported is refused by name.
+
+Llama (SmolLM2 is one), Qwen2 (query, key and value have biases) and Qwen3 (queries and keys are normed by head).
+"""
 
 from __future__ import annotations
 
@@ -11,12 +14,13 @@ from typing import Any
 from engine.contracts import SlipstreamError
 
 _MUST_BE: dict[str, tuple[Any, ...]] = {
-    "model_type": ("llama",),
+    "model_type": ("llama", "qwen2", "qwen3"),
     "hidden_act": ("silu",),
     "attention_bias": (False, None),
     "mlp_bias": (False, None),
     "pretraining_tp": (1, None),
     "quantization_config": (None,),
+    "use_sliding_window": (False, None),
 }
 """Keys whose other values would need code that is not here; a missing key counts as its default."""
 
@@ -36,6 +40,8 @@ class LlamaConfig:
     rope_theta: float = 10_000.0
     rms_norm_eps: float = 1e-5
     tie_embeddings: bool = True
+    qkv_bias: bool = False
+    qk_norm: bool = False
 
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:
@@ -65,7 +71,11 @@ class LlamaConfig:
         for key, allowed in _MUST_BE.items():
             value = tree.get(key, _DEFAULTS.get(key))
             if value not in allowed:
-                raise SlipstreamError(f"config.json: {key} = {value!r} is not supported, only {allowed[0]!r}.")
+                only = ", ".join(repr(one) for one in allowed if one is not None) or "leaving it out"
+                raise SlipstreamError(f"config.json: {key} = {value!r} is not supported, only {only}.")
+        if sliding := sorted(set(tree.get("layer_types") or ()) - {"full_attention"}):
+            raise SlipstreamError(f"config.json: layer_types {sliding} are not supported, only 'full_attention'.")
+        kind = tree.get("model_type")
         heads = _integer(tree, "num_attention_heads")
         hidden = _integer(tree, "hidden_size")
         return cls(
@@ -75,18 +85,21 @@ class LlamaConfig:
             num_layers=_integer(tree, "num_hidden_layers"),
             num_heads=heads,
             num_kv_heads=_integer(tree, "num_key_value_heads", heads),
-            head_dim=_integer(tree, "head_dim", hidden // heads),
+            head_dim=_integer(tree, "head_dim", 128 if kind == "qwen3" else hidden // heads),
             max_position=_integer(tree, "max_position_embeddings", 2048),
             rope_theta=_rope_theta(tree),
             rms_norm_eps=float(tree.get("rms_norm_eps", 1e-6)),
             tie_embeddings=bool(tree.get("tie_word_embeddings", False)),
+            qkv_bias=kind == "qwen2",
+            qk_norm=kind == "qwen3",
         )
 
     def to_json(self) -> dict[str, Any]:
         """The config.json of this shape, as transformers reads it."""
+        kind = "qwen3" if self.qk_norm else "qwen2" if self.qkv_bias else "llama"
         return {
-            "architectures": ["LlamaForCausalLM"],
-            "model_type": "llama",
+            "architectures": [f"{kind.capitalize()}ForCausalLM"],
+            "model_type": kind,
             "hidden_act": "silu",
             "vocab_size": self.vocab_size,
             "hidden_size": self.hidden_size,

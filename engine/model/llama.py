@@ -23,13 +23,20 @@ from engine.model.linear import linear
 class Layer:
     """One decoder layer, fused: ``qkv`` [(heads + 2 kv_heads) * head_dim, hidden], ``gate_up`` [2 inter, hidden]."""
 
-    __slots__ = ("attention_norm", "down", "gate_up", "mlp_norm", "out", "qkv")
+    __slots__ = ("attention_norm", "down", "gate_up", "mlp_norm", "out", "qk_norm", "qkv", "qkv_bias")
 
-    def __init__(self, take: Mapping[str, Tensor], index: int) -> None:
+    def __init__(self, config: LlamaConfig, take: Mapping[str, Tensor], index: int) -> None:
         prefix = f"model.layers.{index}."
         self.attention_norm = take[prefix + "input_layernorm.weight"]
         self.mlp_norm = take[prefix + "post_attention_layernorm.weight"]
         self.qkv = torch.cat([take[f"{prefix}self_attn.{x}_proj.weight"] for x in "qkv"])
+        self.qkv_bias, self.qk_norm = None, None
+        if config.qkv_bias:
+            self.qkv_bias = torch.cat([take[f"{prefix}self_attn.{x}_proj.bias"] for x in "qkv"])
+        if config.qk_norm:
+            counts = {"q": config.num_heads, "k": config.num_kv_heads}
+            norms = [take[f"{prefix}self_attn.{x}_norm.weight"].expand(n, -1) for x, n in counts.items()]
+            self.qk_norm = torch.cat(norms)  # [heads + kv_heads, head_dim]
         self.out = take[prefix + "self_attn.o_proj.weight"]
         self.gate_up = torch.cat([take[f"{prefix}mlp.{x}_proj.weight"] for x in ("gate", "up")])
         self.down = take[prefix + "mlp.down_proj.weight"]
@@ -42,7 +49,7 @@ class Llama:
         self.embedding = tensors["model.embed_tokens.weight"]  # [vocab, hidden]
         self.norm = tensors["model.norm.weight"]
         self.head = self.embedding if config.tie_embeddings else tensors["lm_head.weight"]  # [vocab, hidden]
-        self.layers = [Layer(tensors, i) for i in range(config.num_layers)]
+        self.layers = [Layer(config, tensors, i) for i in range(config.num_layers)]
         self.dtype, self.device = self.embedding.dtype, self.embedding.device
         self.cos, self.sin = rope_tables(
             config.rope_theta, config.head_dim, config.max_position, self.dtype, self.device
@@ -84,8 +91,13 @@ class Llama:
         outputs: dict[int, Tensor] = {}
         for i, layer in enumerate(self.layers):
             h = F.rms_norm(x, (config.hidden_size,), layer.attention_norm, eps)
-            qkv = linear(h, layer.qkv).view(num_tokens, heads + 2 * kv_heads, dim)
+            qkv = linear(h, layer.qkv)
+            if layer.qkv_bias is not None:
+                qkv = qkv + layer.qkv_bias
+            qkv = qkv.view(num_tokens, heads + 2 * kv_heads, dim)
             qk, value = qkv[:, : heads + kv_heads], qkv[:, heads + kv_heads :]
+            if layer.qk_norm is not None:
+                qk = F.rms_norm(qk, (dim,), None, eps) * layer.qk_norm
             qk = rotate(qk, cos, sin)  # query and key together
             cache.write(i, batch.places, qk[:, heads:], value)
             x = x + linear(attend(i, qk[:, :heads], batch, cache), layer.out)
@@ -110,7 +122,7 @@ def tensor_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
     """Name → shape of every tensor of a checkpoint (Hugging Face names)."""
     hidden, inter = config.hidden_size, config.intermediate_size
     q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    inner = {
+    inner: dict[str, tuple[int, ...]] = {
         "input_layernorm": (hidden,),
         "post_attention_layernorm": (hidden,),
         "self_attn.q_proj": (q, hidden),
@@ -121,8 +133,13 @@ def tensor_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
         "mlp.up_proj": (inter, hidden),
         "mlp.down_proj": (hidden, inter),
     }
+    inner = {f"{name}.weight": shape for name, shape in inner.items()}
+    if config.qkv_bias:
+        inner |= {"self_attn.q_proj.bias": (q,), "self_attn.k_proj.bias": (kv,), "self_attn.v_proj.bias": (kv,)}
+    if config.qk_norm:
+        inner |= {"self_attn.q_norm.weight": (config.head_dim,), "self_attn.k_norm.weight": (config.head_dim,)}
     shapes: dict[str, tuple[int, ...]] = {
-        f"model.layers.{i}.{name}.weight": shape for i in range(config.num_layers) for name, shape in inner.items()
+        f"model.layers.{i}.{name}": shape for i in range(config.num_layers) for name, shape in inner.items()
     }
     shapes |= {"model.embed_tokens.weight": (config.vocab_size, hidden), "model.norm.weight": (hidden,)}
     if not config.tie_embeddings:

@@ -50,7 +50,7 @@ class FairQueue:
         self._served[client] = self._served.get(client, 0) + prompt_tokens + OUTPUT_WEIGHT * output_tokens
 
     def forget(self, running: set[str]) -> None:
-        """Drop the counters of clients that neither wait nor run, once nobody waits: nothing is left to be fair about."""
+        """Once nobody waits, drop the counters of clients that do not run either: nothing is left to be fair about."""
         if not self._clients:
             self._served = {name: count for name, count in self._served.items() if name in running}
 

@@ -2,8 +2,8 @@
 
 A running sequence has a slot, and blocks of the KV cache for the tokens it has and may draft in the next step. Every
 decoding sequence runs in every step; prompts are computed in chunks under a token budget beside them, so that a long
-prompt delays its neighbours by one chunk and not by itself. When the blocks run out, the sequence that was admitted last
-gives up its own and is computed again later. The oldest can always go on, so everything ends.
+prompt delays its neighbours by one chunk and not by itself. When the blocks run out, the sequence that was admitted
+last gives up its own and is computed again later. The oldest can always go on, so everything ends.
 """
 
 from __future__ import annotations
@@ -155,7 +155,7 @@ class Scheduler:
         return free
 
     def _blocks(self, seq: Sequence) -> int:
-        """Blocks for the tokens that a sequence has and those that its next step may write, at most what it can need."""
+        """Blocks for what a sequence has and what its next step may write, at most what it can ever need."""
         most = min(len(seq.token_ids) + LOOKAHEAD, seq.num_prompt + seq.max_tokens)
         return -(-most // BLOCK)
 

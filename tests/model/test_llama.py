@@ -78,20 +78,38 @@ def test_garbage_in_unused_slots_cannot_reach_a_row() -> None:
     torch.testing.assert_close(got, plain_logits(TINY, random_tensors(TINY, 0), tokens)[11:])
 
 
+QWEN2 = replace(TINY, qkv_bias=True, rms_norm_eps=1e-6)
+QWEN3 = replace(TINY, qk_norm=True, head_dim=16, rms_norm_eps=1e-6, rope_theta=1e6)
+FAMILY = pytest.mark.parametrize("config", [TINY, QWEN2, QWEN3], ids=["llama", "qwen2", "qwen3"])
+
+
+@FAMILY
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-5), (torch.float32, 2e-4)])
-def test_parity_with_transformers(dtype: torch.dtype, tolerance: float) -> None:
+def test_parity_with_transformers(config: LlamaConfig, dtype: torch.dtype, tolerance: float) -> None:
     """In float64 too only to 1e-5: transformers computes norms and rotations in float32 whatever the dtype."""
     transformers = pytest.importorskip("transformers")
-    reference = transformers.LlamaForCausalLM(transformers.LlamaConfig(**TINY.to_json(), attn_implementation="eager"))
-    tensors = random_tensors(TINY, 0, dtype)
-    reference = reference.to(dtype)
+    theirs = transformers.AutoConfig.for_model(**config.to_json())
+    reference = transformers.AutoModelForCausalLM.from_config(theirs, attn_implementation="eager").to(dtype)
+    tensors = random_tensors(config, 0, dtype)
     reference.load_state_dict(tensors)
     tokens = ids(40)
     with torch.no_grad():
         want = reference(torch.tensor([tokens])).logits[0]
-    model = Llama.from_checkpoint(TINY, tensors, dtype, CPU)
-    got = run(model, KVCache(TINY, 1, MAX_LEN, dtype), [], [Row(0, 0, tokens)])
-    torch.testing.assert_close(got, want, atol=tolerance, rtol=tolerance)
+    model = Llama.from_checkpoint(config, tensors, dtype, CPU)
+    cache = KVCache(config, 1, MAX_LEN, dtype)
+    run(model, cache, [], [Row(0, 0, tokens[:30])])
+    got = run(model, cache, [Row(0, 30, tokens[30:])], [])
+    torch.testing.assert_close(got, want[30:], atol=tolerance, rtol=tolerance)
+    for layer in model.layers:  # planted: without what makes the family, the logits are others
+        layer.qkv_bias = layer.qk_norm = None
+    plain = run(model, KVCache(config, 1, MAX_LEN, dtype), [], [Row(0, 0, tokens)])
+    assert torch.allclose(plain[30:], want[30:], atol=0.01) == (config is TINY)
+
+
+@FAMILY
+def test_the_config_that_transformers_writes_is_read(config: LlamaConfig) -> None:
+    transformers = pytest.importorskip("transformers")
+    assert LlamaConfig.from_json(transformers.AutoConfig.for_model(**config.to_json()).to_dict()) == config
 
 
 @pytest.mark.parametrize("rows", [1, 2, 7, 10, 13, 16, 64, 65])
@@ -140,6 +158,8 @@ def test_config_round_trip_and_rope_of_transformers_5() -> None:
     [
         ({"model_type": "gpt2"}, "model_type = 'gpt2'"),
         ({"hidden_act": "gelu"}, "hidden_act"),
+        ({"model_type": "qwen2", "use_sliding_window": True}, "use_sliding_window"),
+        ({"model_type": "qwen3", "layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
         ({"attention_bias": True}, "attention_bias"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8}}, "rope_scaling of type 'llama3'"),
         ({"rope_parameters": {"rope_type": "yarn"}}, "rope_parameters of type 'yarn'"),

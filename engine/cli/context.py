@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import getpass
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -25,3 +26,11 @@ def database(context: typer.Context, application: str = "slipstream cli") -> Ite
         yield opened
     finally:
         opened.close()
+
+
+def actor() -> str:
+    """Who asks, for the ledger."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container without a passwd entry
+        return "cli"

@@ -2,26 +2,36 @@
 
 from __future__ import annotations
 
-import getpass
 import time
 import uuid
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from engine.cli.context import database, settings
-from engine.contracts import TERMINAL_STATES, RolloutState, ServingPlan, SlipstreamError
+from engine.cli import rollout_record
+from engine.cli.context import actor, database, settings
+from engine.contracts import ServingPlan
 from engine.store.database import Database
 from engine.store.repositories import plans, replicas
+
+if TYPE_CHECKING:
+    from engine.store.repositories.rollouts import Rollout
 
 OBSERVED_WAIT_S = 10.0
 """How long `slipstream rollback` waits for the replicas before it says which of them are silent."""
 
 rollout = typer.Typer(help="Try a version on a slice, and see what became of it.", no_args_is_help=True)
 
+Preset = Annotated[str, typer.Option(help="guards and steps: cautious, standard or fast")]
+File = Annotated[Path | None, typer.Option(help="guards and steps of a YAML file instead of a preset")]
+Name = Annotated[str, typer.Option(help="what to call it")]
+Classes = Annotated[list[str] | None, typer.Option(help="only these classes; repeatable")]
+
 
 def add(app: typer.Typer) -> None:
     app.command()(rollback)
+    rollout_record.add(rollout)
     app.add_typer(rollout, name="rollout")
 
 
@@ -34,7 +44,7 @@ def rollback(
     with database(context) as opened:
         with opened.write() as session:
             plan = plans.roll_back(
-                session, actor=_actor(), reason=reason, to=to, idempotency_key=f"cli-{uuid.uuid4().hex}"
+                session, actor=actor(), reason=reason, to=to, idempotency_key=f"cli-{uuid.uuid4().hex}"
             )
         typer.echo(f"generation {plan.generation}: v{plan.champion} serves all traffic")
         _report_effect(opened, plan)
@@ -43,25 +53,67 @@ def rollback(
 @rollout.command("start")
 def start(
     context: typer.Context,
-    version: Annotated[int, typer.Argument(help="the policy version to try")],
-    preset: Annotated[str, typer.Option(help="guards and steps: cautious, standard or fast")] = "",
-    name: Annotated[str, typer.Option(help="what to call it")] = "",
-    traffic_class: Annotated[list[str] | None, typer.Option(help="only these classes; repeatable")] = None,
+    version: Annotated[int | None, typer.Argument(help="the policy version to try")] = None,
+    preset: Preset = "",
+    file: File = None,
+    name: Name = "",
+    traffic_class: Classes = None,
+    draft: Annotated[int | None, typer.Option(help="begin this rollout, made by `create`")] = None,
 ) -> None:
     """Begin a rollout of a version; the controller takes it from here."""
+    from engine.rollout.launch import release
+
+    with database(context) as opened:
+        if draft is not None:
+            made = release(opened, draft)
+        elif version is not None:
+            made = _launch(context, opened, version, preset, file, name, traffic_class, draft=False)
+        else:
+            raise typer.BadParameter("name a policy version, or --draft ID of a rollout that `create` made")
+    typer.echo(f"rollout {made.id} ({made.name}) of v{made.canary} against v{made.champion}: {made.state}")
+
+
+@rollout.command("create")
+def create(
+    context: typer.Context,
+    version: Annotated[int, typer.Argument(help="the policy version to try")],
+    preset: Preset = "",
+    file: File = None,
+    name: Name = "",
+    traffic_class: Classes = None,
+) -> None:
+    """Write a rollout down, its guards frozen, without starting it."""
+    with database(context) as opened:
+        made = _launch(context, opened, version, preset, file, name, traffic_class, draft=True)
+    typer.echo(f"rollout {made.id} ({made.name}) of v{made.canary} is a draft, guards {made.spec_hash[:12]}")
+    typer.echo(f"begin it: slipstream rollout start --draft {made.id}")
+
+
+def _launch(
+    context: typer.Context,
+    opened: Database,
+    version: int,
+    preset: str,
+    file: Path | None,
+    name: str,
+    traffic_class: list[str] | None,
+    draft: bool,
+) -> Rollout:
+    from engine.rollout import specs
     from engine.rollout.launch import launch
 
-    chosen = settings(context)
-    with database(context) as opened:
-        made = launch(
-            opened,
-            canary=version,
-            preset=preset or chosen.rollout.preset,
-            name=name or f"v{version}",
-            actor=_actor(),
-            traffic_classes=traffic_class,
-        )
-    typer.echo(f"rollout {made.id} ({made.name}) of v{made.canary} against v{made.champion}: {made.state}")
+    if file is not None and (preset or traffic_class):
+        raise typer.BadParameter("--file says everything; leave --preset and --traffic-class out")
+    return launch(
+        opened,
+        canary=version,
+        preset=preset or settings(context).rollout.preset,
+        spec=specs.read_file(file) if file is not None else None,
+        name=name or f"v{version}",
+        actor=actor(),
+        traffic_classes=traffic_class,
+        draft=draft,
+    )
 
 
 @rollout.command("list")
@@ -74,26 +126,6 @@ def list_(context: typer.Context) -> None:
             typer.echo(f"{found.id:4}  {found.state:13} v{found.canary} against v{found.champion}  {found.name}")
 
 
-@rollout.command("status")
-def status(context: typer.Context, rollout_id: int) -> None:
-    """State of one rollout. Exit code: 0 ended well, 2 still running, 1 ended otherwise."""
-    from engine.store.repositories import rollouts
-
-    with database(context) as opened, opened.read() as session:
-        found = rollouts.get(session, rollout_id)
-        if found is None:
-            raise SlipstreamError(f"There is no rollout {rollout_id}. `slipstream rollout list` shows them.")
-        history = rollouts.decisions(session, rollout_id)
-    for decision in history:
-        moved = f"{decision.from_state} → {decision.to_state}"
-        typer.echo(f"{decision.decided_at:%H:%M:%S}  {moved}  {decision.verdict}  {decision.reason}")
-    typer.echo(f"{found.state}")
-    state = RolloutState(found.state)
-    if state is RolloutState.DONE:
-        return
-    raise typer.Exit(1 if state in TERMINAL_STATES else 2)
-
-
 def _verb(name: str, verb: str, text: str) -> None:
     def command(
         context: typer.Context,
@@ -103,7 +135,7 @@ def _verb(name: str, verb: str, text: str) -> None:
         from engine.store.repositories import rollouts
 
         with database(context) as opened, opened.write() as session:
-            rollouts.command(session, rollout_id, verb, _actor(), reason, f"cli-{uuid.uuid4().hex}")
+            rollouts.command(session, rollout_id, verb, actor(), reason, f"cli-{uuid.uuid4().hex}")
         typer.echo(f"asked the controller to {name} rollout {rollout_id}")
 
     rollout.command(name, help=text)(command)
@@ -138,10 +170,3 @@ def _report_effect(opened: Database, plan: ServingPlan) -> None:
         typer.echo(f"{name}: has not observed it after {OBSERVED_WAIT_S:.0f} s")
     if behind:
         raise typer.Exit(1)
-
-
-def _actor() -> str:
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError):  # a container without a passwd entry
-        return "cli"

@@ -9,7 +9,7 @@ from engine.contracts import RolloutState, SlipstreamError
 from engine.rollout import specs
 from engine.rollout.guards import RolloutSpec
 from engine.rollout.records import RolloutStatus, status_to_json
-from engine.store.database import Database
+from engine.store.database import Database, WriteSession
 from engine.store.repositories import plans, policies, rollouts
 from engine.store.repositories.rollouts import Rollout
 
@@ -23,40 +23,38 @@ def launch(
     spec: RolloutSpec | None = None,
     name: str = "",
     traffic_classes: Sequence[str] | None = None,
+    draft: bool = False,
     now: datetime | None = None,
 ) -> Rollout:
     """Begin to try version ``canary`` against what is champion now, under ``spec`` or a preset.
 
+    With ``draft`` it is only written down; ``release`` starts it, against what is champion then.
     SlipstreamError where the version does not exist, is champion already, or another rollout is active.
     """
     chosen = specs.validate(spec) if spec is not None else specs.preset(preset, traffic_classes)
     started = now or datetime.now(UTC)
     with db.write() as session:
-        plan = plans.latest(session)
-        if plan is None:
-            raise SlipstreamError("There is no serving plan yet: start an engine first (`slipstream up`).")
-        if policies.get(session, canary) is None:
-            raise SlipstreamError(f"There is no policy version {canary}. `slipstream policy list` shows them.")
-        if plan.champion == canary:
-            raise SlipstreamError(f"v{canary} is champion already; there is nothing to roll out.")
+        champion = _champion(session, canary)
+        state = RolloutState.DRAFT if draft else RolloutState.READY
         made = rollouts.create(
             session,
             name=name or f"v{canary}",
             spec=specs.to_dict(chosen),
             spec_hash=specs.spec_hash(chosen),
             canary=canary,
-            champion=plan.champion,
+            champion=champion,
             actor=actor,
-            state=RolloutState.READY,
+            state=state,
             status={},
             created_at=started,
         )
-        status = RolloutStatus(made.id, canary, plan.champion, RolloutState.READY, started, reason="waiting to start")
+        reason = "a draft: `slipstream rollout start --draft` begins it" if draft else "waiting to start"
+        status = RolloutStatus(made.id, canary, champion, state, started, reason=reason)
         rollouts.apply(
             session,
             made.id,
-            expected=RolloutState.READY,
-            state=RolloutState.READY,
+            expected=state,
+            state=state,
             status=status_to_json(status),
             decision=None,
             now=started,
@@ -64,3 +62,36 @@ def launch(
         found = rollouts.get(session, made.id)
     assert found is not None
     return found
+
+
+def release(db: Database, rollout_id: int, now: datetime | None = None) -> Rollout:
+    """Begin a draft. What is champion at this moment is what it is compared with and what a rollback returns to."""
+    started = now or datetime.now(UTC)
+    with db.write() as session:
+        drafted = rollouts.get(session, rollout_id)
+        if drafted is None:
+            raise SlipstreamError(f"There is no rollout {rollout_id}. `slipstream rollout list` shows them.")
+        champion = _champion(session, drafted.canary)
+        status = RolloutStatus(
+            rollout_id, drafted.canary, champion, RolloutState.READY, started, reason="waiting to start"
+        )
+        return rollouts.release(
+            session,
+            rollout_id,
+            champion=champion,
+            state=RolloutState.READY,
+            status=status_to_json(status),
+            now=started,
+        )
+
+
+def _champion(session: WriteSession, canary: int) -> int:
+    """The champion of this moment; SlipstreamError where ``canary`` cannot be tried against it."""
+    plan = plans.latest(session)
+    if plan is None:
+        raise SlipstreamError("There is no serving plan yet: start an engine first (`slipstream up`).")
+    if policies.get(session, canary) is None:
+        raise SlipstreamError(f"There is no policy version {canary}. `slipstream policy list` shows them.")
+    if plan.champion == canary:
+        raise SlipstreamError(f"v{canary} is champion already; there is nothing to roll out.")
+    return plan.champion

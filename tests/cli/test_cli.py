@@ -112,3 +112,44 @@ def test_rollout_verbs(flags: list[str], db: Database, tmp_path: Path) -> None:
         assert [c.verb for c in rollouts.commands(session, active.id)] == ["hold"]
     assert run.invoke(app, [*flags, "rollout", "status", str(active.id)]).exit_code == 2
     assert "no rollout 99" in str(run.invoke(app, [*flags, "rollout", "status", "99"]).exception)
+
+
+def test_a_draft_is_written_down_and_begun_later(flags: list[str], db: Database, tmp_path: Path) -> None:
+    seed(db, tmp_path / "spill")
+    with db.read() as session:
+        active = rollouts.active(session)
+        assert active is not None
+        plan = plans.latest(session)
+    assert plan is not None
+    text = run.invoke(app, [*flags, "rollout", "preset", "standard"]).output
+    file = tmp_path / "mine.yaml"
+    file.write_text(text.replace("max_drop: 0.03", "max_drop: 0.2"))
+    assert "10 guards, 3 steps" in run.invoke(app, [*flags, "rollout", "validate", str(file)]).output
+    file.with_name("typo.yaml").write_text(text.replace("soak_s", "soaks"))
+    wrong = run.invoke(app, [*flags, "rollout", "validate", str(file.with_name("typo.yaml"))])
+    assert "Did you mean soak_s?" in str(wrong.exception)
+    made = run.invoke(app, [*flags, "rollout", "create", str(active.canary), "--file", str(file)])
+    assert "is a draft" in made.output, made.exception
+    with db.read() as session:
+        draft = rollouts.list_rollouts(session)[0]
+        assert rollouts.active(session) == active
+    assert (draft.state.value, draft.spec["guards"][0]["max_drop"]) == ("DRAFT", 0.2)
+    early = run.invoke(app, [*flags, "rollout", "start", "--draft", str(draft.id)])
+    assert "one runs at a time" in str(early.exception)
+    again = run.invoke(app, [*flags, "rollout", "start", "--draft", str(active.id)])
+    assert again.exit_code != 0
+
+
+def test_the_record_of_a_rollout_is_told(flags: list[str], db: Database, tmp_path: Path) -> None:
+    seed(db, tmp_path / "spill")
+    with db.read() as session:
+        active = rollouts.active(session)
+    assert active is not None
+    told = run.invoke(app, [*flags, "rollout", "explain", str(active.id)]).output
+    assert "tokens_per_step" in told
+    assert "log E/limit" in told
+    assert "more requests per arm" in told
+    assert "RAMPING → RAMPING" in run.invoke(app, [*flags, "rollout", "history", str(active.id)]).output
+    dry = run.invoke(app, [*flags, "rollout", "dry-run", "fast", "--splits", "3"])
+    assert "of 3 splits" in dry.output, dry.exception
+    assert "rollout 2 ended as rolled back" in dry.output

@@ -174,6 +174,35 @@ def segments(
     return found
 
 
+@dataclass(frozen=True, slots=True)
+class PastRequest:
+    """What guards look at in one request that was served."""
+
+    started_at: datetime
+    assignment_key: str
+    traffic_class: str
+    status: str
+    retry: int
+    steps: int
+    accepted: int
+    e2e_s: float
+    ttft_s: float | None
+    tpot_s: float | None
+
+
+def past(session: ReadSession, version: int, since: datetime, limit: int = 20_000) -> list[PastRequest]:
+    """The newest ``limit`` requests that a version served since then, oldest first."""
+    rows = session.execute(
+        text(
+            "SELECT started_at, assignment_key, traffic_class, status, retry, steps, accepted, e2e_s, ttft_s, tpot_s "
+            "FROM traces WHERE policy_version = :version AND started_at >= :since AND status <> 'rejected' "
+            "ORDER BY started_at DESC LIMIT :limit"
+        ),
+        {"version": version, "since": since, "limit": limit},
+    )
+    return [PastRequest(*row) for row in reversed(rows.all())]
+
+
 def newest(session: ReadSession | WriteSession, window: Window) -> datetime | None:
     """When the last trace of either compared arm in this stage was written, warm-up included."""
     return session.scalar(

@@ -78,14 +78,9 @@ def create(
     status: dict[str, Any],
     created_at: datetime,
 ) -> Rollout:
-    """Begin a rollout. One may be active at a time: a second canary would share its control's traffic."""
-    session.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _CREATE_LOCK})
-    running = active(session)
-    if running is not None:
-        raise SlipstreamError(
-            f"Rollout {running.id} ({running.name}, v{running.canary}) is {running.state}; one runs at a time. "
-            f"Wait for it, or end it: slipstream rollout abort {running.id} --reason …"
-        )
+    """Write a rollout down. One may be at work: a second canary would share its control's traffic. A draft waits."""
+    if state is not RolloutState.DRAFT:
+        _alone(session)
     row = RolloutRow(
         name=name,
         spec=spec,
@@ -103,6 +98,31 @@ def create(
     return _rollout(row)
 
 
+def release(
+    session: WriteSession, rollout_id: int, *, champion: int, state: RolloutState, status: dict[str, Any], now: datetime
+) -> Rollout:
+    """Begin a rollout that was written down as a draft, against what is champion now."""
+    _alone(session)
+    row = session.get(RolloutRow, rollout_id, with_for_update=True)
+    if row is None:
+        raise SlipstreamError(f"There is no rollout {rollout_id}. `slipstream rollout list` shows them.")
+    if row.state != RolloutState.DRAFT.value:
+        raise SlipstreamError(f"Rollout {rollout_id} is {row.state}, not a draft: it was started before.")
+    row.champion, row.state, row.status, row.updated_at = champion, state.value, status, now
+    session.flush()
+    return _rollout(row)
+
+
+def _alone(session: WriteSession) -> None:
+    session.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _CREATE_LOCK})
+    running = active(session)
+    if running is not None:
+        raise SlipstreamError(
+            f"Rollout {running.id} ({running.name}, v{running.canary}) is {running.state}; one runs at a time. "
+            f"Wait for it, or end it: slipstream rollout abort {running.id} --reason …"
+        )
+
+
 def get(session: ReadSession | WriteSession, rollout_id: int) -> Rollout | None:
     row = session.get(RolloutRow, rollout_id)
     return _rollout(row) if row else None
@@ -114,8 +134,8 @@ def list_rollouts(session: ReadSession | WriteSession, limit: int = 200) -> list
 
 
 def active(session: ReadSession | WriteSession) -> Rollout | None:
-    """The rollout that is not in a terminal state, if there is one."""
-    over = [state.value for state in TERMINAL_STATES]
+    """The rollout that has begun and not ended, if there is one."""
+    over = [state.value for state in TERMINAL_STATES | {RolloutState.DRAFT}]
     row = session.scalar(select(RolloutRow).where(RolloutRow.state.not_in(over)).order_by(RolloutRow.id).limit(1))
     return _rollout(row) if row else None
 

@@ -1,0 +1,58 @@
+"""What a guard still needs comes true when the traffic goes on as it looks."""
+
+from __future__ import annotations
+
+import pytest
+
+from engine.contracts import CANARY, CONTROL, Verdict
+from engine.rollout import explain, specs
+from engine.rollout.evaluate import evaluate
+from engine.rollout.explain import Outlook
+from engine.rollout.records import GuardResult
+from engine.store.repositories.evidence import Segment
+from tests.rollout.world import segment
+
+SPEC = specs.preset("standard")
+
+
+def judged(n: int, canary: float, errors: int = 0, noise: float = 0.4) -> dict[str, GuardResult]:
+    pair: list[Segment] = [
+        segment(CANARY, n, canary, errors=errors, noise=noise),
+        segment(CONTROL, n, 2.0, noise=noise),
+    ]
+    return {g.guard: g for g in evaluate(SPEC, pair)}
+
+
+@pytest.mark.parametrize(("canary", "verdict"), [(2.02, Verdict.PASS), (1.9, Verdict.FAIL)])
+def test_tokens_per_step_decides_where_it_was_said_to(canary: float, verdict: Verdict) -> None:
+    early = judged(60, canary)["tokens_per_step"]
+    assert early.verdict is Verdict.INSUFFICIENT
+    seen = explain.outlook(SPEC, early, rate=2.0)
+    assert seen.verdict is verdict
+    assert seen.requests is not None
+    assert seen.minutes == pytest.approx(seen.requests / 120)
+    late = judged(60 + round(1.15 * seen.requests), canary)["tokens_per_step"]
+    assert late.verdict is verdict
+    assert judged(60 + round(0.7 * seen.requests), canary)["tokens_per_step"].verdict is not verdict
+
+
+def test_events_decide_when_evidence_has_grown_in_proportion() -> None:
+    early = judged(100, 2.0, errors=6)["errors"]
+    assert early.verdict is Verdict.PASS
+    seen = explain.outlook(SPEC, early, rate=0.0)
+    assert (seen.verdict, seen.minutes) == (Verdict.FAIL, None)
+    assert seen.requests is not None
+    factor = (100 + seen.requests) / 100
+    assert judged(round(100 * factor), 2.0, errors=round(6 * factor) + 1)["errors"].verdict is Verdict.FAIL
+
+
+def test_what_is_not_in_sight_is_not_promised() -> None:
+    assert str(explain.outlook(SPEC, judged(100, 2.0)["errors"], 1.0)) == "no sign against the canary"
+    assert str(Outlook(Verdict.PASS, None, None)) == "stays undecided at this difference"
+
+
+def test_the_table_says_what_each_guard_needs() -> None:
+    lines = explain.lines(SPEC, list(judged(60, 2.02).values()), 2.0)
+    assert len(lines) == 1 + len(SPEC.guards)
+    assert "more requests per arm (about" in lines[1]
+    assert lines[0].split()[:3] == ["verdict", "guard", "segment"]

@@ -28,21 +28,27 @@ from engine.runner.request import RequestResult
 from engine.settings import Settings
 from engine.speculation.artifact import build_artifact, load_proposer, read_artifact
 from engine.speculation.memory import MEMORY_FILE, TraceMemoryBuilder
+from engine.speculation.neural_file import SHAPE_FILE, WEIGHTS_FILE
 from engine.speculation.proposer import Proposer
 from engine.speculation.step_costs import StepCosts
 
+DRAFT_FILES = (SHAPE_FILE, WEIGHTS_FILE)
 LEARN_AT = 16
 """Requests at a time while the responses that the memory learns from are made."""
 
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """``artifacts``: name → folder of a policy to measure beside the built-in ones. ``test``: prompts per class."""
+    """``artifacts``: name → folder of a policy to measure beside the built-in ones. ``test``: prompts per class.
+
+    ``draft``: folder of a neural policy; its draft stands beside the memory in the policy ``hybrid``.
+    """
 
     files: tuple[Path, ...] = ()
     classes: tuple[str, ...] = ()
     policies: tuple[str, ...] = (NONE, "ngram", "memory")
     artifacts: Mapping[str, Path] = field(default_factory=dict)
+    draft: Path | None = None
     concurrency: tuple[int, ...] = (1, 4, 16)
     peers: tuple[str, ...] = ()
     learn: int = 64
@@ -183,12 +189,31 @@ class Bench:
         elif name == "ngram":
             files = build_artifact(ProposerKind.NGRAM, k)
         elif name == "memory":
-            files = self._memory(workload, k)
+            files = self._artifact(ProposerKind.TRACE_MEMORY, k, self._memory(workload))
+        elif name == "hybrid":
+            files = self._artifact(ProposerKind.HYBRID, k, self._memory(workload) | self._draft())
         else:
-            raise SlipstreamError(f"There is no policy {name!r}; there are none, ngram, memory and --artifact ones.")
+            raise SlipstreamError(
+                f"There is no policy {name!r}; there are none, ngram, memory, hybrid with --draft, and --artifact ones."
+            )
         return load_proposer(files, artifact_digest(files), target.fingerprint, target.tokenizer_fingerprint)
 
-    def _memory(self, workload: Workload, k: int) -> dict[str, bytes]:
+    def _artifact(self, kind: ProposerKind, k: int, files: Mapping[str, bytes]) -> dict[str, bytes]:
+        target = self.target
+        return build_artifact(
+            kind,
+            k,
+            files=files,
+            target_fingerprint=target.fingerprint,
+            tokenizer_fingerprint=target.tokenizer_fingerprint,
+        )
+
+    def _draft(self) -> dict[str, bytes]:
+        if self.options.draft is None:
+            raise SlipstreamError("The policy hybrid needs --draft FOLDER, a neural policy (policy train-static).")
+        return {name: data for name, data in read_artifact(self.options.draft).items() if name in DRAFT_FILES}
+
+    def _memory(self, workload: Workload) -> dict[str, bytes]:
         """A trace memory of the target's own responses to the prompts that are not tested."""
         missing = self._responses.missing(workload.learn)
         for at in range(0, len(missing), LEARN_AT):
@@ -198,10 +223,4 @@ class Bench:
         builder = TraceMemoryBuilder()
         for prompt, response in self._responses.of(workload.learn):
             builder.add(workload.traffic_class, prompt, response)
-        return build_artifact(
-            ProposerKind.TRACE_MEMORY,
-            k,
-            files={MEMORY_FILE: builder.build(self.settings.learner.memory_max_bytes)},
-            target_fingerprint=self.target.fingerprint,
-            tokenizer_fingerprint=self.target.tokenizer_fingerprint,
-        )
+        return {MEMORY_FILE: builder.build(self.settings.learner.memory_max_bytes)}

@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from engine.bench import serving
 from engine.bench.blocks import NONE, Block, Run, best_figure, ratio_figure
 from engine.bench.serving import Options
-from engine.contracts import SlipstreamError
+from engine.contracts import ProposerKind, SlipstreamError
+from engine.learner.trainer import fresh_weights
+from engine.model.draft import DraftConfig
+from engine.model.loading import load_target
 from engine.settings import Settings, load_settings
+from engine.speculation.artifact import build_artifact
+from engine.speculation.neural_file import pack
 from tests.tiny_model import write_tiny_model
 
 
@@ -123,3 +130,18 @@ def test_what_cannot_be_measured_says_so(settings: Settings, prompts: Path) -> N
                 ),
                 print,
             )  # type: ignore[arg-type]
+
+
+def test_a_hybrid_is_memory_beside_a_given_draft(settings: Settings, prompts: Path, tmp_path: Path) -> None:
+    chosen = replace(options(prompts), policies=("none", "hybrid"), concurrency=(2,), classes=("a",))
+    with pytest.raises(SlipstreamError, match="--draft"):
+        serving.run(settings, chosen, lambda _: None)
+    target = load_target(str(tmp_path / "tiny"), tmp_path, dtype="float64", threads=1)
+    shape = DraftConfig.of_target(target.config, 64)
+    files = pack(shape, fresh_weights(shape, target.model, 0), torch.arange(64))
+    policy = build_artifact(ProposerKind.NEURAL, 4, files=files, target_fingerprint=target.fingerprint)
+    (tmp_path / "draft").mkdir()
+    for name, data in policy.items():
+        (tmp_path / "draft" / name).write_bytes(data)
+    report = serving.run(settings, replace(chosen, draft=tmp_path / "draft"), lambda _: None)
+    assert "acceptance_length:hybrid:a" in {figure.name for figure in report.figures}

@@ -13,7 +13,8 @@ import streamlit as st
 from app.queries.database import database
 from engine.contracts import CANARY, PolicyVersion, ReplicaState, ServingPlan
 from engine.store.models import PlanObservationRow
-from engine.store.repositories import learning, plans, policies, replicas, rollouts, traces
+from engine.store.repositories import adaptation, learning, plans, policies, replicas, rollouts, traces
+from engine.store.repositories.adaptation import Adaptation
 from engine.store.repositories.learning import Attempt
 from engine.store.repositories.overview import Slice
 from engine.store.repositories.policies import Lineage
@@ -107,6 +108,20 @@ def traces_of(part: Lineage) -> list[UUID]:
     """The traces of one part of a lineage, oldest first."""
     with database().read() as session:
         return policies.trace_ids(session, part.members)
+
+
+@st.cache_data(ttl=timedelta(minutes=5), show_spinner=False)
+def tenants_of(part: Lineage) -> dict[str, int]:
+    """Traces by tenant of one part of a lineage; those without one under an empty name."""
+    with database().read() as session:
+        return policies.tenants(session, part.members)
+
+
+@st.cache_data(ttl=timedelta(seconds=10), show_spinner=False)
+def adaptation_of(version: int) -> Adaptation | None:
+    """What a version cost to learn and has saved since; None where nobody learned it."""
+    with database().read() as session:
+        return adaptation.of_version(session, version, datetime.now(UTC))
 
 
 @st.cache_data(ttl=TTL, show_spinner=False)

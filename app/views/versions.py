@@ -8,7 +8,7 @@ from html import escape
 import pandas as pd
 import streamlit as st
 
-from app.components import context
+from app.components import adaptation, context
 from app.components.context import heading
 from app.components.tables import SHARE, Columns, in_colour, table, trend_column, trends
 from app.queries import ledger, overview
@@ -43,6 +43,9 @@ def page() -> None:
         heading(f"Gate of v{chosen.version}", "tokens per verify step on held-out requests")
         _gate(chosen.version)
     with st.container(border=True):
+        heading(f"Cost of v{chosen.version}", "what learning it took, and what it has saved since")
+        adaptation.account(ledger.adaptation_of(chosen.version), settings().learner.price_per_hour)
+    with st.container(border=True):
         heading("Attempts", "of the learner, the refused ones too")
         _attempts()
 
@@ -55,7 +58,7 @@ def _table(versions: list[PolicyVersion], serving: ledger.Serving) -> PolicyVers
             {
                 "policy_version": v.version,
                 "version": f"v{v.version}",
-                "role": serving.role(v.version),
+                "role": "retired" if v.retired_at else serving.role(v.version),
                 "kind": v.kind.value.replace("_", " "),
                 "K": v.num_speculative_tokens,
                 "parent": f"v{v.parent_version}" if v.parent_version else "",
@@ -141,6 +144,9 @@ def _traffic(part: Lineage) -> None:
     window = f"{_time(part.window_from)} to {_time(part.window_to)}"
     classes = ", ".join(f"{count:,} {name}" for name, count in sorted(part.classes.items(), key=lambda c: -c[1]))
     st.markdown(f"{role} **{part.traces:,} traces**: {classes}  \n:gray[{window}]")
+    tenants = {name or "no tenant": count for name, count in ledger.tenants_of(part).items()}
+    if set(tenants) != {"no tenant"}:
+        st.caption("Tenants: " + ", ".join(f"{count:,} {_plain(name)}" for name, count in tenants.items()))
     with st.expander("Traces", key=f"traces-{part.role}"):
         frame = pd.DataFrame({"trace": [f"/traces?trace={trace_id}" for trace_id in ledger.traces_of(part)]})
         link = st.column_config.LinkColumn("trace", display_text="trace=(.*)")
@@ -211,6 +217,11 @@ def _outcome(outcome: str) -> str:
     colours = current().colours
     shade = {"registered": colours.good, "refused": colours.bad}.get(outcome, colours.muted)
     return f"color: {shade}; font-weight: 600"
+
+
+def _plain(name: str) -> str:
+    """A client's own words, so that they are no Markdown: a tenant's name must not fetch images or disguise links."""
+    return "".join(c if c.isalnum() or c in " .-@" else "\\" + c for c in name)
 
 
 def _time(at: datetime) -> str:

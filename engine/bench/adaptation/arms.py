@@ -187,10 +187,22 @@ class AdaptiveArm(Arm):
         )
 
 
-def offline(world: World, responses: Sequence[Response], learner: MemoryLearner | None = None) -> Proposer:
-    """The policy that learning from all of these at once gives; ``learner`` remembers what it has counted."""
+def offline(
+    world: World,
+    corpus: Sequence[Response],
+    taught: Sequence[Response] = (),
+    learner: MemoryLearner | None = None,
+    after: int = 0,
+) -> Proposer:
+    """The policy that learning from all of these at once gives.
+
+    ``learner`` remembers what it has counted by ordinal: ``after`` gives ``taught`` ordinals that no other call gave.
+    """
     traffic = Traffic(0.5)
-    for response in responses:
+    for response in corpus:
+        traffic.take(response, world.max_tokens, teach=True)
+    traffic.ordinal += after
+    for response in taught:
         traffic.take(response, world.max_tokens, teach=True)
     return world.load(build_memory(traffic.train, world.target, world.settings, learner=learner))
 

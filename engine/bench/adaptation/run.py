@@ -138,11 +138,10 @@ def _offline(one: Stream, material: Material) -> dict[int, Served]:
         places = list(range(phase.first, phase.last))
         for side in (0, 1):
             taught = [one.requests[at] for at in places[1 - side :: 2]]
-            arm = Arm("offline", material.world, offline(material.world, [*material.corpus, *taught], learner))
-            for at in places:  # all of them, so that K control has as much experience as in the arms
-                served = arm.serve(one.requests[at])
-                if (at - phase.first) % 2 == side:
-                    found[at] = served
+            after = len(one.requests) * (1 + side) + phase.first
+            policy = offline(material.world, material.corpus, taught, learner, after)
+            arm = Arm("offline", material.world, policy)
+            found |= {at: arm.serve(one.requests[at]) for at in places[side::2]}
     return found
 
 
@@ -160,15 +159,16 @@ def _figures(
     for traffic_class in sorted(material.classes):
         if "shift" not in runs:
             break
-        rows = [
-            row
-            for r in runs["shift"]
-            for phase in r.stream.phases[1:]  # the first class is no shift
-            if phase.traffic_class == traffic_class
-            for row in figures.pairs(r, "gated", "static", phase.second_half, False)
-        ]
-        if rows:
-            found.append(figures.ratio(f"ratio:gated/static:shift:{traffic_class}", rows, rng))
+        for first, second in (("gated", "static"), ("gated", "ngram")):
+            rows = [
+                row
+                for r in runs["shift"]
+                for phase in r.stream.phases[1:]  # the first class is no shift
+                if phase.traffic_class == traffic_class
+                for row in figures.pairs(r, first, second, phase.second_half, False)
+            ]
+            if rows:
+                found.append(figures.ratio(f"ratio:{first}/{second}:shift:{traffic_class}", rows, rng))
         if (one := figures.recovery(runs["shift"], "gated", traffic_class)) is not None:
             found.append(one)
     if "shift" in runs:

@@ -85,7 +85,7 @@ def test_retiring_takes_versions_out_of_service_and_their_heirs_too(w: World) ->
         parent = policies.get(session, version)
     assert parent is not None
     heir = publish(
-        w.db, w.store, build_artifact(ProposerKind.NGRAM, 2, lineage={"starts_from": parent.digest}), parent=version
+        w.db, w.store, build_artifact(ProposerKind.NGRAM, 2, lineage={"draft": parent.digest}), parent=version
     ).version
     with w.db.write() as session:
         now = plans.latest(session)

@@ -125,7 +125,7 @@ def test_an_error_is_an_outcome_and_not_the_end(w: World, monkeypatch: pytest.Mo
 
     w.serve(100)
     with monkeypatch.context() as patch:
-        patch.setattr(module.memory, "build_memory", broken)
+        patch.setattr(module.candidates, "build_memory", broken)
         attempt = w.learner.attempt_if_due()
     assert attempt is not None
     assert (attempt.outcome, attempt.reason) == (learning.ERROR, "MemoryError: no room")
@@ -191,7 +191,7 @@ def test_a_learner_that_lost_its_lease_publishes_nothing(w: World, monkeypatch: 
         return build(*args)  # type: ignore[arg-type]
 
     w.serve(100)
-    monkeypatch.setattr(module.memory, "build_memory", slow)
+    monkeypatch.setattr(module.candidates, "build_memory", slow)
     with pytest.raises(leases.LeaseLost):
         w.learner.attempt_if_due()
     with w.db.read() as session:

@@ -14,7 +14,7 @@ from scipy.optimize import isotonic_regression
 from engine.bench.adaptation.arms import World, offline
 from engine.bench.adaptation.streams import Ids, Response
 from engine.bench.workload import Responses
-from engine.contracts import SamplingParams, SlipstreamError, artifact_digest
+from engine.contracts import ProposerKind, SamplingParams, SlipstreamError, artifact_digest
 from engine.demo import prompts
 from engine.learner.traces import ServedTarget
 from engine.model.loading import Target, load_target
@@ -22,7 +22,7 @@ from engine.ops.supervisor import Say
 from engine.runner.engine import Engine, EngineRequest
 from engine.runner.profile import profile_step_costs
 from engine.settings import Settings
-from engine.speculation.artifact import load_proposer, read_artifact
+from engine.speculation.artifact import load_proposer, read_artifact, read_manifest
 from engine.speculation.none import NoneProposer
 from engine.speculation.proposer import Proposer
 
@@ -33,6 +33,7 @@ CORPUS = "offline"
 """The traffic class of what static was trained on: only the pooled table of a memory knows it."""
 TOGETHER = 16
 PROFILED = 15
+REPLAYED = (ProposerKind.NONE, ProposerKind.NGRAM, ProposerKind.TRACE_MEMORY)
 LEAST = 16
 """Prompts a class needs to be a phase of a stream."""
 
@@ -114,6 +115,11 @@ def _corpus(target: Target, path: Path) -> list[Response]:
 
 def _load(folder: Path, target: Target) -> Proposer:
     files = read_artifact(folder)
+    if (kind := read_manifest(files).kind) not in REPLAYED:
+        raise SlipstreamError(
+            f"{folder} is a {kind} policy; only those that draft from tokens alone can be replayed here: "
+            f"{', '.join(REPLAYED)}. `slipstream bench serving --artifact` measures it for real."
+        )
     return load_proposer(files, artifact_digest(files), target.fingerprint, target.tokenizer_fingerprint)
 
 

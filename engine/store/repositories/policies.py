@@ -175,13 +175,13 @@ def influenced_by_any(session: ReadSession | WriteSession, ordinals: Sequence[in
 def with_heirs(session: ReadSession | WriteSession, versions: Sequence[int]) -> list[int]:
     """These versions and all that started from their weights, ascending.
 
-    A manifest names in ``lineage.starts_from`` the digest its weights began with; what taught that taught its heirs.
+    A manifest names in ``lineage.draft`` the version whose weights it began with; what taught that taught its heirs.
     """
     query = text(
         "WITH RECURSIVE heirs AS ("
         " SELECT version, digest FROM policy_versions WHERE version = ANY(:versions)"
         " UNION SELECT v.version, v.digest FROM policy_versions v JOIN heirs h"
-        "  ON v.manifest #>> '{lineage,starts_from}' = h.digest)"
+        "  ON v.manifest #>> '{lineage,draft}' = h.digest)"
         " SELECT version FROM heirs ORDER BY version"
     )
     return list(session.scalars(query, {"versions": list(versions)}))

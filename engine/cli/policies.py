@@ -76,13 +76,16 @@ def influenced_by(
 @policy.command("rebuild")
 def rebuild(context: typer.Context, version: int) -> None:
     """Make a version again from the database, and put its files where they belong if they are the same bytes."""
-    from engine.contracts import artifact_digest
+    from engine.contracts import ProposerKind, artifact_digest
+    from engine.learner.neural import HybridMaker
     from engine.learner.rebuild import rebuild as make_again
     from engine.registry.artifacts import ArtifactStore
 
+    store = ArtifactStore(settings(context).dir("policies"))
     with database(context) as opened:
-        files = make_again(opened, version)
-    ArtifactStore(settings(context).dir("policies")).put(files)
+        hybrids = HybridMaker(settings(context), opened, store)
+        files = make_again(opened, version, {ProposerKind.HYBRID: hybrids.rebuild})
+    store.put(files)
     typer.echo(f"v{version} is the same, byte for byte: sha256 {artifact_digest(files)}")
 
 

@@ -10,9 +10,10 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from statistics import median
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ from engine.contracts import PolicyVersion, ProposerKind, SlipstreamError, SpecC
 from engine.learner.evaluate import acceptance
 from engine.learner.features import KEPT, can_teach, example
 from engine.learner.gate import Replayer
-from engine.learner.memory import MemoryLearner, MemoryRecipe, memory_lineage
+from engine.learner.memory import MemoryLearner, MemoryRecipe, memory_lineage, rebuild_memory
 from engine.learner.traces import ServedTarget
 from engine.learner.trainer import Trainer, TrainOptions
 from engine.model.llama import Llama
@@ -90,9 +91,8 @@ class HybridMaker:
             )
         model = self._model(target)
         parent = self._parent(target, champion)
-        draft = unpack({name: self.store.files(parent.digest)[name] for name in (SHAPE_FILE, WEIGHTS_FILE)})
         memory, recipe = MemoryRecipe.of(self.settings.learner), self.recipe
-        tuned, curve = tune(model, draft, train, recipe)
+        tuned, curve = tune(model, self._draft(parent.digest), train, recipe)
         return build_artifact(
             ProposerKind.HYBRID,
             self.settings.learner.num_speculative_tokens,
@@ -103,6 +103,21 @@ class HybridMaker:
             parent=champion.digest if champion is not None else None,
             lineage={**memory_lineage(train, memory), "draft": parent.digest, "tuning": asdict(recipe), "curve": curve},
         )
+
+    def rebuild(self, train: Sequence[TrainableTrace], manifest: Mapping[str, Any]) -> dict[str, bytes]:
+        """The files that a hybrid's manifest describes, from its traces and the version whose draft was tuned.
+
+        Byte for byte on the machine that made it: one thread, the same library; elsewhere kernels may round otherwise.
+        """
+        target = ServedTarget("", manifest["target_fingerprint"], manifest["tokenizer_fingerprint"], {})
+        lineage = manifest["lineage"]
+        draft = self._draft(lineage["draft"])
+        tuned, _ = tune(self._model(target), draft, train, TuneRecipe(**lineage["tuning"]))
+        return {MEMORY_FILE: rebuild_memory(train, manifest), **tuned}
+
+    def _draft(self, digest: str) -> DraftFile:
+        files = self.store.files(digest)
+        return unpack({name: files[name] for name in (SHAPE_FILE, WEIGHTS_FILE)})
 
     def _model(self, target: ServedTarget) -> Llama:
         if self._target is None:

@@ -27,8 +27,12 @@ class NotRebuilt(SlipstreamError):
     """The version cannot be made again: says what is missing, or how far it came."""
 
 
-def rebuild(db: Database, number: int) -> dict[str, bytes]:
-    """The files of a version, made again; NotRebuilt unless they have its digest, byte for byte."""
+def rebuild(db: Database, number: int, more: Mapping[ProposerKind, Rebuilder] | None = None) -> dict[str, bytes]:
+    """The files of a version, made again; NotRebuilt unless they have its digest, byte for byte.
+
+    ``more``: rebuilders of kinds that need more than tokens, a target for instance.
+    """
+    rebuilders = {**REBUILDERS, **(more or {})}
     with db.read() as session:
         version = policies.get(session, number)
         if version is None:
@@ -42,11 +46,11 @@ def rebuild(db: Database, number: int) -> dict[str, bytes]:
             "past their retention (telemetry.payload_retention_days), or their tenant was forgotten. Its files may "
             "still be in MLflow or on another replica."
         )
-    if version.kind not in REBUILDERS:
+    if version.kind not in rebuilders:
         raise NotRebuilt(f"v{number} is a {version.kind} policy, and there is no way to make one of those again.")
     manifest = json.dumps(version.manifest, indent=1, sort_keys=True, ensure_ascii=False).encode()
     try:
-        files = {MANIFEST: manifest, **REBUILDERS[version.kind](train, version.manifest)}
+        files = {MANIFEST: manifest, **rebuilders[version.kind](train, version.manifest)}
     except KeyError as missing:
         raise NotRebuilt(f"The manifest of v{number} does not say how it was made: {missing} is missing.") from None
     if (digest := artifact_digest(files)) != version.digest:

@@ -14,6 +14,7 @@ import pytest
 from engine.contracts import ProposerKind, artifact_digest
 from engine.learner.features import can_teach
 from engine.learner.neural import HybridMaker, TargetReplayer, TuneRecipe, choose, tune
+from engine.learner.rebuild import NotRebuilt, rebuild
 from engine.learner.trainer import choose_vocabulary, fresh_weights
 from engine.model.draft import DraftConfig
 from engine.model.loading import Target, load_target
@@ -159,6 +160,10 @@ def test_a_hybrid_goes_through_the_gate_with_its_lineage(
     assert attempt.gate["net"] > 1
     policy = load_proposer(w.store.files(made.digest), made.digest, FINGERPRINT, "t" * 64)
     assert policy.kind is ProposerKind.HYBRID
+    again = HybridMaker(w.settings, w.db, w.store, tiny.model)
+    assert artifact_digest(rebuild(db, made.version, {ProposerKind.HYBRID: again.rebuild})) == made.digest
+    with pytest.raises(NotRebuilt, match="no way"):
+        rebuild(db, made.version)
 
 
 def test_a_draft_that_diverges_is_an_error_and_no_version(

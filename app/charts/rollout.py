@@ -5,7 +5,7 @@ from __future__ import annotations
 import pandas as pd
 import plotly.graph_objects as go
 
-from app.charts.theme import Palette, empty, figure, instants
+from app.charts.theme import Palette, empty, figure, instants, log_axis
 
 
 def certainty(frame: pd.DataFrame, canary: int, colours: Palette, height: int = 280) -> go.Figure:
@@ -58,6 +58,64 @@ def certainty(frame: pd.DataFrame, canary: int, colours: Palette, height: int = 
     made.update_layout(margin={"t": 12})
     made.update_yaxes(tickformat="+.1f", nticks=6)
     made.update_xaxes(tickformat="%H:%M", nticks=6, hoverformat="%b %-d, %H:%M:%S")
+    return made
+
+
+def boundaries(frame: pd.DataFrame, colours: Palette, height: int = 280) -> go.Figure:
+    """Each guard's evidence against the canary over time, as a share of what rolls back.
+
+    ``frame``: at, guard, near (log E / log of its limit; 1 rolls back, below 0 the evidence is for the canary).
+    """
+    frame = frame.dropna(subset=["near"])
+    if frame.empty:
+        return empty("No guard has evidence yet", colours, height)
+    made = figure(colours, height)
+    shades = [colours.versions[k % len(colours.versions)] for k in (1, 2, 3, 4, 5, 6, 7, 8, 0)]
+    for place, (guard, rows) in enumerate(frame.groupby("guard", sort=False)):
+        made.add_scatter(
+            x=instants(rows["at"]),
+            y=rows["near"].clip(-1.0, 1.5),
+            mode="lines+markers" if len(rows) == 1 else "lines",
+            line={"width": 1.8, "color": shades[place % len(shades)]},
+            name=str(guard),
+            hovertemplate="%{y:.0%}",
+        )
+    made.add_hline(y=0, line={"color": colours.muted, "width": 1})
+    made.add_hline(
+        y=1,
+        line={"color": colours.bad, "width": 1, "dash": "dot"},
+        annotation={"text": "rolls back", "font": {"size": 10, "color": colours.bad}, "xanchor": "right"},
+    )
+    made.update_yaxes(tickformat=".0%", range=[-1.1, max(1.15, float(frame["near"].clip(upper=1.5).max()) + 0.1)])
+    made.update_xaxes(tickformat="%H:%M", nticks=6, hoverformat="%b %-d, %H:%M:%S")
+    return made
+
+
+def quantile_curves(frame: pd.DataFrame, canary: int, champion: int, colours: Palette, height: int = 280) -> go.Figure:
+    """Latency against the share of requests that took no longer, both arms.
+
+    ``frame``: arm ("canary" or "control"), level in (0, 1), ms.
+    """
+    frame = frame.dropna(subset=["ms"])
+    frame = frame[frame["ms"] > 0]
+    if frame.empty:
+        return empty("No latency of either arm yet", colours, height)
+    made = figure(colours, height)
+    for arm, version, dash in (("control", champion, "dot"), ("canary", canary, "solid")):
+        rows = frame[frame["arm"] == arm]
+        made.add_scatter(
+            x=100 * rows["level"],
+            y=rows["ms"],
+            mode="lines",
+            line={"width": 2, "color": colours.version(version), "dash": dash},
+            name=f"{arm} v{version}",
+            hovertemplate="%{y:,.0f} ms",
+        )
+    log_axis(made, float(frame["ms"].min()), float(frame["ms"].max()))
+    made.update_xaxes(
+        range=[0, 100], tickvals=[1, 25, 50, 75, 90, 99], ticktext=["p1", "p25", "p50", "p75", "p90", "p99"]
+    )
+    made.update_xaxes(hoverformat=".0f", tickprefix="")
     return made
 
 

@@ -13,7 +13,9 @@ from pandas.io.formats.style import Styler
 from app.charts.theme import Palette
 from app.components.tables import in_colour, table
 from app.queries.ledger import Serving
-from engine.contracts import CHAMPION, RolloutState, ServingPlan
+from engine.contracts import CANARY, CHAMPION, CONTROL, RolloutState, ServingPlan
+from engine.rollout import quantiles
+from engine.store import histogram
 from engine.store.repositories.rollouts import DecisionRecord, Rollout
 
 NAMES = {
@@ -96,11 +98,10 @@ def guard_rows(guards: list[dict[str, Any]], specs: Sequence[Mapping[str, Any]] 
 
     ``specs``: the guards as the rollout was started with; the fuse says which latency it judges only there.
     """
-    fuse = next((spec for spec in specs if spec["kind"] == "fuse_p95"), None)
-    names = NAMES | ({"fuse_p95": f"p95 {_METRICS[fuse['metric']]} ≤ {fuse['ratio']:g} ×"} if fuse else {})
     rows = []
     for guard in guards:
-        form = _FORMS.get(guard["guard"], "{:.3g}".format)
+        relative = guard["guard"].partition("_p")[0] in METRICS  # a latency: its interval is a relative change
+        form = _milliseconds if relative else _FORMS.get(guard["guard"], "{:.3g}".format)
         low, high = guard["low"], guard["high"]
         evidence, limit = guard["log_e"], guard["limit"]
         if guard["guard"] == "fuse_p95" and guard["canary"] and guard["control"]:
@@ -109,17 +110,21 @@ def guard_rows(guards: list[dict[str, Any]], specs: Sequence[Mapping[str, Any]] 
         rows.append(
             {
                 "verdict": guard["verdict"],
-                "guard": names.get(guard["guard"], guard["guard"].replace("_", " ")),
+                "guard": name_of(guard["guard"], specs),
                 "segment": guard["segment"],
                 "n": f"{guard['n_canary']:,} / {guard['n_control']:,}",
                 "canary": form(guard["canary"]) if guard["canary"] is not None else "",
                 "control": form(guard["control"]) if guard["control"] is not None else "",
-                "interval": f"{low:+.2f} to {high:+.2f}" if low is not None and high is not None else "",
+                "interval": _interval(low, high, relative) if low is not None and high is not None else "",
                 "near": near,
                 "because": guard["reason"],
             }
         )
     return pd.DataFrame(rows)
+
+
+def _interval(low: float, high: float, relative: bool) -> str:
+    return f"{low:+.0%} to {high:+.0%}" if relative else f"{low:+.2f} to {high:+.2f}"
 
 
 def _milliseconds(seconds: float) -> str:
@@ -131,7 +136,7 @@ _FORMS: dict[str, Callable[[float], str]] = {
     "errors": "{:.0f}".format,
     "fuse_p95": _milliseconds,
 }
-_METRICS = {"e2e": "e2e", "ttft": "TTFT", "tpot": "TPOT"}
+METRICS = {"e2e": "e2e", "ttft": "TTFT", "tpot": "TPOT"}
 
 
 def guard_table(decision: DecisionRecord, rollout: Rollout, colours: Palette) -> None:
@@ -176,6 +181,81 @@ def differences(decisions: list[DecisionRecord], max_drop: float) -> pd.DataFram
                     (decision.decided_at, guard["canary"] - control, guard["low"], guard["high"], -max_drop * control)
                 )
     return pd.DataFrame(rows, columns=["at", "difference", "low", "high", "allowed"])
+
+
+def evidence(decisions: list[DecisionRecord], specs: Sequence[Mapping[str, Any]] = ()) -> pd.DataFrame:
+    """(at, guard, near): each statistical guard's log E as a share of its limit, over all decisions."""
+    rows = [
+        (decision.decided_at, name_of(guard["guard"], specs), guard["log_e"] / guard["limit"])
+        for decision in decisions
+        for guard in decision.evidence.get("guards", [])
+        if guard["log_e"] is not None and guard["limit"]
+    ]
+    return pd.DataFrame(rows, columns=["at", "guard", "near"])
+
+
+def curves(counts: list[dict[str, Any]], metric: str) -> pd.DataFrame:
+    """(arm, level, ms): the quantile curve of each arm, all classes together."""
+    parts = []
+    for segment in counts:
+        indices, numbers = segment.get("latencies", {}).get(metric, ([], []))
+        if segment["traffic_class"] is None and indices:
+            levels, seconds = quantiles.curve(dict(zip(indices, numbers, strict=True)))
+            parts.append(pd.DataFrame({"arm": segment["arm"], "level": levels, "ms": 1e3 * seconds}))
+    return pd.concat(parts) if parts else pd.DataFrame(columns=["arm", "level", "ms"])
+
+
+def class_rows(counts: list[dict[str, Any]], metric: str) -> pd.DataFrame:
+    """One row a traffic class, both arms side by side; all classes together first."""
+    found = {(s["arm"], s["traffic_class"]): s for s in counts}
+    names = sorted({name for _, name in found}, key=lambda name: (name is not None, name or ""))
+    rows = []
+    for name in names:
+        row: dict[str, Any] = {"class": name or "all"}
+        for arm in (CANARY, CONTROL):
+            one = found.get((arm, name), {})
+            indices, numbers = one.get("latencies", {}).get(metric, ([], []))
+            held = dict(zip(indices, numbers, strict=True))
+            row |= {
+                f"n_{arm}": one.get("requests", 0),
+                f"tokens_{arm}": one["x"] / one["y"] if one.get("y") else None,
+                f"p50_{arm}": 1e3 * (histogram.quantile(held, 0.5) or 0) or None,
+                f"p95_{arm}": 1e3 * (histogram.quantile(held, 0.95) or 0) or None,
+                f"errors_{arm}": one.get("error_keys", 0) + one.get("timeout_keys", 0),
+            }
+        if row[f"tokens_{CANARY}"] and row[f"tokens_{CONTROL}"]:
+            row["change"] = 100 * (row[f"tokens_{CANARY}"] / row[f"tokens_{CONTROL}"] - 1)
+        rows.append(row)
+    order = ["n", "tokens", "p50", "p95", "errors"]
+    columns = ["class", *(f"{what}_{arm}" for what in order for arm in (CANARY, CONTROL)), "change"]
+    return pd.DataFrame(rows).reindex(columns=columns)
+
+
+def class_table(counts: list[dict[str, Any]], metric: str, key: str) -> None:
+    """Who gains and who loses, by class."""
+    frame = class_rows(counts, metric)
+    if frame.empty:
+        st.caption("Neither arm has served a request yet.")
+        return
+    number = st.column_config.NumberColumn
+    labels = {"n": ("n", "localized"), "tokens": ("tokens / step", "%.2f"), "p50": ("p50, ms", "%.0f")}
+    labels |= {"p95": ("p95, ms", "%.0f"), "errors": ("errors", "localized")}
+    columns: dict[str, Any] = {"change": number("tokens / step, %", format="%+.1f")}
+    for what, (label, form) in labels.items():
+        for arm in (CANARY, CONTROL):
+            columns[f"{what}_{arm}"] = number(f"{arm} {label}", format=form)
+    table(frame, columns, key)
+
+
+def name_of(guard: str, specs: Sequence[Mapping[str, Any]] = ()) -> str:
+    """A guard as a reader calls it: ``e2e_p95`` is the p95 of the end-to-end latency."""
+    fuse = next((spec for spec in specs if spec["kind"] == "fuse_p95"), None)
+    if guard == "fuse_p95" and fuse is not None:
+        return f"p95 {METRICS[fuse['metric']]} ≤ {fuse['ratio']:g} ×"
+    metric, _, quantile = guard.partition("_p")
+    if metric in METRICS and quantile:
+        return f"p{quantile} {METRICS[metric]}"
+    return NAMES.get(guard, guard.replace("_", " "))
 
 
 def log(decisions: list[DecisionRecord], colours: Palette) -> None:

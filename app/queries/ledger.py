@@ -146,7 +146,14 @@ def all_rollouts() -> list[Rollout]:
 @st.cache_data(ttl=TTL, show_spinner=False)
 def decisions(rollout_id: int) -> list[DecisionRecord]:
     with database().read() as session:
-        return rollouts.decisions(session, rollout_id, limit=600)
+        return rollouts.verdicts(session, rollout_id)
+
+
+@st.cache_data(ttl=timedelta(seconds=5), show_spinner=False)
+def counts(rollout_id: int) -> list[dict[str, Any]]:
+    """What the last decision about a rollout was made of: one entry per arm and class."""
+    with database().read() as session:
+        return rollouts.newest_counts(session, rollout_id)
 
 
 def roll_back(to: int, reason: str, key: str) -> ServingPlan:

@@ -13,7 +13,7 @@ from app.components import context, rollout, verbs
 from app.components.context import heading
 from app.components.tables import Columns, in_colour, table
 from app.queries import ledger, overview
-from engine.contracts import CANARY, CONTROL
+from engine.contracts import CANARY, CONTROL, RolloutState
 from engine.store.repositories.rollouts import DecisionRecord, Rollout
 
 current = context.bar()
@@ -87,18 +87,38 @@ def _arms(active: Rollout, decisions: list[DecisionRecord]) -> None:
     if not frame.empty:
         frame = frame[frame["arm"].isin((CANARY, CONTROL))]
     marks = ledger.marks(here.part)
+    _evidence(active, decisions, "active")
+    columns = st.columns(2)
+    with columns[0].container(border=True):
+        heading("Acceptance length", "canary and control arms")
+        _draw(latency.by_version(frame, "acceptance_length", marks, here.window, here.colours), "arms-acceptance")
+    with columns[1].container(border=True):
+        heading("p95 end-to-end latency", "canary and control arms, ms")
+        _draw(latency.by_version(frame, "e2e_p95", marks, here.window, here.colours, ",.0f"), "arms-latency")
+
+
+def _evidence(one: Rollout, decisions: list[DecisionRecord], key: str) -> None:
+    """What the guards of a rollout judged by: certainty, boundaries, latency of both arms, and the classes."""
+    colours = current().colours
+    guards = one.spec.get("guards", [])
+    counts = ledger.counts(one.id)
+    metric = next((g["metric"] for g in guards if g["kind"] == "latency"), "e2e")
     columns = st.columns(3)
     with columns[0].container(border=True):
         heading("Certainty", "tokens per step, canary − control")
-        drops = [g["max_drop"] for g in active.spec.get("guards", []) if g["kind"] == "tokens_per_step"]
+        drops = [g["max_drop"] for g in guards if g["kind"] == "tokens_per_step"]
         differences = rollout.differences(decisions, drops[0] if drops else 0.0)
-        _draw(charts.certainty(differences, active.canary, here.colours), "certainty")
+        _draw(charts.certainty(differences, one.canary, colours), f"certainty-{key}")
     with columns[1].container(border=True):
-        heading("Acceptance length", "canary and control arms")
-        _draw(latency.by_version(frame, "acceptance_length", marks, here.window, here.colours), "arms-acceptance")
+        heading("Evidence against the canary", "share of what rolls back, by guard")
+        _draw(charts.boundaries(rollout.evidence(decisions, guards), colours), f"boundaries-{key}")
     with columns[2].container(border=True):
-        heading("p95 end-to-end latency", "canary and control arms, ms")
-        _draw(latency.by_version(frame, "e2e_p95", marks, here.window, here.colours, ",.0f"), "arms-latency")
+        heading("Latency of both arms", f"{rollout.METRICS.get(metric, metric)} by quantile, all compared requests")
+        frame = rollout.curves(counts, metric)
+        _draw(charts.quantile_curves(frame, one.canary, one.champion, colours), f"curves-{key}")
+    with st.container(border=True):
+        heading("Classes", "canary and control, all compared requests since the start")
+        rollout.class_table(counts, metric, f"classes-{key}")
 
 
 def _draw(figure: go.Figure, key: str) -> None:
@@ -141,8 +161,12 @@ def _history() -> None:
     chosen = event.selection.rows[0] if event.selection.rows else 0
     if chosen < len(found):
         one = found[chosen]
+        decisions = ledger.decisions(one.id)
+        serving = ledger.serving()
+        if one.state not in (RolloutState.DRAFT,) and (serving.rollout is None or serving.rollout.id != one.id):
+            _evidence(one, decisions, "chosen")
         heading(f"Decisions on v{one.canary}", f"rollout {one.id}, each with its evidence in the ledger")
-        rollout.log(ledger.decisions(one.id), colours)
+        rollout.log(decisions, colours)
 
 
 context.live(head, still=verbs.is_asking())

@@ -194,6 +194,34 @@ def decisions(
     return [_decision(row) for row in reversed(list(session.scalars(query)))]
 
 
+def verdicts(session: ReadSession | WriteSession, rollout_id: int, limit: int = 600) -> list[DecisionRecord]:
+    """The newest decisions, oldest first, without the counts they were made of: what a page draws again and again."""
+    columns = [column for column in RolloutDecisionRow.__table__.columns if column.name != "evidence"]
+    query = (
+        select(*columns, RolloutDecisionRow.evidence.op("-", is_comparison=False)("inputs").label("evidence"))
+        .where(RolloutDecisionRow.rollout_id == rollout_id)
+        .order_by(RolloutDecisionRow.id.desc())
+        .limit(limit)
+    )
+    return [_decision(row) for row in reversed(session.execute(query).all())]
+
+
+def newest_counts(session: ReadSession | WriteSession, rollout_id: int) -> list[dict[str, Any]]:
+    """The segments of the last decision that saw any."""
+    return (
+        session.scalar(
+            select(RolloutDecisionRow.evidence["inputs"]["segments"])
+            .where(
+                RolloutDecisionRow.rollout_id == rollout_id,
+                func.jsonb_array_length(RolloutDecisionRow.evidence["inputs"]["segments"]) > 0,
+            )
+            .order_by(RolloutDecisionRow.id.desc())
+            .limit(1)
+        )
+        or []
+    )
+
+
 def newest_decision(session: ReadSession | WriteSession) -> int:
     """The id of the last decision about any rollout; 0 before the first."""
     return session.scalar(select(func.max(RolloutDecisionRow.id))) or 0
@@ -260,7 +288,7 @@ def _command(row: RolloutCommandRow) -> Command:
     return Command(row.id, row.rollout_id, row.verb, row.actor, row.reason, row.created_at)
 
 
-def _decision(row: RolloutDecisionRow) -> DecisionRecord:
+def _decision(row: Any) -> DecisionRecord:
     return DecisionRecord(
         rollout_id=row.rollout_id,
         decided_at=row.decided_at,

@@ -18,6 +18,7 @@ from engine.runner.drafting import Heard, draft_together, feed_together
 from engine.runner.live import Draft, Live
 from engine.runner.request import Output
 from engine.scheduler.scheduler import ScheduledStep
+from engine.scheduler.sequence import NO_SLOT
 from engine.speculation.control import Choice, KController, Offer
 from engine.speculation.verify import VerifyOutcome, target_probabilities, verify_greedy, verify_one_hot
 
@@ -36,6 +37,9 @@ class Runner:
         started = self.clock()
         decoding = [lives[seq.request_id] for seq in scheduled.decodes]
         ending = [lives[chunk.seq.request_id] for chunk in scheduled.prefills if chunk.gives_first_token]
+        for live in lives.values():
+            if live.seq.slot == NO_SLOT:  # waiting, perhaps once more: another may need what its drafter held
+                live.leave()
         base_rows = len(decoding) + sum(chunk.count for chunk in scheduled.prefills)
         drafts, drafting, choice = self._draft(decoding, base_rows, len(decoding) + len(ending))
         verified = [draft.tokens[:k] for draft, k in zip(drafts, choice.ks, strict=True)]

@@ -154,6 +154,24 @@ def test_places_are_given_back(tiny: Target, proposers: dict[int, Proposer]) -> 
     assert bound.in_use == 0  # type: ignore[attr-defined]
 
 
+def test_a_preempted_request_hears_all_again(
+    tiny: Target, plain: list[RequestResult], proposers: dict[int, Proposer]
+) -> None:
+    """The cache holds two of three; places of the draft are as scarce as slots."""
+    engine = engine_of(tiny, proposers, max_num_seqs=3, kv_tokens=128, prefill_chunk=16)
+    for i, want in enumerate(plain[:8]):
+        version = (TRAINED, HYBRID)[i % 2]
+        engine.add(request(str(i), want.payload.prompt_ids, version, max_tokens=LONG))
+    results = run(engine)
+    assert engine.scheduler.preemptions > 0
+    for i, want in enumerate(plain[:8]):
+        single = alone(
+            tiny, request("x", want.payload.prompt_ids, (TRAINED, HYBRID)[i % 2], max_tokens=LONG), proposers
+        )
+        assert results[str(i)].payload.output_ids == want.payload.output_ids
+        assert (results[str(i)].counts, results[str(i)].draft_errors) == (single.counts, 0)
+
+
 def test_a_failing_draft_costs_its_request_the_draft_only(
     tiny: Target, plain: list[RequestResult], trained: DraftFile, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -15,9 +15,13 @@ st.logo(str(STATIC / "logo.svg"), size="medium")
 
 PAGES = [
     st.Page("views/overview.py", title="Overview", icon=":material/monitoring:", default=True),
+    st.Page("views/speculation.py", title="Speculation", icon=":material/bolt:", url_path="speculation"),
+    st.Page("views/drift.py", title="Drift", icon=":material/waves:", url_path="drift"),
+    st.Page("views/explain.py", title="Explain", icon=":material/account_tree:", url_path="explain"),
     st.Page("views/rollouts.py", title="Rollouts", icon=":material/alt_route:", url_path="rollouts"),
     st.Page("views/versions.py", title="Versions", icon=":material/layers:", url_path="versions"),
     st.Page("views/traces.py", title="Traces", icon=":material/receipt_long:", url_path="traces"),
+    st.Page("views/system.py", title="System", icon=":material/dns:", url_path="system"),
 ]
 
 st.navigation(PAGES, position="top").run()

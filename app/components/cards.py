@@ -31,6 +31,7 @@ CARDS = (
     Card("TPOT p50", "tpot_p50", "{:,.1f} ms"),
     Card("Output tokens / s", "tokens_s", "{:,.1f}", better="higher"),
     Card("Acceptance length", "acceptance_length", "{:.2f}", better="higher"),
+    Card("Goodput", "goodput_share", "{:.1f} %", scale=100.0, better="higher"),
     Card("Errors", "error_rate", "{:.2f} %", scale=100.0),
     Card("Retries", "retry_rate", "{:.2f} %", scale=100.0),
 )
@@ -38,7 +39,7 @@ CARDS = (
 
 def cards(now: pd.Series, before: pd.Series, trend: pd.DataFrame) -> None:
     """A row of cards: value, change against the window before, sparkline."""
-    with st.grid(len(CARDS), min_column_width=136, gap="xsmall", key="cards"):
+    with st.grid(len(CARDS), min_column_width=116, gap="xsmall", key="cards"):
         for card in CARDS:
             _card(card, now.get(card.column), before.get(card.column), trend)
 

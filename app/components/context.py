@@ -6,8 +6,9 @@ All of it is in the URL, so a link shows another person the same thing.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
+from urllib.parse import urlencode
 
 import streamlit as st
 
@@ -22,7 +23,9 @@ RANGES = {
     "6h": timedelta(hours=6),
     "24h": timedelta(hours=24),
     "7d": timedelta(days=7),
+    "30d": timedelta(days=30),
 }
+FIXED = "fixed"
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,35 +43,45 @@ class Context:
 
 def bar() -> Callable[[], Context]:
     """Draw the bar; gives the context of this moment, to be asked again at every refresh."""
+    given = _given()
     with st.container(horizontal=True, vertical_alignment="center", key="context", gap="small"):
-        st.segmented_control(
-            "Time range",
-            list(RANGES),
-            default="1h",
-            key="range",
-            bind="query-params",
-            required=True,
-            label_visibility="collapsed",
-        )
-        offered = overview.known(_slice(RANGES["7d"]))
+        if given is not None:
+            label = f"{given[0]:%b %d, %H:%M:%S} – {given[1]:%b %d, %H:%M:%S}"
+            if st.button(label, icon=":material/close:", key="fixed", help="Back to the last hours"):
+                del st.query_params["from"], st.query_params["to"]
+                st.rerun()
+        else:
+            st.segmented_control(
+                "Time range",
+                list(RANGES),
+                default="1h",
+                key="range",
+                bind="query-params",
+                required=True,
+                label_visibility="collapsed",
+            )
+        offered = overview.known(window(RANGES["7d"]))
         chosen_class = _choice("All classes", "class", offered["classes"])
         arm = _choice("All arms", "arm", offered["arms"])
         version = _choice("All versions", "version", [f"v{n}" for n in offered["versions"]])
         st.space("stretch")
-        st.toggle("Live", value=True, key="live", bind="query-params")
-    name = st.session_state.get("range") or "1h"
+        st.toggle("Live", value=True, key="live", bind="query-params", disabled=given is not None)
+    name = FIXED if given is not None else st.session_state.get("range") or "1h"
 
     def now() -> Context:
         number = int(version.removeprefix("v")) if version else None
         dark = st.context.theme.type == "dark"
-        return Context(_slice(RANGES[name], chosen_class, arm, number), name, palette(dark))
+        moving = window(RANGES[name]) if given is None else Slice(*given)
+        part = replace(moving, traffic_class=chosen_class, arm=arm, version=number)
+        return Context(part, name, palette(dark))
 
     return now
 
 
 def live(body: Callable[[], None], still: bool = False) -> None:
     """Draw a part of the page, and again every few seconds while Live is on and it need not stand ``still``."""
-    every = settings().dashboard.refresh_s if st.session_state.get("live", True) and not still else None
+    moves = st.session_state.get("live", True) and _given() is None and not still
+    every = settings().dashboard.refresh_s if moves else None
     st.fragment(body, run_every=every)()
 
 
@@ -81,7 +94,7 @@ def headline(sentence: str) -> None:
             return
         seconds = (datetime.now(UTC) - newest).total_seconds()
         ago = f"{seconds:.0f} s" if seconds < 120 else _long(seconds)
-        live = st.session_state.get("live", True)
+        live = st.session_state.get("live", True) and _given() is None
         st.caption(f"Newest request {ago} ago{'' if live else ' · paused'} · times in UTC", width="content")
 
 
@@ -109,10 +122,42 @@ def _choice(everything: str, key: str, options: list[str]) -> str | None:
     return None if chosen == everything else chosen
 
 
-def _slice(
-    length: timedelta, traffic_class: str | None = None, arm: str | None = None, version: int | None = None
-) -> Slice:
-    """A window that ends now, at whole seconds: queries of the same few seconds share their cache."""
-    now = datetime.now(UTC).replace(microsecond=0)
-    until = now - timedelta(seconds=now.second % 5) + timedelta(seconds=5)
-    return Slice(until - length, until, traffic_class, arm, version)
+def window(length: timedelta) -> Slice:
+    """A window that ends now and moves in steps, 5 s for an hour and a minute for a day.
+
+    Within a step every panel, page and session asks the same question, so all but the first find it in the cache. The
+    end lies up to a step ahead, so that nothing new is cut off.
+    """
+    step = min(max(int(length.total_seconds() / 720) // 5 * 5, 5), 60)
+    until = datetime.fromtimestamp((int(datetime.now(UTC).timestamp()) // step + 1) * step, UTC)
+    return Slice(until - length, until)
+
+
+def _given() -> tuple[datetime, datetime] | None:
+    """The window that the link asks for, ?from=…&to=… in UTC; None where it asks for none, or for nonsense."""
+    asked = st.query_params.get("from"), st.query_params.get("to")
+    if not all(asked):
+        return None
+    try:
+        since, until = (datetime.fromisoformat(str(text)) for text in asked)
+    except ValueError:
+        return None
+    since, until = (at.replace(tzinfo=UTC) if at.tzinfo is None else at.astimezone(UTC) for at in (since, until))
+    return (since, until) if since < until else None
+
+
+def link(page: str, part: Slice, **more: str) -> str:
+    """The address of a page about a window and part of the traffic: "traces?from=…&to=…&class=…"."""
+    return f"/{page}?" + urlencode(parameters(part) | more)
+
+
+def parameters(part: Slice) -> dict[str, str]:
+    """A slice as it is in the URL."""
+    values = {
+        "from": part.since.strftime("%Y-%m-%dT%H:%M:%S"),
+        "to": part.until.strftime("%Y-%m-%dT%H:%M:%S"),
+        "class": part.traffic_class,
+        "arm": part.arm,
+        "version": f"v{part.version}" if part.version is not None else None,
+    }
+    return {name: value for name, value in values.items() if value is not None}

@@ -1,7 +1,9 @@
-"""Rollups as DataFrames: one row a time bin or group. Durations in milliseconds, as pages show them."""
+"""Panels as DataFrames: one row a time bin or group. Durations in milliseconds, as pages show them."""
 
 from __future__ import annotations
 
+import time
+from collections import deque
 from datetime import timedelta
 from typing import Any
 
@@ -9,86 +11,83 @@ import pandas as pd
 import streamlit as st
 
 from app.queries.database import database
-from engine.store import histogram
+from engine.store.panels import PANELS, speculation, traffic
 from engine.store.repositories import overview
 from engine.store.repositories.overview import Slice
 
-TTL = timedelta(seconds=4)
-QS = (0.5, 0.95, 0.99)
+TTL = timedelta(minutes=2)
+"""Windows that move do so in steps (``context.window``), and a step has a key of its own: this only frees memory."""
+ENTRIES = 400
 LATENCIES = ("e2e", "ttft", "tpot")
-JOINED = 8
-"""Histogram buckets in one row of the heat map."""
+KEPT = 500
 
 
-@st.cache_data(ttl=TTL, show_spinner=False)
-def totals(part: Slice, by: tuple[str, ...] = ()) -> pd.DataFrame:
-    """One row a group: sums, the ratios made of them, and p50, p95, p99 of e2e, p50 of TTFT and TPOT (ms)."""
+@st.cache_data(ttl=TTL, max_entries=ENTRIES, show_spinner=False)
+def rows(name: str, part: Slice) -> pd.DataFrame:
+    """The rows of a panel by its name, as `slipstream query` prints them."""
+    began = time.perf_counter()
     with database().read() as session:
-        frame = with_ratios(pd.DataFrame(overview.sums(session, part, by)))
-        for metric in LATENCIES:
-            found = pd.DataFrame(overview.quantiles(session, part, metric, QS, by))
-            frame = _join(frame, found, metric, list(by))
+        found = pd.DataFrame(PANELS[name].read(session, part))
+    timings().append((name, (time.perf_counter() - began) * 1e3))
+    return found
+
+
+@st.cache_resource
+def timings() -> deque[tuple[str, float]]:
+    """What the last queries of this dashboard took: (panel, ms)."""
+    return deque(maxlen=KEPT)
+
+
+@st.cache_data(ttl=TTL, max_entries=ENTRIES, show_spinner=False)
+def totals(part: Slice, by: tuple[str, ...] = ()) -> pd.DataFrame:
+    """One row a group: sums, the ratios made of them, and the percentiles of e2e, TTFT and TPOT (ms)."""
+    began = time.perf_counter()
+    with database().read() as session:
+        frame = numbers(pd.DataFrame(traffic.totals(session, part, by, LATENCIES)), by)
+    timings().append((f"totals by {', '.join(by) or 'nothing'}", (time.perf_counter() - began) * 1e3))
     return frame
 
 
-@st.cache_data(ttl=TTL, show_spinner=False)
-def over_time(part: Slice, by: tuple[str, ...] = ()) -> pd.DataFrame:
-    """The same per time bin ("at"), the middle of it, with a row for every bin: values are missing without traffic."""
-    width = _bin(part, 90)
+@st.cache_data(ttl=TTL, max_entries=ENTRIES, show_spinner=False)
+def over_time(
+    part: Slice, by: tuple[str, ...] = (), latencies: tuple[str, ...] = LATENCIES, most: int = 90
+) -> pd.DataFrame:
+    """The same per time bin ("at", its middle), with a row for every bin: values are missing without traffic."""
+    began = time.perf_counter()
     with database().read() as session:
-        frame = with_ratios(pd.DataFrame(overview.sums(session, part, by, width)))
-        for metric in LATENCIES:
-            found = pd.DataFrame(overview.quantiles(session, part, metric, QS, by, width))
-            frame = _join(frame, found, metric, ["at", *by])
+        frame = numbers(pd.DataFrame(traffic.over_time(session, part, by, latencies, most)), ("at", *by))
+    timings().append((f"over time by {', '.join(by) or 'nothing'}", (time.perf_counter() - began) * 1e3))
     if frame.empty:
         return frame
-    seconds = _seconds_inside(frame["at"], width, part)
-    frame["requests_s"] = frame["requests"] / seconds
-    frame["tokens_s"] = frame["output_tokens"] / seconds
-    whole = seconds >= width.total_seconds() / 2  # a bin that has hardly begun says more about chance
-    if whole.any():
-        frame = frame[whole]
+    width = timedelta(seconds=float(frame["width_s"].iloc[0]))
     full = _with_gaps(frame, width, list(by))
     full["at"] = (full["at"] + width / 2).clip(upper=pd.Timestamp(part.until))
     return full
 
 
-@st.cache_data(ttl=TTL, show_spinner=False)
+@st.cache_data(ttl=TTL, max_entries=ENTRIES, show_spinner=False)
 def heat(part: Slice, metric: str = "e2e") -> pd.DataFrame:
-    """(at, until, low, high, requests) for the latency heat map, ms; buckets joined by eights, 17 % wide."""
-    width = _bin(part, 60)
+    """(at, until, low, high, requests) for the latency heat map, ms."""
     with database().read() as session:
-        rows = overview.buckets(session, part, metric, width)
-    frame = pd.DataFrame(rows).rename(columns={"n": "requests"})
+        frame = pd.DataFrame(traffic.heat(session, part, metric))
     if frame.empty:
         return frame
-    frame["bucket"] = frame["bucket"] // JOINED * JOINED
-    frame = frame.groupby(["at", "bucket"], as_index=False)["requests"].sum()
-    frame["until"] = frame["at"] + width
-    frame["low"] = [histogram.upper(int(bucket) - 1) * 1e3 for bucket in frame["bucket"]]
-    frame["high"] = [histogram.upper(int(bucket) - 1 + JOINED) * 1e3 for bucket in frame["bucket"]]
-    return frame
+    frame["until"] = frame["at"] + pd.to_timedelta(frame["width_s"], unit="s")
+    return frame.rename(columns={"low_ms": "low", "high_ms": "high"})
 
 
-def _bin(part: Slice, most: int) -> timedelta:
-    """Bins wide enough for some 25 requests each: percentiles of fewer say more about chance than about the service."""
-    total = totals(part)
-    requests = int(total["requests"].iloc[0]) if not total.empty else 0
-    return part.bin(max(24, min(most, requests // 25)))
-
-
-@st.cache_data(ttl=TTL, show_spinner=False)
 def positions(part: Slice) -> pd.DataFrame:
     """Unconditional acceptance by draft position and version: accepted at the position / verify steps that drafted."""
+    return numbers(rows("speculation.positions", part), ())
+
+
+@st.cache_data(ttl=TTL, max_entries=ENTRIES, show_spinner=False)
+def alarm_band(part: Slice) -> tuple[float, float] | None:
     with database().read() as session:
-        frame = pd.DataFrame(overview.positions(session, part, ("policy_version",)))
-    if not frame.empty:
-        first = frame.groupby("policy_version")["drafted"].transform("max")
-        frame["acceptance"] = frame["accepted"] / first.where(first > 0)
-    return frame
+        return speculation.alarm_band(session, part)
 
 
-@st.cache_data(ttl=TTL, show_spinner=False)
+@st.cache_data(ttl=TTL, max_entries=ENTRIES, show_spinner=False)
 def known(part: Slice) -> dict[str, list[Any]]:
     with database().read() as session:
         return overview.known(session, part)
@@ -101,43 +100,25 @@ def newest() -> pd.Timestamp | None:
     return pd.Timestamp(at) if at is not None else None
 
 
-def with_ratios(frame: pd.DataFrame) -> pd.DataFrame:
-    """Ratios are made here, of counts: acceptance length is 1 + accepted / steps, bonus included."""
-    if frame.empty or frame["requests"].isna().all():
-        return pd.DataFrame()
-    steps, drafted, decode = (frame[name].where(frame[name] > 0) for name in ("steps", "drafted", "decode_s"))
-    frame["acceptance_length"] = 1 + frame["accepted"] / steps
-    frame["acceptance_rate"] = frame["accepted"] / drafted
-    frame["decode_tokens_s"] = (frame["output_tokens"] - frame["requests"]).clip(lower=0) / decode
-    frame["error_rate"] = frame["errors"] / frame["requests"]
-    frame["retry_rate"] = frame["retries"] / frame["requests"]
-    frame["draft_share"] = frame["draft_s"] / (frame["draft_s"] + frame["verify_s"]).where(lambda total: total > 0)
+def numbers(frame: pd.DataFrame, keys: tuple[str, ...]) -> pd.DataFrame:
+    """What has no value is nan and not None, so that columns are numbers whatever is missing."""
+    for name in frame.columns:
+        if name not in (*keys, "at") and frame[name].dtype == object and not frame[name].map(_is_text).any():
+            frame[name] = pd.to_numeric(frame[name], errors="coerce")
     return frame
 
 
-def _join(frame: pd.DataFrame, found: pd.DataFrame, metric: str, keys: list[str]) -> pd.DataFrame:
-    names = {f"q{q * 100:g}": f"{metric}_p{q * 100:g}" for q in QS}
-    if frame.empty or found.empty:
-        return frame.assign(**dict.fromkeys(names.values(), float("nan")))
-    found = found.rename(columns=names)
-    found[list(names.values())] *= 1e3
-    return frame.merge(found, on=keys, how="left") if keys else pd.concat([frame, found], axis=1)
-
-
-def _seconds_inside(at: pd.Series, width: timedelta, part: Slice) -> pd.Series:
-    """How much of each bin lies in the window and in the past, seconds: the first and last bins are cut."""
-    begins = at.clip(lower=pd.Timestamp(part.since).floor("min"))
-    ends = (at + width).clip(upper=min(pd.Timestamp(part.until), pd.Timestamp.now("UTC")))
-    return (ends - begins).dt.total_seconds().clip(lower=1.0)
+def _is_text(value: object) -> bool:
+    return isinstance(value, (str, list, dict))
 
 
 def _with_gaps(frame: pd.DataFrame, width: timedelta, by: list[str]) -> pd.DataFrame:
-    every = pd.date_range(frame["at"].min(), frame["at"].max(), freq=width)
+    every = pd.date_range(frame["at"].min(), frame["at"].max(), freq=pd.Timedelta(width))
     if not by:
         return frame.set_index("at").reindex(every).rename_axis("at").reset_index()
     parts = []
-    for group, rows in frame.groupby(by):
-        full = rows.set_index("at").reindex(every).rename_axis("at").reset_index()
+    for group, of in frame.groupby(by):
+        full = of.set_index("at").reindex(every).rename_axis("at").reset_index()
         full[by] = list(group)
         parts.append(full)
     return pd.concat(parts, ignore_index=True)

@@ -13,26 +13,39 @@ from tokenizers import Tokenizer
 
 from app.queries.database import database
 from app.queries.ledger import serving
+from app.queries.overview import ENTRIES, TTL
 from engine.store.repositories import traces
 from engine.store.repositories.overview import Slice
 from engine.store.repositories.traces import Filter, Trace
 
-TTL = timedelta(seconds=4)
-LIMIT = 500
+PAGE = 200
 
 
-@st.cache_data(ttl=TTL, show_spinner=False)
-def listed(part: Slice, status: str | None, order: str) -> pd.DataFrame:
-    """At most ``LIMIT`` traces; durations in ms, acceptance length with the bonus token."""
+@st.cache_data(ttl=TTL, max_entries=ENTRIES, show_spinner=False)
+def listed(part: Slice, chosen: Filter, order: str, page: int = 1) -> pd.DataFrame:
+    """One page, cut by the server; durations in ms, acceptance length with the bonus token."""
     with database().read() as session:
-        frame = pd.DataFrame(traces.listed(session, part, Filter(status=status), order, LIMIT))
+        frame = pd.DataFrame(traces.listed(session, part, chosen, order, PAGE, (page - 1) * PAGE))
     if frame.empty:
         return frame
-    for name in ("e2e", "ttft", "tpot"):
+    for name in ("e2e", "ttft", "tpot", "queue"):
         frame[f"{name}_ms"] = pd.to_numeric(frame[f"{name}_s"]) * 1e3
     frame["acceptance_length"] = 1 + frame["accepted"] / frame["steps"].where(frame["steps"] > 0)
     frame["trace_id"] = frame["trace_id"].astype(str)
     return frame
+
+
+@st.cache_data(ttl=TTL, max_entries=ENTRIES, show_spinner=False)
+def matching(part: Slice, chosen: Filter) -> tuple[int, bool]:
+    """How many match, and whether that is all of them."""
+    with database().read() as session:
+        return traces.matching(session, part, chosen)
+
+
+def every(part: Slice, chosen: Filter, order: str, most: int) -> list[dict[str, Any]]:
+    """The rows of all pages, ``most`` at most: what a download holds."""
+    with database().read() as session:
+        return traces.listed(session, part, chosen, order, most)
 
 
 @st.cache_data(ttl=timedelta(minutes=1), show_spinner=False)

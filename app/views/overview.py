@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
+from urllib.parse import urlencode
+
 import pandas as pd
-import plotly.graph_objects as go
 import streamlit as st
 
 from app.charts import latency
-from app.charts.theme import CONFIG
 from app.components import context
 from app.components.cards import cards, verdict
-from app.components.context import heading
+from app.components.context import FIXED, heading, parameters
+from app.components.drawing import draw, draw_to_traces
+from app.components.export import export
 from app.components.tables import by_class, by_version
 from app.queries import ledger, overview
 from app.queries.database import settings
 from engine.contracts import CANARY
 
 current = context.bar()
-WORDS = {"15m": "15 minutes", "1h": "hour", "6h": "6 hours", "24h": "24 hours", "7d": "7 days"}
+WORDS = {
+    "15m": "15 minutes",
+    "1h": "hour",
+    "6h": "6 hours",
+    "24h": "24 hours",
+    "7d": "7 days",
+    "30d": "30 days",
+    FIXED: "window",
+}
 
 
 def page() -> None:
@@ -25,52 +35,70 @@ def page() -> None:
     part, colours, window = here.part, here.colours, here.window
     serving = ledger.serving()
     now, before = overview.totals(part), overview.totals(part.before())
-    context.headline(verdict(serving, _first(now, part), _first(before, part.before()), WORDS[here.range]))
+    context.headline(verdict(serving, _first(now), _first(before), WORDS[here.range]))
     if now.empty:
         _how_to_begin()
         return
     trend = overview.over_time(part)
-    cards(_first(now, part), _first(before, part.before()), trend)
+    cards(_first(now), _first(before), trend)
     marks = ledger.marks(part)
     left, right = st.columns([3, 2])
     with left.container(border=True):
-        heading("End-to-end latency", "percentiles, log scale")
-        arms = overview.over_time(part, ("arm", "policy_version"))
+        with st.container(horizontal=True, vertical_alignment="center", key="latency-of"):
+            heading("Latency", "p50, p95, p99, log scale · drag to open the traces")
+            metric = _metric()
+        frame = overview.over_time(part, (), (metric,)) if metric == "queue" else trend
+        arms = overview.over_time(part, ("arm", "policy_version"), (metric,))
         canary = arms[arms["arm"] == CANARY]
-        _draw(latency.percentiles(trend, canary, marks, window, colours), "latency")
+        figure = latency.percentiles(frame, canary, marks, window, colours, metric)
+        draw_to_traces(figure, f"latency-{metric}", "Percentiles of latency over time, with deploys marked.", part)
     with right.container(border=True):
-        heading("Latency heat map", "requests by end-to-end latency")
-        _draw(latency.heat_map(overview.heat(part), window, colours), "heat")
-    versions = overview.over_time(part, ("policy_version",))
+        heading("Latency heat map", f"requests by {NAMES[metric]}")
+        figure = latency.heat_map(overview.heat(part, metric), window, colours)
+        draw(figure, f"heat-{metric}", "How many requests took how long, over time.")
+    versions = overview.over_time(part, ("policy_version",), ())
     columns = st.columns(3)
     with columns[0].container(border=True):
         heading("Acceptance length", "1 + accepted / steps, by version")
-        _draw(latency.by_version(versions, "acceptance_length", marks, window, colours), "acceptance")
+        figure = latency.by_version(versions, "acceptance_length", marks, window, colours)
+        draw_to_traces(figure, "acceptance", "Acceptance length over time, a line a version.", part)
     with columns[1].container(border=True):
         heading("Output tokens", "per second, by version")
-        _draw(latency.by_version(versions, "tokens_s", marks, window, colours, ",.1f"), "tokens")
+        figure = latency.by_version(versions, "tokens_s", marks, window, colours, ",.1f")
+        draw_to_traces(figure, "tokens", "Output tokens per second over time, a line a version.", part)
     with columns[2].container(border=True):
         heading("Acceptance by draft position", "% of steps that drafted")
-        _draw(latency.positions(overview.positions(part), colours), "positions")
+        figure = latency.positions(overview.positions(part), colours)
+        draw(figure, "positions", "Share of drafted tokens accepted at each draft position, by version.")
     with st.container(border=True):
         heading("Versions", "that served in this window; latency in ms")
         by_version(overview.totals(part, ("policy_version",)), versions, serving, colours)
     with st.container(border=True):
         heading("Traffic classes", "latency in ms")
         by_class(overview.totals(part, ("traffic_class",)))
+    with st.container(horizontal=True, key="more"):
+        asked = urlencode({"metric": "p95", **parameters(part)})
+        st.link_button("Why did it change?", f"/explain?{asked}", icon=":material/account_tree:")
+        export("overview", part)
 
 
-def _draw(figure: go.Figure, key: str) -> None:
-    st.plotly_chart(figure, key=key, config=CONFIG, theme=None)
+NAMES = {"e2e": "end-to-end latency", "ttft": "TTFT", "tpot": "TPOT", "queue": "queue time"}
 
 
-def _first(frame: pd.DataFrame, part: overview.Slice) -> pd.Series:
-    """The one row of a total, with rates per second of the whole window."""
+def _metric() -> str:
+    """Which latency the two charts are about."""
+    chosen = st.segmented_control(
+        "Latency", list(NAMES), default="e2e", key="latency", bind="query-params", required=True,
+        label_visibility="collapsed", format_func=lambda name: name if name in ("e2e", "queue") else name.upper(),
+    )  # fmt: skip
+    return str(chosen or "e2e")
+
+
+def _first(frame: pd.DataFrame) -> pd.Series:
+    """The one row of a total."""
     if frame.empty:
         return pd.Series(dtype=float)
-    row = frame.iloc[0].copy()
-    row["tokens_s"] = row["output_tokens"] / (part.until - part.since).total_seconds()
-    return row
+    return frame.iloc[0]
 
 
 def _how_to_begin() -> None:

@@ -8,22 +8,25 @@ from typing import Any
 from uuid import UUID
 
 import pandas as pd
-import plotly.graph_objects as go
 import streamlit as st
 
 from app.charts import trace as charts
-from app.charts.theme import CONFIG, Palette
+from app.charts.theme import Palette
 from app.components import context, tokens
 from app.components.context import heading
+from app.components.drawing import draw
 from app.components.tables import Columns, in_colour, table
 from app.components.tokens import Origin
 from app.queries import ledger, traces
 from engine.contracts import Status
+from engine.store import frames
 from engine.store.models import TraceRow
-from engine.store.repositories.traces import Trace
+from engine.store.repositories.overview import Slice
+from engine.store.repositories.traces import Filter, Trace
 
 current = context.bar()
 STATUSES = ["All statuses", *(status.value for status in Status)]
+DEEP = 100_000  # pages end here: what lies deeper is found by narrower filters
 ORDERS = {"Newest first": "newest", "Slowest first": "slowest"}
 HIDDEN: dict[str, Any] = {"label_visibility": "collapsed"}
 
@@ -34,20 +37,59 @@ def page() -> None:
     if asked:
         _one(asked, here.colours)
         return
-    with st.container(horizontal=True, vertical_alignment="center", gap="small"):
-        chosen = st.selectbox("Status", STATUSES, key="status", bind="query-params", width=142, **HIDDEN)
-        order = st.selectbox("Order", ORDERS, key="order", bind="query-params", width=162, **HIDDEN)
-        st.text_input("Trace id", key="wanted", width=300, on_change=_go, placeholder="Trace id", **HIDDEN)
-    status = None if chosen == STATUSES[0] else chosen
-    frame = traces.listed(here.part, status, ORDERS[order])
-    if frame.empty:
+    chosen, order = _filters()
+    many, is_all = traces.matching(here.part, chosen)
+    if not many:
         context.headline("**No request** matches.")
         st.info("Choose a longer window or fewer filters.", icon=":material/info:")
         return
-    many = f"The first **{traces.LIMIT:,}** requests" if len(frame) == traces.LIMIT else f"**{len(frame):,}** requests"
-    failed = int((frame["status"] != Status.OK.value).sum())
-    context.headline(f"{many}, {failed or 'none'} of them not ok. Choose one to open it.")
+    context.headline(f"**{'' if is_all else 'More than '}{many:,}** requests. Choose one to open it.")
+    pages = -(-min(many, DEEP) // traces.PAGE)
+    number = min(int(st.session_state.get("page") or 1), pages)
+    frame = traces.listed(here.part, chosen, ORDERS[order], number)
     _table(frame, here.colours)
+    with st.container(horizontal=True, vertical_alignment="center", key="pages"):
+        if pages > 1:
+            st.pagination(pages, key="page", bind="query-params")
+        deep = f"; the last {many - DEEP:,} are reached by a shorter window or the other order" if many > DEEP else ""
+        st.caption(f"{traces.PAGE} a page{deep}", width="stretch")
+        _download(here.part, chosen, ORDERS[order], min(many, DEEP))
+
+
+def _filters() -> tuple[Filter, str]:
+    """What of the slice is listed, and in which order. All of it is in the URL."""
+    with st.container(horizontal=True, vertical_alignment="center", gap="small", key="filters"):
+        status = st.selectbox("Status", STATUSES, key="status", bind="query-params", width=142, **HIDDEN)
+        order = st.selectbox("Order", ORDERS, key="order", bind="query-params", width=162, **HIDDEN)
+        slow = st.number_input(
+            "At least, ms", min_value=0, step=100, value=None, key="min_ms", bind="query-params", width=170,
+            placeholder="At least, ms", **HIDDEN,
+        )  # fmt: skip
+        tenant = st.text_input("Tenant", key="tenant", bind="query-params", width=130, placeholder="Tenant", **HIDDEN)
+        conversation = st.text_input(
+            "Conversation", key="conversation", bind="query-params", width=170, placeholder="Conversation", **HIDDEN
+        )
+        st.text_input("Trace id", key="wanted", width=200, on_change=_go, placeholder="Trace id", **HIDDEN)
+    chosen = Filter(
+        status=None if status == STATUSES[0] else status,
+        tenant=(tenant or "").strip() or None,
+        conversation=(conversation or "").strip() or None,
+        min_e2e_s=slow / 1e3 if slow else None,
+    )
+    return chosen, order
+
+
+def _download(part: Slice, chosen: Filter, order: str, many: int) -> None:
+    """The whole list, not only the page that is shown."""
+    with st.popover("Export", icon=":material/download:"):
+        form = st.segmented_control("Format", frames.FORMATS, default="csv", key="form", required=True) or "csv"
+        st.download_button(
+            f"Download {many:,} rows",
+            lambda: frames.encode(traces.every(part, chosen, order, DEEP), str(form), context.parameters(part)),
+            file_name=f"traces.{form}",
+            key="download",
+            on_click="ignore",
+        )
 
 
 def _table(frame: pd.DataFrame, colours: Palette) -> None:
@@ -62,12 +104,14 @@ def _table(frame: pd.DataFrame, colours: Palette) -> None:
         "e2e_ms": number("e2e, ms", format="%.0f"),
         "ttft_ms": number("TTFT, ms", format="%.0f"),
         "tpot_ms": number("TPOT, ms", format="%.1f"),
+        "queue_ms": number("queue, ms", format="%.0f"),
         "prompt_tokens": number("prompt", help="tokens"),
         "output_tokens": number("output", help="tokens"),
         "drafted": number("drafted", help="tokens"),
         "accepted": number("accepted", help="tokens"),
         "acceptance_length": number("acceptance length", format="%.2f", help="1 + accepted / verify steps"),
         "retry": number("retry", width=60),
+        "tenant": "tenant",
         "trace_id": "trace",
     }
     event = table(
@@ -76,7 +120,7 @@ def _table(frame: pd.DataFrame, colours: Palette) -> None:
         "list",
         on_select="rerun",
         selection_mode="single-row",
-        height=720,
+        height=min(38 + 35 * len(frame), 720),
     )
     if event.selection.rows:
         st.query_params["trace"] = frame.iloc[event.selection.rows[0]]["trace_id"]
@@ -109,10 +153,11 @@ def _one(asked: str, colours: Palette) -> None:
         _response(found, colours)
     with right.container(border=True, height="stretch"):
         heading("Time", "from arrival, ms")
-        _draw(charts.waterfall(_parts(row), colours), "waterfall")
+        draw(charts.waterfall(_parts(row), colours), "waterfall", "Where the time of this request went.")
         if found.payload is not None:
             heading("Verify steps", "tokens drafted, and how many of them were accepted")
-            _draw(charts.steps(found.payload.step_drafted, found.payload.step_accepted, colours), "steps")
+            figure = charts.steps(found.payload.step_drafted, found.payload.step_accepted, colours)
+            draw(figure, "steps", "Tokens drafted and accepted in each verify step.")
     with st.container(border=True):
         heading("Fields")
         _fields(row)
@@ -122,10 +167,6 @@ def _back() -> None:
     if st.button("All traces", icon=":material/arrow_back:", key="back", width="content"):
         del st.query_params["trace"]
         st.rerun()
-
-
-def _draw(figure: go.Figure, key: str) -> None:
-    st.plotly_chart(figure, key=key, config=CONFIG, theme=None)
 
 
 def _response(found: Trace, colours: Palette) -> None:
@@ -170,6 +211,9 @@ def _parts(row: TraceRow) -> list[tuple[str, float, float]]:
     draft, verify = min(row.draft_s * 1e3, decode), min(row.verify_s * 1e3, decode)
     parts.append(("draft, sum", start, draft))
     parts.append(("verify, sum", start + draft, min(verify, decode - draft)))
+    other = min(row.other_s * 1e3, decode - draft - parts[-1][2])
+    if other > 0:
+        parts.append(("other, sum", start + draft + parts[-1][2], other))
     return parts
 
 

@@ -203,13 +203,17 @@ def _confounded(before: np.ndarray, after: np.ndarray) -> bool:
 
 
 def _judge(parts: tuple[Part, ...], total: Part, confounded: bool) -> tuple[str | None, str]:
-    first, second, *_ = sorted(parts, key=lambda part: -abs(part.effect))
     if confounded:
         return None, "load and policy changed together, and no load was served by both"
-    if not first.is_certain:
+    ranked = sorted(parts, key=lambda part: -abs(part.effect))
+    certain = [part for part in ranked if part.is_certain]
+    if not certain:
         if not total.is_certain:
             return None, "the change is no larger than chance allows"
-        return None, f"{first.factor} looks largest, but its interval includes none at all"
-    if abs(second.effect) > 0 and min(abs(first.low), abs(first.high)) < abs(second.effect) and second.is_certain:
-        return first.factor, f"{first.factor} and {second.factor} are close"
+        return None, f"{ranked[0].factor} looks largest, but its interval includes none at all"
+    first = certain[0]
+    if ranked[0] is not first:
+        return first.factor, f"{ranked[0].factor} may be larger, but it cannot be told from nothing"
+    if len(certain) > 1 and min(abs(first.low), abs(first.high)) < abs(certain[1].effect):
+        return first.factor, f"{first.factor} and {certain[1].factor} are close"
     return first.factor, ""

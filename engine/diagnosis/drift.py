@@ -31,7 +31,7 @@ DEAD = 0.005
 
 @dataclass(frozen=True, slots=True)
 class Shift:
-    """Population stability index of two histograms over the same bins, and what chance alone reaches (95 %)."""
+    """Population stability index of two histograms over the same bins, and what chance alone reaches."""
 
     psi: float
     threshold: float
@@ -64,7 +64,7 @@ class Slide:
     start: float
 
 
-def psi(reference: Sequence[float] | np.ndarray, now: Sequence[float] | np.ndarray) -> Shift:
+def psi(reference: Sequence[float] | np.ndarray, now: Sequence[float] | np.ndarray, level: float = 0.95) -> Shift:
     """PSI = Σ (p − q) ln(p / q). Without drift it is (1/n + 1/m) χ² with B − 1 degrees of freedom, so its threshold
     falls with the number of requests; the folklore of 0.1 and 0.25 alarms on 40 % of samples of 100.
 
@@ -78,7 +78,7 @@ def psi(reference: Sequence[float] | np.ndarray, now: Sequence[float] | np.ndarr
         return Shift(0.0, float("inf"), int(m))
     q, p = ((counts + 0.5) / (counts + 0.5).sum() for counts in (q, p))
     value = float(((p - q) * np.log(p / q)).sum())
-    return Shift(value, float(chi2.ppf(0.95, len(q) - 1) * (1 / n + 1 / m)), int(m))
+    return Shift(value, float(chi2.ppf(level, len(q) - 1) * (1 / n + 1 / m)), int(m))
 
 
 def new_members(reference: Mapping[str, float], now: Mapping[str, float], share: float = NEW_SHARE) -> dict[str, float]:

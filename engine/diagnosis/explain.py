@@ -222,7 +222,6 @@ def _sentence(
     if found.verdict is None:
         return f"{went}. Cannot tell why: {found.reason}."
     part = next(part for part in found.parts if part.factor == found.verdict)
-    share = f"{part.effect / found.total.effect * 100:.0f} % of it" if _same_sign(part, found.total) else "against it"
     bounds = f"{part.effect * metric.scale:+.2g} {metric.unit}, {part.low * metric.scale:+.2g} to "
     bounds += f"{part.high * metric.scale:+.2g}"
     detail = ""
@@ -234,11 +233,14 @@ def _sentence(
     elif found.verdict == "policy":
         detail = f": {_main(before)} → {_main(after)}"
     close = f" {found.reason[0].upper()}{found.reason[1:]}." if found.reason else ""
-    return f"{went}, {share} by {WORDS[found.verdict]}{detail} ({bounds}).{close}"
+    if not _same_sign(part, found.total):
+        return f"{went}, although {WORDS[found.verdict]}{detail} worked the other way ({bounds}).{close}"
+    share = f", {part.effect / found.total.effect * 100:.0f} % of the change"
+    return f"{went}, by {WORDS[found.verdict]}{detail} ({bounds}{share}).{close}"
 
 
 def _same_sign(part: Part, total: Part) -> bool:
-    return part.effect * total.effect > 0 and abs(part.effect) <= 1.5 * abs(total.effect)
+    return part.effect * total.effect > 0
 
 
 def _main(part: Requests) -> str:

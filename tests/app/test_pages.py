@@ -13,7 +13,7 @@ from engine.store.repositories.overview import Slice
 from tests.app.seed import beat
 
 PAGES = Path(__file__).parents[2] / "app" / "views"
-NAMES = ("overview", "rollouts", "versions", "traces")
+NAMES = ("overview", "rollouts", "versions", "traces", "speculation", "drift", "explain", "system")
 
 
 def page(name: str, **query: str) -> AppTest:
@@ -52,7 +52,7 @@ def test_the_verdict_comes_first(seeded: Database) -> None:
     first = test.markdown[0].value
     assert first.startswith("**v3** serves as champion: p95 ")
     assert "Canary **v5** takes 30 %: " in first
-    assert len(test.metric) == 9
+    assert len(test.metric) == 10
 
 
 def test_filters_come_from_the_url(seeded: Database) -> None:

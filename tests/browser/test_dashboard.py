@@ -35,9 +35,16 @@ ARGS = [
     *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
 ]
 SHOTS = Path(os.environ.get("SCREENSHOTS", Path(__file__).parents[2] / "screenshots"))
-PAGES = {"overview": "/", "rollouts": "/rollouts", "versions": "/versions", "traces": "/traces"}
+PAGES = {
+    "overview": "/",
+    **{name: f"/{name}" for name in ("speculation", "drift", "explain", "rollouts", "versions", "traces", "system")},
+}
 LAST = {
-    "overview": "latency in ms",
+    "overview": "Why did it change?",
+    "speculation": "gain over plain decoding",
+    "drift": "a slide at a constant version",
+    "explain": "slowest of the traffic that moved it most",
+    "system": "that were not in the cache",
     "rollouts": "Decisions on",
     "versions": "the refused ones too",
     "traces": "Choose one to open it",

@@ -33,9 +33,8 @@ class Panel:
 
 
 def _known(session: ReadSession, part: Slice) -> Rows:
-    return [
-        {"filter": name, "value": value} for name, values in overview.known(session, part).items() for value in values
-    ]
+    known = overview.known(session, part)
+    return [{"filter": name, "value": str(value)} for name, values in known.items() for value in values]
 
 
 def _ledger(session: ReadSession, part: Slice) -> Rows:

@@ -45,12 +45,12 @@ def distribution(session: ReadSession, part: Slice, by: Sequence[str] = ("policy
     ]
 
 
-def cost(session: ReadSession, part: Slice, plain_ms: float | None = None) -> Rows:
-    """What a verify step takes and brings, per version and class, beside a step that drafts nothing.
+def cost(session: ReadSession, part: Slice) -> Rows:
+    """What a verify step takes and brings, per version and class, beside plain decoding.
 
-    ``step_ms`` is draft plus verify time per step, ``plain_ms`` what one token costs without drafts in the same class:
-    from steps of versions that drafted nothing in this window, else the argument. Drafting pays where
-    ``acceptance_length`` exceeds ``break_even`` = step_ms / plain_ms.
+    ``gain`` is plain decoding's time over what was spent: by the engine's measured step costs where it knew them, else
+    from draft plus verify time (``step_ms``) and the time per token of versions that drafted nothing in the same class
+    (``plain_ms``). Drafting pays where ``acceptance_length`` exceeds ``break_even``, the cost of a step in plain steps.
     """
     rows = [row for row in traffic.totals(session, part, ("policy_version", "traffic_class"), ()) if row["steps"]]
     plain: dict[str, list[float]] = {}
@@ -62,9 +62,11 @@ def cost(session: ReadSession, part: Slice, plain_ms: float | None = None) -> Ro
     for row in rows:
         row["step_ms"] = row["draft_step_ms"] + row["verify_step_ms"]
         known = plain.get(row["traffic_class"])
-        row["plain_ms"] = known[0] / known[1] if known else plain_ms
-        row["break_even"] = row["step_ms"] / row["plain_ms"] if row["plain_ms"] else None
-        row["pays"] = None if row["break_even"] is None else row["acceptance_length"] / row["break_even"]
+        row["plain_ms"] = known[0] / known[1] if known else None
+        row["gain"] = row["observed_gain"]
+        if row["gain"] is None and row["plain_ms"]:
+            row["gain"] = row["acceptance_length"] * row["plain_ms"] / row["step_ms"]
+        row["break_even"] = row["acceptance_length"] / row["gain"] if row["gain"] else None
     return rows
 
 

@@ -1,0 +1,174 @@
+"""How well drafting does, and whether it pays. DataFrame → figure, pure."""
+
+from __future__ import annotations
+
+import math
+
+import pandas as pd
+import plotly.graph_objects as go
+
+from app.charts.theme import Palette, Window, empty, figure, instants, mark_deploys, time_axis
+
+NOTHING = "Nothing was drafted in this window"
+SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "star")
+PATTERNS = ("", "/", ".")
+DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
+
+
+def by_class(
+    frame: pd.DataFrame, column: str, plans: pd.DataFrame, window: Window, colours: Palette, form: str = ".2f"
+) -> go.Figure:
+    """One line a class. Classes are told apart by their dash, colour being kept for versions and judgement.
+
+    ``frame``: at, traffic_class, ``column``.
+    """
+    if frame.empty or frame[column].isna().all():
+        return empty(NOTHING, colours)
+    made = figure(colours)
+    for place, (name, rows) in enumerate(sorted(frame.groupby("traffic_class"))):
+        shade = colours.quantiles[place % 3]
+        made.add_scatter(
+            x=instants(rows["at"]),
+            y=rows[column],
+            name=str(name),
+            mode="lines",
+            line={"width": 2, "color": shade, "dash": DASHES[place % len(DASHES)]},
+            connectgaps=False,
+            hovertemplate=f"%{{y:{form}}}",
+        )
+    made.update_layout(showlegend=True)
+    made.update_yaxes(nticks=6)
+    return mark_deploys(time_axis(made, window), plans, window, colours)
+
+
+def share_by_class(frame: pd.DataFrame, window: Window, colours: Palette) -> go.Figure:
+    """The mix of traffic: each class's share of the requests over time, %. ``frame``: at, traffic_class, requests."""
+    if frame.empty or frame["requests"].isna().all():
+        return empty("No traffic in this window", colours)
+    made = figure(colours)
+    whole = frame.groupby("at")["requests"].transform("sum")
+    frame = frame.assign(share=100 * frame["requests"] / whole.where(whole > 0))
+    for place, (name, rows) in enumerate(sorted(frame.groupby("traffic_class"))):
+        made.add_bar(
+            x=instants(rows["at"]),
+            y=rows["share"],
+            name=str(name),
+            marker={
+                "color": colours.quantiles[place % 3],
+                "pattern": {"shape": PATTERNS[place // 3 % len(PATTERNS)], "solidity": 0.4, "fgcolor": colours.card},
+            },
+            hovertemplate="%{y:.0f} %",
+        )
+    made.update_layout(barmode="stack", bargap=0.08, showlegend=True)
+    made.update_yaxes(range=[0, 100], ticksuffix=" %", nticks=5)
+    return time_axis(made, window)
+
+
+def positions_by_class(frame: pd.DataFrame, colours: Palette) -> go.Figure:
+    """Unconditional acceptance by draft position, %, a line a class. ``frame``: traffic_class, position, acceptance."""
+    if frame.empty or frame["acceptance"].isna().all():
+        return empty(NOTHING, colours)
+    made = figure(colours)
+    for place, (name, rows) in enumerate(sorted(frame.groupby("traffic_class"))):
+        made.add_scatter(
+            x=rows["position"] + 1,
+            y=rows["acceptance"] * 100,
+            name=str(name),
+            mode="lines+markers",
+            line={"width": 2, "color": colours.quantiles[place % 3], "dash": DASHES[place % len(DASHES)]},
+            hovertemplate="%{y:.1f} %",
+        )
+    made.update_layout(showlegend=True)
+    made.update_xaxes(dtick=1, tickformat="d")
+    made.update_yaxes(ticksuffix=" %", rangemode="tozero", nticks=6)
+    return made
+
+
+def distribution(frame: pd.DataFrame, band: tuple[float, float] | None, colours: Palette) -> go.Figure:
+    """Requests by their own acceptance length, % of each version's, with the band outside which is unusual.
+
+    ``frame``: policy_version, acceptance_length, requests. ``band``: what .5 % and 99.5 % stayed under the week before.
+    """
+    if frame.empty:
+        return empty(NOTHING, colours)
+    made = figure(colours)
+    step = 0.1
+    for version, rows in frame.groupby("policy_version"):
+        place = (rows["acceptance_length"] / step + 1e-6).map(math.floor) * step
+        shares = rows.groupby(place)["requests"].sum() / rows["requests"].sum() * 100
+        bins = [round(at * step, 1) for at in _between(shares.index, step)]
+        full = shares.reindex(bins, method="nearest", tolerance=0.01).fillna(0)
+        made.add_scatter(
+            x=full.index + step / 2,
+            y=full,
+            name=f"v{version}",
+            mode="lines",
+            line={"width": 2, "color": colours.version(int(version)), "shape": "hvh"},
+            hovertemplate="%{y:.1f} % of requests",
+        )
+    if band is not None:
+        right = max(float(frame["acceptance_length"].max()) * 1.05, band[1] * 1.05)
+        for begin, end in ((1.0, band[0]), (band[1], right)):
+            made.add_vrect(x0=begin, x1=end, fillcolor=colours.warn, opacity=0.12, line_width=0, layer="below")
+        for at, text in ((band[0], "too low"), (band[1], "too high")):
+            made.add_vline(
+                x=at,
+                line={"color": colours.warn, "width": 1, "dash": "dot"},
+                annotation={"text": text, "font": {"size": 10, "color": colours.warn}, "yanchor": "bottom"},
+                annotation_position="top",
+            )
+    made.update_layout(showlegend=True)
+    made.update_xaxes(nticks=7)
+    made.update_yaxes(ticksuffix=" %", rangemode="tozero", nticks=5)
+    return made
+
+
+def cost(frame: pd.DataFrame, colours: Palette) -> go.Figure:
+    """What a verify step costs against what it brings: above the line drafting pays.
+
+    ``frame``: policy_version, traffic_class, break_even (cost of a step, in plain steps), acceptance_length, requests.
+    """
+    known = frame.dropna(subset=["break_even", "acceptance_length"]) if not frame.empty else frame
+    if known.empty:
+        return empty("Step costs are not known: nothing was decoded plainly here", colours)
+    made = figure(colours)
+    top = max(float(known["break_even"].max()), float(known["acceptance_length"].max())) * 1.12
+    made.add_scatter(
+        x=[1, top], y=[1, top], mode="lines", line={"color": colours.muted, "dash": "dot", "width": 1},
+        hoverinfo="skip", showlegend=False,
+    )  # fmt: skip
+    made.add_annotation(
+        x=top, y=top, text="break-even", showarrow=False, xanchor="right", yanchor="bottom",
+        font={"size": 10, "color": colours.muted},
+    )  # fmt: skip
+    most = float(known["requests"].max())
+    symbols = dict(zip(sorted(known["traffic_class"].unique()), SYMBOLS * 99, strict=False))
+    for version, rows in known.groupby("policy_version"):
+        made.add_scatter(
+            x=rows["break_even"],
+            y=rows["acceptance_length"],
+            name=f"v{version}",
+            mode="markers",
+            text=rows["traffic_class"],
+            marker={
+                "symbol": [symbols[name] for name in rows["traffic_class"]],
+                "color": colours.version(int(version)),
+                "size": [8 + 14 * math.sqrt(n / most) for n in rows["requests"]],
+                "line": {"width": 1, "color": colours.card},
+            },
+            hovertemplate="%{text}: a step costs %{x:.2f} plain steps and brings %{y:.2f} tokens<extra></extra>",
+        )
+    made.update_layout(showlegend=True, hovermode="closest")
+    made.update_xaxes(
+        showgrid=True, gridcolor=colours.grid, nticks=6, title=_axis("cost of a step, plain steps", colours)
+    )
+    made.update_yaxes(nticks=6, title=_axis("tokens a step", colours))
+    return made
+
+
+def _axis(text: str, colours: Palette) -> dict[str, object]:
+    return {"text": text, "font": {"size": 11, "color": colours.muted}}
+
+
+def _between(index: pd.Index, step: float) -> range:
+    return range(round(float(index.min()) / step), round(float(index.max()) / step) + 1)

@@ -1,0 +1,141 @@
+"""Why did performance change? Two windows, one sentence, a waterfall, and what happened between them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from datetime import timedelta
+
+import pandas as pd
+import streamlit as st
+
+from app.charts import system
+from app.components import context
+from app.components.context import RANGES, heading, link
+from app.components.drawing import draw
+from app.components.tables import table
+from app.queries import explain
+from engine.diagnosis.explain import METRICS, Explanation
+from engine.store import frames
+from engine.store.repositories.overview import Slice
+
+current = context.bar()
+BACK = {"the window before": None, "1 hour": "1h", "6 hours": "6h", "1 day": "24h", "7 days": "7d"}
+
+
+def page() -> None:
+    here = current()
+    with st.container(horizontal=True, vertical_alignment="center", gap="small", key="windows"):
+        metric = st.segmented_control(
+            "What changed", list(METRICS), default="p95", key="metric", bind="query-params", required=True,
+            format_func=lambda name: METRICS[name].title, label_visibility="collapsed",
+        ) or "p95"  # fmt: skip
+        st.markdown("compared with", width="content")
+        back = st.selectbox("Compared with", list(BACK), key="back", bind="query-params", width=180,
+                            label_visibility="collapsed", format_func=_ago)  # fmt: skip
+    second = replace(here.part, version=None)  # a policy cannot be told from itself
+    first = _earlier(second, back)
+    found = explain.between(first, second, str(metric))
+    with st.container(key="headline"):
+        st.markdown(found.sentence)
+    st.caption(f"{_window(first)} ({found.requests[0]:,} requests) against {_window(second)} ({found.requests[1]:,})")
+    if found.total is None:
+        st.info("Choose a longer window, fewer filters, or another comparison.", icon=":material/info:")
+    else:
+        left, right = st.columns([3, 2])
+        with left.container(border=True, height="stretch"):
+            unit = (
+                f"percentage points of requests above the first window's {metric}"
+                if _is_quantile(metric)
+                else found.unit
+            )
+            heading("Where the change comes from", f"{unit}; grey where it may be nothing")
+            lower = METRICS[str(metric)].better == "lower"
+            figure = system.waterfall(found.parts, found.total, lower, found.unit, here.colours)
+            draw(figure, "waterfall", found.sentence)
+        with right.container(border=True, height="stretch"):
+            heading("Which traffic", "share of requests in either window, and what it adds to the change")
+            _cells(found, first, second)
+    left, right = st.columns(2)
+    with left.container(border=True, height="stretch"):
+        heading("What happened between", "ledger and learner")
+        _events(found)
+    with right.container(border=True, height="stretch"):
+        heading("The traces that show it", "slowest of the traffic that moved it most")
+        _examples(found)
+    with st.container(horizontal=True):
+        st.download_button(
+            "JSON", lambda: frames.encode([], "json", found.to_rows()), file_name="explanation.json",
+            mime="application/json", on_click="ignore", icon=":material/download:",
+        )  # fmt: skip
+        st.code(_command(first, second, str(metric)), language="bash")
+
+
+def _is_quantile(metric: str) -> bool:
+    return METRICS[metric].quantile is not None
+
+
+def _earlier(second: Slice, back: str) -> Slice:
+    """The first window: as long as the second, so much earlier; never one that overlaps it."""
+    length = second.until - second.since
+    name = BACK[back]
+    shift = max(RANGES[name], length) if name else length
+    return replace(second, since=second.since - shift, until=second.until - shift)
+
+
+def _ago(name: str) -> str:
+    return name if BACK[name] is None else f"{name} earlier"
+
+
+def _window(part: Slice) -> str:
+    end = "%H:%M" if part.until - part.since < timedelta(days=1) else "%b %d, %H:%M"
+    return f"{part.since:%b %d, %H:%M} – {part.until:{end}}"
+
+
+def _cells(found: Explanation, first: Slice, second: Slice) -> None:
+    number = st.column_config.NumberColumn
+    frame = pd.DataFrame(
+        [
+            {
+                "class": cell.traffic_class,
+                "prompt": cell.prompt_tokens,
+                "before": 100 * cell.share_before,
+                "after": 100 * cell.share_after,
+                "effect": cell.effect,
+                "traces": link("traces", replace(second, traffic_class=cell.traffic_class)),
+            }
+            for cell in found.cells
+        ]
+    )
+    columns = {
+        "before": number("before", format="%.0f %%"),
+        "after": number("after", format="%.0f %%"),
+        "effect": number("adds", format="%+.3g"),
+        "traces": st.column_config.LinkColumn("traces", display_text="open"),
+    }
+    table(frame, columns, "cells", height=300)
+
+
+def _events(found: Explanation) -> None:
+    if not found.events:
+        st.caption("Nothing: the ledger did not change and the learner made no attempt.")
+        return
+    frame = pd.DataFrame([{"at": e.at, "what": e.kind, "": e.text} for e in found.events])
+    table(frame, {"at": st.column_config.DatetimeColumn("at", format="MMM D, HH:mm:ss")}, "events")
+
+
+def _examples(found: Explanation) -> None:
+    rows = [{"window": name, "trace": f"/traces?trace={one}"} for name, ids in found.examples.items() for one in ids]
+    if not rows:
+        st.caption("None: there is no answer that they could show.")
+        return
+    table(pd.DataFrame(rows), {"trace": st.column_config.LinkColumn("trace", display_text="trace=(.*)")}, "examples")
+
+
+def _command(first: Slice, second: Slice, metric: str) -> str:
+    minutes = max(int((second.until - second.since).total_seconds() // 60), 1)
+    text = f"slipstream explain --from {first.since:%Y-%m-%dT%H:%M:%S} --to {second.since:%Y-%m-%dT%H:%M:%S}"
+    text += f" --window {minutes}m --metric {metric}"
+    return text + (f" --class {second.traffic_class}" if second.traffic_class else "")
+
+
+page()

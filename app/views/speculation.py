@@ -1,0 +1,109 @@
+"""How well drafting does: by version, class and position, per request, and against what it costs."""
+
+from __future__ import annotations
+
+import pandas as pd
+import streamlit as st
+
+from app.charts import latency, speculation
+from app.components import context
+from app.components.context import heading
+from app.components.drawing import draw, draw_to_traces
+from app.components.export import export
+from app.components.tables import Columns, in_colour, table
+from app.queries import ledger, overview
+
+current = context.bar()
+
+
+def page() -> None:
+    here = current()
+    part, colours, window = here.part, here.colours, here.window
+    totals = overview.totals(part)
+    if totals.empty or not totals["steps"].iloc[0]:
+        context.headline("**No verify step** in this window.")
+        st.info("Choose a longer window or fewer filters; `slipstream demo` sends traffic.", icon=":material/info:")
+        return
+    costs = overview.numbers(overview.rows("speculation.cost", part), ("policy_version", "traffic_class"))
+    context.headline(_verdict(totals.iloc[0], costs))
+    marks = ledger.marks(part)
+    versions = overview.over_time(part, ("policy_version",), ())
+    classes = overview.over_time(part, ("traffic_class",), ())
+    left, middle, right = st.columns(3)
+    with left.container(border=True):
+        heading("Acceptance length", "1 + accepted / steps, by version")
+        figure = latency.by_version(versions, "acceptance_length", marks, window, colours)
+        draw_to_traces(figure, "length", "Acceptance length over time, a line a version.", part)
+    with middle.container(border=True):
+        heading("Draft acceptance rate", "accepted / drafted, by version")
+        figure = latency.by_version(versions, "acceptance_rate", marks, window, colours, ".1%")
+        figure.update_yaxes(tickformat=".0%")
+        draw_to_traces(figure, "rate", "Share of drafted tokens accepted over time, a line a version.", part)
+    with right.container(border=True):
+        heading("Draft length", "drafted tokens per verify step: the K that was used")
+        figure = latency.by_version(versions, "draft_length", marks, window, colours)
+        draw_to_traces(figure, "k", "Drafted tokens per verify step over time, a line a version.", part)
+    left, middle, right = st.columns(3)
+    with left.container(border=True):
+        heading("By class", "acceptance length · drag to open the traces")
+        figure = speculation.by_class(classes, "acceptance_length", marks, window, colours)
+        draw_to_traces(figure, "by-class", "Acceptance length over time, a line a traffic class.", part)
+    with middle.container(border=True):
+        heading("By position", "% of steps that drafted, by version")
+        figure = latency.positions(overview.positions(part), colours)
+        draw(figure, "positions", "Share accepted at each draft position, by version.")
+    with right.container(border=True):
+        heading("By position", "% of steps that drafted, by class")
+        frame = overview.numbers(overview.rows("speculation.positions_by_class", part), ("traffic_class",))
+        draw(speculation.positions_by_class(frame, colours), "class-positions", "The same, a line a traffic class.")
+    left, right = st.columns(2)
+    with left.container(border=True):
+        band = overview.alarm_band(part)
+        note = "shaded: what all but 1 % of the week before stayed out of" if band else "no week before to compare with"
+        heading("Per request", f"% of requests by acceptance length; {note}")
+        frame = overview.rows("speculation.distribution", part)
+        draw(speculation.distribution(frame, band, colours), "spread", "How requests spread over acceptance lengths.")
+    with right.container(border=True):
+        heading("Cost and benefit", "tokens a verify step brings; above the line drafting pays · shapes are classes")
+        draw(speculation.cost(costs, colours), "cost", "Acceptance length against the cost of a step, with break-even.")
+    with st.container(border=True):
+        heading("Versions and classes", "times in ms per verify step; gain over plain decoding")
+        _table(costs, here)
+    export("speculation", part)
+
+
+def _verdict(total: pd.Series, costs: pd.DataFrame) -> str:
+    text = f"Each verify step commits **{total['acceptance_length']:.2f} tokens**"
+    if pd.notna(total["acceptance_rate"]):
+        text += f"; {total['acceptance_rate'] * 100:.0f} % of drafted tokens are accepted"
+    gains = costs.dropna(subset=["gain"])
+    losing = gains[(gains["gain"] < 0.98) & (gains["drafted"] > 0)]
+    if losing.empty:
+        return f"{text}. " + ("Drafting pays in every class." if len(gains) else "What it costs is not known yet.")
+    worst = losing.loc[losing["gain"].idxmin()]
+    where = f"v{int(worst['policy_version'])} on {worst['traffic_class']}"
+    return f"{text}. :red[Drafting costs more than it brings] for {where}: {worst['gain']:.2f} × plain decoding."
+
+
+def _table(costs: pd.DataFrame, here: context.Context) -> None:
+    number = st.column_config.NumberColumn
+    frame = costs.assign(version=[f"v{int(version)}" for version in costs["policy_version"]])
+    frame["acceptance_rate"] = frame["acceptance_rate"] * 100
+    columns: Columns = {
+        "version": st.column_config.TextColumn("version", width=70),
+        "traffic_class": "class",
+        "requests": number("requests", format="localized"),
+        "acceptance_length": number("acceptance length", format="%.2f"),
+        "expected_length": number("expected by K control", format="%.2f"),
+        "acceptance_rate": number("acceptance rate, %", format="%.1f"),
+        "draft_length": number("draft length", format="%.2f", help="drafted tokens per verify step"),
+        "draft_step_ms": number("draft, ms", format="%.2f"),
+        "verify_step_ms": number("verify, ms", format="%.1f"),
+        "break_even": number("break-even length", format="%.2f", help="the acceptance length from which drafting pays"),
+        "gain": number("gain", format="%.2f ×", help="plain decoding's time over the time that was spent"),
+    }
+    frame = frame.sort_values(["policy_version", "requests"], ascending=[False, False])
+    table(in_colour(frame[list(columns)], here.colours), columns, "costs")
+
+
+context.live(page)

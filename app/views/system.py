@@ -1,0 +1,131 @@
+"""The parts about themselves: writers, spill, exporter, partitions, rollups, replicas, learning, and this dashboard."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import streamlit as st
+
+from app.charts import system
+from app.components import context
+from app.components.context import heading
+from app.components.drawing import draw
+from app.components.export import export
+from app.components.tables import table
+from app.queries import overview
+
+current = context.bar()
+LATE_S = 300.0  # deltas that wait longer say that housekeeping does not run
+
+
+def page() -> None:
+    here = current()
+    part, colours = here.part, here.colours
+    writers, exporter, waiting, stored, learning = (
+        overview.rows(f"system.{name}", part)
+        for name in ("writers", "exporter", "compaction", "partitions", "learning")
+    )
+    context.headline(_verdict(writers, exporter, waiting))
+    if writers.empty and stored.empty:
+        st.info("Nothing has run on this database yet. Start the system: `slipstream up`.", icon=":material/info:")
+    with st.container(border=True):
+        heading("Replicas", "what each routes by, and its trace writer since its start")
+        _writers(writers)
+    left, right = st.columns([3, 2])
+    with left.container(border=True, height="stretch"):
+        heading("Partitions", "megabytes by UTC day")
+        draw(system.partitions(stored, colours), "partitions", "Size of each day's partitions.")
+    with right.container(border=True, height="stretch"):
+        heading("Behind the scenes")
+        _parts(exporter, waiting, learning)
+    with st.container(border=True):
+        heading("Queries of this dashboard", "ms, the last 500 that were not in the cache")
+        _queries()
+    export("system", part)
+
+
+def _verdict(writers: pd.DataFrame, exporter: pd.DataFrame, waiting: pd.DataFrame) -> str:
+    problems = []
+    if writers.empty:
+        problems.append("no replica has been heard of for ten minutes")
+    else:
+        if (dropped := int(pd.to_numeric(writers["dropped"]).fillna(0).sum())) > 0:
+            problems.append(f"{dropped:,} traces were dropped")
+        if (files := int(pd.to_numeric(writers["spill_files"]).fillna(0).sum())) > 0:
+            problems.append(f"{files:,} batches wait in spill folders")
+        behind = writers[writers["observed_generation"].fillna(0) < writers["newest_generation"].fillna(0)]
+        problems += [f"{name} does not route by the newest plan" for name in behind["replica"]]
+    if len(exporter) and exporter["error"].notna().any():
+        problems.append("MLflow does not take traces")
+    if len(waiting) and float(waiting["oldest_age_s"].iloc[0]) > LATE_S:
+        problems.append("rollups are not compacted: is housekeeping running?")
+    if not problems:
+        return "**All parts work**: nothing dropped, nothing waits, every replica routes by the newest plan."
+    first = problems[0][0].upper() + problems[0][1:]
+    return f":red[**{first}**]{'; ' if len(problems) > 1 else ''}{'; '.join(problems[1:])}."
+
+
+def _writers(writers: pd.DataFrame) -> None:
+    if writers.empty:
+        st.caption("None. `slipstream up` starts an engine; `slipstream logs engine` says why one ended.")
+        return
+    number = st.column_config.NumberColumn
+    frame = writers.assign(
+        spill_mb=pd.to_numeric(writers["spill_bytes"]) / 1e6, rss_gb=pd.to_numeric(writers["rss_bytes"]) / 1e9
+    )
+    columns = {
+        "replica": "replica",
+        "heartbeat_age_s": number("heartbeat, s ago", format="%.1f"),
+        "observed_generation": number("generation", help="the plan it routes by"),
+        "newest_generation": number("newest", help="the ledger's newest plan"),
+        "queue": number("queue", help="traces that wait for the writer"),
+        "written": number("written", format="localized"),
+        "spill_files": number("spill files"),
+        "spill_mb": number("spill, MB", format="%.1f"),
+        "set_aside": number("set aside", help="traces that Postgres refused, kept in files"),
+        "dropped": number("dropped", help="traces that were lost, and counted"),
+        "rss_gb": number("peak memory, GB", format="%.2f"),
+        "error": "error",
+    }
+    table(frame[list(columns)], columns, "writers")
+
+
+def _parts(exporter: pd.DataFrame, waiting: pd.DataFrame, learning: pd.DataFrame) -> None:
+    rows = []
+    if exporter.empty:
+        rows.append(("export to MLflow", "has not run on this database"))
+    else:
+        one = exporter.iloc[0]
+        said = f"{int(one['exported']):,} exported, {int(one['skipped']):,} sampled out, {int(one['waiting']):,} wait"
+        rows.append(("export to MLflow", f"{said}, {one['lag_s']:.0f} s behind"))
+        if isinstance(one["error"], str):
+            rows.append(("its last error", one["error"]))
+    age = float(waiting["oldest_age_s"].iloc[0]) if len(waiting) else 0.0
+    count = int(waiting["deltas_waiting"].iloc[0]) if len(waiting) else 0
+    rows.append(("rollups", f"{count:,} deltas not compacted yet, the oldest {age:.0f} s old; panels count them all"))
+    cpu = float(learning["cpu_s"].sum()) if len(learning) else 0.0
+    made = int(learning["version"].notna().sum()) if len(learning) else 0
+    rows.append(("learning", f"{len(learning):,} attempts in this window, {made} versions, {cpu:,.1f} s of CPU"))
+    table(pd.DataFrame(rows, columns=["part", "state"]), {"state": st.column_config.TextColumn(width="large")}, "parts")
+
+
+def _queries() -> None:
+    kept = pd.DataFrame(list(overview.timings()), columns=["query", "ms"])
+    if kept.empty:
+        st.caption("None yet.")
+        return
+    frame = kept.groupby("query")["ms"].agg(
+        count="count", p50=lambda v: np.quantile(v, 0.5), p95=lambda v: np.quantile(v, 0.95), most="max"
+    )
+    number = st.column_config.NumberColumn
+    columns = {
+        "query": "query",
+        "count": number("times"),
+        "p50": number("p50, ms", format="%.1f"),
+        "p95": number("p95, ms", format="%.1f"),
+        "most": number("most, ms", format="%.1f"),
+    }
+    table(frame.sort_values("p95", ascending=False).reset_index(), columns, "queries", height=260)
+
+
+context.live(page)

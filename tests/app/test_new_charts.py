@@ -1,0 +1,85 @@
+"""The charts of Speculation, Drift, Explain and System take whatever a query may give: nothing, one row, holes."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+
+import pandas as pd
+import pytest
+
+from app.charts import speculation, system
+from app.charts.theme import DARK, LIGHT, Palette
+from app.components import context, drawing
+from engine.diagnosis.decompose import Part
+from engine.store.repositories.overview import Slice
+
+AT = pd.date_range("2026-03-01 12:00", periods=5, freq="1min", tz="UTC")
+WINDOW = (AT[0].to_pydatetime(), AT[4].to_pydatetime())
+NO_PLANS = pd.DataFrame(columns=["at", "label", "canary"])
+NAN = float("nan")
+
+
+def frame(rows: int, value: float = 1.5) -> pd.DataFrame:
+    classes = ["chat", "code", "batch", "long_form", "other"][:rows]
+    numbers = dict.fromkeys(("acceptance_length", "break_even", "acceptance"), value)
+    return pd.DataFrame({"at": AT[:rows], "traffic_class": classes, "policy_version": 3, "requests": 7.0, "position": 0}
+                        | numbers)  # fmt: skip
+
+
+@pytest.mark.parametrize("colours", [LIGHT, DARK])
+@pytest.mark.parametrize(
+    "data", [pd.DataFrame(), frame(1), frame(5), frame(3, NAN)], ids=["none", "one", "five", "nan"]
+)
+def test_every_chart_draws(data: pd.DataFrame, colours: Palette) -> None:
+    for made in (
+        speculation.by_class(data, "acceptance_length", NO_PLANS, WINDOW, colours),
+        speculation.share_by_class(data, WINDOW, colours),
+        speculation.positions_by_class(data, colours),
+        speculation.cost(data, colours),
+        speculation.distribution(data.dropna(), (1.2, 2.5), colours),
+        system.partitions(pd.DataFrame(), colours),
+    ):
+        made.to_json()
+
+
+def test_shares_add_up_and_a_gap_is_no_bar() -> None:
+    data = pd.DataFrame({"at": AT[[0, 0, 1, 1]], "traffic_class": ["a", "b"] * 2, "requests": [3.0, 1.0, NAN, NAN]})
+    made = speculation.share_by_class(data, WINDOW, LIGHT)
+    assert [bar.y[0] for bar in made.data] == [75.0, 25.0]
+    assert all(pd.isna(bar.y[1]) for bar in made.data)
+
+
+def test_a_waterfall_lies_end_to_end_and_greys_what_may_be_nothing() -> None:
+    parts = (Part("mix", 3.0, 2.0, 4.0), Part("policy", -1.0, -2.0, 0.5))
+    made = system.waterfall(parts, Part("total", 2.0, 1.0, 3.0), True, "ms", LIGHT).data[0]
+    assert (list(made.base), list(made.y)) == ([0.0, 3.0, 0.0], [3.0, -1.0, 2.0])
+    assert list(made.marker.color) == [LIGHT.bad, LIGHT.muted, LIGHT.bad]
+
+
+def test_a_moving_window_moves_in_steps_and_never_ends_in_the_past() -> None:
+    hour, day = context.window(timedelta(hours=1)), context.window(timedelta(days=1))
+    assert (hour.until.timestamp() % 5, day.until.timestamp() % 60) == (0, 0)
+    now = datetime.now(UTC)
+    assert now < day.until <= now + timedelta(seconds=60)
+    assert hour.until - hour.since == timedelta(hours=1)
+
+
+PART = Slice(*WINDOW, traffic_class="code", version=3)
+
+
+def test_a_stroke_is_a_window_and_a_point_is_a_window_around_it() -> None:
+    box = {"selection": {"box": [{"x": ["2026-03-01 12:01:00", "2026-03-01 12:02:30.5"]}], "points": []}}
+    found = drawing.selected(box, PART)
+    assert found is not None
+    assert (found.since.minute, found.until.second, found.traffic_class) == (1, 30, "code")
+    point = drawing.selected({"selection": {"points": [{"x": "2026-03-01 12:02"}]}}, PART)
+    assert point is not None
+    assert point.since < datetime(2026, 3, 1, 12, 2, tzinfo=UTC) < point.until
+    assert drawing.selected({"selection": {"points": [], "box": []}}, PART) is None
+    assert drawing.selected(None, PART) is None
+
+
+def test_a_slice_is_a_link() -> None:
+    assert context.link("traces", PART) == (
+        "/traces?from=2026-03-01T12%3A00%3A00&to=2026-03-01T12%3A04%3A00&class=code&version=v3"
+    )

@@ -1,0 +1,79 @@
+"""Every panel answers on an empty database and on a full one, and comes out in every format."""
+
+from __future__ import annotations
+
+import io
+import json
+from datetime import timedelta
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from engine.store import frames
+from engine.store.database import Database
+from engine.store.panels import PANELS
+from engine.store.repositories import traces
+from engine.store.repositories.overview import Slice
+from engine.store.repositories.traces import Filter
+from tests.store.test_rollups import END, START, deltas_only
+
+DAY = Slice(START, START + timedelta(days=1))
+
+
+def test_every_panel_on_nothing_and_on_everything(db: Database, tmp_path: Path) -> None:
+    with db.read() as session:
+        for panel in PANELS.values():
+            assert isinstance(panel.read(session, DAY), list), panel.name
+    deltas_only(db, tmp_path)
+    with db.read() as session:
+        for panel in PANELS.values():
+            rows = panel.read(session, Slice(START, END))
+            for form in frames.FORMATS:
+                assert frames.encode(rows, form, {"panel": panel.name}), (panel.name, form)
+        (totals,) = PANELS["overview.totals"].read(session, Slice(START, END))
+    assert totals["requests"] == 1_200
+    assert totals["goodput_share"] == pytest.approx(totals["good"] / 1_200)
+    assert totals["e2e_p50"] < totals["e2e_p90"] < totals["e2e_p95"] < totals["e2e_p99"] <= totals["e2e_p99.9"]
+
+
+def test_the_formats_say_the_same_and_json_knows_no_nan() -> None:
+    rows = [{"at": START, "value": 1.5, "list": [1, 2]}, {"at": START, "value": float("nan"), "list": []}]
+    found = json.loads(frames.encode(rows, "json", {"since": START}))
+    assert found["rows"][1]["value"] is None
+    assert found["since"] == START.isoformat()
+    table = pd.read_csv(io.BytesIO(frames.encode(rows, "csv")))
+    whole = pd.read_parquet(io.BytesIO(frames.encode(rows, "parquet")))
+    assert list(table.columns) == list(whole.columns) == ["at", "value", "list"]
+    assert table["list"][0] == whole["list"][0] == "[1, 2]"
+    with pytest.raises(ValueError, match="csv"):
+        frames.encode(rows, "xlsx")
+
+
+def test_traces_come_by_pages_without_a_hole(db: Database, tmp_path: Path) -> None:
+    deltas_only(db, tmp_path)
+    part = Slice(START, END)
+    with db.read() as session:
+        pages = [traces.listed(session, part, limit=500, offset=at) for at in (0, 500, 1_000)]
+        found = [row["trace_id"] for page in pages for row in page]
+        assert len(set(found)) == len(found) == 1_200 == traces.matching(session, part, Filter())[0]
+        slow = traces.listed(session, part, order="slowest", limit=1_200)
+        times = [row["e2e_s"] for row in slow]
+        assert times == sorted(times, reverse=True)
+        for chosen in (Filter(status="error"), Filter(tenant="acme"), Filter(min_e2e_s=1.0, max_e2e_s=2.0)):
+            listed = traces.listed(session, part, chosen, limit=1_200)
+            assert (len(listed), True) == traces.matching(session, part, chosen)
+            assert 0 < len(listed) < 1_200
+        one = found[0]
+        assert [r["trace_id"] for r in traces.listed(session, part, Filter(trace_ids=(one,)))] == [one]
+
+
+@pytest.mark.parametrize("hours", [1, 7, 30, 200])
+def test_a_window_is_covered_once(hours: int) -> None:
+    part = Slice(START + timedelta(minutes=7), START + timedelta(hours=hours, minutes=3))
+    for width in (None, timedelta(minutes=1), timedelta(minutes=30), timedelta(hours=2), timedelta(days=1)):
+        pieces = part.covered_by(width)
+        assert pieces[0][1] == part.since
+        assert pieces[-1][2] == part.until
+        assert all(end == begin for (_, _, end), (_, begin, _) in zip(pieces, pieces[1:], strict=False))
+        assert len(pieces) <= 7

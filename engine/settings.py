@@ -36,7 +36,9 @@ class EngineSettings(Section):
     model: str = Field(
         "SmolLM2-135M-Instruct", description="a local folder, a Hugging Face id, or the packaged default"
     )
-    dtype: Literal["float32", "bfloat16", "float64"] = Field("float32", description="dtype of weights and KV cache")
+    dtype: Literal["auto", "float32", "bfloat16", "float64"] = Field(
+        "auto", description="dtype of weights and KV cache; auto: bfloat16 where the hardware multiplies it"
+    )
     device: str = Field("auto", description="auto takes CUDA where there is one, else the CPU")
     threads: int = Field(0, ge=0, description="torch threads; 0 takes every core this process may use")
     max_num_seqs: PositiveInt = Field(16, description="requests decoded together in one step")

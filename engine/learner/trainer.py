@@ -21,6 +21,7 @@ from engine.learner.features import Example
 from engine.learner.losses import LOSSES, head_loss
 from engine.model.draft import DraftConfig, DraftNetwork
 from engine.model.draft_unroll import Segment, unroll
+from engine.model.linear import dense
 from engine.model.llama import Llama
 
 
@@ -250,13 +251,13 @@ def fresh_weights(config: DraftConfig, target: Llama, seed: int) -> dict[str, Te
     weights["norm"] = target.norm.detach().cpu().clone()
     weights["fuse"][:, -h:] += torch.eye(h, dtype=target.dtype)
     last = target.layers[-1]
-    taken = {"out": last.out, "gate_up": last.gate_up, "down": last.down}
+    taken = {"out": dense(last.out), "gate_up": dense(last.gate_up), "down": dense(last.down)}
     taken |= {"hidden_norm": last.attention_norm, "mlp_norm": last.mlp_norm}
     for name, tensor in taken.items():
         if tuple(tensor.shape) == config.shapes[name]:
             weights[name] = tensor.detach().cpu().clone()
-    if tuple(last.qkv.shape) == (config.shapes["qkv"][0], h):
-        weights["qkv"][:, h:] += last.qkv.detach().cpu()
+    if tuple((qkv := dense(last.qkv)).shape) == (config.shapes["qkv"][0], h):
+        weights["qkv"][:, h:] += qkv.detach().cpu()
     return weights
 
 

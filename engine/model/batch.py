@@ -63,6 +63,9 @@ class Row:
         return self.start + len(self.token_ids)
 
 
+LENGTH_STEP = 64
+
+
 def build_batch(
     decodes: Sequence[Row],
     prefills: Sequence[Row],
@@ -83,14 +86,20 @@ def build_batch(
         mask = _causal(flat[1, first:last], row.end, group_size, dtype)
         chunks.append(PrefillGroup(first, last, row.slot, row.end, mask))
         first = last
-    decode = _decode_group(decodes, group_size, dtype, device) if decodes else None
+    decode = _decode_group(decodes, max_len, group_size, dtype, device) if decodes else None
     return Batch(flat[0], flat[1], flat[2], decode, tuple(chunks))
 
 
-def _decode_group(rows: Sequence[Row], group_size: int, dtype: torch.dtype, device: torch.device) -> DecodeGroup:
+def _decode_group(
+    rows: Sequence[Row], max_len: int, group_size: int, dtype: torch.dtype, device: torch.device
+) -> DecodeGroup:
     num_rows = max(row.slot for row in rows) + 1
     width = max(len(row.token_ids) for row in rows)
     length = max(row.end for row in rows)
+    if dtype == torch.bfloat16 and device.type == "cpu":
+        # A kernel of its own serves a single token, and sums end elsewhere for other lengths. Rounded up, a row's
+        # result hardly ever depends on its neighbours or on how much is drafted (docs/log.md).
+        width, length = max(width, 2), min(-(-length // LENGTH_STEP) * LENGTH_STEP, max_len)
     pad = [row.slot * width + i for row in rows for i in range(len(row.token_ids))]
     # Places without a token (holes, short rows) stand at position 0: they see one key, so no softmax is over nothing.
     position = [0] * (num_rows * width)

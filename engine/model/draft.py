@@ -24,7 +24,7 @@ from engine.model.attention import attend, rotate
 from engine.model.batch import Batch
 from engine.model.config import LlamaConfig
 from engine.model.kv_cache import KVCache
-from engine.model.linear import linear
+from engine.model.linear import linear, pack
 from engine.model.llama import Llama
 
 NUM_AUX = 3
@@ -111,6 +111,8 @@ class DraftNetwork:
         self.weights = {name: weights[name].to(target.device, target.dtype) for name in config.shapes}
         self.vocabulary = vocabulary.to(target.device, torch.int64)
         self.head = target.head[self.vocabulary]  # [vocab_size, hidden]
+        self._matrices = {name: pack(tensor) for name, tensor in self.weights.items() if tensor.ndim == 2}
+        self._head = pack(self.head)
         self.eps = target.config.rms_norm_eps
 
     def cache(self, num_slots: int, max_len: int) -> KVCache:
@@ -122,23 +124,23 @@ class DraftNetwork:
         """[N, 3 * hidden] of the target → [N, hidden]. Each layer is normalised: their scales differ by far."""
         h = self.config.hidden_size
         return linear(F.rms_norm(aux.view(-1, NUM_AUX, h), (h,), None, self.eps).reshape(-1, NUM_AUX * h),
-                      self.weights["fuse"])  # fmt: skip
+                      self._matrices["fuse"])  # fmt: skip
 
     def project(self, token_ids: Tensor, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Query [N, heads, hd], key and value [N, kv_heads, hd] of slots; query and key rotated to ``positions``."""
         w, c, h = self.weights, self.config, (self.config.hidden_size,)
         embedded = F.rms_norm(F.embedding(token_ids, self.target.embedding), h, w["embedding_norm"], self.eps)
         both = torch.cat([embedded, F.rms_norm(hidden, h, w["hidden_norm"], self.eps)], -1)
-        qkv = linear(both, w["qkv"]).view(-1, c.num_heads + 2 * c.num_kv_heads, c.head_dim)
+        qkv = linear(both, self._matrices["qkv"]).view(-1, c.num_heads + 2 * c.num_kv_heads, c.head_dim)
         cos, sin = self.target.cos[positions].unsqueeze(1), self.target.sin[positions].unsqueeze(1)
         qk = rotate(qkv[:, : c.num_heads + c.num_kv_heads], cos, sin)
         return qk[:, : c.num_heads], qk[:, c.num_heads :], qkv[:, c.num_heads + c.num_kv_heads :]
 
     def finish(self, hidden: Tensor, attended: Tensor) -> Tensor:
         """The slot's output [N, hidden] from its hidden state and what attention gave, [N, heads * hd]."""
-        w = self.weights
+        w, norm = self._matrices, self.weights["mlp_norm"]
         x = hidden + linear(attended, w["out"])
-        gate, up = linear(F.rms_norm(x, (self.config.hidden_size,), w["mlp_norm"], self.eps), w["gate_up"]).chunk(2, -1)
+        gate, up = linear(F.rms_norm(x, (self.config.hidden_size,), norm, self.eps), w["gate_up"]).chunk(2, -1)
         return x + linear(F.silu(gate) * up, w["down"])
 
     def normed(self, output: Tensor) -> Tensor:
@@ -161,7 +163,7 @@ class DraftNetwork:
     @torch.inference_mode()
     def logits(self, output: Tensor) -> Tensor:
         """[N, vocab_size] over the draft's vocabulary."""
-        return linear(self.normed(output), self.head)
+        return linear(self.normed(output), self._head)
 
 
 def check_fit(config: DraftConfig, target: LlamaConfig) -> None:

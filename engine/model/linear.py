@@ -1,4 +1,4 @@
-"""``x @ weight.T`` for the few rows of a decoding step, where the order of the product decides the speed.
+"""``x @ weight.T`` for the few rows of a decoding step, where layout and order of the product decide the speed.
 
 In float32 on a CPU, BLAS reads the weights at full bandwidth when they are the left factor, and at down to a quarter
 of it when they are the right one. Linear layers of SmolLM2-135M, two cores of an AMD EPYC, MKL 2024.2, milliseconds:
@@ -8,10 +8,16 @@ of it when they are the right one. Linear layers of SmolLM2-135M, two cores of a
     (W @ x.T).T      40   17   25   25   32   41   65   73   59   85  144
 
 One row goes to a matrix-vector kernel that is slower than two rows through this one, and 10 to 15 rows cost more than
-16; so these are filled up. Other dtypes and devices have no such trouble.
+16; so these are filled up.
+
+In bfloat16 oneDNN lays the weights out anew at every call, unless they are in its own layout already (docs/log.md).
+Its products of two rows and more then have a property that the others lack: a row's result does not depend on how
+many rows there are.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -19,10 +25,40 @@ from torch import Tensor
 
 _MOST_ROWS = 64
 _FILL = {1: 2} | dict.fromkeys(range(10, 16), 16)
+_PACKED_FOR = 8
+"""Rows that the layout is chosen for."""
 
 
-def linear(x: Tensor, weight: Tensor) -> Tensor:
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """A bfloat16 weight [out, in] in oneDNN's layout."""
+
+    opaque: Tensor
+
+
+Weight = Tensor | Packed
+
+
+def pack(weight: Tensor) -> Weight:
+    """``weight`` in the layout that ``linear`` is fastest with on this device; itself where that is the plain one."""
+    if weight.dtype == torch.bfloat16 and weight.device.type == "cpu" and packs_bfloat16():
+        return Packed(torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _PACKED_FOR))
+    return weight
+
+
+def dense(weight: Weight) -> Tensor:
+    """[out, in] as an ordinary tensor."""
+    return weight.opaque.to_dense() if isinstance(weight, Packed) else weight
+
+
+def linear(x: Tensor, weight: Weight) -> Tensor:
     """[rows, in] and [out, in] → [rows, out], contiguous."""
+    if isinstance(weight, Packed):
+        single = x.shape[0] == 1  # has a kernel of its own, which rounds otherwise
+        product: Tensor = torch.ops.mkldnn._linear_pointwise(
+            F.pad(x, (0, 0, 0, 1)) if single else x, weight.opaque, None, "none", [], ""
+        )
+        return product[:1] if single else product
     rows = x.shape[0]
     if rows > _MOST_ROWS or x.dtype != torch.float32 or x.device.type != "cpu":
         return F.linear(x, weight)
@@ -30,3 +66,14 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     if filled != rows:
         x = F.pad(x, (0, 0, 0, filled - rows))
     return (weight @ x.t())[:, :rows].t().contiguous()
+
+
+def packs_bfloat16() -> bool:
+    """Whether this build has the operators that torch's own compiler uses for packed weights, and the CPU the type."""
+    ops = torch.ops.mkldnn
+    return (
+        torch.backends.mkldnn.is_available()
+        and hasattr(ops, "_reorder_linear_weight")
+        and hasattr(ops, "_linear_pointwise")
+        and bool(ops._is_mkldnn_bf16_supported())
+    )

@@ -17,7 +17,7 @@ from engine.model.attention import attend, rope_tables, rotate
 from engine.model.batch import Batch
 from engine.model.config import LlamaConfig
 from engine.model.kv_cache import KVCache
-from engine.model.linear import linear
+from engine.model.linear import linear, pack
 
 
 class Layer:
@@ -29,7 +29,7 @@ class Layer:
         prefix = f"model.layers.{index}."
         self.attention_norm = take[prefix + "input_layernorm.weight"]
         self.mlp_norm = take[prefix + "post_attention_layernorm.weight"]
-        self.qkv = torch.cat([take[f"{prefix}self_attn.{x}_proj.weight"] for x in "qkv"])
+        self.qkv = pack(torch.cat([take[f"{prefix}self_attn.{x}_proj.weight"] for x in "qkv"]))
         self.qkv_bias, self.qk_norm = None, None
         if config.qkv_bias:
             self.qkv_bias = torch.cat([take[f"{prefix}self_attn.{x}_proj.bias"] for x in "qkv"])
@@ -37,9 +37,9 @@ class Layer:
             counts = {"q": config.num_heads, "k": config.num_kv_heads}
             norms = [take[f"{prefix}self_attn.{x}_norm.weight"].expand(n, -1) for x, n in counts.items()]
             self.qk_norm = torch.cat(norms)  # [heads + kv_heads, head_dim]
-        self.out = take[prefix + "self_attn.o_proj.weight"]
-        self.gate_up = torch.cat([take[f"{prefix}mlp.{x}_proj.weight"] for x in ("gate", "up")])
-        self.down = take[prefix + "mlp.down_proj.weight"]
+        self.out = pack(take[prefix + "self_attn.o_proj.weight"])
+        self.gate_up = pack(torch.cat([take[f"{prefix}mlp.{x}_proj.weight"] for x in ("gate", "up")]))
+        self.down = pack(take[prefix + "mlp.down_proj.weight"])
 
 
 class Llama:
@@ -49,6 +49,7 @@ class Llama:
         self.embedding = tensors["model.embed_tokens.weight"]  # [vocab, hidden]
         self.norm = tensors["model.norm.weight"]
         self.head = self.embedding if config.tie_embeddings else tensors["lm_head.weight"]  # [vocab, hidden]
+        self._head = pack(self.head)
         self.layers = [Layer(config, tensors, i) for i in range(config.num_layers)]
         self.dtype, self.device = self.embedding.dtype, self.embedding.device
         self.cos, self.sin = rope_tables(
@@ -111,7 +112,7 @@ class Llama:
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
         """[rows, vocab] from rows of ``forward``."""
-        return linear(self.normed(hidden), self.head)
+        return linear(self.normed(hidden), self._head)
 
     def normed(self, hidden: Tensor) -> Tensor:
         """What the head is applied to, [rows, hidden]."""

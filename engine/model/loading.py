@@ -10,10 +10,12 @@ import torch
 
 from engine.contracts import SlipstreamError
 from engine.model.config import LlamaConfig
+from engine.model.linear import packs_bfloat16
 from engine.model.llama import Llama
 from engine.model.tokenizer import Tokenizer
 from engine.model.weights import fingerprint, read_llama, resolve_model, tokenizer_fingerprint
 
+AUTO = "auto"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 
@@ -40,12 +42,15 @@ def load_target(
 ) -> Target:
     """Find or fetch ``model`` (a folder, a Hugging Face id, or the packaged default) and load it.
 
-    ``device`` "auto" takes CUDA where there is one. ``threads`` None or 0 leaves torch's own choice.
+    ``dtype`` "auto" takes what is fastest here (``best_dtype``), ``device`` "auto" CUDA where there is one.
+    ``threads`` None or 0 leaves torch's own choice.
     """
-    if dtype not in DTYPES:
-        raise SlipstreamError(f"dtype must be one of {sorted(DTYPES)}, got {dtype!r}.")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    if dtype == AUTO:
+        dtype = best_dtype(device)
+    if dtype not in DTYPES:
+        raise SlipstreamError(f"dtype must be {AUTO} or one of {sorted(DTYPES)}, got {dtype!r}.")
     if threads:
         torch.set_num_threads(threads)
     folder = resolve_model(model, cache_dir, progress)
@@ -61,3 +66,11 @@ def load_target(
         name=name,
         folder=folder,
     )
+
+
+def best_dtype(device: str) -> str:
+    """bfloat16 where the hardware multiplies it: half the bytes, and measured faster for every number of rows."""
+    if device != "cpu":
+        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
+    has = (torch.cpu._is_avx512_bf16_supported, torch.cpu._is_amx_tile_supported)
+    return "bfloat16" if packs_bfloat16() and any(ask() for ask in has) else "float32"

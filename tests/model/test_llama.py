@@ -9,7 +9,7 @@ from engine.contracts import SlipstreamError
 from engine.model.batch import Row, build_batch
 from engine.model.config import LlamaConfig
 from engine.model.kv_cache import KVCache
-from engine.model.linear import linear
+from engine.model.linear import Packed, dense, linear, pack, packs_bfloat16
 from engine.model.llama import Llama
 from engine.model.random_weights import TINY, random_llama, random_tensors
 from tests.model.plain_llama import plain_logits
@@ -110,6 +110,35 @@ def test_parity_with_transformers(config: LlamaConfig, dtype: torch.dtype, toler
 def test_the_config_that_transformers_writes_is_read(config: LlamaConfig) -> None:
     transformers = pytest.importorskip("transformers")
     assert LlamaConfig.from_json(transformers.AutoConfig.for_model(**config.to_json()).to_dict()) == config
+
+
+needs_bfloat16 = pytest.mark.skipif(not packs_bfloat16(), reason="oneDNN takes no bfloat16 here")
+
+
+@needs_bfloat16
+def test_packed_products_do_not_depend_on_the_number_of_rows() -> None:
+    weight, x = torch.randn(960, 576).bfloat16(), torch.randn(64, 576).bfloat16()
+    packed = pack(weight)
+    assert isinstance(packed, Packed)
+    assert torch.equal(dense(packed), weight)
+    whole = linear(x, packed)
+    torch.testing.assert_close(whole, torch.nn.functional.linear(x, weight), atol=0.25, rtol=0.02)
+    for rows in (1, 2, 3, 5, 8, 16, 33):
+        assert torch.equal(linear(x[:rows], packed), whole[:rows]), rows
+
+
+@needs_bfloat16
+def test_a_bfloat16_pass_does_not_depend_on_how_much_is_drafted() -> None:
+    """Five tokens one after the other and in one pass beside a neighbour: the same hidden states to the last bit."""
+    config = replace(TINY, hidden_size=64, intermediate_size=128, head_dim=16)
+    model, tokens = random_llama(config, dtype=torch.bfloat16), ids(60)
+    one, many = (KVCache(config, 3, 128, torch.bfloat16) for _ in range(2))
+    for cache in (one, many):
+        run(model, cache, [], [Row(0, 0, tokens[:40])])
+    single = torch.cat([run(model, one, [Row(0, 40 + i, [tokens[40 + i]])], []) for i in range(5)])
+    run(model, many, [], [Row(2, 0, tokens[:13])])
+    together = run(model, many, [Row(0, 40, tokens[40:45]), Row(2, 13, tokens[13:15])], [])
+    assert torch.equal(together[:5], single)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 7, 10, 13, 16, 64, 65])

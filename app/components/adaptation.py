@@ -25,7 +25,9 @@ def account(cost: Adaptation | None, price_per_hour: float | None) -> None:
         ],
         columns=["spent on", "CPU, s"],
     )
-    table(spent, {"CPU, s": number("CPU, s", format="%.2f")}, "adaptation-spent")
+    left, right = st.columns([1, 1])
+    with left:
+        table(spent, {"CPU, s": number("CPU, s", format="%.2f")}, "adaptation-spent")
     if not cost.classes:
         return
     saved = pd.DataFrame(
@@ -42,7 +44,8 @@ def account(cost: Adaptation | None, price_per_hour: float | None) -> None:
         ),
         "saved, s": number("saved, s", format="%.1f", help="Target passes saved, by the engine's measured costs"),
     }
-    table(saved, columns, "adaptation-saved")
+    with right:
+        table(saved, columns, "adaptation-saved")
 
 
 def sentence(cost: Adaptation, price_per_hour: float | None) -> str:

@@ -133,6 +133,11 @@ def _most_seen(tables: Sequence[dict[str, np.ndarray]], room: int) -> list[np.nd
         return []
     which = np.concatenate([np.full(len(table["key"]), i) for i, table in enumerate(tables)])
     count, total, key = (np.concatenate([table[name] for table in tables]) for name in ("count", "total", "key"))
-    keep = np.zeros(len(which), bool)
-    keep[np.lexsort((which, key, total, -count.astype(np.int64)))[:room]] = True
+    if len(which) <= room:
+        return [np.ones(len(table["key"]), bool) for table in tables]
+    limit = np.partition(count, len(count) - room)[len(count) - room] if room else count.max() + 1
+    keep = count > limit
+    tied = np.flatnonzero(count == limit)
+    order = np.lexsort((which[tied], key[tied], total[tied]))
+    keep[tied[order[: room - int(keep.sum())]]] = True
     return [keep[which == i] for i in range(len(tables))]

@@ -228,8 +228,10 @@ def _learned(db: Database, versions: list[PolicyVersion], traces: list[UUID], be
             version = made.version if made is not None else None
             reason = gate["reasons"][0]
             learning.record(
-                session, Attempt(at, at, outcome, reason, taught, judged, gate, 0.42, version, parent.version)
-            )
+                session,
+                Attempt(at, at, outcome, reason, taught, judged, gate, 0.42, version, parent.version,
+                        learn_cpu_s=0.24, gate_cpu_s=0.15, export_cpu_s=0.02),
+            )  # fmt: skip
 
 
 def _gate(mix: dict[str, int], was: float, gain: float, passed: bool) -> dict[str, Any]:
@@ -237,7 +239,8 @@ def _gate(mix: dict[str, int], was: float, gain: float, passed: bool) -> dict[st
 
     def comparison(n: int, before: float, delta: float, half: float) -> dict[str, float]:
         return {"n": n, "champion": before, "candidate": before + delta, "delta": delta,
-                "low": delta - half, "high": delta + half}  # fmt: skip
+                "low": delta - half, "high": delta + half, "champion_ms": 40.0 / before,
+                "candidate_ms": 41.0 / (before + delta)}  # fmt: skip
 
     parts = zip(mix.items(), (0.95, 1.17, 0.9, 1.0), (1.0, 1.3, 0.6, 0.9), strict=True)
     classes = {name: comparison(n, was * level, gain * part, 0.1) for (name, n), level, part in parts}

@@ -111,6 +111,11 @@ class RolloutSettings(Section):
     )
     tick_s: PositiveFloat = Field(1.0, description="how often the controller decides, seconds")
     lease_s: PositiveFloat = Field(15.0, description="how long one controller holds the right to act, seconds")
+    webhook_url: str | None = Field(None, description="gets a POST at every transition of a rollout")
+    webhook_secret: str | None = Field(None, description="signs those: HMAC-SHA256 over timestamp, dot, body")
+    notify_command: str | None = Field(
+        None, description="a program run at every transition of a rollout, JSON on its standard input"
+    )
 
 
 class MlflowSettings(Section):

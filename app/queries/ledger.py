@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID
@@ -13,7 +13,7 @@ import streamlit as st
 from app.queries.database import database
 from engine.contracts import CANARY, PolicyVersion, ReplicaState, ServingPlan
 from engine.store.models import PlanObservationRow
-from engine.store.repositories import adaptation, learning, plans, policies, replicas, rollouts, traces
+from engine.store.repositories import adaptation, learning, operations, plans, policies, replicas, rollouts, traces
 from engine.store.repositories.adaptation import Adaptation
 from engine.store.repositories.learning import Attempt
 from engine.store.repositories.overview import Slice
@@ -154,6 +154,16 @@ def counts(rollout_id: int) -> list[dict[str, Any]]:
     """What the last decision about a rollout was made of: one entry per arm and class."""
     with database().read() as session:
         return rollouts.newest_counts(session, rollout_id)
+
+
+@st.cache_data(ttl=timedelta(minutes=1), show_spinner=False)
+def operations_record(weeks: int = 12) -> pd.DataFrame:
+    """What changing drafts cost, one row a week, newest first."""
+    now = datetime.now(UTC)
+    with database().read() as session:
+        found = operations.weeks(session, now - timedelta(weeks=weeks), now)
+    frame = pd.DataFrame([asdict(week) | {"failure_rate": week.failure_rate} for week in found])
+    return frame.sort_values("week", ascending=False) if len(frame) else frame
 
 
 def roll_back(to: int, reason: str, key: str) -> ServingPlan:

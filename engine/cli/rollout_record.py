@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import time
+from dataclasses import asdict
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -23,7 +25,7 @@ Id = Annotated[int, typer.Argument(help="number of the rollout")]
 def add(rollout: typer.Typer) -> None:
     for name, command in (
         *(("preset", preset), ("validate", validate), ("dry-run", dry_run), ("status", status), ("watch", watch)),
-        *(("explain", explain), ("history", history), ("replay", replay)),
+        *(("explain", explain), ("history", history), ("replay", replay), ("record", record)),
     ):
         rollout.command(name)(command)
 
@@ -144,6 +146,29 @@ def replay(context: typer.Context, rollout_id: Id) -> None:
     typer.echo(f"{len(decisions) - len(differing)} of {len(decisions)} decisions come out as recorded")
     if differing:
         raise typer.Exit(1)
+
+
+def record(
+    context: typer.Context,
+    weeks: Annotated[int, typer.Option(help="how many weeks back")] = 8,
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON list on standard output")] = False,
+) -> None:
+    """What changing drafts cost, week by week: changes, failures, time to detect and restore, interventions."""
+    from engine.store.repositories import operations
+
+    with database(context) as opened, opened.read() as session:
+        now = opened.now()
+        found = operations.weeks(session, now - timedelta(weeks=weeks), now)
+    if as_json:
+        typer.echo(json.dumps([asdict(week) | {"week": week.week.date().isoformat()} for week in found]))
+        return
+    typer.echo("week        changes  failed  detect s  restore s  canary h  interventions")
+    for week in found:
+        seconds = ["–" if value is None else f"{value:.1f}" for value in (week.detect_s, week.restore_s)]
+        typer.echo(
+            f"{week.week:%Y-%m-%d}  {week.changes:7}  {week.failed:6}  {seconds[0]:>8}  {seconds[1]:>9}  "
+            f"{week.canary_hours:8.2f}  {week.interventions:13}"
+        )
 
 
 def _found(opened: Database, rollout_id: int, turns: int) -> tuple[Rollout, list[DecisionRecord]]:

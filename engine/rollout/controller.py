@@ -18,6 +18,7 @@ from datetime import datetime, timedelta
 from sqlalchemy.exc import SQLAlchemyError
 
 from engine.contracts import CANARY, CONTROL, Arm, RolloutState, ServingPlan, SlipstreamError, Verdict
+from engine.rollout import notify
 from engine.rollout.decide import decide
 from engine.rollout.guards import RolloutSpec
 from engine.rollout.launch import launch
@@ -50,6 +51,8 @@ def run(settings: Settings, db: Database, stop: threading.Event, clock: Clock | 
     controller = Controller(
         db, f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:6]}", settings.rollout.lease_s
     )
+    telling = threading.Thread(target=notify.run, args=(settings.rollout, db, stop, clock), name="notify", daemon=True)
+    telling.start()
     while not stop.is_set():
         try:
             if settings.learner.auto_rollout:

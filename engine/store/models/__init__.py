@@ -8,7 +8,13 @@ from engine.store.models.findings import DriftFindingRow
 from engine.store.models.learning import LearningAttemptRow, LearningIntakeRow, TenantSettingRow
 from engine.store.models.plans import PlanObservationRow, ReplicaRow, ServingPlanRow
 from engine.store.models.policies import PolicyLineageRow, PolicyVersionRow
-from engine.store.models.rollouts import LeaseRow, RolloutCommandRow, RolloutDecisionRow, RolloutRow
+from engine.store.models.rollouts import (
+    LeaseRow,
+    NotificationCursorRow,
+    RolloutCommandRow,
+    RolloutDecisionRow,
+    RolloutRow,
+)
 from engine.store.models.rollups import (
     RollupDayHistogramRow,
     RollupDayRow,
@@ -35,6 +41,7 @@ __all__ = [
     "LearningAttemptRow",
     "LearningIntakeRow",
     "LeaseRow",
+    "NotificationCursorRow",
     "PlanObservationRow",
     "PolicyLineageRow",
     "PolicyVersionRow",

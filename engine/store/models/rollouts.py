@@ -64,6 +64,17 @@ class RolloutCommandRow(Base):
     created_at: Mapped[datetime] = mapped_column(server_default=func.clock_timestamp())
 
 
+class NotificationCursorRow(Base):
+    """How far a sink of notifications has come through the decisions. Writer: engine.rollout."""
+
+    __tablename__ = "notification_cursors"
+    sink: Mapped[str] = mapped_column(primary_key=True)
+    decision_id: Mapped[int]
+    tries: Mapped[int]
+    next_at: Mapped[datetime]
+    error: Mapped[str | None]
+
+
 class LeaseRow(Base):
     """Who may act, and with which fencing token: it grows with every change of hands. Writer: engine.rollout."""
 

@@ -194,6 +194,17 @@ def decisions(
     return [_decision(row) for row in reversed(list(session.scalars(query)))]
 
 
+def transitions(session: ReadSession | WriteSession, after: int, limit: int) -> list[DecisionRecord]:
+    """Decisions about any rollout that changed its state, after the decision ``after``, oldest first."""
+    query = (
+        select(RolloutDecisionRow)
+        .where(RolloutDecisionRow.id > after, RolloutDecisionRow.from_state != RolloutDecisionRow.to_state)
+        .order_by(RolloutDecisionRow.id)
+        .limit(limit)
+    )
+    return [_decision(row) for row in session.scalars(query)]
+
+
 def verdicts(session: ReadSession | WriteSession, rollout_id: int, limit: int = 600) -> list[DecisionRecord]:
     """The newest decisions, oldest first, without the counts they were made of: what a page draws again and again."""
     columns = [column for column in RolloutDecisionRow.__table__.columns if column.name != "evidence"]

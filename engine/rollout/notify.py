@@ -1,0 +1,169 @@
+"""Telling others of every transition of a rollout: a signed webhook, a command; tried again, and never in the way.
+
+The notifier follows the append-only decisions behind a cursor of its own, one per sink, in a thread of its own: what is
+slow or down delays notifications and nothing else. A delivery can come twice (a sink that answered and a cursor that
+could not be written); its id says so.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+import logging
+import shlex
+import subprocess
+import threading
+from collections.abc import Callable, Sequence
+from datetime import datetime, timedelta
+from typing import Any, Protocol
+
+import httpx
+from sqlalchemy.exc import SQLAlchemyError
+
+from engine.settings import RolloutSettings
+from engine.store.database import Database
+from engine.store.repositories import notifications, rollouts
+from engine.store.repositories.notifications import Cursor
+from engine.store.repositories.rollouts import DecisionRecord
+
+TIMEOUT_S, COMMAND_TIMEOUT_S = 5.0, 30.0
+TRIES = 8
+"""After so many failures, about ten minutes, a notification is given up: the next ones matter more."""
+BATCH = 20
+log = logging.getLogger(__name__)
+
+
+class Sink(Protocol):
+    """Somewhere a notification goes; ``deliver`` raises where it did not arrive."""
+
+    name: str
+
+    def deliver(self, delivery: int, body: bytes, now: datetime) -> None: ...
+
+
+class Webhook:
+    """POST of JSON. ``X-Slipstream-Signature`` is sha256=HMAC(secret, timestamp + "." + body), as hex."""
+
+    name = "webhook"
+
+    def __init__(self, url: str, secret: str | None, client: httpx.Client | None = None) -> None:
+        self._url, self._secret = url, secret
+        self._client = client or httpx.Client(timeout=TIMEOUT_S)
+
+    def deliver(self, delivery: int, body: bytes, now: datetime) -> None:
+        stamp = str(int(now.timestamp()))
+        headers = {
+            "content-type": "application/json",
+            "x-slipstream-delivery": str(delivery),
+            "x-slipstream-timestamp": stamp,
+        }
+        if self._secret:
+            headers["x-slipstream-signature"] = sign(self._secret, stamp, body)
+        self._client.post(self._url, content=body, headers=headers).raise_for_status()
+
+
+class Command:
+    """A program that gets the notification as JSON on its standard input; anything but exit code 0 is a failure."""
+
+    name = "command"
+
+    def __init__(self, line: str) -> None:
+        self._arguments = shlex.split(line)
+
+    def deliver(self, delivery: int, body: bytes, now: datetime) -> None:
+        subprocess.run(self._arguments, input=body, check=True, capture_output=True, timeout=COMMAND_TIMEOUT_S)
+
+
+def sinks(settings: RolloutSettings) -> list[Sink]:
+    """Those that are configured."""
+    found: list[Sink] = []
+    if settings.webhook_url:
+        found.append(Webhook(settings.webhook_url, settings.webhook_secret))
+    if settings.notify_command:
+        found.append(Command(settings.notify_command))
+    return found
+
+
+def sign(secret: str, stamp: str, body: bytes) -> str:
+    return "sha256=" + hmac.new(secret.encode(), stamp.encode() + b"." + body, hashlib.sha256).hexdigest()
+
+
+def body(decision: DecisionRecord) -> bytes:
+    """What is told of a transition."""
+    tree: dict[str, Any] = {
+        "rollout": decision.rollout_id,
+        "decision": decision.id,
+        "at": decision.decided_at.isoformat(),
+        "from": decision.from_state.value,
+        "to": decision.to_state.value,
+        "verdict": decision.verdict.value,
+        "action": decision.action,
+        "reason": decision.reason,
+        "generation": decision.generation,
+        "canary": decision.status_before.get("canary"),
+        "champion": decision.status_before.get("champion"),
+    }
+    return json.dumps(tree, sort_keys=True).encode()
+
+
+class Notifier:
+    """``tick`` delivers what is due to every sink; its state is in the database."""
+
+    def __init__(self, db: Database, sinks: Sequence[Sink]) -> None:
+        self._db, self._sinks = db, sinks
+
+    def tick(self, now: datetime) -> int:
+        """How many notifications arrived."""
+        return sum(self._serve(sink, now) for sink in self._sinks)
+
+    def _serve(self, sink: Sink, now: datetime) -> int:
+        with self._db.write() as session:
+            cursor = notifications.cursor(session, sink.name, rollouts.newest_decision(session), now)
+        if cursor.next_at > now:
+            return 0
+        with self._db.read() as session:
+            due = rollouts.transitions(session, cursor.decision_id, BATCH)
+        arrived = 0
+        for decision in due:
+            assert decision.id is not None
+            try:
+                sink.deliver(decision.id, body(decision), now)
+            except (httpx.HTTPError, httpx.InvalidURL, OSError, subprocess.SubprocessError) as error:
+                if not self._failed(sink, cursor, decision, error, now):
+                    return arrived
+                cursor = Cursor(sink.name, decision.id, 0, now, str(error))
+            else:
+                arrived += 1
+                cursor = Cursor(sink.name, decision.id, 0, now, None)
+            with self._db.write() as session:
+                notifications.advance(session, cursor)
+        return arrived
+
+    def _failed(self, sink: Sink, cursor: Cursor, decision: DecisionRecord, error: Exception, now: datetime) -> bool:
+        """Note the failure; True where it is given up and the next one may go."""
+        tries = cursor.tries + 1
+        if tries >= TRIES:
+            log.error("%s: decision %s given up after %d tries: %s", sink.name, decision.id, tries, error)
+            return True
+        log.warning("%s: decision %s did not arrive, trying again: %s", sink.name, decision.id, error)
+        later = now + timedelta(seconds=min(300.0, 2.0**tries))
+        with self._db.write() as session:
+            notifications.advance(session, Cursor(sink.name, cursor.decision_id, tries, later, str(error)))
+        return False
+
+
+def run(settings: RolloutSettings, db: Database, stop: threading.Event, clock: Callable[[], datetime]) -> None:
+    """Deliver until ``stop`` is set; returns at once where no sink is configured."""
+    found = sinks(settings)
+    if not found:
+        return
+    notifier = Notifier(db, found)
+    while not stop.is_set():
+        try:
+            notifier.tick(clock())
+        except SQLAlchemyError as error:
+            log.error("notifications wait for the database: %s", error)
+        except Exception:
+            log.exception("notifying failed in a way nobody foresaw, trying again")
+        stop.wait(settings.tick_s)

@@ -1,0 +1,127 @@
+"""Every transition is told once to each sink, signed, tried again, and nobody waits for a sink that is down."""
+
+from __future__ import annotations
+
+import json
+import sys
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import httpx
+import pytest
+
+from engine.contracts import RolloutState
+from engine.rollout import notify
+from engine.rollout.controller import Controller
+from engine.rollout.launch import launch
+from engine.rollout.notify import TRIES, Command, Notifier, Webhook, sign
+from engine.store.database import Database
+from engine.store.repositories import operations, rollouts
+from tests.rollout import database_world as world
+
+NONE, CHAMPION, TRIED = 1, 2, 3
+NOW = datetime.now(UTC)
+
+
+@pytest.fixture
+def going(db: Database) -> Database:
+    """A rollout whose canary has just been put before traffic and aborted by a person."""
+    world.versions(db, 3)
+    world.first_plan(db, CHAMPION, NONE)
+    world.beat(db, NOW, (NONE, CHAMPION, TRIED))
+    Notifier(db, [Recorder()]).tick(NOW)  # begins here: what was before is not news
+    made = launch(db, canary=TRIED, actor="ann", preset="fast", now=NOW)
+    acting = Controller(db, "a", 15.0)
+    acting.tick(NOW)
+    with db.write() as session:
+        rollouts.command(session, made.id, "abort", "ann", "wrong version")
+    for second in (1, 2, 3):
+        world.beat(db, NOW + timedelta(seconds=second), (NONE, CHAMPION, TRIED))
+        acting.tick(NOW + timedelta(seconds=second))
+    return db
+
+
+class Recorder:
+    """A sink that keeps what arrives and is down while ``down``."""
+
+    name = "recorder"
+
+    def __init__(self, down: bool = False) -> None:
+        self.down, self.got = down, []  # type: bool, list[tuple[int, dict[str, object]]]
+
+    def deliver(self, delivery: int, body: bytes, now: datetime) -> None:
+        if self.down:
+            raise OSError("nobody listens")
+        self.got.append((delivery, json.loads(body)))
+
+
+def test_each_transition_is_told_once_in_order(going: Database) -> None:
+    sink = Recorder()
+    notifier = Notifier(going, [sink])
+    assert notifier.tick(NOW) == 3
+    assert notifier.tick(NOW) == 0
+    assert [told["to"] for _, told in sink.got] == ["RAMPING", "ROLLING_BACK", "ROLLED_BACK"]
+    assert [told["canary"] for _, told in sink.got] == [TRIED] * 3
+    assert len({delivery for delivery, _ in sink.got}) == 3
+
+
+def test_what_did_not_arrive_is_tried_again_later_and_others_are_not_held_up(going: Database) -> None:
+    class Other(Recorder):
+        name = "other"
+
+    down, other = Recorder(down=True), Other()
+    notifier = Notifier(going, [down, other])
+    Notifier(going, [other]).tick(NOW)
+    assert notifier.tick(NOW) == 0
+    down.down = False
+    assert notifier.tick(NOW + timedelta(seconds=1)) == 0  # not due yet
+    assert notifier.tick(NOW + timedelta(seconds=2)) == 3
+    assert [told["to"] for _, told in down.got] == ["RAMPING", "ROLLING_BACK", "ROLLED_BACK"]
+
+
+def test_a_notification_that_never_arrives_is_given_up(going: Database) -> None:
+    down, at = Recorder(down=True), NOW
+    notifier = Notifier(going, [down])
+    for _ in range(TRIES):
+        notifier.tick(at)
+        at += timedelta(seconds=301)
+    down.down = False
+    notifier.tick(at)
+    assert [told["to"] for _, told in down.got] == ["ROLLING_BACK", "ROLLED_BACK"]
+
+
+def test_a_webhook_is_signed_and_an_error_answer_is_a_failure() -> None:
+    seen: list[httpx.Request] = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        seen.append(request)
+        return httpx.Response(200 if len(seen) == 1 else 503)
+
+    hook = Webhook("http://hook", "secret", httpx.Client(transport=httpx.MockTransport(answer)))
+    hook.deliver(7, b"{}", NOW)
+    headers = seen[0].headers
+    assert headers["x-slipstream-signature"] == sign("secret", headers["x-slipstream-timestamp"], b"{}")
+    assert sign("other", headers["x-slipstream-timestamp"], b"{}") != headers["x-slipstream-signature"]
+    assert headers["x-slipstream-delivery"] == "7"
+    with pytest.raises(httpx.HTTPStatusError):
+        hook.deliver(8, b"{}", NOW)
+
+
+def test_a_command_gets_json_and_its_exit_code_counts(tmp_path: Path) -> None:
+    out = tmp_path / "told.json"
+    Command(f"{sys.executable} -c \"import sys; open('{out}', 'w').write(sys.stdin.read())\"").deliver(1, b"{}", NOW)
+    assert out.read_text() == "{}"
+    with pytest.raises(notify.subprocess.SubprocessError):
+        Command(f"{sys.executable} -c 'raise SystemExit(3)'").deliver(1, b"{}", NOW)
+
+
+def test_the_record_of_operations_counts_changes_and_what_people_did(going: Database) -> None:
+    with going.read() as session:
+        weeks = operations.weeks(session, NOW - timedelta(days=14), NOW + timedelta(hours=1))
+        assert rollouts.list_rollouts(session)[0].state is RolloutState.ROLLED_BACK
+    assert len(weeks) == 1
+    week = weeks[0]
+    assert (week.changes, week.ended, week.failed, week.failure_rate) == (1, 1, 1, 1.0)
+    assert week.interventions == 1
+    assert week.detect_s is None  # no guard failed: a person asked
+    assert abs(week.canary_hours) < 0.1  # plans are dated by the database's clock, these decisions by the test's

@@ -13,7 +13,7 @@ from engine.store.models import NotificationCursorRow
 
 @dataclass(frozen=True, slots=True)
 class Cursor:
-    """``decision_id`` is the last one a sink is through with; the next failed ``tries`` times and is due ``next_at``."""
+    """``decision_id`` is the last one a sink is through with; the next failed ``tries`` times, due ``next_at``."""
 
     sink: str
     decision_id: int

@@ -20,6 +20,7 @@ from engine.bench.blocks import NONE, Block, Run, best_figure, rate_figures, rat
 from engine.bench.report import Figure, Report
 from engine.bench.workload import Ids, Responses, Workload, workloads
 from engine.contracts import ProposerKind, SamplingParams, SlipstreamError, artifact_digest
+from engine.learner.memory import MIN_CONFIDENCE
 from engine.model.loading import Target, load_target
 from engine.ops.supervisor import Say
 from engine.runner.engine import Engine, EngineRequest
@@ -203,6 +204,7 @@ class Bench:
         return build_artifact(
             kind,
             k,
+            settings={"min_confidence": MIN_CONFIDENCE},
             files=files,
             target_fingerprint=target.fingerprint,
             tokenizer_fingerprint=target.tokenizer_fingerprint,

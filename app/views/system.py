@@ -96,7 +96,8 @@ def _parts(exporter: pd.DataFrame, waiting: pd.DataFrame, learning: pd.DataFrame
         rows.append(("export to MLflow", "has not run on this database"))
     else:
         one = exporter.iloc[0]
-        said = f"{int(one['exported']):,} exported, {int(one['skipped']):,} sampled out, {int(one['waiting']):,} wait"
+        counts = ((name, int(one[name])) for name in ("exported", "skipped", "refused", "waiting"))
+        said = ", ".join(f"{count:,} {name}" for name, count in counts)
         rows.append(("export to MLflow", f"{said}, {one['lag_s']:.0f} s behind"))
         if isinstance(one["error"], str):
             rows.append(("its last error", one["error"]))

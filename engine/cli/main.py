@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from sqlalchemy.exc import OperationalError
 
 from engine.cli import bench, drafts, explain, policies, query, rollouts, services, store, system
 from engine.contracts import SlipstreamError
@@ -50,4 +51,11 @@ def main() -> None:
         app()
     except SlipstreamError as error:
         sys.stderr.write(f"slipstream: {error}\n")
+        sys.exit(1)
+    except OperationalError as error:
+        said = str(error.orig).strip().splitlines()[0]
+        sys.stderr.write(
+            f"slipstream: The database does not answer: {said}\n"
+            "Look with `slipstream status` whether it runs; SLIPSTREAM_DATABASE_URL says which one is meant.\n"
+        )
         sys.exit(1)

@@ -66,11 +66,12 @@ def dashboard(context: typer.Context) -> None:
 def migrate(context: typer.Context) -> None:
     """Bring the database to the newest schema."""
     from engine.store import migrate as migration
+    from engine.store.database import without_password
 
     chosen = settings(context)
     url = postgres.database_url(chosen, start_embedded=True)
     migration.upgrade(url)
-    typer.echo(f"The schema is up to date: {url}")
+    typer.echo(f"The schema is up to date: {without_password(url)}")
 
 
 def fetch(context: typer.Context) -> None:

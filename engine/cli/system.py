@@ -17,7 +17,7 @@ from engine.contracts import SlipstreamError
 from engine.ops import postgres
 from engine.ops.supervisor import Supervisor, is_running, log_file, read_state
 from engine.settings import Settings
-from engine.store.database import Database
+from engine.store.database import Database, without_password
 from engine.store.repositories import plans, replicas
 
 
@@ -139,7 +139,7 @@ def _status(chosen: Settings) -> dict[str, Any]:
         "running": state is not None,
         "started_at": state and state["started_at"],
         "components": components,
-        "database": url,
+        "database": without_password(url) if url is not None else None,
         "plan": None,
         "replicas": [],
     }

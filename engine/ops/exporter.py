@@ -6,6 +6,7 @@ ids are derived from the trace, so a batch whose answer was lost is the same tra
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -19,7 +20,10 @@ from engine.store.database import Database
 from engine.store.models import TraceRow
 from engine.store.repositories import export
 
+log = logging.getLogger(__name__)
 CURSOR = "mlflow"
+REFUSALS = frozenset({400, 413, 422})
+"""Answers that speak of the content. Others (no such page, not allowed, too many) speak of the server, and pass."""
 SLOW_S = 10.0
 """An ordinary trace that took longer than this is exported whatever the sampling share."""
 
@@ -45,7 +49,9 @@ class MlflowExporter:
             return 0
         chosen = [row for row in rows if is_sampled(row, self.share)]
         try:
-            self._send(chosen)
+            refused = self._send(chosen)
+            if len(refused) == len(chosen) > 1:
+                raise SlipstreamError(f"it refuses every one of them, the first with {refused[0]}")
         except (httpx.HTTPError, SlipstreamError) as error:
             with self.database.write() as session:
                 export.save_cursor(session, replace(at, error=str(error)), self.now())
@@ -56,7 +62,8 @@ class MlflowExporter:
             at,
             written_at=rows[-1].written_at,
             trace_id=rows[-1].trace_id,
-            exported=at.exported + len(chosen),
+            exported=at.exported + len(chosen) - len(refused),
+            refused=at.refused + len(refused),
             skipped=at.skipped + len(rows) - len(chosen),
             error=None,
         )
@@ -64,17 +71,31 @@ class MlflowExporter:
             export.save_cursor(session, moved, self.now())
         return len(rows)
 
-    def _send(self, rows: Sequence[TraceRow]) -> None:
+    def _send(self, rows: Sequence[TraceRow]) -> list[str]:
+        """Send a batch, by halves where MLflow refuses it, so that one bad trace keeps no other; why each was refused."""
         if not rows:
-            return
-        answer = self.client.post(
+            return []
+        answer = self._post(rows)
+        if not answer.is_success:
+            self._experiment_id = None  # it may have been deleted, and is then restored
+            answer = self._post(rows)
+        if answer.is_success:
+            return []
+        said = f"status {answer.status_code}: {answer.text[:200]}"
+        if answer.status_code not in REFUSALS:
+            raise SlipstreamError(said)
+        if len(rows) > 1:
+            middle = len(rows) // 2
+            return self._send(rows[:middle]) + self._send(rows[middle:])
+        log.error("MLflow refuses trace %s, it stays in Postgres only: %s", rows[0].trace_id, said)
+        return [said]
+
+    def _post(self, rows: Sequence[TraceRow]) -> httpx.Response:
+        return self.client.post(
             "/v1/traces",
             content=spans.request(rows).SerializeToString(),
             headers={"content-type": "application/x-protobuf", "x-mlflow-experiment-id": self._experiment()},
         )
-        if not answer.is_success:
-            self._experiment_id = None  # it may have been deleted; ask again
-            raise SlipstreamError(f"status {answer.status_code}: {answer.text[:200]}")
 
     def _experiment(self) -> str:
         """The experiment's id, made on first use."""
@@ -82,7 +103,13 @@ class MlflowExporter:
             path = "/api/2.0/mlflow/experiments"
             found = self.client.get(f"{path}/get-by-name", params={"experiment_name": self.experiment})
             if found.is_success:
-                self._experiment_id = found.json()["experiment"]["experiment_id"]
+                experiment = found.json()["experiment"]
+                self._experiment_id = experiment["experiment_id"]
+                if experiment.get("lifecycle_stage") == "deleted":
+                    restored = self.client.post(f"{path}/restore", json={"experiment_id": self._experiment_id})
+                    if not restored.is_success:
+                        raise SlipstreamError(f"experiment {self.experiment!r} is deleted: {restored.text[:200]}")
+                    log.warning("experiment %r had been deleted in MLflow and is restored", self.experiment)
             else:
                 made = self.client.post(f"{path}/create", json={"name": self.experiment})
                 if not made.is_success:

@@ -46,6 +46,7 @@ class Spill:
         for left in folder.glob("*.tmp"):  # a write that its process did not survive; the batch was never promised
             left.unlink()
         self._sizes = {path.name: path.stat().st_size for path in folder.glob(f"*{SUFFIX}")}
+        self._aside = sum(path.stat().st_size for path in folder.glob(f"*{BROKEN}"))
         self.unreadable = 0  # files that did not come back as a batch, since the start
 
     @property
@@ -54,7 +55,8 @@ class Spill:
 
     @property
     def bytes(self) -> int:
-        return sum(self._sizes.values())
+        """What the folder takes on disk, the files that were set aside included."""
+        return sum(self._sizes.values()) + self._aside
 
     def put(self, batch: Batch, at: datetime) -> str:
         """Keep a batch under the name that is given back; SpillFull (an OSError, like a full disk) without room."""
@@ -100,7 +102,7 @@ class Spill:
     def set_aside(self, name: str) -> None:
         """Keep a file for people to look at, out of the way of the others."""
         (self.folder / name).rename(self.folder / (name + BROKEN))
-        del self._sizes[name]
+        self._aside += self._sizes.pop(name)
 
     @property
     def set_aside_files(self) -> int:

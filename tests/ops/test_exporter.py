@@ -168,3 +168,72 @@ def test_errors_canary_and_slow_traces_are_always_sampled(changes: dict[str, obj
     assert is_sampled(trace(1, **changes), 0.0)
     assert not is_sampled(trace(1), 0.0)
     assert is_sampled(trace(1), 1.0)
+
+
+class Picky(FakeMlflow):
+    """Refuses requests that hold one of the traces in ``bad``, with ``status``; its experiment can be deleted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bad: set[str] = set()
+        self.status = 400
+        self.deleted = False
+        self.restored = 0
+
+    def __call__(self, request: httpx.Request) -> httpx.Response:
+        if request.url.path.endswith("get-by-name"):
+            stage = "deleted" if self.deleted else "active"
+            return httpx.Response(200, json={"experiment": {"experiment_id": "42", "lifecycle_stage": stage}})
+        if request.url.path.endswith("restore"):
+            self.deleted, self.restored = False, self.restored + 1
+            return httpx.Response(200, json={})
+        if self.deleted:
+            return httpx.Response(404, text="no such experiment")
+        message = ExportTraceServiceRequest.FromString(request.content)
+        ids = {span.trace_id.hex() for span in message.resource_spans[0].scope_spans[0].spans}
+        if ids & self.bad:
+            return httpx.Response(self.status, text="malformed")
+        return super().__call__(request)
+
+
+@pytest.fixture
+def picky(db: Database) -> tuple[Picky, MlflowExporter]:
+    server = Picky()
+    client = httpx.Client(base_url="http://mlflow", transport=httpx.MockTransport(server))
+    return server, MlflowExporter(db, client, "slipstream", batch=10, share=1.0, now=lambda: START)
+
+
+def test_a_trace_that_is_refused_keeps_no_other(db: Database, picky: tuple[Picky, MlflowExporter]) -> None:
+    server, exporter = picky
+    server.bad = {trace(3).trace_id.hex, trace(14).trace_id.hex}
+    write(db, *(trace(n) for n in range(25)))
+    drain(exporter)
+    assert len(server.seen) == len(set(server.seen)) == 23
+    with db.read() as session:
+        at = export.cursor(session, "mlflow")
+    assert (at.exported, at.refused, at.skipped, at.error) == (23, 2, 0, None)
+
+
+@pytest.mark.parametrize(("status", "everything"), [(404, False), (429, False), (503, False), (400, True)])
+def test_what_speaks_of_the_server_skips_nothing(
+    db: Database, picky: tuple[Picky, MlflowExporter], status: int, everything: bool
+) -> None:
+    server, exporter = picky
+    server.status = status
+    server.bad = {trace(n).trace_id.hex for n in range(5 if everything else 1)}
+    write(db, *(trace(n) for n in range(5)))
+    with pytest.raises(SlipstreamError):
+        exporter.run_once()
+    server.bad = set()
+    drain(exporter)
+    assert len(set(server.seen)) == 5
+
+
+def test_a_deleted_experiment_is_restored(db: Database, picky: tuple[Picky, MlflowExporter]) -> None:
+    server, exporter = picky
+    write(db, trace(0))
+    drain(exporter)
+    server.deleted = True
+    write(db, trace(1))
+    drain(exporter)
+    assert (len(server.seen), server.restored) == (2, 1)

@@ -123,5 +123,6 @@ class ExportCursorRow(Base):
     trace_id: Mapped[UUID | None]
     exported: Mapped[int] = mapped_column(server_default="0")
     skipped: Mapped[int] = mapped_column(server_default="0")
+    refused: Mapped[int] = mapped_column(server_default="0")
     error: Mapped[str | None]
     updated_at: Mapped[datetime]

@@ -75,7 +75,15 @@ PANELS: dict[str, Panel] = {
     for panel in (
         Panel("overview.totals", "The window in numbers: counts, rates, latencies in ms", traffic.totals),
         Panel("overview.before", "The window before", lambda session, part: traffic.totals(session, part.before())),
-        Panel("overview.over_time", "Latencies (ms), rates and acceptance over time", traffic.over_time),
+        Panel(
+            "overview.over_time",
+            "Latency percentiles (ms), rates and acceptance over time",
+            partial(traffic.over_time, latencies=("e2e",)),
+        ),
+        *(
+            Panel(f"overview.{metric}", f"{title} over time, ms", partial(traffic.over_time, latencies=(metric,)))
+            for metric, title in (("ttft", "TTFT"), ("tpot", "TPOT"), ("queue", "Queue time"))
+        ),
         Panel(
             "overview.arms",
             "End-to-end latency over time by arm and version, ms",

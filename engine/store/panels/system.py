@@ -50,7 +50,13 @@ def exporter(session: ReadSession, part: Slice) -> Rows:
         return []
     lag = export.lag(session, at)
     age = (datetime.now(UTC) - lag["oldest"]).total_seconds() if lag["oldest"] is not None else 0.0
-    counts = {"exported": at.exported, "skipped": at.skipped, "waiting": lag["waiting"], "lag_s": age}
+    counts = {
+        "exported": at.exported,
+        "skipped": at.skipped,
+        "refused": at.refused,
+        "waiting": lag["waiting"],
+        "lag_s": age,
+    }
     return [{"exporter": at.name, **counts, "error": at.error}]
 
 

@@ -23,6 +23,7 @@ class Cursor:
     trace_id: UUID | None = None
     exported: int = 0
     skipped: int = 0
+    refused: int = 0
     error: str | None = None
 
 
@@ -30,7 +31,7 @@ def cursor(session: ReadSession | WriteSession, name: str) -> Cursor:
     row = session.get(ExportCursorRow, name)
     if row is None:
         return Cursor(name)
-    return Cursor(row.name, row.written_at, row.trace_id, row.exported, row.skipped, row.error)
+    return Cursor(row.name, row.written_at, row.trace_id, row.exported, row.skipped, row.refused, row.error)
 
 
 def save_cursor(session: WriteSession, moved: Cursor, now: datetime) -> None:
@@ -40,6 +41,7 @@ def save_cursor(session: WriteSession, moved: Cursor, now: datetime) -> None:
         "trace_id": moved.trace_id,
         "exported": moved.exported,
         "skipped": moved.skipped,
+        "refused": moved.refused,
         "error": moved.error,
         "updated_at": now,
     }

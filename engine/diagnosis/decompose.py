@@ -1,11 +1,11 @@
 """How much of a change comes from traffic mix, load, policy and the rest. Pure.
 
-Kitagawa (1955), three times nested: requests fall into cells (traffic class × prompt length), within a cell into load
-bands, within a band into policies. With shares w and means m of two windows, Δ = Σ(w1 − w0)(m0 + m1)/2 +
-Σ(m1 − m0)(w0 + w1)/2; the first sum belongs to what the shares are of, the second is split by the next level, and what
-is left at the end is the rest. A level whose members never met both windows takes the missing mean from the window that
-has it, less the change that the members in both windows show: so time is told from policy where a version served in
-both. Intervals come from resampling conversations, which keeps a conversation's requests together.
+Requests fall into cells (traffic class × prompt length). Kitagawa (1955) splits the change of a mean of means,
+Δ = Σ(w1 − w0)(m0 + m1)/2 [mix] + Σ(m1 − m0)(w0 + w1)/2 [within], with w the cells' shares and m their means. The change
+within a cell is what its load bands and its policies account for: (change of share) × (main effect), the main effects
+fitted to both windows at once (Oaxaca 1973, Blinder 1973), so that a policy that came with another load is not mistaken
+for it. What is left is the rest; where a version served in both windows, that tells time from policy. Intervals come
+from resampling conversations, which keeps a conversation's requests together.
 """
 
 from __future__ import annotations
@@ -18,6 +18,9 @@ FACTORS = ("mix", "load", "policy", "rest")
 TOGETHER = 2.498
 """Standard errors to either side: 95 % for the four factors together (Bonferroni), since the largest is picked out."""
 LOAD_BANDS = 8
+FAINT, LAST = 1e-6, 1e-3
+"""Ridge penalties relative to the weight of a cell, of bands and policies and of the window: what decides where two of
+them cannot be told apart."""
 MIN_REQUESTS = 200
 MIN_CONVERSATIONS = 30
 SHARED = 0.05
@@ -146,15 +149,45 @@ def _effects(before: Tables, after: Tables) -> tuple[np.ndarray, np.ndarray]:
     """
     cells = [_level(tables, (2, 3)) for tables in (before, after)]
     by_cell, cell_share = _shift(cells[0], cells[1])
-    by_band, band_share = _shift(*(_level(tables, (3,)) for tables in (before, after)))
-    by_policy, _ = _shift(*(_level(tables, ()) for tables in (before, after)))
-    load = by_band.sum(axis=2)
-    policy = (band_share * by_policy.sum(axis=3)).sum(axis=2)
+    of_load, of_policy = _main_effects(before, after)
+    load, policy = (
+        (np.nan_to_num(_shares(after[1], axis) - _shares(before[1], axis)) * effect).sum(axis=2)
+        for axis, effect in ((3, of_load), (2, of_policy))
+    )
     change = np.nan_to_num(cells[1][1] - cells[0][1])
     whole = _whole(after) - _whole(before)
     known = np.stack([by_cell.sum(axis=1), (cell_share * load).sum(axis=1), (cell_share * policy).sum(axis=1)], axis=1)
     rest = whole - known.sum(axis=1)
     return np.concatenate([known, rest[:, None]], axis=1), by_cell + cell_share * change
+
+
+def _main_effects(before: Tables, after: Tables) -> tuple[np.ndarray, np.ndarray]:
+    """What each load band and each policy adds to the metric in a cell, [samples, cells, bands] and [.., policies].
+
+    Weighted least squares of the means on band, policy and window, both windows together: policies and loads that come
+    together within a window are told apart by those that do not. The window takes only what neither of them can: where
+    no policy served in both windows, the change of policy is the policy's.
+    """
+    value, weight = (np.stack([b, a], axis=2) for b, a in zip(before, after, strict=True))
+    samples, cells, _, bands, policies = weight.shape
+    places = np.indices((2, bands, policies)).reshape(3, -1)
+    design = np.concatenate(
+        [np.eye(bands)[places[1]], np.eye(policies)[places[2]], places[0][:, None].astype(float)], axis=1
+    )
+    value, weight = (table.reshape(samples, cells, -1) for table in (value, weight))
+    normal = (weight[..., None] * design).swapaxes(-1, -2) @ design
+    penalty = np.full(bands + policies + 1, FAINT)
+    penalty[-1] = LAST
+    normal += np.maximum(weight.sum(axis=-1), 1e-12)[..., None, None] * np.diag(penalty)
+    solved = np.linalg.solve(normal, (value @ design)[..., None])[..., 0]
+    return solved[..., :bands], solved[..., bands:-1]
+
+
+def _shares(weight: np.ndarray, over: int) -> np.ndarray:
+    """Shares within each cell of the members of the axis that is left when ``over`` is summed, nan in an empty cell."""
+    left = weight.sum(axis=over)
+    with np.errstate(invalid="ignore"):
+        return left / left.sum(axis=-1, keepdims=True)
 
 
 def _whole(tables: Tables) -> np.ndarray:

@@ -72,7 +72,7 @@ class MlflowExporter:
         return len(rows)
 
     def _send(self, rows: Sequence[TraceRow]) -> list[str]:
-        """Send a batch, by halves where MLflow refuses it, so that one bad trace keeps no other; why each was refused."""
+        """Send a batch, by halves where MLflow refuses it: one bad trace keeps no other. Gives why each was refused."""
         if not rows:
             return []
         answer = self._post(rows)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from datetime import timedelta
+from itertools import pairwise
 from pathlib import Path
 
 import pandas as pd
@@ -75,5 +76,5 @@ def test_a_window_is_covered_once(hours: int) -> None:
         pieces = part.covered_by(width)
         assert pieces[0][1] == part.since
         assert pieces[-1][2] == part.until
-        assert all(end == begin for (_, _, end), (_, begin, _) in zip(pieces, pieces[1:], strict=False))
+        assert all(end == begin for (_, _, end), (_, begin, _) in pairwise(pieces))
         assert len(pieces) <= 7

@@ -127,6 +127,7 @@ def adaptation(
     verify: Annotated[int, typer.Option(help="requests of each class decoded for real; 0 for none")] = 8,
     limit: Annotated[int, typer.Option(help="prompts of a class at most; 0 for all")] = 0,
     out: Annotated[Path | None, typer.Option(help="folder for JSON, CSV and a page with the curves")] = None,
+    busy: Annotated[bool, typer.Option(help="price passes by CPU time; needs engine.threads=1")] = False,
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
@@ -145,6 +146,7 @@ def adaptation(
         limit=limit,
         seed=seed,
         out=out,
+        busy=busy,
     )
     _show(run(settings(context), options, _progress), as_json)
 

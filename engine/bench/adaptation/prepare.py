@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,7 +59,7 @@ def prepare(settings: Settings, options: Options, say: Say) -> Material:
     longest = max(len(ids) for found in wanted.values() for ids in found) + options.tokens
     engine = Engine(target, max_num_seqs=TOGETHER, max_model_len=longest, max_queue=100_000)
     engine.load(0, NoneProposer())
-    costs = _costs(engine)
+    costs = _costs(engine, options.busy)
     say("milliseconds of a target pass by rows: " + ", ".join(f"{n}: {ms:.0f}" for n, ms in costs.items()))
     responses = Responses(target, options.tokens, settings.dir("bench"))
     _generate(engine, responses, [ids for found in wanted.values() for ids in found], options.tokens, say)
@@ -81,9 +82,14 @@ def prepare(settings: Settings, options: Options, say: Say) -> Material:
     return Material(target, engine, world, classes, tuple(corpus), static)
 
 
-def _costs(engine: Engine) -> dict[int, float]:
-    """Rows → milliseconds. A pass cannot get cheaper by more rows: where neighbours' noise says so, they are averaged
-    (isotonic regression), or K control would be steered by that noise."""
+def _costs(engine: Engine, busy: bool) -> dict[int, float]:
+    """Rows → milliseconds; ``busy``: of CPU time, which neighbours that take turns do not lengthen.
+
+    A pass cannot get cheaper by more rows: where neighbours' noise says so, they are averaged (isotonic regression), or
+    K control would be steered by that noise.
+    """
+    if busy:
+        engine.runner.clock = time.thread_time
     found = profile_step_costs(engine.runner, repeats=PROFILED)
     smooth = isotonic_regression(np.array([found[rows] for rows in sorted(found)])).x
     return dict(zip(sorted(found), smooth.tolist(), strict=True))

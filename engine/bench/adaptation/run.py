@@ -28,7 +28,8 @@ ARMS = ("none", "ngram", "static", "ungated", "gated")
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """``prompts``: JSONL files, none for the project's own. ``corpus``: a JSONL file of ``prompt`` and
+    """``busy``: price passes by CPU time, for a machine with neighbours; needs engine.threads=1.
+    ``prompts``: JSONL files, none for the project's own. ``corpus``: a JSONL file of ``prompt`` and
     ``response_token_ids`` that static is trained on; without it, a third of the prompts is. ``static``: a policy's
     folder instead. ``verify``: requests of a class decoded for real. ``out``: where JSON, CSV and page go."""
 
@@ -42,6 +43,7 @@ class Options:
     verify: int = 8
     limit: int = 0
     seed: int = 0
+    busy: bool = False
     out: Path | None = None
 
 

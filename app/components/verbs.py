@@ -69,14 +69,21 @@ def effect() -> None:
     if generation is None:
         return
     found = ledger.effect(generation)
+    assert found is not None  # the ledger is append-only
     for problem in found.problems:
         st.error(f"Generation {generation} is served without all of its policies on {problem}")
-    if found.seconds is not None:
-        text = f"effective on {found.seen} of {found.live} replicas after {found.seconds:.2f} s"
-        say = st.success if found.seen >= found.live and not found.problems else st.warning
-        say(f"Rolled back: {text} (generation {generation}).")
-    else:
-        st.warning(f"Generation {generation} is in the ledger. No replica has observed it yet.")
+    parts = []
+    if found.seconds:
+        after = f" after {found.slowest:.2f} s" if found.slowest is not None else ""
+        everybody = len(found.seconds) + len(found.behind) + len(found.silent)
+        parts.append(f"effective on {len(found.seconds)} of {everybody} replicas{after}")
+    if found.behind:
+        parts.append(f"not yet on {', '.join(found.behind)}")
+    if found.silent:
+        parts.append(f"{', '.join(found.silent)} not heard of: its canary traffic ends with its lease at the latest")
+    said = "; ".join(parts) or "no replica is alive, it takes effect when one starts"
+    say = st.success if found.is_complete and not found.problems else st.warning
+    say(f"Rolled back: {said} (generation {generation}).")
 
 
 def _offered(serving: Serving) -> tuple[str, ...]:

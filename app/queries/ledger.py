@@ -18,6 +18,7 @@ from engine.store.repositories.adaptation import Adaptation
 from engine.store.repositories.learning import Attempt
 from engine.store.repositories.overview import Slice
 from engine.store.repositories.policies import Lineage
+from engine.store.repositories.replicas import Effect
 from engine.store.repositories.rollouts import Command, DecisionRecord, Rollout
 
 TTL = timedelta(seconds=2)
@@ -185,26 +186,11 @@ def command(rollout_id: int, verb: str, reason: str, key: str) -> None:
     serving.clear()
 
 
-@dataclass(frozen=True, slots=True)
-class Effect:
-    """What came of a plan: how many replicas route by it, of how many, the seconds until the last of them did, and
-    what could not be loaded on some."""
-
-    seen: int
-    live: int
-    seconds: float | None
-    problems: tuple[str, ...]
-
-
-def effect(generation: int) -> Effect:
-    """How a plan took effect, by the database's clock; never cached."""
+def effect(generation: int) -> Effect | None:
+    """How a plan took effect; never cached. None for a generation that there is not."""
     with database().read() as session:
-        plan = next((p for p in plans.history(session, limit=50) if p.generation == generation), None)
-        found = plans.observations(session, generation)
-        live = replicas.live(session)
-    problems = tuple(f"{o.replica_id}: {o.error}" for o in found if o.error is not None)
-    seconds = max((o.observed_at - plan.created_at).total_seconds() for o in found) if plan and found else None
-    return Effect(len(found), max(len(live), len(found)), seconds, problems)
+        plan = plans.get(session, generation)
+        return replicas.effect(session, plan) if plan is not None else None
 
 
 def _label(plan: ServingPlan, before: ServingPlan | None) -> str:

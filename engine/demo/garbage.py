@@ -1,7 +1,7 @@
 """A deliberately bad policy: a trace memory that matches real contexts and is sure of the wrong next token.
 
-It never changes an output, no draft can; it only wastes verify rows, and as its K control is off it never stops. That is
-what a guard must see.
+It never changes an output, no draft can; it only wastes verify rows, and as its K control is off it never stops. That
+is what a guard must see.
 """
 
 from __future__ import annotations

@@ -9,7 +9,6 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
 
 import numpy as np
 from sqlalchemy.exc import SQLAlchemyError
@@ -100,7 +99,7 @@ class _Stage:
     ) -> None:
         self.configured, self.database, self.supervisor = configured, database, supervisor
         self.narrator, self.say, self.patience_s = narrator, say, patience_s
-        self.began = datetime.now(UTC)
+        self.began = database.now()
         with database.read() as session:
             self.traces_before = audit.traces(session)
 

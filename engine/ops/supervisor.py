@@ -85,7 +85,8 @@ class Supervisor:
             self.sleep(0.2)
 
     def watch_once(self) -> None:
-        """Start again whatever has ended, with backoff."""
+        """Start again whatever has ended, with backoff. A machine that cannot (full disk, no processes) is no reason to
+        stop what still runs."""
         for name, running in self._running.items():
             if running.process.poll() is None:
                 continue
@@ -93,15 +94,22 @@ class Supervisor:
             if running.restart_at is None:
                 if now - running.started > STEADY_S:
                     running.restarts = 0
-                wait = BACKOFF_S[min(running.restarts, len(BACKOFF_S) - 1)]
-                running.restart_at = now + wait
-                self.say(f"{name} ended with code {running.process.returncode}; starting it again in {wait:.0f} s")
+                self._put_off(running, now, f"{name} ended with code {running.process.returncode}")
             elif now >= running.restart_at:
                 end_group(running.process.pid, grace_s=0.0)  # children it left behind
-                running.process = self._spawn(running.component)
-                running.started, running.restart_at = now, None
-                running.restarts += 1
-                self._write_state()
+                try:
+                    running.process = self._spawn(running.component)
+                    running.started, running.restart_at = now, None
+                    running.restarts += 1
+                    self._write_state()
+                except OSError as error:
+                    running.restarts += 1
+                    self._put_off(running, now, f"{name} could not be started: {error}")
+
+    def _put_off(self, running: _Running, now: float, what: str) -> None:
+        wait = BACKOFF_S[min(running.restarts, len(BACKOFF_S) - 1)]
+        running.restart_at = now + wait
+        self.say(f"{what}; starting it again in {wait:.0f} s")
 
     def stop(self) -> None:
         """End every component and all their children: together, but for those that outlive the others."""

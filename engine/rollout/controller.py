@@ -178,7 +178,8 @@ class Controller:
         with self.db.write() as session:
             leases.check(session, LEASE, self.holder, token)
             plan = plans.latest(session)
-            serving = plan is not None and plan.rollout_id == rollout.id and plan.arm(CANARY) is not None
+            ours = plan is not None and plan.rollout_id == rollout.id
+            serving = ours and (plan.arm(CANARY) is not None or plan.champion == rollout.canary)
             if plan is not None and serving:
                 plan = plans.append(
                     session,

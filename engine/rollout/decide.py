@@ -76,6 +76,8 @@ def judge(
     by_verdict = {v: [g for g in guards if g.verdict is v] for v in Verdict}
     if failed := by_verdict[Verdict.FAIL]:
         return Verdict.FAIL, "; ".join(f"{g.guard}: {g.reason}" for g in failed)
+    if evidence.fault is not None:
+        return Verdict.ERROR, evidence.fault
     stage = status.stage
     for replica in evidence.alive:
         if replica.load_error:
@@ -225,13 +227,13 @@ class _Tick:
         return replace(decision, status=replace(decision.status, ends_as=ends_as))
 
     def after_promotion(self, command: Command | None) -> Decision:
-        """PROMOTING until every live replica routes by the new champion, then PROMOTED, then WATCHING until DONE."""
+        """PROMOTING until every replica that may serve routes by the new champion; PROMOTED, WATCHING, DONE."""
         if command is not None:
             return self._to(self.status.state, f"{command.verb} refused: v{self.status.canary} is champion already")
         if self.status.state is RolloutState.PROMOTING:
             behind = [
                 r.replica_id
-                for r in self.evidence.alive
+                for r in self.evidence.replicas
                 if (r.observed_generation or 0) < (self.status.generation or 0)
             ]
             if behind or not self.evidence.alive:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from datetime import UTC, datetime
+from datetime import datetime
 
 from engine.contracts import RolloutState, SlipstreamError
 from engine.rollout import specs
 from engine.rollout.guards import RolloutSpec
 from engine.rollout.records import RolloutStatus, status_to_json
-from engine.store.database import Database, WriteSession
+from engine.store.database import Database, WriteSession, server_clock
 from engine.store.repositories import plans, policies, rollouts
 from engine.store.repositories.rollouts import Rollout
 
@@ -32,8 +32,8 @@ def launch(
     SlipstreamError where the version does not exist, is champion already, or another rollout is active.
     """
     chosen = specs.validate(spec) if spec is not None else specs.preset(preset, traffic_classes)
-    started = now or datetime.now(UTC)
     with db.write() as session:
+        started = now or server_clock(session)
         champion = _champion(session, canary)
         state = RolloutState.DRAFT if draft else RolloutState.READY
         made = rollouts.create(
@@ -66,8 +66,8 @@ def launch(
 
 def release(db: Database, rollout_id: int, now: datetime | None = None) -> Rollout:
     """Begin a draft. What is champion at this moment is what it is compared with and what a rollback returns to."""
-    started = now or datetime.now(UTC)
     with db.write() as session:
+        started = now or server_clock(session)
         drafted = rollouts.get(session, rollout_id)
         if drafted is None:
             raise SlipstreamError(f"There is no rollout {rollout_id}. `slipstream rollout list` shows them.")

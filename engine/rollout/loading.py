@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Sequence
 from datetime import datetime, timedelta
+from typing import Any
+
+from sqlalchemy import text
+from sqlalchemy.exc import SQLAlchemyError
 
 from engine.contracts import CANARY, ServingPlan, SlipstreamError
 from engine.rollout import specs
@@ -13,6 +19,10 @@ from engine.store.repositories import evidence as evidence_store
 from engine.store.repositories import plans, policies, replicas, rollouts
 from engine.store.repositories.evidence import Window
 from engine.store.repositories.rollouts import Command, Rollout
+
+MEASURE_S = 4.0
+"""Longest one measurement may take; three of them fit well into a controller's lease."""
+log = logging.getLogger(__name__)
 
 
 class Untrusted(SlipstreamError):
@@ -35,11 +45,18 @@ def load(rollout: Rollout) -> tuple[RolloutSpec, RolloutStatus]:
 def gather(
     session: ReadSession | WriteSession, spec: RolloutSpec, status: RolloutStatus, now: datetime
 ) -> tuple[Evidence, tuple[Command, ...]]:
-    """Everything a tick looks at."""
+    """Everything a tick looks at. Traffic that cannot be measured is a fault in the evidence, it does not end the tick."""
     plan = plans.latest(session)
     errors = {o.replica_id: o.error for o in plans.observations(session, plan.generation)} if plan else {}
     warmup = timedelta(seconds=spec.warmup_s)
     windows = [Window(stage.generation, stage.began, stage.began + warmup) for stage in status.stages]
+    measured, fault = dict[str, Any](), None
+    try:
+        with session.begin_nested():
+            measured = _measured(session, spec, windows)
+    except SQLAlchemyError as error:
+        fault = f"the traffic could not be measured: {str(error).splitlines()[0]}"
+        log.error("rollout %d: %s", status.rollout_id, fault)
     evidence = Evidence(
         ledger=_ledger(plan) if plan else None,
         replicas=tuple(
@@ -53,12 +70,23 @@ def gather(
             )
             for r in replicas.may_serve(session, now)
         ),
-        segments=tuple(evidence_store.segments(session, windows, spec.metrics())),
-        newest_trace=evidence_store.newest(session, windows[-1]) if windows else None,
-        observed=evidence_store.observed_share(session, windows[-1], spec.traffic_classes) if windows else None,
         canary_known=policies.get(session, status.canary) is not None,
+        fault=fault,
+        **measured,
     )
     return evidence, tuple(rollouts.commands(session, status.rollout_id, status.last_command))
+
+
+def _measured(session: ReadSession | WriteSession, spec: RolloutSpec, windows: Sequence[Window]) -> dict[str, Any]:
+    """What the traffic of all stages shows; it must be there before another controller takes the lease for dead."""
+    if not windows:
+        return {}
+    session.execute(text(f"SET LOCAL statement_timeout = '{MEASURE_S:g}s'"))
+    return {
+        "segments": tuple(evidence_store.segments(session, windows, spec.metrics())),
+        "newest_trace": evidence_store.newest(session, windows[-1]),
+        "observed": evidence_store.observed_share(session, windows[-1], spec.traffic_classes),
+    }
 
 
 def _ledger(plan: ServingPlan) -> Ledger:

@@ -101,7 +101,10 @@ class Replica:
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """Everything a tick saw. ``observed`` is the canary's share of the eligible requests of this stage."""
+    """Everything a tick saw. ``observed`` is the canary's share of the eligible requests of this stage.
+
+    ``fault`` is why the traffic could not be measured; commands and the deadline count all the same.
+    """
 
     ledger: Ledger | None
     replicas: tuple[Replica, ...] = ()
@@ -109,6 +112,7 @@ class Evidence:
     newest_trace: datetime | None = None
     observed: float | None = None
     canary_known: bool = True
+    fault: str | None = None
 
     @property
     def alive(self) -> tuple[Replica, ...]:
@@ -217,6 +221,7 @@ def evidence_from_json(tree: Mapping[str, Any]) -> tuple[Evidence, tuple[Command
         newest_trace=datetime.fromisoformat(newest) if newest else None,
         observed=inputs["observed"],
         canary_known=inputs["canary_known"],
+        fault=inputs.get("fault"),
     )
     commands = tuple(Command(**{**c, "created_at": datetime.fromisoformat(c["created_at"])}) for c in tree["commands"])
     return evidence, commands

@@ -99,11 +99,12 @@ class EngineServer:
         self.writer.start()
         self.subscriber.start()
         yield
-        await asyncio.to_thread(self.subscriber.stop)
+        self.subscriber.halt()
         await asyncio.to_thread(self.thread.stop)
         await asyncio.sleep(0)  # the last outputs are callbacks of this loop; each makes a trace
-        await asyncio.to_thread(self.writer.close)
+        await asyncio.to_thread(self.writer.close)  # before what may wait for a database that is away
         self._spill_room.close()
+        await asyncio.to_thread(self.subscriber.stop)
         self.database.close()
 
     def not_ready(self) -> str | None:

@@ -43,7 +43,7 @@ class PlanSubscriber:
         self._database, self._residency, self._store, self._settings = database, residency, store, settings
         self._describe, self._clock = describe, clock
         self._started_at: datetime | None = None  # by the database's clock, like all that others compare
-        self._unsaid: list[tuple[Applied, float]] = []  # what the database has not heard, and when it was
+        self._unsaid: list[Applied] = []  # what the database has not heard
         self._beat_at = 0.0
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="plans", daemon=True)
@@ -52,9 +52,13 @@ class PlanSubscriber:
     def start(self) -> None:
         self._thread.start()
 
+    def halt(self) -> None:
+        """Begin to stop; does not wait."""
+        self._stop.set()
+
     def stop(self) -> None:
         """End the thread and say goodbye, so that nobody waits for this replica's lease."""
-        self._stop.set()
+        self.halt()
         self._thread.join()
         self._residency.stop()
         if self._started_at is None:
@@ -77,18 +81,29 @@ class PlanSubscriber:
                 ) as connection:
                     connection.execute(f"LISTEN {plans.CHANNEL}")
                     self._follow(connection)
-            except (psycopg.Error, SQLAlchemyError) as error:
-                self._say(str(error).splitlines()[0])
+            except psycopg.Error as error:
+                # Without notifications the poll goes on: a server may be out of connections, or forbid LISTEN.
+                log.warning("no notifications of new plans, polling: %s", str(error).splitlines()[0])
+                self._look_guarded()
                 self._stop.wait(RETRY_S)
-            except Exception as error:
-                # This thread is how a replica hears of a rollback: whatever went wrong, it must not end.
-                log.exception("following the ledger failed, trying again")
-                self._say(f"{type(error).__name__}: {error}")
-                self._stop.wait(RETRY_S)
+
+    def _look_guarded(self) -> bool:
+        """This thread is how a replica hears of a rollback: whatever goes wrong, it must not end."""
+        try:
+            self.look()
+        except SQLAlchemyError as error:
+            self._say(str(error).splitlines()[0])
+        except Exception as error:
+            log.exception("following the ledger failed, trying again")
+            self._say(f"{type(error).__name__}: {error}")
+        else:
+            return True
+        return False
 
     def _follow(self, connection: psycopg.Connection[Any]) -> None:
         while not self._stop.is_set():
-            self.look()
+            if not self._look_guarded():
+                self._stop.wait(RETRY_S)
             wait = READING_POLL_S if self._residency.is_reading else self._settings.plan_poll_s
             for _ in connection.notifies(timeout=wait, stop_after=1):
                 pass  # what it says is in the table
@@ -97,14 +112,17 @@ class PlanSubscriber:
         """Read the ledger once, follow it if it has moved, and report."""
         with self._database.read() as session:
             plan = plans.latest(session)
-        self._residency.heard()
-        self._say(None)
         if plan is None:
             self._first_plan()
             return
+        if not self._residency.is_alive:
+            self._say("the engine's thread has ended")
+            return  # and no heartbeat: what serves nothing must not be waited for
         applied = self._residency.follow(plan, self._lookup)
+        self._residency.heard()
+        self._say(None)
         if applied is not None:
-            self._unsaid.append((applied, self._clock()))
+            self._unsaid.append(applied)
             log.info("generation %d: champion v%d, %d loaded", plan.generation, plan.champion, applied.loaded)
         self._report()
 
@@ -137,8 +155,8 @@ class PlanSubscriber:
         plan = self._residency.plan
         with self._database.write() as session:
             now, ticks = server_clock(session), self._clock()
-            for applied, at in self._unsaid:
-                observed_at = now - timedelta(seconds=ticks - at)
+            for applied in self._unsaid:
+                observed_at = now - timedelta(seconds=ticks - applied.at)
                 plans.observe(
                     session,
                     self._settings.replica_id,

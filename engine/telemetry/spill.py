@@ -88,7 +88,7 @@ class Spill:
                 log.error("spill file %s was removed by somebody else; its traces are lost", name)
                 self.unreadable += 1
                 del self._sizes[name]
-            except (ValueError, KeyError, TypeError) as error:
+            except (OSError, ValueError, KeyError, TypeError) as error:  # one bad file must not keep the others
                 log.error("spill file %s cannot be read and is set aside as %s: %s", name, name + BROKEN, error)
                 self.unreadable += 1
                 self.set_aside(name)
@@ -101,8 +101,9 @@ class Spill:
 
     def set_aside(self, name: str) -> None:
         """Keep a file for people to look at, out of the way of the others."""
+        size = self._sizes.pop(name)  # first: a file that cannot be moved must not come up again and again
         (self.folder / name).rename(self.folder / (name + BROKEN))
-        self._aside += self._sizes.pop(name)
+        self._aside += size
 
     @property
     def set_aside_files(self) -> int:
@@ -139,13 +140,14 @@ class SpillRoom:
         self._lock.close()
 
     def _take_over(self, other: Path) -> None:
-        left = sorted(other.glob(f"*{SUFFIX}"))
-        if not left or (lock := _hold(other)) is None:
+        if (lock := _hold(other)) is None:
             return
         with lock:
+            left = sorted(other.glob(f"*{SUFFIX}"))
             for path in left:  # names are unique: each has its writer's id in it
                 path.rename(self.folder / path.name)
-        log.warning("%d batches that replica %s had spilled are replayed here", len(left), other.name)
+        if left:
+            log.warning("%d batches that replica %s had spilled are replayed here", len(left), other.name)
 
 
 def _hold(folder: Path) -> IO[str] | None:

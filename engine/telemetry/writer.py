@@ -104,9 +104,7 @@ class TraceWriter:
                 if not stopping:
                     self._replay()
             except Exception as error:
-                # Whatever went wrong, the traces to come need this thread.
-                log.exception("a batch of traces could not be handled")
-                self._stats["error"] = f"{type(error).__name__}: {error}"
+                self._trouble(error)
                 self._retry_at = self._clock() + RETRY_S
             with self._idle:
                 self._pending -= len(records)
@@ -129,12 +127,20 @@ class TraceWriter:
         try:
             if self._clock() >= self._retry_at and self._write(batch, "written"):
                 return
+        except Exception as error:
+            self._trouble(error)
+        try:
             self._spill.put(batch, self._now())
             self._stats["spilled"] += len(batch.records)
-        except OSError as error:
+        except (OSError, TypeError, ValueError) as error:
             self._lose(batch, error)
 
-    def _lose(self, batch: Batch, error: OSError) -> None:
+    def _trouble(self, error: Exception) -> None:
+        """A fault of this code: it costs nobody a trace, and the thread goes on."""
+        log.exception("a batch of traces could not be handled")
+        self._stats["error"] = f"{type(error).__name__}: {error}"
+
+    def _lose(self, batch: Batch, error: Exception) -> None:
         lost = len(batch.records)
         self._stats["dropped"] += lost
         self._stats["error"] = f"spill: {error}"
@@ -149,8 +155,13 @@ class TraceWriter:
             if found is None:
                 return
             name, batch = found
-            if self._write(batch, "replayed"):
-                self._spill.remove(name)
+            try:
+                if self._write(batch, "replayed"):
+                    self._spill.remove(name)
+            except Exception as error:  # it would fail again and keep all younger ones waiting
+                self._trouble(error)
+                self._spill.set_aside(name)
+                self._stats["set_aside"] += len(batch.records)
             if self._clock() >= until:
                 return
 

@@ -113,6 +113,11 @@ def latest(session: ReadSession | WriteSession) -> ServingPlan | None:
     return _plan(row) if row else None
 
 
+def get(session: ReadSession | WriteSession, generation: int) -> ServingPlan | None:
+    row = session.get(ServingPlanRow, generation)
+    return _plan(row) if row else None
+
+
 def previous_champion(session: ReadSession | WriteSession, plan: ServingPlan) -> int | None:
     """The champion before the present one; None when there has been but one."""
     return session.scalar(

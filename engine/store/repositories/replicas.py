@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 
 from sqlalchemy import delete, select
 from sqlalchemy.dialects.postgresql import insert
 
-from engine.contracts import ReplicaState
+from engine.contracts import ReplicaState, ServingPlan
 from engine.store.database import ReadSession, WriteSession, server_clock
-from engine.store.models import ReplicaRow
+from engine.store.models import PlanObservationRow, ReplicaRow
 
 ALIVE = timedelta(seconds=10)
 """A replica that has said nothing for longer is taken for silent: gone, cut off, or stuck."""
@@ -51,6 +53,49 @@ def may_serve(session: ReadSession | WriteSession, now: datetime) -> list[Replic
     """Replicas that may still give requests to a canary: the live ones, and the silent ones within their lease."""
     rows = session.scalars(select(ReplicaRow).order_by(ReplicaRow.replica_id))
     return [_state(row) for row in rows if now - row.heartbeat_at <= timedelta(seconds=row.lease_s) + ALIVE]
+
+
+@dataclass(frozen=True, slots=True)
+class Effect:
+    """How a plan took effect, by the database's clock.
+
+    ``seconds``: replicas that route by it or a later one → seconds until they did, None where that is not on record.
+    ``behind`` are live ones that do not, ``silent`` ones that may still route by an older plan until their lease ends,
+    ``problems`` what could not be loaded.
+    """
+
+    generation: int
+    seconds: Mapping[str, float | None]
+    behind: tuple[str, ...]
+    silent: tuple[str, ...]
+    problems: tuple[str, ...]
+
+    @property
+    def is_complete(self) -> bool:
+        return bool(self.seconds) and not self.behind and not self.silent
+
+    @property
+    def slowest(self) -> float | None:
+        return max((s for s in self.seconds.values() if s is not None), default=None)
+
+
+def effect(session: ReadSession | WriteSession, plan: ServingPlan) -> Effect:
+    now, known = server_clock(session), select(PlanObservationRow).where(
+        PlanObservationRow.generation >= plan.generation
+    )
+    first = dict[str, PlanObservationRow]()
+    for row in session.scalars(known.order_by(PlanObservationRow.generation.desc())):
+        first[row.replica_id] = row
+    seconds, behind, silent = dict[str, float | None](), list[str](), list[str]()
+    for replica in may_serve(session, now):
+        name = replica.replica_id
+        if (replica.observed_generation or 0) >= plan.generation or name in first:
+            seen = first.get(name)
+            seconds[name] = (seen.observed_at - plan.created_at).total_seconds() if seen is not None else None
+        else:
+            (behind if now - replica.heartbeat_at <= ALIVE else silent).append(name)
+    problems = tuple(f"{row.replica_id}: {row.error}" for row in first.values() if row.error is not None)
+    return Effect(plan.generation, seconds, tuple(behind), tuple(silent), problems)
 
 
 def _state(row: ReplicaRow) -> ReplicaState:

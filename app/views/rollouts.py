@@ -72,8 +72,13 @@ def _sentence(serving: ledger.Serving) -> str:
     if active is None:
         return f"**v{plan.champion}** serves all traffic; no rollout is active. Last change: {plan.reason}."
     canary = plan.arm(CANARY)
-    if canary is None and active.status.get("stages") and plan.champion != active.canary:
-        return f"**v{plan.champion}** serves all traffic. Canary **v{active.canary}** was taken back: {plan.reason}."
+    if plan.champion == active.canary:
+        state = active.state.value.lower().replace("_", " ")
+        return f"**v{active.canary}** took over from **v{active.champion}**, {state}: {active.status.get('reason')}."
+    if canary is None and active.status.get("stages"):
+        seen = serving.acknowledged is not None and serving.acknowledged.generation >= plan.generation
+        serves = "serves all traffic" if seen else "takes all traffic back, not seen on every replica yet"
+        return f"**v{plan.champion}** {serves}. Canary **v{active.canary}** was taken back: {plan.reason}."
     share = f"takes {canary.weight * 100:g} %" if canary is not None else "takes no traffic"
     state = active.state.value.lower().replace("_", " ")
     return (

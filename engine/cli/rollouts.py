@@ -148,25 +148,23 @@ _verb("abort", "abort", "End a rollout and give its traffic back to the champion
 
 
 def _report_effect(opened: Database, plan: ServingPlan) -> None:
-    """Say when each live replica began to route by a plan."""
+    """Say when each replica began to route by a plan; exit code 1 where a live one does not."""
     deadline = time.monotonic() + OBSERVED_WAIT_S
     while True:
         with opened.read() as session:
-            live = replicas.live(session)
-            seen = {o.replica_id: o for o in plans.observations(session, plan.generation)}
-        behind = [
-            r.replica_id for r in live if (r.observed_generation or 0) < plan.generation and r.replica_id not in seen
-        ]
-        if (live and not behind) or time.monotonic() > deadline:
+            found = replicas.effect(session, plan)
+        if (found.seconds and not found.behind) or time.monotonic() > deadline:
             break
         time.sleep(0.02)
-    for name, observation in seen.items():
-        seconds = (observation.observed_at - plan.created_at).total_seconds()
-        without = f", but without {observation.error}" if observation.error else ""
-        typer.echo(f"{name}: effective after {seconds:.3f} s{without}")
-    if not live:
-        typer.echo("no replica is alive; the plan takes effect when one starts")
-    for name in behind:
+    for name, seconds in found.seconds.items():
+        typer.echo(f"{name}: effective" + (f" after {seconds:.3f} s" if seconds is not None else ""))
+    for problem in found.problems:
+        typer.echo(f"served without all of its policies on {problem}")
+    for name in found.silent:
+        typer.echo(f"{name}: not heard of; its canary traffic ends with its lease at the latest")
+    for name in found.behind:
         typer.echo(f"{name}: has not observed it after {OBSERVED_WAIT_S:.0f} s")
-    if behind:
+    if not (found.seconds or found.silent or found.behind):
+        typer.echo("no replica is alive; the plan takes effect when one starts")
+    if found.behind:
         raise typer.Exit(1)

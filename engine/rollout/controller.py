@@ -178,8 +178,8 @@ class Controller:
         with self.db.write() as session:
             leases.check(session, LEASE, self.holder, token)
             plan = plans.latest(session)
-            ours = plan is not None and plan.rollout_id == rollout.id
-            serving = ours and (plan.arm(CANARY) is not None or plan.champion == rollout.canary)
+            ours = plan if plan is not None and plan.rollout_id == rollout.id else None
+            serving = ours is not None and (ours.arm(CANARY) is not None or ours.champion == rollout.canary)
             if plan is not None and serving:
                 plan = plans.append(
                     session,

@@ -45,7 +45,7 @@ def load(rollout: Rollout) -> tuple[RolloutSpec, RolloutStatus]:
 def gather(
     session: ReadSession | WriteSession, spec: RolloutSpec, status: RolloutStatus, now: datetime
 ) -> tuple[Evidence, tuple[Command, ...]]:
-    """Everything a tick looks at. Traffic that cannot be measured is a fault in the evidence, it does not end the tick."""
+    """Everything a tick looks at. Traffic that cannot be measured is a fault in the evidence, not the tick's end."""
     plan = plans.latest(session)
     errors = {o.replica_id: o.error for o in plans.observations(session, plan.generation)} if plan else {}
     warmup = timedelta(seconds=spec.warmup_s)

@@ -8,6 +8,7 @@ from datetime import UTC, datetime, timedelta
 
 import numpy as np
 import pytest
+from sqlalchemy import text
 
 from engine.contracts import CANARY, RolloutState, SlipstreamError, Verdict
 from engine.rollout import specs
@@ -159,6 +160,27 @@ def test_a_rollback_in_the_ledger_is_noticed_and_never_undone(ready: Database, n
     assert current(ready).state is RolloutState.ROLLED_BACK
     assert acting.tick(now + timedelta(seconds=3)) is None
     assert _generation(ready) == 3
+
+
+def test_traffic_that_cannot_be_measured_stops_neither_an_abort_nor_the_deadline(
+    ready: Database, now: datetime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    acting = controller(ready)
+    acting.tick(now)
+    monkeypatch.setattr("engine.rollout.loading.MEASURE_S", 0.02)
+    monkeypatch.setattr(
+        "engine.store.repositories.evidence.newest", lambda session, _: session.execute(text("SELECT pg_sleep(9)"))
+    )
+    world.beat(ready, now, (NONE, CHAMPION, TRIED))
+    decision = acting.tick(now + timedelta(seconds=1))
+    assert decision is not None
+    assert (decision.verdict, decision.to_state) == (Verdict.ERROR, RolloutState.HELD)
+    assert "could not be measured" in decision.reason
+    with ready.write() as session:
+        rollouts.command(session, current(ready).id, "abort", "ann", "enough", "key")
+    decision = acting.tick(now + timedelta(seconds=2))
+    assert decision is not None
+    assert (decision.to_state, decision.action) == (RolloutState.ROLLING_BACK, Action.ROLL_BACK)
 
 
 def test_a_rollback_during_the_tick_wins_over_its_decision(ready: Database, now: datetime) -> None:

@@ -15,6 +15,7 @@ from engine.contracts import TraceRecord
 from engine.settings import TelemetrySettings
 from engine.store.database import Database
 from engine.store.models import RollupDeltaRow, TraceBatchRow, TracePayloadRow, TraceRow
+from engine.telemetry import rollup
 from engine.telemetry.spill import Batch, Spill
 from engine.telemetry.writer import TraceWriter
 from tests.telemetry.records import START, record
@@ -178,6 +179,31 @@ def test_one_bad_record_does_not_hold_up_the_others(db: Database, writer: TraceW
     assert writer.flush(10)
     assert_stored_once(db, records)
     assert writer.stats()["set_aside"] == 1
+    assert len(list((tmp_path / "spill").glob("*.broken"))) == 1
+
+
+def test_a_fault_of_this_code_costs_no_trace_and_holds_up_no_other(
+    db: Database, writer: TraceWriter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One batch cannot be rolled up, now or ever: it is kept for people to look at, and the others are written."""
+    real = rollup.deltas
+
+    def deltas(records: list[TraceRecord], objectives: object) -> object:
+        if any(one.error == "trips it" for one in records):
+            raise KeyError("no such bucket")
+        return real(records, objectives)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(rollup, "deltas", deltas)
+    fill(writer, [record(99, error="trips it")])
+    writer.start()
+    with writer._idle:
+        assert writer._idle.wait_for(lambda: writer._pending == 0, 10)
+    records = [record(n) for n in range(20)]
+    fill(writer, records)
+    assert writer.flush(10)
+    assert_stored_once(db, records)
+    stats = writer.stats()
+    assert (stats["set_aside"], stats["dropped"]) == (1, 0)
     assert len(list((tmp_path / "spill").glob("*.broken"))) == 1
 
 

@@ -80,12 +80,9 @@ class Effect:
 
 
 def effect(session: ReadSession | WriteSession, plan: ServingPlan) -> Effect:
-    now, known = server_clock(session), select(PlanObservationRow).where(
-        PlanObservationRow.generation >= plan.generation
-    )
-    first = dict[str, PlanObservationRow]()
-    for row in session.scalars(known.order_by(PlanObservationRow.generation.desc())):
-        first[row.replica_id] = row
+    now = server_clock(session)
+    later = select(PlanObservationRow).where(PlanObservationRow.generation >= plan.generation)
+    first = {row.replica_id: row for row in session.scalars(later.order_by(PlanObservationRow.generation.desc()))}
     seconds, behind, silent = dict[str, float | None](), list[str](), list[str]()
     for replica in may_serve(session, now):
         name = replica.replica_id

@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import os
 import stat
+import subprocess
 import time
 import warnings
 from pathlib import Path
@@ -25,6 +26,7 @@ DATABASE = "slipstream"
 MLFLOW_DATABASE = "mlflow"
 ROOT_DATA = Path("/var/lib/slipstream")
 CHILDREN_TRIES, CHILDREN_PAUSE_S = 100, 0.1
+RECOVERY_TRIES, RECOVERY_PAUSE_S = 1_200, 0.5
 
 
 def data_directory(home: Path) -> Path:
@@ -101,11 +103,23 @@ def database_url(settings: Settings, start_embedded: bool = False) -> str:
 
 
 def _start(pgdata: Path) -> Any:
-    """A running server, whether this process has started it before or not."""
+    """A running server, whether this process has started it before or not.
+
+    The library waits ten seconds for a start. Recovery after a crash takes as long as there is to recover, so while the
+    server runs and is not ready it is waited for.
+    """
     _clear_after_kill(pgdata)
     server = _library().get_server(pgdata, cleanup_mode=None, start=False)
-    server.start()
-    return server
+    for _ in range(RECOVERY_TRIES):
+        try:
+            server.start()
+        except (subprocess.TimeoutExpired, AssertionError):
+            if not _servers_in(pgdata):
+                raise
+            time.sleep(RECOVERY_PAUSE_S)
+        else:
+            return server
+    raise SlipstreamError(f"it is still recovering after {RECOVERY_TRIES * RECOVERY_PAUSE_S:.0f} s")
 
 
 def _clear_after_kill(pgdata: Path) -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import psycopg
 import pytest
@@ -63,6 +65,36 @@ def home() -> Iterator[Path]:
         Path(folder).chmod(0o755)
         yield Path(folder)
         postgres.stop(Path(folder))
+
+
+class Recovering:
+    """The library's server: its first start gives up waiting, later ones find a server that is not ready for a while."""
+
+    def __init__(self, starts: int) -> None:
+        self.left = starts
+
+    def start(self) -> None:
+        self.left -= 1
+        if self.left == 1:
+            raise AssertionError("status is starting")
+        if self.left > 1:
+            raise subprocess.TimeoutExpired("pg_ctl", 10)
+
+
+def test_a_long_recovery_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    server = Recovering(5)
+    monkeypatch.setattr(postgres, "RECOVERY_PAUSE_S", 0.0)
+    monkeypatch.setattr(postgres, "_library", lambda: SimpleNamespace(get_server=lambda *_, **__: server))
+    monkeypatch.setattr(postgres, "_servers_in", lambda _: [1])
+    assert postgres._start(tmp_path) is server
+    assert server.left == 0
+
+
+def test_a_server_that_does_not_start_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(postgres, "_library", lambda: SimpleNamespace(get_server=lambda *_, **__: Recovering(5)))
+    monkeypatch.setattr(postgres, "_servers_in", lambda _: [])
+    with pytest.raises(subprocess.TimeoutExpired):
+        postgres._start(tmp_path)
 
 
 def test_a_killed_server_starts_again_with_its_data(home: Path) -> None:

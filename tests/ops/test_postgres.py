@@ -68,7 +68,7 @@ def home() -> Iterator[Path]:
 
 
 class Recovering:
-    """The library's server: its first start gives up waiting, later ones find a server that is not ready for a while."""
+    """The library's server: its first start gives up waiting, later ones find a server that is not ready yet."""
 
     def __init__(self, starts: int) -> None:
         self.left = starts

@@ -1,4 +1,4 @@
-"""Attention of one layer over the keys and values in a cache, for the decode rows and prompt chunks of a batch.
+"""Attention of one layer over the keys and values in a cache: decode rows together, long drafts and prompts alone.
 
 The query heads of a kv head are folded into the rows of attention, so keys and values are never repeated.
 """
@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.model.batch import Batch, DecodeGroup, PrefillGroup
+from engine.model.batch import Batch, DecodeGroup, LoneGroup
 from engine.model.kv_cache import KVCache
 
 
@@ -34,11 +34,17 @@ def rope_tables(
 
 def attend(layer: int, query: Tensor, batch: Batch, cache: KVCache) -> Tensor:
     """[N, heads, hd] → [N, heads * hd]; keys and values of these tokens are in ``cache`` already."""
-    parts = []
-    if batch.decode is not None:
-        parts.append(_attend_decode(layer, query[: batch.decode.num_tokens], batch.decode, cache))
-    parts += [_attend_prefill(layer, query[g.first : g.last], g, cache) for g in batch.prefills]
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+    decode = batch.decode
+    if decode is not None and decode.num_tokens == query.shape[0]:
+        return _attend_decode(layer, query, decode, cache)
+    out = query.new_empty(query.shape[0], query.shape[1] * query.shape[2])
+    if decode is not None and decode.tokens is None:
+        out[: decode.num_tokens] = _attend_decode(layer, query[: decode.num_tokens], decode, cache)
+    elif decode is not None:
+        out[decode.tokens] = _attend_decode(layer, query[decode.tokens], decode, cache)
+    for group in (*batch.lone, *batch.prefills):
+        out[group.first : group.last] = _attend_alone(layer, query[group.first : group.last], group, cache)
+    return out
 
 
 def _attend_decode(layer: int, query: Tensor, group: DecodeGroup, cache: KVCache) -> Tensor:
@@ -54,7 +60,7 @@ def _attend_decode(layer: int, query: Tensor, group: DecodeGroup, cache: KVCache
     return out if group.pad is None else out[group.pad]
 
 
-def _attend_prefill(layer: int, query: Tensor, group: PrefillGroup, cache: KVCache) -> Tensor:
+def _attend_alone(layer: int, query: Tensor, group: LoneGroup, cache: KVCache) -> Tensor:
     key, value = cache.rows(layer, group.slot, group.slot + 1, group.length)
     kv_heads, dim = key.shape[1], key.shape[-1]
     g, count = query.shape[1] // kv_heads, group.last - group.first

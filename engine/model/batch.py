@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -11,13 +12,15 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class DecodeGroup:
-    """The decode rows, which attend together: the first ``num_tokens`` of the flat tokens, padded to [rows, width].
+    """The decode rows that attend together, padded to [rows, width].
 
-    ``pad`` [num_tokens] is the place of each token in the padded [rows * width], None where that is the identity;
-    ``mask`` [rows, 1, width * group_size, length], 0 or -inf, None where every key counts.
+    ``tokens`` [n] are their flat tokens, None where these are the first ``num_tokens``. ``pad`` [n] is the place of
+    each in the padded [rows * width], None where that is the identity; ``mask`` [rows, 1, width * group_size, length],
+    0 or -inf, None where every key counts.
     """
 
     num_tokens: int
+    tokens: Tensor | None
     rows: int
     width: int
     length: int
@@ -26,8 +29,8 @@ class DecodeGroup:
 
 
 @dataclass(frozen=True, slots=True)
-class PrefillGroup:
-    """One chunk of one prompt, which attends alone: flat tokens [first, last), ``length`` keys with its own.
+class LoneGroup:
+    """A row that attends alone, a prompt's chunk or a long draft: flat tokens [first, last), ``length`` keys.
 
     ``mask`` [last - first times group_size, length], 0 or -inf.
     """
@@ -41,13 +44,18 @@ class PrefillGroup:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """``token_ids``, ``positions``, ``places`` [N], int64; ``places`` are flat KV cache places. Decode tokens first."""
+    """``token_ids``, ``positions``, ``places`` [N], int64; ``places`` are flat KV cache places.
+
+    The tokens of decode rows come first, ``num_decode`` of them; rows with much longer drafts than others are ``lone``.
+    """
 
     token_ids: Tensor
     positions: Tensor
     places: Tensor
+    num_decode: int
     decode: DecodeGroup | None
-    prefills: tuple[PrefillGroup, ...]
+    lone: tuple[LoneGroup, ...]
+    prefills: tuple[LoneGroup, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +72,10 @@ class Row:
 
 
 LENGTH_STEP = 64
+"""bfloat16 on a CPU: lengths are rounded up to this and rows padded to two tokens. A kernel of its own serves a single
+token, and sums end elsewhere for other lengths; so a row's result hardly ever depends on its neighbours or on how much
+is drafted (docs/log.md)."""
+LONE_COST = 4
 
 
 def build_batch(
@@ -80,26 +92,58 @@ def build_batch(
     positions = [position for row in rows for position in range(row.start, row.end)]
     places = [row.slot * max_len + position for row in rows for position in range(row.start, row.end)]
     flat = torch.tensor([ids, positions, places], dtype=torch.int64, device=device)
-    chunks, first = [], sum(len(row.token_ids) for row in decodes)
-    for row in prefills:
+    rounded = dtype == torch.bfloat16 and device.type == "cpu"
+
+    def lone(row: Row, first: int, length: int) -> LoneGroup:
         last = first + len(row.token_ids)
-        mask = _causal(flat[1, first:last], row.end, group_size, dtype)
-        chunks.append(PrefillGroup(first, last, row.slot, row.end, mask))
-        first = last
-    decode = _decode_group(decodes, max_len, group_size, dtype, device) if decodes else None
-    return Batch(flat[0], flat[1], flat[2], decode, tuple(chunks))
+        return LoneGroup(first, last, row.slot, length, _causal(flat[1, first:last], length, group_size, dtype))
+
+    firsts = list(accumulate((len(row.token_ids) for row in rows), initial=0))
+    num_decode = firsts[len(decodes)]
+    width = _shared_width([(row.slot, len(row.token_ids)) for row in decodes], 2 if rounded else 1)
+    ends = [min(-(-row.end // LENGTH_STEP) * LENGTH_STEP, max_len) if rounded else row.end for row in decodes]
+    wide = [i for i, row in enumerate(decodes) if len(row.token_ids) > width]
+    narrow = [i for i, row in enumerate(decodes) if len(row.token_ids) <= width]
+    decode = None
+    if narrow:
+        spans = [range(firsts[i], firsts[i + 1]) for i in narrow] if wide else None
+        decode = _decode_group(
+            [decodes[i] for i in narrow], spans, width, max(ends[i] for i in narrow), group_size, dtype, device
+        )
+    return Batch(
+        flat[0],
+        flat[1],
+        flat[2],
+        num_decode,
+        decode,
+        tuple(lone(decodes[i], firsts[i], ends[i]) for i in wide),
+        tuple(lone(row, first, row.end) for row, first in zip(prefills, firsts[len(decodes) :], strict=False)),
+    )
+
+
+def _shared_width(rows: Sequence[tuple[int, int]], least: int) -> int:
+    """Up to how many tokens rows (slot, tokens) attend together, padded to it; longer ones attend alone.
+
+    The choice that costs least, in padded tokens: a call of its own costs as much as ``LONE_COST`` of them.
+    """
+
+    def cost(width: int) -> int:
+        slots = 1 + max((slot for slot, tokens in rows if tokens <= width), default=-1)
+        return slots * width + sum(LONE_COST + tokens for _, tokens in rows if tokens > width)
+
+    return min(sorted({least} | {tokens for _, tokens in rows if tokens > least}), key=cost)
 
 
 def _decode_group(
-    rows: Sequence[Row], max_len: int, group_size: int, dtype: torch.dtype, device: torch.device
+    rows: Sequence[Row],
+    spans: Sequence[range] | None,
+    width: int,
+    length: int,
+    group_size: int,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> DecodeGroup:
     num_rows = max(row.slot for row in rows) + 1
-    width = max(len(row.token_ids) for row in rows)
-    length = max(row.end for row in rows)
-    if dtype == torch.bfloat16 and device.type == "cpu":
-        # A kernel of its own serves a single token, and sums end elsewhere for other lengths. Rounded up, a row's
-        # result hardly ever depends on its neighbours or on how much is drafted (docs/log.md).
-        width, length = max(width, 2), min(-(-length // LENGTH_STEP) * LENGTH_STEP, max_len)
     pad = [row.slot * width + i for row in rows for i in range(len(row.token_ids))]
     # Places without a token (holes, short rows) stand at position 0: they see one key, so no softmax is over nothing.
     position = [0] * (num_rows * width)
@@ -110,7 +154,8 @@ def _decode_group(
         at = torch.tensor(position, device=device)
         mask = _causal(at, length, group_size, dtype).view(num_rows, 1, width * group_size, length)
     index = None if pad == list(range(num_rows * width)) else torch.tensor(pad, device=device)
-    return DecodeGroup(len(pad), num_rows, width, length, index, mask)
+    tokens = None if spans is None else torch.tensor([at for span in spans for at in span], device=device)
+    return DecodeGroup(len(pad), tokens, num_rows, width, length, index, mask)
 
 
 def _causal(positions: Tensor, length: int, group_size: int, dtype: torch.dtype) -> Tensor:

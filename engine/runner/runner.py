@@ -123,11 +123,10 @@ class Runner:
 
     def _wanted(self, batch: Batch, scheduled: ScheduledStep) -> Tensor | slice:
         """The rows whose logits are needed: every decode token, and the last token of a prompt."""
-        num_decode = batch.decode.num_tokens if batch.decode is not None else 0
         if not batch.prefills:
             return slice(None)
         chunks = zip(batch.prefills, scheduled.prefills, strict=True)
-        rows = [*range(num_decode), *(group.last - 1 for group, chunk in chunks if chunk.gives_first_token)]
+        rows = [*range(batch.num_decode), *(group.last - 1 for group, chunk in chunks if chunk.gives_first_token)]
         return torch.tensor(rows, dtype=torch.int64, device=self.model.device)
 
 

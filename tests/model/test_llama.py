@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from engine.contracts import SlipstreamError
-from engine.model.batch import Row, build_batch
+from engine.model.batch import Row, _shared_width, build_batch
 from engine.model.config import LlamaConfig
 from engine.model.kv_cache import KVCache
 from engine.model.linear import Packed, dense, linear, pack, packs_bfloat16
@@ -110,6 +110,37 @@ def test_parity_with_transformers(config: LlamaConfig, dtype: torch.dtype, toler
 def test_the_config_that_transformers_writes_is_read(config: LlamaConfig) -> None:
     transformers = pytest.importorskip("transformers")
     assert LlamaConfig.from_json(transformers.AutoConfig.for_model(**config.to_json()).to_dict()) == config
+
+
+def test_a_long_draft_attends_alone_and_is_the_plain_model() -> None:
+    model, tensors = random_llama(), random_tensors(TINY, 0)
+    cache = KVCache(TINY, 8, MAX_LEN, model.dtype)
+    slots = range(8)
+    texts = {slot: ids(40, seed=slot) for slot in slots}
+    want = {slot: plain_logits(TINY, tensors, tokens) for slot, tokens in texts.items()}
+    run(model, cache, [], [Row(slot, 0, texts[slot][:20]) for slot in slots[:7]])
+    ends = {slot: 30 if slot in (2, 5) else 21 for slot in slots[:7]}
+    decodes = [Row(slot, 20, texts[slot][20:end]) for slot, end in ends.items()]
+    prompt = Row(7, 0, texts[7][:9])
+    batch = build_batch(decodes, [prompt], MAX_LEN, TINY.group_size, model.dtype, CPU)
+    assert [(group.slot, group.last - group.first) for group in batch.lone] == [(2, 10), (5, 10)]
+    got = model.logits(model.forward(batch, cache))
+    torch.testing.assert_close(got, torch.cat([*(want[slot][20:end] for slot, end in ends.items()), want[7][:9]]))
+
+
+@pytest.mark.parametrize(
+    ("rows", "least", "width"),
+    [
+        ([(0, 9)], 1, 9),  # one request: together is alone
+        ([(15, 9)], 2, 2),  # the fifteen slots below it would be padded too
+        ([(i, 9) for i in range(4)], 2, 9),
+        ([(0, 9), *((i, 1) for i in range(1, 16))], 2, 2),
+        ([(i, 2) for i in range(16)], 2, 2),
+        ([(i, 1 + i % 3) for i in range(16)], 1, 3),
+    ],
+)
+def test_rows_attend_together_where_that_costs_less(rows: list[tuple[int, int]], least: int, width: int) -> None:
+    assert _shared_width(rows, least) == width
 
 
 needs_bfloat16 = pytest.mark.skipif(not packs_bfloat16(), reason="oneDNN takes no bfloat16 here")

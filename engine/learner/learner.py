@@ -32,14 +32,15 @@ from engine.store.repositories import intake, learning, leases, plans, policies,
 from engine.store.repositories.intake import TrainableTrace
 from engine.store.repositories.learning import ERROR, REFUSED, REGISTERED, Attempt
 
-NICENESS = 19
+NICENESS = 10
+"""Serving comes first; at the lowest priority a busy machine would never let an attempt end."""
 LEASE, LEASE_S = "learner", 60.0
 log = logging.getLogger(__name__)
 Clock = Callable[[], datetime]
 
 
 def run(settings: Settings, db: Database, stop: threading.Event, clock: Clock = lambda: datetime.now(UTC)) -> None:
-    """Learn until ``stop`` is set, at the lowest priority: serving comes first."""
+    """Learn until ``stop`` is set, at low priority: serving comes first."""
     os.nice(NICENESS)
     learner = Learner(settings, db, ArtifactStore(settings.dir("policies")), clock)
     while not stop.is_set():

@@ -30,6 +30,8 @@ SHOWN: Columns = {
 
 def table(data: pd.DataFrame | Styler, columns: Columns, key: str, **more: Any) -> Any:
     """A table as all of them are: no index, a dash where there is no value."""
+    if isinstance(data, pd.DataFrame):
+        data = in_utc(data)
     return st.dataframe(data, column_config=columns, hide_index=True, placeholder="–", key=key, **more)
 
 
@@ -79,7 +81,14 @@ def in_colour(frame: pd.DataFrame, colours: Palette) -> Styler:
         number = version.removeprefix("v")
         return f"color: {colours.version(int(number))}; font-weight: 600" if number.isdigit() else ""
 
-    return frame.style.map(colour, subset=["version"])
+    return in_utc(frame).style.map(colour, subset=["version"])
+
+
+def in_utc(frame: pd.DataFrame) -> pd.DataFrame:
+    """Instants as UTC without saying so, as every page shows them; on their way to the browser zones would be dropped
+    with a warning."""
+    zoned = frame.select_dtypes("datetimetz").columns
+    return frame.assign(**{name: frame[name].dt.tz_convert(None) for name in zoned}) if len(zoned) else frame
 
 
 def _in_percent(frame: pd.DataFrame) -> pd.DataFrame:

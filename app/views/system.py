@@ -58,7 +58,7 @@ def _verdict(writers: pd.DataFrame, exporter: pd.DataFrame, waiting: pd.DataFram
     if len(exporter) and exporter["error"].notna().any():
         problems.append("MLflow does not take traces")
     if len(waiting) and float(waiting["oldest_age_s"].iloc[0]) > LATE_S:
-        problems.append("rollups are not compacted: is housekeeping running?")
+        problems.append("rollups are not compacted, so housekeeping does not run")
     if not problems:
         return "**All parts work**: nothing dropped, nothing waits, every replica routes by the newest plan."
     first = problems[0][0].upper() + problems[0][1:]

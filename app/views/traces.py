@@ -53,6 +53,7 @@ def page() -> None:
             st.pagination(pages, key="page", bind="query-params")
         deep = f"; the last {many - DEEP:,} are reached by a shorter window or the other order" if many > DEEP else ""
         st.caption(f"{traces.PAGE} a page{deep}", width="stretch")
+        st.link_button("Why did it change?", context.link("explain", here.part), icon=":material/account_tree:")
         _download(here.part, chosen, ORDERS[order], min(many, DEEP))
 
 

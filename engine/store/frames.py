@@ -33,11 +33,12 @@ def encode(rows: Rows, form: str, about: Mapping[str, Any] | None = None) -> byt
 
 
 def _parquet(rows: Rows, names: Sequence[str]) -> bytes:
-    import pandas as pd
+    import pyarrow as pa
+    from pyarrow import parquet
 
-    buffer = io.BytesIO()
     flat = [_flat(row) for row in rows]
-    pd.DataFrame(flat, columns=list(names)).to_parquet(buffer, index=False)
+    buffer = io.BytesIO()
+    parquet.write_table(pa.table({name: [row.get(name) for row in flat] for name in names}), buffer)
     return buffer.getvalue()
 
 

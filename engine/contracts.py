@@ -98,7 +98,8 @@ class ServingPlan:
 
     ``champion`` serves every key that no arm takes; ``fallback`` serves when the champion itself cannot be
     loaded; ``rollback_to`` is the champion recorded when a canary started and stays resident while it runs.
-    ``traffic_classes`` None means that every class is eligible for the arms.
+    ``traffic_classes``, ``tenants`` and ``slices`` (what a gateway writes into the header X-Slice) say which requests
+    are eligible for the arms; None means all.
     """
 
     generation: int
@@ -110,8 +111,15 @@ class ServingPlan:
     reason: str
     created_at: datetime
     traffic_classes: frozenset[str] | None = None
+    tenants: frozenset[str] | None = None
+    slices: frozenset[str] | None = None
     rollback_to: int | None = None
     rollout_id: int | None = None
+
+    def takes(self, traffic_class: str, tenant: str | None, slice_name: str | None) -> bool:
+        """Whether a request is eligible for the arms."""
+        asked = ((self.traffic_classes, traffic_class), (self.tenants, tenant), (self.slices, slice_name))
+        return all(wanted is None or given in wanted for wanted, given in asked)
 
     def arm(self, name: str) -> Arm | None:
         return next((arm for arm in self.arms if arm.name == name), None)

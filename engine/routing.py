@@ -33,14 +33,20 @@ def without(plan: ServingPlan, unloadable: frozenset[int], plain: int) -> Servin
     return replace(plan, champion=standing_in, arms=())
 
 
-def assign(plan: ServingPlan, key: str, traffic_class: str, lease_expired: bool = False) -> Assignment:
+def assign(
+    plan: ServingPlan,
+    key: str,
+    traffic_class: str,
+    lease_expired: bool = False,
+    tenant: str | None = None,
+    slice_name: str | None = None,
+) -> Assignment:
     """Give a request its arm.
 
     With ``lease_expired`` (the replica has heard nothing of the ledger for its lease) every key goes to the champion:
     a canary that nobody can take back must not serve.
     """
-    eligible = plan.traffic_classes is None or traffic_class in plan.traffic_classes
-    if eligible and not lease_expired:
+    if plan.takes(traffic_class, tenant, slice_name) and not lease_expired:
         point = bucket(plan.salt, key)
         for arm in plan.arms:
             start = ARM_OFFSETS[arm.name]

@@ -33,6 +33,25 @@ def test_buckets_lie_in_the_unit_interval(salt: str, key: str) -> None:
     assert 0.0 <= bucket(salt, key) < 1.0
 
 
+@pytest.mark.parametrize(
+    ("limits", "asked", "taken"),
+    [
+        ({"tenants": frozenset({"acme"})}, ("chat", "acme", None), True),
+        ({"tenants": frozenset({"acme"})}, ("chat", "other", None), False),
+        ({"tenants": frozenset({"acme"})}, ("chat", None, None), False),
+        ({"slices": frozenset({"staff"})}, ("chat", None, "staff"), True),
+        ({"slices": frozenset({"staff"})}, ("chat", None, "public"), False),
+        ({"slices": frozenset({"staff"}), "tenants": frozenset({"acme"})}, ("chat", "acme", None), False),
+        ({"traffic_classes": frozenset({"code"})}, ("chat", "acme", "staff"), False),
+        ({}, ("chat", None, None), True),
+    ],
+)
+def test_a_slice_takes_whom_it_names(limits: dict, asked: tuple, taken: bool) -> None:  # type: ignore[type-arg]
+    sliced, (traffic_class, tenant, name) = replace(plan(0.5), **limits), asked
+    arms = {assign(sliced, str(key), traffic_class, False, tenant, name).arm for key in range(50)}
+    assert arms == ({CANARY, CONTROL} if taken else {CHAMPION})
+
+
 @given(st.text(), st.floats(0.01, 0.49))
 def test_a_key_keeps_its_arm_while_weights_grow(key: str, weight: float) -> None:
     before = assign(plan(weight), key, "chat").arm

@@ -237,6 +237,8 @@ def append_plan(session: WriteSession, spec: RolloutSpec, decision: Decision, le
         arms=arms,
         salt=f"rollout-{status.rollout_id}",
         traffic_classes=spec.traffic_classes,
+        tenants=spec.tenants,
+        slices=spec.slices,
         rollback_to=rollback_to,
         rollout_id=status.rollout_id,
         actor=f"rollout {status.rollout_id}",

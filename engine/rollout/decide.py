@@ -277,10 +277,10 @@ class _Tick:
         return self._to(RolloutState.SOAKING, f"every step passed: {self.why}")
 
     def _promote(self, why: str) -> Decision:
-        if self.spec.traffic_classes is not None:
-            # A champion serves every class, and nothing is known of the others.
-            proved = ", ".join(self.spec.traffic_classes)
-            return self._hold(f"proved for {proved} only: try it on all classes before it becomes champion", "operator")
+        if limits := self.spec.limits():
+            # A champion serves everybody, and nothing is known of the others.
+            proved = ", ".join(limits)
+            return self._hold(f"proved for {proved} only: try it on all traffic before it becomes champion", "operator")
         decision = self._to(RolloutState.PROMOTING, why, Action.PROMOTE)
         return replace(decision, status=replace(decision.status, held_by="", resumes_to=None))
 

@@ -209,8 +209,8 @@ class RolloutSpec:
     """Durations are seconds, ``steps`` canary weights in (0, 0.5], ascending; the control always weighs the same.
 
     ``min_requests`` is per arm and step. ``alpha`` is the probability of rolling back an identical canary, split
-    evenly over the statistical guards. ``deadline_s`` counts from the first canary traffic. ``traffic_classes`` says
-    whose requests may be sliced at all; None is everybody's.
+    evenly over the statistical guards. ``deadline_s`` counts from the first canary traffic. ``traffic_classes``,
+    ``tenants`` and ``slices`` (the header X-Slice) say whose requests may be tried at all; None is everybody's.
     """
 
     steps: tuple[float, ...]
@@ -223,7 +223,13 @@ class RolloutSpec:
     stale_s: float = 120.0
     alpha: float = 0.01
     traffic_classes: tuple[str, ...] | None = None
+    tenants: tuple[str, ...] | None = None
+    slices: tuple[str, ...] | None = None
     preset: str = field(default="")
+
+    def limits(self) -> tuple[str, ...]:
+        """Whose requests are tried, where that is not everybody's."""
+        return (*(self.traffic_classes or ()), *(self.tenants or ()), *(self.slices or ()))
 
     def guard_alpha(self) -> float:
         """Bonferroni: the share of ``alpha`` that each statistical guard may spend."""

@@ -85,8 +85,15 @@ def _measured(session: ReadSession | WriteSession, spec: RolloutSpec, windows: S
     return {
         "segments": tuple(evidence_store.segments(session, windows, spec.metrics())),
         "newest_trace": evidence_store.newest(session, windows[-1]),
-        "observed": evidence_store.observed_share(session, windows[-1], spec.traffic_classes),
+        "observed": _observed(session, spec, windows[-1]),
     }
+
+
+def _observed(session: ReadSession | WriteSession, spec: RolloutSpec, window: Window) -> float | None:
+    """The canary's share of the eligible requests; unknown where rollups cannot tell which those are."""
+    if spec.tenants is not None or spec.slices is not None:
+        return None
+    return evidence_store.observed_share(session, window, spec.traffic_classes)
 
 
 def _ledger(plan: ServingPlan) -> Ledger:

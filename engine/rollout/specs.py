@@ -17,7 +17,7 @@ import yaml
 from engine.rollout.guards import KINDS, Guard, RolloutSpec, SpecError
 
 PRESETS = ("cautious", "standard", "fast")
-LISTS = ("steps", "traffic_classes")
+LISTS = ("steps", "traffic_classes", "tenants", "slices")
 
 
 def preset(name: str, traffic_classes: Sequence[str] | None = None) -> RolloutSpec:

@@ -23,7 +23,8 @@ CODE = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """``key`` decides the arm. ``retry`` counts the attempts before this one. ``payload`` False keeps no token ids."""
+    """``key`` decides the arm, among the requests that a plan's slice takes. ``retry`` counts the attempts before this
+    one. ``payload`` False keeps no token ids."""
 
     request_id: str
     key: str
@@ -32,6 +33,7 @@ class Caller:
     retry: int
     trainable: bool
     payload: bool
+    slice_name: str | None = None
 
 
 def read_caller(
@@ -60,6 +62,7 @@ def read_caller(
         retry=min(int(retries[:4]), MOST_RETRIES) if retries.isdecimal() else 0,
         trainable=not _flag(headers.get("x-no-train")),
         payload=not _flag(headers.get("x-no-payload")),
+        slice_name=clean(headers["x-slice"]) if "x-slice" in headers else None,
     )
 
 

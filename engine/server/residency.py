@@ -118,12 +118,14 @@ class Residency:
     def lease_expired(self) -> bool:
         return self._clock() - self._heard_at > self.lease_s
 
-    def assign(self, key: str, traffic_class: str) -> Assignment:
+    def assign(
+        self, key: str, traffic_class: str, tenant: str | None = None, slice_name: str | None = None
+    ) -> Assignment:
         """The arm of a request, by the plan of this moment; plain decoding while there is none."""
         plan = self._served
         if plan is None:
             return Assignment(CHAMPION, PLAIN, 0)
-        return assign(plan, key, traffic_class, self.lease_expired)
+        return assign(plan, key, traffic_class, self.lease_expired, tenant, slice_name)
 
     def follow(self, plan: ServingPlan, lookup: Lookup) -> Applied | None:
         """Come closer to ``plan``; never waits for files. To be called again until it is in force.

@@ -106,7 +106,7 @@ class Service:
         started_at: datetime,
     ) -> Running:
         """Give a request its arm and hand it to the engine."""
-        assignment = self.residency.assign(caller.key, traffic_class)
+        assignment = self.residency.assign(caller.key, traffic_class, caller.tenant, caller.slice_name)
         trace_id = uuid4()
         request = EngineRequest(
             trace_id.hex,
@@ -175,7 +175,10 @@ class Service:
         if isinstance(what, PolicyNotResident) and not running.reassigned:
             # Two plans came between routing and the engine; the plan of now decides.
             running.reassigned = True
-            running.assignment = self.residency.assign(running.caller.key, running.request.traffic_class)
+            caller = running.caller
+            running.assignment = self.residency.assign(
+                caller.key, running.request.traffic_class, caller.tenant, caller.slice_name
+            )
             version = running.assignment.policy_version
             running.request = replace(running.request, policy_version=version)
             self._submit(running)

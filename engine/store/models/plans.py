@@ -27,6 +27,8 @@ class ServingPlanRow(Base):
     rollback_to: Mapped[int | None] = mapped_column(ForeignKey("policy_versions.version"))
     arms: Mapped[list[Any]]
     traffic_classes: Mapped[list[str] | None] = mapped_column(ARRAY(Text))
+    tenants: Mapped[list[str] | None] = mapped_column(ARRAY(Text))
+    slices: Mapped[list[str] | None] = mapped_column(ARRAY(Text))
     salt: Mapped[str]
     actor: Mapped[str]
     reason: Mapped[str]

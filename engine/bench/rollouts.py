@@ -88,7 +88,7 @@ def run(quick: bool, seed: int, progress: Callable[[str], None] = lambda _: None
             figures += _false(world, runs(world, many if world.name == "identical" else others))
         for world in WORSE:
             figures += _detection(world.name, runs(world, found), rng)
-        ends = runs(SEGMENT, found, max(horizon, 3_000))
+        ends = runs(SEGMENT, found, 6_000)
         named = sum(r.ended == "rolled_back" and SEGMENT.wrong.only in (r.segment, r.worst) for r in ends)
         figures += [*_detection(SEGMENT.name, ends, rng)[:2], share_figure("segment_named", named, len(ends))]
         for until in LATER:

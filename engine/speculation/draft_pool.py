@@ -55,12 +55,12 @@ class Proposal:
     confidence: list[float]
 
 
-SILENCE = Proposal([], [])
-
-
 class DraftPool:
     def __init__(self, network: DraftNetwork, num_seqs: int, max_len: int, min_survival: float) -> None:
-        """A draft ends where the probability that all of it is accepted falls under ``min_survival``."""
+        """A draft goes on while the probability that all of it is accepted is at least ``min_survival``.
+
+        The token that falls under it is still proposed: its pass is paid, and K control knows what a row costs.
+        """
         self.network, self.max_len, self.min_survival = network, max_len, min_survival
         self.cache = network.cache(num_seqs, max_len)
         self._free = list(range(num_seqs))
@@ -130,11 +130,9 @@ class DraftPool:
                 zip(active, network.vocabulary[at].tolist(), chances, strict=True)
             ):
                 survival[i] *= chance
-                if survival[i] < self.min_survival:
-                    continue
                 proposals[i].tokens.append(token)
                 proposals[i].confidence.append(chance)
-                if len(proposals[i].tokens) < wants[i].k:
+                if len(proposals[i].tokens) < wants[i].k and survival[i] >= self.min_survival:
                     going.append(i)
                     kept.append(row)
             if not going:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from engine.model.llama import Llama
 
 DEFAULTS: dict[str, int | float] = {"min_survival": 0.2}
-"""A draft ends where the probability that all of it is accepted, as the draft sees it, falls under this."""
+"""A draft goes on while the probability that all of it is accepted, as the draft sees it, is at least this."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -68,10 +68,10 @@ class RehearsedDrafter:
         place = self._observed - 1
         for chance in self.rehearsal.chances[place][:k]:
             survival *= chance
+            self.confidence.append(chance)
             if survival < self.min_survival:
                 break
-            self.confidence.append(chance)
-        self.passes += min(k, len(self.confidence) + 1)
+        self.passes += len(self.confidence)
         return self.rehearsal.tokens[place][: len(self.confidence)]
 
     def observe(self, tokens: Sequence[int]) -> None:

@@ -145,12 +145,11 @@ def _before_traffic(
 
 
 def _noting_restarts(status: RolloutStatus, evidence: Evidence) -> RolloutStatus:
-    """A replica that is there again with a later start, and never left in order, has died in between."""
-    known = dict(status.starts)
-    starts = {r.replica_id: r.started_at for r in evidence.replicas if r.started_at is not None}
-    again = [at for name, at in starts.items() if name in known and at > known[name]]
-    restarts = (*status.restarts, *sorted(again))[-MAX_RESTARTS:]
-    return replace(status, starts=tuple(sorted(starts.items())), restarts=restarts)
+    """Which replicas have come back after a crash since the canary serves."""
+    began = status.stages[0].began
+    crashed = {r.started_at for r in evidence.replicas if r.after_crash and r.started_at is not None}
+    restarts = sorted({at for at in crashed if at > began} | set(status.restarts))
+    return replace(status, restarts=tuple(restarts[-MAX_RESTARTS:]))
 
 
 def _missing(status: RolloutStatus, evidence: Evidence) -> str | None:

@@ -67,6 +67,7 @@ def gather(
                 errors.get(r.replica_id),
                 alive=now - r.heartbeat_at <= replicas.ALIVE,
                 started_at=r.started_at,
+                after_crash=bool(r.stats.get("after_crash")),
             )
             for r in replicas.may_serve(session, now)
         ),

@@ -38,8 +38,8 @@ class RolloutStatus:
 
     ``generation`` is the last plan this rollout made, ``since`` when the present state began. ``held_by`` is operator
     (until resumed) or evidence (until the evidence is fit again), ``resumes_to`` the state before the hold, ``ends_as``
-    what it will be called once its traffic is seen to be back. ``starts`` holds when each replica had started, as last
-    seen, and ``restarts`` when one was seen to have started again.
+    what it will be called once its traffic is seen to be back. ``restarts`` holds when a replica started after a crash
+    meanwhile.
     """
 
     rollout_id: int
@@ -55,7 +55,6 @@ class RolloutStatus:
     verdict: Verdict = Verdict.INSUFFICIENT
     reason: str = ""
     ends_as: RolloutState = RolloutState.ROLLED_BACK
-    starts: tuple[tuple[str, datetime], ...] = ()
     restarts: tuple[datetime, ...] = ()
 
     @property
@@ -88,7 +87,8 @@ class Ledger:
 class Replica:
     """A replica that may serve a canary: alive, or silent for less than its lease.
 
-    ``load_error`` is what of the newest plan it could not load.
+    ``load_error`` is what of the newest plan it could not load, ``after_crash`` whether the one of its name before it
+    ended without saying so.
     """
 
     replica_id: str
@@ -97,6 +97,7 @@ class Replica:
     load_error: str | None = None
     alive: bool = True
     started_at: datetime | None = None
+    after_crash: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,7 +193,6 @@ def status_from_json(tree: Mapping[str, Any]) -> RolloutStatus:
     values["resumes_to"] = RolloutState(values["resumes_to"]) if values["resumes_to"] else None
     values["verdict"] = Verdict(values["verdict"])
     values["ends_as"] = RolloutState(values.get("ends_as", RolloutState.ROLLED_BACK))
-    values["starts"] = tuple((name, datetime.fromisoformat(at)) for name, at in values.get("starts", ()))
     values["restarts"] = tuple(datetime.fromisoformat(at) for at in values.get("restarts", ()))
     return RolloutStatus(**values)
 

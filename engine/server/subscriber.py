@@ -43,6 +43,7 @@ class PlanSubscriber:
         self._database, self._residency, self._store, self._settings = database, residency, store, settings
         self._describe, self._clock = describe, clock
         self._started_at: datetime | None = None  # by the database's clock, like all that others compare
+        self._after_crash = False  # whether one of this name ended without saying so
         self._unsaid: list[Applied] = []  # what the database has not heard
         self._beat_at = 0.0
         self._stop = threading.Event()
@@ -93,6 +94,9 @@ class PlanSubscriber:
             self.look()
         except SQLAlchemyError as error:
             self._say(str(error).splitlines()[0])
+        except replicas.NameTaken as error:
+            self._started_at = None  # it may be free again later
+            self._say(str(error))
         except Exception as error:
             log.exception("following the ledger failed, trying again")
             self._say(f"{type(error).__name__}: {error}")
@@ -110,6 +114,8 @@ class PlanSubscriber:
 
     def look(self) -> None:
         """Read the ledger once, follow it if it has moved, and report."""
+        if self._started_at is None:
+            self._enter()
         with self._database.read() as session:
             plan = plans.latest(session)
         if plan is None:
@@ -125,6 +131,13 @@ class PlanSubscriber:
             self._unsaid.append(applied)
             log.info("generation %d: champion v%d, %d loaded", plan.generation, plan.champion, applied.loaded)
         self._report()
+
+    def _enter(self) -> None:
+        """Before any plan is followed: nobody may take this replica's word for another's."""
+        with self._database.write() as session:
+            now = server_clock(session)
+            self._after_crash = replicas.enter(session, self._settings.replica_id, now)
+        self._started_at = now
 
     def _lookup(self, version: int) -> PolicyVersion | None:
         with self._database.read() as session:
@@ -152,7 +165,8 @@ class PlanSubscriber:
         if not self._unsaid and self._clock() - self._beat_at < self._settings.plan_poll_s * 0.9:
             return
         address, model, stats = self._describe()
-        plan = self._residency.plan
+        plan, started_at = self._residency.plan, self._started_at
+        assert started_at is not None
         with self._database.write() as session:
             now, ticks = server_clock(session), self._clock()
             for applied in self._unsaid:
@@ -165,16 +179,15 @@ class PlanSubscriber:
                     applied.load_s,
                     applied.error,
                 )
-            self._started_at = self._started_at or now
             state = ReplicaState(
                 replica_id=self._settings.replica_id,
                 address=address,
                 model=model,
-                started_at=self._started_at,
+                started_at=started_at,
                 heartbeat_at=now,
                 observed_generation=plan.generation if plan is not None else None,
                 resident=self._residency.resident,
-                stats=stats,
+                stats=stats | {"after_crash": self._after_crash},
                 lease_s=self._residency.lease_s,
             )
             replicas.beat(session, state)

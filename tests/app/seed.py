@@ -36,6 +36,7 @@ from tests.app.seed_text import response, write_tokenizer
 from tests.rollout.database_world import take_in
 from tests.telemetry.records import record
 
+STARTED = datetime(2026, 1, 1, tzinfo=UTC)
 MINUTES = 118
 PER_MINUTE = 20
 """Requests a minute in the last hour; half as many before."""
@@ -85,7 +86,7 @@ def beat(db: Database, at: datetime, tokenizer: Path | None = None) -> None:
                 "replica-0",
                 "http://127.0.0.1:8100",
                 "tiny",
-                at,
+                STARTED,
                 at,
                 plan.generation,
                 tuple(sorted(plan.versions)),

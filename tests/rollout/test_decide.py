@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from datetime import timedelta
 
 import pytest
 
@@ -265,6 +266,19 @@ def test_a_silent_replica_does_not_keep_the_others_waiting() -> None:
     world.replicas = (*world.replicas, Replica("r1", 10, (1,), "no such file", alive=False))
     world.both(30, canary=2.3)
     assert world.tick(10).action is Action.SET_WEIGHT
+
+
+@pytest.mark.parametrize("after_crash", [True, False])
+def test_replicas_that_crash_take_the_canary_back_and_orderly_restarts_do_not(after_crash: bool) -> None:
+    world = ramping()
+    verdicts = []
+    for _ in range(2):
+        world.now += timedelta(seconds=60)
+        world.replicas = tuple(replace(r, started_at=world.now, after_crash=after_crash) for r in world.replicas)
+        world.both(10)
+        verdicts.append(world.tick(5).verdict)
+    assert (verdicts[1] is Verdict.FAIL) == after_crash
+    assert verdicts[0] is not Verdict.FAIL
 
 
 def test_deciding_twice_on_the_same_facts_gives_the_same() -> None:

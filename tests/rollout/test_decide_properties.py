@@ -81,7 +81,9 @@ class Machine(RuleBasedStateMachine):
     def a_replica_starts_again(self, sure: int) -> None:
         if sure:
             return
-        self.world.replicas = tuple(replace(r, started_at=self.world.now) for r in self.world.replicas)
+        self.world.replicas = tuple(
+            replace(r, started_at=self.world.now, after_crash=True) for r in self.world.replicas
+        )
         self.tick(5)
 
     @rule(more=st.integers(1, 120), fault=st.integers(0, 59), again=st.integers(0, 2))

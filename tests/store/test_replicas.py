@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 
 import pytest
 
 from engine.contracts import ProposerKind, ReplicaState, ServingPlan
-from engine.store.database import Database
+from engine.store.database import Database, server_clock
 from engine.store.repositories import plans, policies, replicas
+from engine.store.repositories.replicas import NameTaken
 
 
 @pytest.fixture
@@ -20,12 +21,14 @@ def plan(db: Database) -> ServingPlan:
         return [plans.append(session, champion=version, fallback=version, actor="t", reason="t") for _ in range(3)][1]
 
 
-def beat(db: Database, name: str, generation: int, ago: float = 0.0) -> datetime:
+STARTED = datetime(2026, 1, 1, tzinfo=UTC)
+
+
+def beat(db: Database, name: str, generation: int, ago: float = 0.0, started: datetime = STARTED) -> None:
     """A heartbeat so many seconds before now."""
     at = db.now() - timedelta(seconds=ago)
     with db.write() as session:
-        replicas.beat(session, ReplicaState(name, "http://r", "m", at, at, generation, (), {}))
-    return at
+        replicas.beat(session, ReplicaState(name, "http://r", "m", started, at, generation, (), {}))
 
 
 def test_a_plan_is_effective_where_it_or_a_later_one_is_observed(db: Database, plan: ServingPlan) -> None:
@@ -56,8 +59,27 @@ def test_only_what_was_seen_everywhere_is_complete(db: Database, plan: ServingPl
 
 
 def test_a_replica_that_leaves_takes_only_its_own_row(db: Database) -> None:
-    earlier = beat(db, "r0", 1, ago=5.0)
-    beat(db, "r0", 1)  # started again under the same name
+    beat(db, "r0", 1, ago=15.0)
+    beat(db, "r0", 1, started=STARTED + timedelta(days=1))  # started again under the same name
     with db.write() as session:
-        replicas.leave(session, "r0", earlier)
+        replicas.leave(session, "r0", STARTED)
         assert [r.replica_id for r in replicas.live(session)] == ["r0"]
+
+
+def test_two_that_live_never_share_a_name(db: Database) -> None:
+    beat(db, "r0", 1)
+    with pytest.raises(NameTaken, match=r"engine\.replica_id"), db.write() as session:
+        replicas.enter(session, "r0", server_clock(session))
+    with pytest.raises(NameTaken):
+        beat(db, "r0", 1, started=STARTED + timedelta(days=1))
+    beat(db, "r0", 1)
+
+
+def test_one_that_follows_a_crash_knows_it(db: Database) -> None:
+    with db.write() as session:
+        assert not replicas.enter(session, "r0", server_clock(session)), "it is the first"
+    beat(db, "r0", 1, ago=15.0)
+    with db.write() as session:
+        assert replicas.enter(session, "r0", server_clock(session))
+        replicas.leave(session, "r0", STARTED)
+        assert not replicas.enter(session, "r0", server_clock(session)), "it had said goodbye"

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
-from sqlalchemy import delete, select
+from sqlalchemy import delete, or_, select
 from sqlalchemy.dialects.postgresql import insert
 
-from engine.contracts import ReplicaState, ServingPlan
+from engine.contracts import ReplicaState, ServingPlan, SlipstreamError
 from engine.store.database import ReadSession, WriteSession, server_clock
 from engine.store.models import PlanObservationRow, ReplicaRow
 
@@ -17,8 +17,20 @@ ALIVE = timedelta(seconds=10)
 """A replica that has said nothing for longer is taken for silent: gone, cut off, or stuck."""
 
 
+class NameTaken(SlipstreamError):
+    """Another replica of this name is alive: what one of them has observed would be said of both."""
+
+
+def enter(session: WriteSession, replica_id: str, now: datetime) -> bool:
+    """Before the first heartbeat: whether one of this name ended without saying so. NameTaken while it is alive."""
+    row = session.scalar(select(ReplicaRow).where(ReplicaRow.replica_id == replica_id))
+    if row is not None and now - row.heartbeat_at <= ALIVE:
+        raise _taken(replica_id)
+    return row is not None
+
+
 def beat(session: WriteSession, state: ReplicaState) -> None:
-    """Write a replica's heartbeat over its last one."""
+    """Write a replica's heartbeat over its last one; NameTaken where another one alive has its name."""
     values = {
         "replica_id": state.replica_id,
         "address": state.address,
@@ -30,9 +42,18 @@ def beat(session: WriteSession, state: ReplicaState) -> None:
         "lease_s": state.lease_s,
         "stats": state.stats,
     }
-    session.execute(
-        insert(ReplicaRow).values(**values).on_conflict_do_update(index_elements=["replica_id"], set_=values)
+    written = session.execute(
+        insert(ReplicaRow)
+        .values(**values)
+        .on_conflict_do_update(
+            index_elements=["replica_id"],
+            set_=values,
+            where=or_(ReplicaRow.started_at == state.started_at, ReplicaRow.heartbeat_at < state.heartbeat_at - ALIVE),
+        )
+        .returning(ReplicaRow.replica_id)
     )
+    if written.first() is None:
+        raise _taken(state.replica_id)
 
 
 def leave(session: WriteSession, replica_id: str, started_at: datetime) -> None:
@@ -53,6 +74,13 @@ def may_serve(session: ReadSession | WriteSession, now: datetime) -> list[Replic
     """Replicas that may still give requests to a canary: the live ones, and the silent ones within their lease."""
     rows = session.scalars(select(ReplicaRow).order_by(ReplicaRow.replica_id))
     return [_state(row) for row in rows if now - row.heartbeat_at <= timedelta(seconds=row.lease_s) + ALIVE]
+
+
+def _taken(replica_id: str) -> NameTaken:
+    return NameTaken(
+        f"A replica {replica_id!r} is alive already, or died within the last {ALIVE.total_seconds():.0f} s. "
+        "Give this one a name of its own (--set engine.replica_id=NAME), or wait."
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -151,7 +151,7 @@ def guard_table(decision: DecisionRecord, rollout: Rollout, colours: Palette) ->
     columns = {
         "verdict": text("verdict", width=108),
         "n": text("n", help="Requests or keys of each arm: canary / control"),
-        "interval": text("difference", help="Confidence sequence, valid at every look"),
+        "interval": text("difference", help="Confidence sequence, valid at every look", width=120),
         "near": st.column_config.ProgressColumn(
             "to its limit", format=PERCENT, min_value=0, max_value=100, help="At 100 % the guard fails", width=110
         ),

@@ -239,6 +239,8 @@ def _mismatch(guard: MismatchFuse, arms: Arms) -> GuardResult:
     if canary.mismatches:
         reason = f"{canary.mismatches} of {canary.audited} outputs of the canary are not the target's own"
         return replace(line, verdict=Verdict.FAIL, reason=reason)
+    if not canary.audited:
+        return replace(line, verdict=Verdict.INSUFFICIENT, reason="no output of the canary has been audited")
     return line
 
 

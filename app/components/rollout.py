@@ -11,7 +11,7 @@ import streamlit as st
 from pandas.io.formats.style import Styler
 
 from app.charts.theme import Palette
-from app.components.tables import in_colour, table
+from app.components.tables import in_colour, in_utc, table
 from app.queries.ledger import Serving
 from engine.contracts import CANARY, CHAMPION, CONTROL, RolloutState, ServingPlan
 from engine.rollout import quantiles
@@ -167,7 +167,7 @@ def judged(frame: pd.DataFrame, colours: Palette) -> Styler:
     def colour(verdict: str) -> str:
         return f"color: {shades.get(verdict, colours.muted)}; font-weight: 600"
 
-    return frame.style.map(colour, subset=["verdict"])
+    return in_utc(frame).style.map(colour, subset=["verdict"])
 
 
 def differences(decisions: list[DecisionRecord], max_drop: float) -> pd.DataFrame:

@@ -27,7 +27,7 @@ def page() -> None:
     with st.container(horizontal=True, vertical_alignment="center", gap="small", key="windows"):
         metric = st.segmented_control(
             "What changed", list(METRICS), default="p95", key="metric", bind="query-params", required=True,
-            format_func=lambda name: METRICS[name].title, label_visibility="collapsed",
+            label_visibility="collapsed",
         ) or "p95"  # fmt: skip
         st.markdown("compared with", width="content")
         back = st.selectbox("Compared with", list(BACK), key="back", bind="query-params", width=180,

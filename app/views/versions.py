@@ -10,7 +10,7 @@ import streamlit as st
 
 from app.components import adaptation, context
 from app.components.context import heading
-from app.components.tables import SHARE, Columns, in_colour, table, trend_column, trends
+from app.components.tables import SHARE, Columns, in_colour, in_utc, table, trend_column, trends
 from app.queries import ledger, overview
 from app.queries.database import settings
 from engine.contracts import PolicyVersion, ProposerKind
@@ -209,7 +209,7 @@ def _attempts() -> None:
         "at": st.column_config.DatetimeColumn("at", format="MMM D, HH:mm:ss"),
         "CPU, s": st.column_config.NumberColumn("CPU, s", format="%.2f"),
     }
-    frame = frame.style.map(_outcome, subset=["outcome"])
+    frame = in_utc(frame).style.map(_outcome, subset=["outcome"])
     table(frame, columns, "attempts")
 
 

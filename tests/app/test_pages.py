@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 from streamlit.testing.v1 import AppTest
 
+from engine.contracts import Status
+from engine.settings import TelemetrySettings
 from engine.store.database import Database
 from engine.store.repositories import plans, rollouts, traces
 from engine.store.repositories.overview import Slice
+from engine.telemetry.spill import Batch, Spill
+from engine.telemetry.writer import TraceWriter
 from tests.app.seed import beat
+from tests.telemetry.records import record
 
 PAGES = Path(__file__).parents[2] / "app" / "views"
 NAMES = ("overview", "rollouts", "versions", "traces", "speculation", "drift", "explain", "system")
@@ -65,8 +72,6 @@ def test_one_trace_shows_its_tokens(seeded: Database) -> None:
     with seeded.read() as session:
         plan = plans.latest(session)
         assert plan is not None
-        from datetime import UTC, datetime, timedelta
-
         now = datetime.now(UTC)
         trace_id = traces.listed(session, Slice(now - timedelta(hours=2), now), limit=1)[0]["trace_id"]
     test = page("traces", trace=str(trace_id))
@@ -135,3 +140,18 @@ def test_hold_asks_the_controller_and_writes_no_plan(seeded: Database) -> None:
         assert len(plans.history(session)) == 7
     assert "asked to hold: let us look first" in text(test)
     assert [(c.verb, c.actor, c.reason) for c in asked] == [("hold", "dashboard", "let us look first")]
+
+
+@pytest.mark.parametrize("what", ["one request", "one request without any time"])
+def test_a_single_request_draws_on_every_page(dashboard: str, db: Database, tmp_path: Path, what: str) -> None:
+    """One row has no spread, no second bin and no trend; a refused request has no latency and no verify step."""
+    nothing = {"queue_s": None, "ttft_s": None, "tpot_s": None, "steps": 0, "drafted": 0, "accepted": 0,
+               "drafted_per_pos": (), "accepted_per_pos": (), "status": Status.REJECTED, "output_tokens": 0,
+               "payload": None}  # fmt: skip
+    changes: dict[str, Any] = nothing if what.endswith("time") else {"status": Status.OK}
+    writer = TraceWriter(db, Spill(tmp_path / "spill", 10**8), TelemetrySettings())
+    one = record(1, started_at=datetime.now(UTC) - timedelta(minutes=2), **changes)
+    writer._transaction(Batch(writer._writer_id, 1, [one]))
+    for name in NAMES:
+        test = page(name)
+        assert not test.exception, (name, test.exception)

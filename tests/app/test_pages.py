@@ -98,7 +98,8 @@ def test_roll_back_writes_one_plan_and_shows_when_it_took_effect(seeded: Databas
     assert len(history) == 8
     newest = history[0]
     assert (newest.champion, newest.arms, newest.actor, newest.reason) == (3, (), "dashboard", "p99 went up")
-    assert "No replica has observed it yet" in test.warning[0].value
+    assert "replica-0" in test.warning[0].value
+    assert "effective" not in test.warning[0].value
     beat(seeded, newest.created_at)
     test.run()
     assert "effective on 1 of 1 replicas after 0.12 s" in test.success[0].value

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from engine.contracts import ProposerKind, SlipstreamError
 from engine.speculation.control import DEFAULT_CONTROL, ControlSettings
-from engine.speculation.draft_pool import DraftPool, DraftState, Want
+from engine.speculation.draft_pool import DraftPool, Want
 from engine.speculation.neural_file import SHAPE_FILE, WEIGHTS_FILE, DraftFile, unpack
 from engine.speculation.proposer import PolicyError, read_settings, unbound
 from engine.speculation.rehearsal import RehearsedDrafter, rehearse
@@ -119,6 +119,3 @@ def load(num_speculative_tokens: int, settings: Mapping[str, Any], files: Mappin
         )
     values = read_settings(ProposerKind.NEURAL, settings, DEFAULTS)
     return NeuralProposer(num_speculative_tokens, unpack(files), **values)
-
-
-__all__ = ["BoundNeural", "DraftState", "NeuralDrafter", "NeuralProposer", "load"]

@@ -223,3 +223,12 @@ def test_one_click_rollback_with_its_time_to_effect(
         assert newest is not None
         assert (newest.generation, newest.champion, newest.arms, newest.reason) == (8, 3, (), "p99 went up")
         page.context.close()
+
+
+def test_a_change_is_explained_by_its_planted_cause(browser: playwright.Browser, url: str) -> None:
+    """In the seeded hour better policies came, with the same traffic."""
+    page = open_page(browser, f"{url}/explain?metric=acceptance")
+    settled(page, "explain")
+    page.get_by_text("by the policy: v2 → v3").wait_for()
+    page.screenshot(path=SHOTS / "explained_light.png")
+    page.context.close()

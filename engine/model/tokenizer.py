@@ -97,7 +97,13 @@ class Detokenizer:
 
     def push(self, token_id: int) -> str:
         """The text that became certain with ``token_id``; "" while a character lacks bytes."""
-        text = self._stream.step(self._backend, token_id)
+        try:
+            text = self._stream.step(self._backend, token_id)
+        except Exception:  # tokenizers raises bare Exception
+            # A byte that fits nothing makes byte-fallback decoders replace its valid neighbours too, though they are
+            # out already: go on after them, with the last token before, since the first of a text loses its space.
+            text = self._backend.decode([*self._pending, token_id], skip_special_tokens=True)
+            self._stream = DecodeStream(ids=[token_id], skip_special_tokens=True)
         if text is None:
             self._pending.append(token_id)
             return ""

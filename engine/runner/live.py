@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -130,6 +130,17 @@ class Live:
             except Exception:
                 self.draft_failed()
         return self._output(kept, text, reason, now)
+
+    def guarded(self, commit: Callable[[], Output], now: float) -> Output:
+        """What ``commit`` gives; should it fail, this request ends as it was before, and no other of its step."""
+        tokens, text = len(self.seq.token_ids), len(self._text.text)
+        try:
+            return commit()
+        except Exception as error:
+            log.exception("the tokens of %s cannot be put out", self.request.request_id)
+            del self.seq.token_ids[tokens:]
+            self._text.text = self._text.text[:text]  # what was handed out, and no more
+            return self.end(Status.ERROR, FinishReason.ERROR, now, f"{type(error).__name__}: {error}")
 
     def end(self, status: Status, reason: FinishReason, now: float, error: str | None = None) -> Output:
         """The last output of a request that something else than its own tokens ended."""

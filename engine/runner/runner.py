@@ -7,6 +7,7 @@ does not depend on who shares its batch. How much of its draft is verified does,
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -62,11 +63,11 @@ class Runner:
         outputs = []
         for live, draft, k, outcome in zip(decoding, drafts, choice.ks, outcomes, strict=False):
             live.times.plain += choice.plain_s / base_rows * len(outcome.tokens)
-            outputs.append(live.commit(draft, k, outcome, now))
+            outputs.append(live.guarded(partial(live.commit, draft, k, outcome, now), now))
             # The last token committed is the next step's first input; rejected places are overwritten then.
             live.seq.num_computed = len(live.seq.token_ids) - 1
         for live, outcome in zip(ending, outcomes[len(decoding) :], strict=True):
-            outputs.append(live.commit_first(outcome.tokens[0], now))
+            outputs.append(live.guarded(partial(live.commit_first, outcome.tokens[0], now), now))
         if aux is not None:
             going = [live for live, output in zip([*decoding, *ending], outputs, strict=True) if not output.finished]
             heard, feeding = _heard(scheduled, lives, verified, outcomes, going), self.clock()

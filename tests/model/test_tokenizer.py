@@ -4,9 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models
 
 from engine.contracts import SlipstreamError
-from engine.model.tokenizer import Tokenizer
+from engine.model.tokenizer import Detokenizer, Tokenizer
 from tests.tiny_model import write_tiny_model
 
 
@@ -81,6 +83,16 @@ def test_special_tokens_are_silent_and_an_unfinished_character_shows_at_the_end(
     *most, _ = tokenizer.encode("<|im_start|>a🚲")
     assert "".join(detokenizer.push(token) for token in most) == "a"
     assert detokenizer.finish() == "\ufffd"
+
+
+def test_a_stray_byte_after_a_valid_one_does_not_end_a_response() -> None:
+    words = ["<unk>", "\u2581a", "x", "\u2581the", "<0x0A>", "<0xFF>"]
+    backend = Backend(models.BPE({w: i for i, w in enumerate(words)}, [], unk_token="<unk>", byte_fallback=True))
+    steps = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    backend.decoder = decoders.Sequence(steps)
+    detokenizer = Detokenizer(backend)
+    assert [detokenizer.push(i) for i in (1, 4, 5, 2, 3, 3)] == ["a", "\n", "", "\ufffdx", " the", " the"]
+    assert [detokenizer.push(5), detokenizer.finish()] == ["", "\ufffd"]
 
 
 def test_a_broken_tokenizer_file_says_which(folder: Path) -> None:

@@ -196,6 +196,35 @@ def test_a_failing_step_ends_its_requests_and_the_engine_lives_on(
     assert results["c"].payload.output_ids == alone(tiny, request("x", PROMPT)).payload.output_ids
 
 
+@pytest.mark.parametrize("version", [NONE, SPECIAL])
+@pytest.mark.parametrize("broken_after", [0, 3])
+def test_text_that_cannot_be_made_ends_its_request_and_no_other(
+    tiny: Target, monkeypatch: pytest.MonkeyPatch, version: int, broken_after: int
+) -> None:
+    known = alone(tiny, request("x", PROMPT)).payload.output_ids
+    extra = {SPECIAL: oracle({tuple(PROMPT): known})}
+    engine, broken = engine_of(tiny, extra), tiny.tokenizer.detokenizer()
+    pushed = list[int]()
+
+    def push(token: int) -> str:
+        if len(pushed) == broken_after:
+            raise RuntimeError("no such text")
+        pushed.append(token)
+        return "."
+
+    monkeypatch.setattr(broken, "push", push)
+    with monkeypatch.context() as patch:
+        patch.setattr(tiny.tokenizer, "detokenizer", lambda: broken)
+        engine.add(request("a", PROMPT, version))
+    for name in "bc":
+        engine.add(request(name, PROMPT, version))
+    results = run(engine)
+    assert [results[name].status for name in "abc"] == [Status.ERROR, Status.OK, Status.OK]
+    assert results["a"].error == "RuntimeError: no such text"
+    assert results["b"].payload.output_ids == results["c"].payload.output_ids == known
+    assert engine.stats()["step_errors"] == 0
+
+
 def test_the_failed_requests_say_why(tiny: Target, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = engine_of(tiny)
     engine.add(request("a", PROMPT))

@@ -58,10 +58,10 @@ def _drop(database: Database, table: str, day: date, days: int) -> bool:
 
 
 def compact(database: Database, now: datetime) -> bool:
-    """Merge the closed minutes; never more to do at once."""
+    """Merge a piece of the closed minutes, the oldest first; whether more of them wait."""
     try:
         with database.write() as session:
-            rollups.compact(session, now - CLOSED_AFTER)
+            return rollups.compact(session, now - CLOSED_AFTER)
     except rollups.Busy:
         log.info("the rollups are being rebuilt; compaction waits")
     return False

@@ -67,18 +67,23 @@ def deltas_only(db: Database, folder: Path) -> None:
     write(db, folder, records())
 
 
+def compact(db: Database, now: datetime) -> None:
+    while upkeep.compact(db, now):
+        pass
+
+
 def compacted(db: Database, folder: Path) -> None:
     write(db, folder, records())
-    upkeep.compact(db, END + timedelta(hours=1))
+    compact(db, END + timedelta(hours=1))
 
 
 def late_and_half(db: Database, folder: Path) -> None:
     """Compacted, then a spill from long ago comes, is compacted too, and more is written since."""
     made = records()
     write(db, folder, made[1::3])
-    upkeep.compact(db, END + timedelta(hours=1))
+    compact(db, END + timedelta(hours=1))
     write(db, folder, made[0::3])
-    upkeep.compact(db, END - timedelta(hours=15))
+    compact(db, END - timedelta(hours=15))
     write(db, folder, made[2::3])
 
 
@@ -142,11 +147,27 @@ def test_every_window_reads_as_the_raw_traces(
 def test_compaction_leaves_one_row_a_key_and_takes_every_delta_once(db: Database, tmp_path: Path) -> None:
     late_and_half(db, tmp_path)
     for _ in range(2):
-        upkeep.compact(db, END + timedelta(hours=1))
+        compact(db, END + timedelta(hours=1))
         with db.read() as session:
             assert rollups.freshness(session) == rollups.Freshness(0, None)
             for table in (f"rollups_{tier}" for tier in rollups.TIERS):
                 assert session.scalar(text(f"SELECT sum(requests) FROM {table}")) == 1_200
+
+
+def test_a_backlog_is_taken_an_hour_at_a_time(db: Database, tmp_path: Path) -> None:
+    """After a day without a compactor no statement is larger than an hour, and the chore comes again at once."""
+    write(db, tmp_path, records())
+    waits, pieces = 1_200, 0
+    more = True
+    while more:
+        more = upkeep.compact(db, END + timedelta(hours=1))
+        with db.read() as session:
+            left = rollups.freshness(session).waiting
+        assert waits - left <= 3_600 / 174 + 1
+        waits, pieces = left, pieces + 1
+    assert waits == 0
+    assert pieces >= 58
+    assert_read_right(db)
 
 
 def test_rebuilding_waits_for_nobody_and_leaves_days_without_traces_alone(db: Database, tmp_path: Path) -> None:

@@ -36,6 +36,8 @@ REALS = ("draft_s", "verify_s", "decode_s", "other_s", "cost_s", "plain_s", "exp
 POSITIONS = ("drafted_per_pos", "accepted_per_pos")
 METRICS = ("ttft", "tpot", "e2e", "queue", "acceptance_length")
 """What has a histogram: four durations in seconds, and the acceptance length of one request."""
+PIECE = timedelta(hours=1)
+"""What one compaction takes at most, so that the backlog of a day ends in bounded statements, not in a timeout."""
 _COMPACTOR_LOCK = 0x51195_0003
 TABLES = (
     *("rollup_deltas", "rollup_delta_histograms"),
@@ -55,20 +57,21 @@ class Busy(Exception):
     """Another process compacts or rebuilds at this moment."""
 
 
-def compact(session: WriteSession, closed: datetime) -> int:
-    """Add the deltas of minutes before ``closed`` to every tier; how many there were.
+def compact(session: WriteSession, closed: datetime) -> bool:
+    """Add the oldest ``PIECE`` of the deltas of minutes before ``closed`` to every tier; whether there may be more.
 
     ``Busy`` when another process is at it.
     """
     _alone(session)
-    days = session.execute(
-        text("SELECT DISTINCT CAST(date_trunc('day', at, 'UTC') AT TIME ZONE 'UTC' AS date) FROM rollup_deltas")
-    )
-    for (day,) in days.all():
+    oldest = session.scalar(text("SELECT min(at) FROM rollup_deltas WHERE at < :closed"), {"closed": closed})
+    if oldest is None:
+        return False
+    until = min(oldest + PIECE, closed)
+    for day in sorted({at.astimezone(UTC).date() for at in (oldest, until - timedelta(microseconds=1))}):
         partitions.ensure(session, day)
-    taken = session.execute(text(_COMPACT_SUMS), {"closed": closed}).scalar_one()
-    session.execute(text(_COMPACT_HISTOGRAMS), {"closed": closed})
-    return int(taken)
+    session.execute(text(_COMPACT_SUMS), {"closed": until})
+    session.execute(text(_COMPACT_HISTOGRAMS), {"closed": until})
+    return until < closed
 
 
 def rebuild(session: WriteSession, day: date, objectives: Objectives) -> int:

@@ -20,7 +20,7 @@ from engine.ops.exporter import MlflowExporter
 from engine.registry import mlflow_registry
 from engine.registry.artifacts import ArtifactStore
 from engine.registry.mlflow_registry import MlflowRegistry
-from engine.settings import Settings
+from engine.settings import Settings, TelemetrySettings
 from engine.store.database import Database
 
 RETRY_S = 30.0
@@ -41,11 +41,7 @@ class Chore:
 
 def run(settings: Settings, database: Database, stop: threading.Event) -> None:
     """Do the chores until ``stop`` is set."""
-    chores = [
-        Chore("partitions", 3600.0, lambda: upkeep.keep_partitions(database, settings.telemetry, datetime.now(UTC))),
-        Chore("drift", 120.0, lambda: drift.look(database, datetime.now(UTC))),
-        Chore("rollups", 15.0, lambda: upkeep.compact(database, datetime.now(UTC))),
-    ]
+    chores = of_store(settings.telemetry, database, lambda: datetime.now(UTC))
     client = None
     if settings.mlflow_tracking_uri:
         client = httpx.Client(base_url=settings.mlflow_tracking_uri, timeout=30.0)
@@ -69,6 +65,15 @@ def run(settings: Settings, database: Database, stop: threading.Event) -> None:
         stop.wait(0.5)
     if client is not None:
         client.close()
+
+
+def of_store(telemetry: TelemetrySettings, database: Database, now: Callable[[], datetime]) -> list[Chore]:
+    """What the trace store needs, MLflow or not."""
+    return [
+        Chore("partitions", 300.0, lambda: upkeep.keep_partitions(database, telemetry, now())),
+        Chore("drift", 120.0, lambda: drift.look(database, now())),
+        Chore("rollups", 15.0, lambda: upkeep.compact(database, now())),
+    ]
 
 
 def attend(chore: Chore, now: float) -> None:

@@ -21,7 +21,11 @@ log = logging.getLogger(__name__)
 
 
 def keep_partitions(database: Database, settings: TelemetrySettings, now: datetime) -> bool:
-    """Make the partitions of the coming days and drop those past their retention; whether some could not be dropped."""
+    """Make the partitions of the coming days and drop those past their retention.
+
+    One that is in use waits for the next round, and so do the others of its table: each try keeps every new request
+    waiting for up to a second. There is never more to do at once.
+    """
     with database.write() as session:
         for ahead in range(DAYS_AHEAD + 1):
             partitions.ensure(session, (now + timedelta(days=ahead)).date())
@@ -33,16 +37,18 @@ def keep_partitions(database: Database, settings: TelemetrySettings, now: dateti
     }
     with database.read() as session:
         there = partitions.existing(session)
-    late = False
+    busy: set[str] = set()
     for table, day, _ in there:
-        if day < (now - timedelta(days=kept[table])).date():
-            late |= not _drop(database, table, day, kept[table])
+        if table in busy or day >= (now - timedelta(days=kept[table])).date():
+            continue
+        if not _drop(database, table, day, kept[table]):
+            busy.add(table)
     with database.write() as session:
         rollups.forget(session, "ten_minutes", now - timedelta(days=settings.retention_days))
         for tier in ("hour", "day"):
             rollups.forget(session, tier, now - timedelta(days=settings.rollup_retention_days))
         rollups.forget_batches(session, now - timedelta(days=settings.retention_days))
-    return late
+    return False
 
 
 def _drop(database: Database, table: str, day: date, days: int) -> bool:

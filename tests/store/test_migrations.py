@@ -5,13 +5,14 @@ from __future__ import annotations
 from datetime import UTC, date, datetime
 
 import psycopg
+import pytest
 from alembic import command
 from sqlalchemy import text
 
-from engine.ops import upkeep
+from engine.ops import housekeeping, upkeep
 from engine.settings import TelemetrySettings
 from engine.store import migrate
-from engine.store.database import Database, libpq_url
+from engine.store.database import Database, WriteSession, libpq_url
 from engine.store.repositories import partitions
 
 
@@ -43,24 +44,36 @@ def test_old_partitions_are_dropped_and_young_ones_kept(db: Database) -> None:
             partitions.ensure(session, day)
             partitions.ensure(session, day)  # twice is once
     settings = TelemetrySettings(retention_days=1, payload_retention_days=2)
-    assert not upkeep.keep_partitions(db, settings, datetime(2026, 1, 4, 12, tzinfo=UTC))
+    upkeep.keep_partitions(db, settings, datetime(2026, 1, 4, 12, tzinfo=UTC))
     with db.read() as session:
         left = {(table, day) for table, day, _ in partitions.existing(session) if day <= days[-1]}
     kept = {(table, days[2]) for table in partitions.PARTITIONED}
     assert left == kept | {("trace_payloads", days[1])}
 
 
-def test_a_partition_in_use_is_dropped_later_and_holds_up_nobody(db: Database) -> None:
-    day = date(2026, 1, 1)
+def test_a_partition_in_use_is_tried_again_minutes_later(db: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    days = [date(2026, 1, 1), date(2026, 1, 2)]
     now = datetime(2026, 3, 1, tzinfo=UTC)
     with db.write() as session:
-        partitions.ensure(session, day)
+        for day in days:
+            partitions.ensure(session, day)
+    tried: list[tuple[str, date]] = []
+    drop = partitions.drop
+
+    def counted(session: WriteSession, table: str, day: date) -> None:
+        tried.append((table, day))
+        drop(session, table, day)
+
+    monkeypatch.setattr(partitions, "drop", counted)
+    chore = next(c for c in housekeeping.of_store(TelemetrySettings(), db, lambda: now) if c.name == "partitions")
     with db.read() as reader:
         reader.execute(text("SELECT count(*) FROM traces"))
-        assert upkeep.keep_partitions(db, TelemetrySettings(), now), "there is more to do"
+        for second in (0.0, 0.5, 299.0):
+            housekeeping.attend(chore, second)
+        assert [day for table, day in tried if table == "traces"] == days[:1], "one try a round keeps requests waiting"
         with db.read() as session:
-            assert ("traces", day) in {(table, d) for table, d, _ in partitions.existing(session)}
-            assert ("rollups_minute", day) not in {(table, d) for table, d, _ in partitions.existing(session)}
-    assert not upkeep.keep_partitions(db, TelemetrySettings(), now)
+            left = {(table, day) for table, day, _ in partitions.existing(session) if day in days}
+        assert left == {("traces", day) for day in days}
+    housekeeping.attend(chore, 300.0)
     with db.read() as session:
-        assert day not in {d for _, d, _ in partitions.existing(session)}
+        assert not {day for _, day, _ in partitions.existing(session)} & set(days)

@@ -1,8 +1,9 @@
 """Who is next: first come first served within a client, and between clients whoever was served least.
 
 Virtual token counters (Sheng et al. 2024, arXiv 2401.00588): each client has a counter of the tokens it was served, and
-the client with the lowest goes next. One that comes back after a pause is lifted to the lowest of those that wait, so
-that nobody saves up. With one client this is a plain queue.
+the client with the lowest goes next. One that comes, or comes back after a pause, is lifted to the lowest of those that
+wait, or where nobody waits to the one that waited last: nobody saves up, and nobody pays for having been served while
+there was room. With one client this is a plain queue.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from engine.scheduler.sequence import Sequence
 
 OUTPUT_WEIGHT = 2
 """An output token costs about as much as so many prompt tokens, which are computed many at a time."""
+MOST_IDLE = 1_024
+"""Counters kept of clients that neither wait nor run; names come from outside."""
 
 
 class FairQueue:
@@ -21,6 +24,7 @@ class FairQueue:
     def __init__(self) -> None:
         self._clients: dict[str, OrderedDict[str, Sequence]] = {}
         self._served: dict[str, int] = {}
+        self._left_last: str | None = None
 
     def push(self, seq: Sequence) -> None:
         self._of(seq.client)[seq.request_id] = seq
@@ -43,6 +47,7 @@ class FairQueue:
             if (seq := queue.pop(request_id, None)) is not None:
                 if not queue:
                     del self._clients[client]
+                    self._left_last = client
                 return seq
         return None
 
@@ -50,9 +55,15 @@ class FairQueue:
         self._served[client] = self._served.get(client, 0) + prompt_tokens + OUTPUT_WEIGHT * output_tokens
 
     def forget(self, running: set[str]) -> None:
-        """Once nobody waits, drop the counters of clients that do not run either: nothing is left to be fair about."""
-        if not self._clients:
-            self._served = {name: count for name, count in self._served.items() if name in running}
+        """Drop counters that decide nothing more: all once nobody waits or runs, else the lowest of too many idle."""
+        if not running and not self._clients:
+            self._served.clear()
+            self._left_last = None
+            return
+        idle = self._served.keys() - running - self._clients.keys() - {self._left_last}
+        if len(idle) > MOST_IDLE:  # who was served least is the first to be lifted when it comes back: it loses least
+            for name in sorted(idle, key=lambda name: self._served[name])[: -MOST_IDLE // 2]:
+                del self._served[name]
 
     def keys(self) -> set[str]:
         return {request_id for queue in self._clients.values() for request_id in queue}
@@ -65,7 +76,8 @@ class FairQueue:
 
     def _of(self, client: str) -> OrderedDict[str, Sequence]:
         if client not in self._clients:
-            lowest = min((self._served[name] for name in self._clients), default=0)
+            waited_last = 0 if self._left_last is None else self._served[self._left_last]
+            lowest = min((self._served[name] for name in self._clients), default=waited_last)
             self._served[client] = max(self._served.get(client, 0), lowest)
             self._clients[client] = OrderedDict()
         return self._clients[client]

@@ -5,6 +5,7 @@ import random
 import pytest
 
 from engine.scheduler.errors import QueueFull, RequestTooLong
+from engine.scheduler.queue import MOST_IDLE
 from engine.scheduler.scheduler import ScheduledStep, Scheduler
 from engine.scheduler.sequence import NO_SLOT, Sequence
 
@@ -195,3 +196,38 @@ def test_who_comes_back_after_a_pause_has_saved_nothing_up() -> None:
         order.append(name.split("-")[0])
         s.finish(name)
     assert order.count("new") == order.count("busy") == 3
+
+
+def test_a_newcomer_is_not_served_before_one_that_never_stopped() -> None:
+    """A steady client runs and nobody waits when another comes; then both have more than there is room for."""
+    s = scheduler(max_num_seqs=2, max_queue=100)
+    for i in range(50):
+        s.add(seq(f"{i}", client="steady"))
+        s.schedule()
+        if i:
+            s.finish(f"{i - 1}")
+    for i in range(30):
+        for client in ("new", "steady"):
+            s.add(seq(f"{client}-{i}", client=client))
+    s.schedule()
+    order = []
+    for _ in range(20):
+        first = next(iter(s.running))
+        s.finish(first)
+        s.schedule()
+        order.append(next(reversed(s.running.values())).client)
+    assert order.count("new") == order.count("steady") == 10
+
+
+def test_counters_of_clients_that_went_are_bounded_and_end_with_the_work() -> None:
+    s = scheduler(max_num_seqs=1)
+    for i in range(3 * MOST_IDLE):  # somebody always waits
+        s.add(seq(f"{i}", client=f"{i}"))
+        s.schedule()
+        if i:
+            s.finish(f"{i - 1}")
+        assert len(s.waiting._served) <= MOST_IDLE + 3
+    s.schedule()
+    s.finish(f"{i}")
+    assert not s.has_work
+    assert not s.waiting._served

@@ -36,20 +36,31 @@ def forget(db: Database, tenant: str, retire: bool, actor: str, now: datetime) -
         gone = tenants.forget(session, tenant, now)
         if not retire:
             return Forgotten(tenant, gone, tuple(influenced))
+        plans.lock(session)  # no plan that serves one of them slips in between
         retired = policies.retire(session, influenced, f"tenant {tenant} was forgotten", now)
         plan = _withdraw(session, influenced, actor, f"tenant {tenant} was forgotten")
     return Forgotten(tenant, gone, tuple(influenced), tuple(retired), plan)
 
 
 def _withdraw(session: WriteSession, versions: Collection[int], actor: str, reason: str) -> ServingPlan | None:
-    """A plan that serves none of these versions, where the present one does: the champion's nearest ancestor that is
-    not among them, else the fallback."""
+    """A plan that names none of these versions, which are retired by now, where the present one does.
+
+    Its champion is the present one's nearest ancestor that may be served, else the fallback. A promotion that stays can
+    still be taken back.
+    """
     now = plans.latest(session)
     if now is None or not now.versions & set(versions):
         return None
-    champion = now.champion
-    while champion in versions:
-        known = policies.get(session, champion)
-        parent = known.parent_version if known is not None else None
-        champion = parent if parent is not None else now.fallback
-    return plans.append(session, champion=champion, fallback=now.fallback, actor=actor, reason=reason)
+    champion = policies.standing(session, now.champion, now.fallback)
+    rollback_to = None
+    if champion == now.champion and not now.arms and now.rollback_to is not None:
+        rollback_to = policies.standing(session, now.rollback_to, now.fallback, without=(champion,))
+    return plans.append(
+        session,
+        champion=champion,
+        fallback=now.fallback,
+        rollback_to=rollback_to,
+        rollout_id=now.rollout_id,
+        actor=actor,
+        reason=reason,
+    )

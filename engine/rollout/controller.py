@@ -35,7 +35,7 @@ from engine.rollout.records import (
 )
 from engine.settings import Settings
 from engine.store.database import Database, WriteSession
-from engine.store.repositories import learning, leases, plans, rollouts
+from engine.store.repositories import learning, leases, plans, policies, rollouts
 from engine.store.repositories.rollouts import Command, DecisionRecord, Rollout
 
 LEASE = "rollout-controller"
@@ -183,7 +183,7 @@ class Controller:
             if plan is not None and serving:
                 plan = plans.append(
                     session,
-                    champion=rollout.champion,
+                    champion=policies.standing(session, rollout.champion, plan.fallback, without=(rollout.canary,)),
                     fallback=plan.fallback,
                     salt=plan.salt,
                     rollout_id=rollout.id,
@@ -221,7 +221,11 @@ class Controller:
 
 
 def append_plan(session: WriteSession, spec: RolloutSpec, decision: Decision, ledger: Ledger) -> ServingPlan:
-    """The plan that a decision asks for. The champion of a rollback is the one recorded when the rollout began."""
+    """The plan that a decision asks for.
+
+    The champion of a rollback is the one recorded when the rollout began or, where that was retired meanwhile, its
+    nearest ancestor that may be served: a rollback is never refused.
+    """
     status = decision.status
     champion, arms, rollback_to = status.champion, (), None  # type: int, tuple[Arm, ...], int | None
     if decision.action is Action.SET_WEIGHT:
@@ -230,6 +234,8 @@ def append_plan(session: WriteSession, spec: RolloutSpec, decision: Decision, le
         rollback_to = status.champion
     elif decision.action is Action.PROMOTE:
         champion, rollback_to = status.canary, status.champion
+    elif decision.action is Action.ROLL_BACK:
+        champion = policies.standing(session, status.champion, ledger.fallback, without=(status.canary,))
     return plans.append(
         session,
         champion=champion,

@@ -160,7 +160,7 @@ def _missing(status: RolloutStatus, evidence: Evidence) -> str | None:
     if ledger.canary is not None:
         return f"the ledger carries another canary, v{ledger.canary}"
     if not evidence.canary_known:
-        return f"there is no policy version {status.canary}"
+        return f"there is no policy version {status.canary} that may be served"
     if not evidence.alive:
         return "no replica is alive"
     for replica in evidence.alive:

@@ -29,7 +29,7 @@ def launch(
     """Begin to try version ``canary`` against what is champion now, under ``spec`` or a preset.
 
     With ``draft`` it is only written down; ``release`` starts it, against what is champion then.
-    SlipstreamError where the version does not exist, is champion already, or another rollout is active.
+    SlipstreamError where the version does not exist, was retired or is champion already, or another rollout is active.
     """
     chosen = specs.validate(spec) if spec is not None else specs.preset(preset, traffic_classes)
     with db.write() as session:
@@ -90,8 +90,11 @@ def _champion(session: WriteSession, canary: int) -> int:
     plan = plans.latest(session)
     if plan is None:
         raise SlipstreamError("There is no serving plan yet: start an engine first (`slipstream up`).")
-    if policies.get(session, canary) is None:
+    known = policies.get(session, canary)
+    if known is None:
         raise SlipstreamError(f"There is no policy version {canary}. `slipstream policy list` shows them.")
+    if known.retired_at is not None:
+        raise SlipstreamError(f"v{canary} was retired for good; it is not rolled out again.")
     if plan.champion == canary:
         raise SlipstreamError(f"v{canary} is champion already; there is nothing to roll out.")
     return plan.champion

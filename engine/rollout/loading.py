@@ -47,6 +47,7 @@ def gather(
 ) -> tuple[Evidence, tuple[Command, ...]]:
     """Everything a tick looks at. Traffic that cannot be measured is a fault in the evidence, not the tick's end."""
     plan = plans.latest(session)
+    canary = policies.get(session, status.canary)
     errors = {o.replica_id: o.error for o in plans.observations(session, plan.generation)} if plan else {}
     warmup = timedelta(seconds=spec.warmup_s)
     windows = [Window(stage.generation, stage.began, stage.began + warmup) for stage in status.stages]
@@ -71,7 +72,7 @@ def gather(
             )
             for r in replicas.may_serve(session, now)
         ),
-        canary_known=policies.get(session, status.canary) is not None,
+        canary_known=canary is not None and canary.retired_at is None,
         fault=fault,
         **measured,
     )

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from datetime import timedelta
 from pathlib import Path
+from uuid import uuid4
 
 import pytest
-from sqlalchemy import func, select
+from sqlalchemy import func, insert, select
 from typer.testing import CliRunner
 
 from engine.cli.main import app
@@ -16,9 +17,11 @@ from engine.learner.rebuild import NotRebuilt, rebuild
 from engine.registry.publish import publish
 from engine.speculation.artifact import build_artifact
 from engine.store.database import Database
-from engine.store.models import TracePayloadRow, TraceRow
+from engine.store.members import Members
+from engine.store.models import LearningIntakeRow, PolicyLineageRow, TracePayloadRow, TraceRow
 from engine.store.repositories import learning, plans, policies, tenants
-from tests.learner.test_learner import World
+from tests.learner.test_learner import NOW, World
+from tests.rollout import database_world as world
 
 
 @pytest.fixture
@@ -100,3 +103,66 @@ def test_retiring_takes_versions_out_of_service_and_their_heirs_too(w: World) ->
         kept = policies.get(session, heir)
     assert kept is not None
     assert kept.retired_at == w.now
+
+
+def lineage(db: Database, version: int, ordinal: int) -> None:
+    """Say that a version was taught by this one trace."""
+    with db.write() as session:
+        session.execute(
+            insert(PolicyLineageRow).values(
+                version=version, role=policies.TRAIN, chunks=list(Members.of([ordinal]).chunks),
+                bits=Members.of([ordinal]).bits, window_from=NOW, window_to=NOW, classes={},
+            )
+        )  # fmt: skip
+
+
+def family(db: Database, taught: dict[int, int], count: int = 4) -> list[int]:
+    """Versions, each the parent of the next; ``taught``: place → the ordinal that taught it, of tenants t1, t2, …"""
+    made: list[int] = []
+    with db.write() as session:
+        for n in range(count):
+            version = policies.register(
+                session, digest=f"d{n}", kind=ProposerKind.NGRAM, num_speculative_tokens=4, manifest={},
+                parent_version=made[-1] if made else None,
+            ).version  # fmt: skip
+            made.append(version)
+    world.take_in(db, [uuid4() for _ in range(count)], NOW)
+    with db.write() as session:
+        for row in session.scalars(select(LearningIntakeRow)):
+            row.tenant = f"t{row.ordinal}"
+    for place, ordinal in taught.items():
+        lineage(db, made[place], ordinal)
+    return made
+
+
+def serve(db: Database, champion: int, fallback: int, rollback_to: int | None = None) -> None:
+    with db.write() as session:
+        plans.append(session, champion=champion, fallback=fallback, rollback_to=rollback_to, actor="t", reason="t")
+
+
+def test_what_was_retired_earlier_does_not_come_back(db: Database) -> None:
+    none, old, parent, child = family(db, {2: 1, 3: 2})
+    serve(db, child, none)
+    assert forget(db, "t1", retire=True, actor="t", now=NOW).plan is None  # the parent, which serves nobody
+    done = forget(db, "t2", retire=True, actor="t", now=NOW)
+    assert done.retired == (child,)
+    assert done.plan is not None
+    assert done.plan.champion == old != parent
+
+
+def test_a_fallback_that_was_taught_still_serves(db: Database) -> None:
+    none, champion, *_ = family(db, {0: 1, 1: 1})
+    serve(db, champion, none)
+    done = forget(db, "t1", retire=True, actor="t", now=NOW)
+    assert done.plan is not None
+    assert (done.plan.champion, done.plan.fallback) == (none, none)
+
+
+def test_a_promotion_can_be_taken_back_when_what_was_before_it_is_retired(db: Database) -> None:
+    none, old, before, champion = family(db, {2: 1})
+    serve(db, champion, none, rollback_to=before)
+    done = forget(db, "t1", retire=True, actor="t", now=NOW)
+    assert done.plan is not None
+    assert (done.plan.champion, done.plan.rollback_to) == (champion, old)
+    with db.write() as session:
+        assert plans.roll_back(session, actor="t", reason="bad").champion == old

@@ -108,6 +108,61 @@ def test_an_unknown_version_is_refused_by_name(db: Database, versions: list[int]
         plans.roll_back(session, actor="t", reason="t", to=999)
 
 
+def chain(db: Database, *retired: int) -> list[int]:
+    """Four versions, each the parent of the next; those at these places are retired."""
+    made: list[int] = []
+    with db.write() as session:
+        for n in range(4):
+            version = policies.register(
+                session, digest=f"c{n}", kind=ProposerKind.NGRAM, num_speculative_tokens=4, manifest={},
+                parent_version=made[-1] if made else None,
+            ).version  # fmt: skip
+            made.append(version)
+        policies.retire(session, [made[n] for n in retired], "forgotten", datetime.now(UTC))
+    return made
+
+
+def test_what_is_retired_is_not_served_again(db: Database) -> None:
+    none, _, retired, last = chain(db, 2)
+    append(db, last, fallback=none)
+    refused: list[dict[str, object]] = [
+        {"champion": retired},
+        {"champion": last, "arms": (Arm(CANARY, retired, 0.1),)},
+        {"champion": last, "rollback_to": retired},
+    ]
+    for plan in refused:
+        with pytest.raises(plans.Retired, match=f"v{retired}"):
+            append(db, **({"fallback": none} | plan))  # type: ignore[arg-type]
+    with pytest.raises(plans.Retired, match=f"v{retired}"), db.write() as session:
+        plans.roll_back(session, actor="t", reason="t", to=retired)
+    assert append(db, retired, fallback=retired) == 2  # something must serve
+
+
+@pytest.mark.parametrize(("retired", "expected"), [((), 2), ((2,), 1), ((1, 2), 0), ((0, 1, 2), 0)])
+def test_a_rollback_to_a_retired_champion_goes_to_its_nearest_ancestor(
+    db: Database, retired: tuple[int, ...], expected: int
+) -> None:
+    versions = chain(db)
+    append(db, versions[2], fallback=versions[0])
+    append(db, versions[3], fallback=versions[0], rollback_to=versions[2])
+    with db.write() as session:
+        policies.retire(session, [versions[n] for n in retired], "forgotten", datetime.now(UTC))
+    with db.write() as session:
+        assert plans.roll_back(session, actor="t", reason="bad").champion == versions[expected]
+
+
+def test_a_rollback_never_goes_to_what_it_takes_back(db: Database) -> None:
+    """The canary is the parent of the champion, tried once more; the champion is retired meanwhile."""
+    versions = chain(db)
+    append(db, versions[2], fallback=versions[0])
+    arms = (Arm(CANARY, versions[1], 0.25), Arm(CONTROL, versions[2], 0.25))
+    append(db, versions[2], fallback=versions[0], arms=arms, rollback_to=versions[2])
+    with db.write() as session:
+        policies.retire(session, [versions[2]], "forgotten", datetime.now(UTC))
+    with db.write() as session:
+        assert plans.roll_back(session, actor="t", reason="bad").champion == versions[0]
+
+
 def test_replicas_hear_of_a_plan_when_it_commits(db: Database, versions: list[int]) -> None:
     with psycopg.connect(libpq_url(db.url), autocommit=True) as listener:
         listener.execute(f"LISTEN {plans.CHANNEL}")

@@ -12,6 +12,7 @@ from sqlalchemy.exc import IntegrityError
 from engine.contracts import Arm, ServingPlan, SlipstreamError
 from engine.store.database import ReadSession, WriteSession
 from engine.store.models import PlanObservationRow, PolicyVersionRow, ServingPlanRow
+from engine.store.repositories import policies
 
 CHANNEL = "serving_plans"
 """NOTIFY channel; the payload is the new generation."""
@@ -21,6 +22,15 @@ _LEDGER_LOCK = 0x51195_0001  # advisory lock: generations are handed out one at 
 
 class StalePlan(SlipstreamError):
     """Somebody changed the ledger since the caller looked."""
+
+
+class Retired(SlipstreamError):
+    """The plan would serve, or go back to, a version that was retired for good."""
+
+
+def lock(session: WriteSession) -> None:
+    """Until this transaction ends nobody else changes the ledger, so what is read of it stays true."""
+    session.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _LEDGER_LOCK})
 
 
 def append(
@@ -44,8 +54,10 @@ def append(
 
     ``expected_generation`` is the generation the caller decided on; StalePlan if the ledger has moved since. With an
     ``idempotency_key`` that was used before, the plan it made is returned and nothing is added.
+
+    Retired where the plan names a version that was retired. The fallback is exempt: something must always serve.
     """
-    session.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _LEDGER_LOCK})
+    lock(session)
     if idempotency_key is not None:
         done = session.scalar(select(ServingPlanRow).where(ServingPlanRow.idempotency_key == idempotency_key))
         if done is not None:
@@ -57,6 +69,12 @@ def append(
             "Look at it again and repeat if you still want to."
         )
     _check(arms)
+    named = {champion, *(arm.policy_version for arm in arms), *(() if rollback_to is None else (rollback_to,))}
+    if gone := policies.retired(session, named - {fallback}):
+        raise Retired(
+            f"Retired for good, and never to be served again: {', '.join(f'v{v}' for v in gone)}. "
+            "Choose another version; `slipstream policy list` shows them."
+        )
     row = ServingPlanRow(
         generation=newest + 1,
         champion=champion,
@@ -89,17 +107,21 @@ def roll_back(
 
     One transaction, needing no controller, no learner and no MLflow. Safe to repeat: where there is neither a canary
     nor a promotion to take back, the plan in force is given back unchanged. An earlier champion is never guessed, it
-    may be the very version that was taken back a moment ago; name it with ``to``.
+    may be the very version that was taken back a moment ago; name it with ``to``. Where the recorded champion was
+    retired meanwhile, its nearest ancestor that may be served takes its place; a retired ``to`` is refused.
     """
     if to is not None and session.get(PolicyVersionRow, to) is None:
         raise SlipstreamError(f"There is no policy version {to}. `slipstream policy list` shows them.")
-    session.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _LEDGER_LOCK})
+    lock(session)
     now = latest(session)
     if now is None:
         raise SlipstreamError("There is no serving plan yet: start an engine first (`slipstream up`).")
-    target = to if to is not None else now.rollback_target
+    target = to
     if target is None:
-        return now
+        recorded = now.rollback_target
+        if recorded is None:
+            return now
+        target = policies.standing(session, recorded, now.fallback, without=now.versions - {recorded})
     return append(
         session,
         champion=target,

@@ -122,7 +122,8 @@ def explain(context: typer.Context, rollout_id: Id) -> None:
     began = datetime.fromisoformat(stages[-1]["began"]) if stages else judged.decided_at
     rate = explaining.per_second(judged.evidence, began, judged.decided_at)
     typer.echo(f"{judged.decided_at:%Y-%m-%d %H:%M:%S}  {judged.verdict}: {judged.reason}")
-    for line in explaining.lines(specs.parse(found.spec), explaining.results(judged.evidence), rate):
+    table, per_key = explaining.results(judged.evidence), explaining.per_key(judged.evidence)
+    for line in explaining.lines(specs.parse(found.spec), table, rate, per_key):
         typer.echo(line)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -140,9 +141,12 @@ def _segments(arm: str, requests: Sequence[PastRequest]) -> list[Segment]:
 
 
 def _segment(arm: str, name: str | None, requests: Sequence[PastRequest]) -> Segment:
-    stepped = [r for r in requests if r.steps > 0]
-    x = np.array([r.steps + r.accepted for r in stepped], float)
-    y = np.array([r.steps for r in stepped], float)
+    sums: dict[str, tuple[int, int]] = defaultdict(lambda: (0, 0))  # key → what its requests committed, their steps
+    for r in requests:
+        if r.steps > 0:
+            committed, steps = sums[r.assignment_key]
+            sums[r.assignment_key] = committed + r.steps + r.accepted, steps + r.steps
+    x, y = np.array(list(sums.values()), float).reshape(-1, 2).T
     fine = [r for r in requests if r.status == "ok"]
     return Segment(
         arm,
@@ -153,7 +157,7 @@ def _segment(arm: str, name: str | None, requests: Sequence[PastRequest]) -> Seg
         error_keys=len({r.assignment_key for r in requests if r.status == "error"}),
         timeout_keys=len({r.assignment_key for r in requests if r.status == "timeout"}),
         retry_keys=len({r.assignment_key for r in requests if r.retry > 0}),
-        n=len(stepped),
+        n=len(sums),
         x=float(x.sum()),
         y=float(y.sum()),
         xx=float((x * x).sum()),

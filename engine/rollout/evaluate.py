@@ -122,10 +122,10 @@ def _tokens_per_step(guard: TokensPerStep, alpha: float, arms: Arms) -> GuardRes
             line,
             verdict=Verdict.FAIL,
             reason=f"{_where(line.segment)}the canary commits {line.canary:.3f} tokens per verify step, the control "
-            f"{line.control:.3f}, over {line.n_canary} and {line.n_control} requests" + _worst_said(line),
+            f"{line.control:.3f}, over {line.n_canary} and {line.n_control} keys" + _worst_said(line),
         )
     if not known[0]:
-        return replace(line, reason=f"needs {guard.min_requests} requests per arm with a verify step")
+        return replace(line, reason=f"needs {guard.min_requests} keys per arm with a verify step")
     least = statistics.difference(_entry_moments(canary), _scaled(_entry_moments(control), 1.0 - guard.max_drop))
     rho = statistics.tuned_rho(guard.horizon, guard.pass_alpha)
     if least.estimate - statistics.half_width(least, rho, guard.pass_alpha) > 0:

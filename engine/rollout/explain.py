@@ -51,8 +51,17 @@ def per_second(tree: Mapping[str, Any], began: datetime, decided: datetime) -> f
     return min(staged.get(CANARY, 0), staged.get(CONTROL, 0)) / seconds if seconds > 0 else 0.0
 
 
-def outlook(spec: RolloutSpec, guard: GuardResult, rate: float) -> Outlook:
-    """Until a guard decides, were the present estimate the truth."""
+def per_key(tree: Mapping[str, Any]) -> float:
+    """Requests that an assignment key brought so far; 1 where nothing is known."""
+    whole = [s for s in tree.get("inputs", {}).get("segments", []) if s["traffic_class"] is None]
+    return max((s["requests"] / s["keys"] for s in whole if s["keys"]), default=1.0)
+
+
+def outlook(spec: RolloutSpec, guard: GuardResult, rate: float, requests_per_key: float = 1.0) -> Outlook:
+    """Until a guard decides, were the present estimate the truth.
+
+    Tokens per step stand on keys, everything else on requests.
+    """
     if guard.verdict is Verdict.FAIL:
         return Outlook(Verdict.FAIL, 0, 0.0)
     n = min(guard.n_canary, guard.n_control)
@@ -60,6 +69,7 @@ def outlook(spec: RolloutSpec, guard: GuardResult, rate: float) -> Outlook:
     test = spec.tokens_per_step()
     if guard.guard == TokensPerStep.kind and test is not None:
         verdict, more = _tokens_per_step(spec, test, guard, n)
+        more = ceil(more * requests_per_key) if more is not None else None
     elif guard.verdict is Verdict.INSUFFICIENT and n < spec.min_requests:
         verdict, more = Verdict.PASS, spec.min_requests - n
     elif guard.log_e is not None and guard.limit is not None and guard.log_e > 0 and n:
@@ -91,16 +101,15 @@ def _tokens_per_step(spec: RolloutSpec, test: TokensPerStep, guard: GuardResult,
     return Verdict.PASS, None
 
 
-def lines(spec: RolloutSpec, guards: Sequence[GuardResult], rate: float) -> list[str]:
+def lines(spec: RolloutSpec, guards: Sequence[GuardResult], rate: float, requests_per_key: float = 1.0) -> list[str]:
     """The guard table as text."""
     rows = [("verdict", "guard", "segment", "n canary/control", "canary", "control", "interval", "log E/limit", "")]
     for guard in guards:
         where = guard.segment + (f" (worst {guard.worst})" if guard.worst and guard.worst != guard.segment else "")
         interval = f"{guard.low:+.3f} to {guard.high:+.3f}" if guard.low is not None and guard.high is not None else ""
         evidence = f"{guard.log_e:.2f}/{guard.limit:.2f}" if guard.log_e is not None and guard.limit is not None else ""
-        said = str(outlook(spec, guard, rate)) if guard.log_e is not None and guard.guard != "srm" else guard.reason
-        if guard.verdict is Verdict.FAIL:
-            said = guard.reason
+        told = guard.log_e is not None and guard.guard != "srm" and guard.verdict is not Verdict.FAIL
+        said = str(outlook(spec, guard, rate, requests_per_key)) if told else guard.reason
         n = f"{guard.n_canary:,}/{guard.n_control:,}"
         rows.append(
             (guard.verdict.value, guard.guard, where, n, _value(guard.canary), _value(guard.control), interval,

@@ -21,7 +21,8 @@ class TokensPerStep:
 
     FAIL when it is certain that the canary is worse at all; PASS at the last step when it is certain that it is not
     worse by the share ``max_drop`` of the control. ``pass_alpha`` is the risk of calling a worse canary good enough.
-    ``horizon``: request pairs at which the test is sharpest.
+    ``min_requests`` are assignment keys per arm, and ``horizon`` the pairs of them at which the test is sharpest: the
+    key was randomised, and ten requests of one conversation are one observation.
     """
 
     kind: ClassVar[str] = "tokens_per_step"
@@ -48,6 +49,8 @@ class Latency:
 
     ``method``: certified (an e-process, valid by a theorem) or fast (sharper in the tail, calibrated on equal arms).
     Both arms share their replicas' batches: this sees a canary that is slow by itself, not one that slows everybody.
+    The histograms know no assignment keys: requests count as independent, which they are not where few keys with many
+    requests each differ in how long their outputs are. Then the stated error holds only as far as ``margin`` covers it.
     """
 
     kind: ClassVar[str] = "latency"

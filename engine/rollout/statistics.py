@@ -19,14 +19,16 @@ from scipy import special
 
 Number = Any  # float, or a numpy array of floats: every function broadcasts
 MIN_PAIRS = 10
-"""Below this many requests per arm a variance is too unsure for any statement: every e-value is 1."""
+"""Below this many units per arm a variance is too unsure for any statement: every e-value is 1."""
 
 
 @dataclass(frozen=True, slots=True)
 class Moments:
-    """Per-request sums of x and y over n requests; the quantity of interest is the ratio of sums Σx / Σy.
+    """Sums of x and y over n units; the quantity of interest is the ratio of sums Σx / Σy.
 
-    For tokens per verify step x = tokens committed by verify steps (steps + accepted), y = verify steps.
+    A unit is what was randomised, an assignment key with all of its requests: units are independent, the requests of
+    one are not, and taken for independent they make the variance too small by up to their number. For tokens per verify
+    step x_k = tokens committed by verify steps (steps + accepted), y_k = verify steps, each summed over key k.
     """
 
     n: Number = 0
@@ -60,7 +62,7 @@ class Moments:
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """canary − control of two ratios: estimate, standard error, and the number of request pairs it stands on."""
+    """canary − control of two ratios: estimate, standard error, and the number of pairs of units it stands on."""
 
     estimate: Number
     se: Number
@@ -78,7 +80,7 @@ class Difference:
 
 
 def difference(canary: Moments, control: Moments) -> Difference:
-    """Of two arms that serve at the same time. ``pairs`` is the harmonic mean of the arms' request counts."""
+    """Of two arms that serve at the same time. ``pairs`` is the harmonic mean of the arms' counts of units."""
     pairs = _quotient(2.0 * canary.n * control.n, canary.n + control.n)
     se = np.sqrt(canary.variance + control.variance)
     return Difference(canary.ratio - control.ratio, se, pairs)

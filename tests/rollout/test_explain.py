@@ -56,3 +56,12 @@ def test_the_table_says_what_each_guard_needs() -> None:
     assert len(lines) == 1 + len(SPEC.guards)
     assert "more requests per arm (about" in lines[1]
     assert lines[0].split()[:3] == ["verdict", "guard", "segment"]
+
+
+def test_what_is_missing_in_keys_is_told_in_requests() -> None:
+    early = judged(60, 2.02)["tokens_per_step"]
+    alone, many = (explain.outlook(SPEC, early, 2.0, per_key) for per_key in (1.0, 20.0))
+    assert alone.requests
+    assert many.requests == 20 * alone.requests
+    tree = {"inputs": {"segments": [{"traffic_class": None, "requests": 60, "keys": 3}]}}
+    assert (explain.per_key(tree), explain.per_key({})) == (20.0, 1.0)

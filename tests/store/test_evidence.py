@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from datetime import UTC, datetime, timedelta
 
 import numpy as np
 import pytest
-from sqlalchemy import select, update
+from sqlalchemy import select, text, update
 
 from engine.contracts import CANARY, CONTROL, Arm
 from engine.store import histogram
@@ -46,7 +47,7 @@ def test_moments_and_counts_are_those_of_the_rows(served: Database) -> None:
         assert (s.x, s.y, s.xx, s.yy) == (sum(x), sum(y), sum(v * v for v in x), sum(v * v for v in y))
         assert s.xy == sum(a * b for a, b in zip(x, y, strict=True))
         assert s.error_keys == sum(r.status == "error" for r in mine)
-        assert s.keys == (len({r.assignment_key for r in mine}) if s.traffic_class is None else 0)
+        assert s.keys == len({r.assignment_key for r in mine})
         fine = [r.e2e_s for r in mine if r.status == "ok"]
         assert dict(zip(*s.latencies["e2e"], strict=True)) == dict(zip(*histogram.count(fine), strict=True))
 
@@ -71,6 +72,28 @@ def test_a_key_of_two_classes_counts_once_over_all(served: Database) -> None:
         found = {s.traffic_class: s for s in evidence.segments(session, [Window(1, NOW, NOW)]) if s.arm == CANARY}
     assert {name: s.error_keys for name, s in found.items()} == {None: 1, "chat": 1, "code": 1}
     assert found[None].keys == 1
+
+
+def test_what_is_squared_is_the_sum_of_a_key(served: Database) -> None:
+    """Five keys per arm, each with requests of both classes, some of which took no verify step."""
+    with served.write() as session:
+        session.execute(text("UPDATE traces SET assignment_key = 'k' || get_byte(uuid_send(trace_id), 0) % 5"))
+        session.execute(
+            text("UPDATE traces SET steps = 0, accepted = 0 WHERE assignment_key = 'k0' AND arm = 'control'")
+        )
+    with served.read() as session:
+        found = evidence.segments(session, [Window(1, NOW, NOW)])
+        rows = session.scalars(select(TraceRow)).all()
+    for s in found:
+        x, y = defaultdict(int), defaultdict(int)  # type: dict[str, int], dict[str, int]
+        for r in rows:
+            if r.arm == s.arm and s.traffic_class in (None, r.traffic_class) and r.steps:
+                x[r.assignment_key] += r.steps + r.accepted
+                y[r.assignment_key] += r.steps
+        assert (s.keys, s.n) == (5, 4 if s.arm == CONTROL else 5)
+        assert (s.x, s.y) == (sum(x.values()), sum(y.values()))
+        assert (s.xx, s.yy) == (sum(v * v for v in x.values()), sum(v * v for v in y.values()))
+        assert s.xy == sum(x[k] * y[k] for k in x)
 
 
 @pytest.mark.parametrize("since", [0.0, 20.0, 59.0, 60.0, 61.5, 200.0])

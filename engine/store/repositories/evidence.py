@@ -37,12 +37,12 @@ class Window:
 class Segment:
     """The requests of one arm in one traffic class, or in all classes together (``traffic_class`` None).
 
-    ``keys`` (of all classes together only) and ``…_keys`` count assignment keys, not requests: the key is what was
-    randomised, and a client that retries one failing request ten times is one event. Σx and Σy are over requests that
-    took a verify step, with x = steps + accepted (tokens committed by verify steps, bonus included) and y = steps.
-    ``latencies`` holds, per metric, the log histogram of requests that ended well. ``stage_requests`` are those of the
-    newest stage; ``audited`` and ``mismatches`` count outputs that were replayed without a draft, and those that
-    differed.
+    ``keys`` and ``…_keys`` count assignment keys, not requests: the key is what was randomised, and a client that
+    retries one failing request ten times is one event. ``n`` are the keys that took a verify step, and Σ is over them:
+    x_k = steps + accepted (tokens committed by verify steps, bonus included) and y_k = steps, each summed over all
+    requests of key k in this class. ``latencies`` holds, per metric, the log histogram of requests that ended well.
+    ``stage_requests`` are those of the newest stage; ``audited`` and ``mismatches`` count outputs that were replayed
+    without a draft, and those that differed.
     """
 
     arm: str
@@ -88,15 +88,27 @@ _COMPARED = """
 
 _SUMS = text(
     f"""
-    WITH {_STAGE}
-    SELECT arm, traffic_class, count(*) AS requests, count(*) FILTER (WHERE generation = :current) AS stage_requests,
-        count(*) FILTER (WHERE status = 'cancelled') AS cancelled, count(*) FILTER (WHERE steps > 0) AS n,
-        sum(steps + accepted) FILTER (WHERE steps > 0) AS x, sum(steps) AS y,
-        sum((steps + accepted)::float8 * (steps + accepted)) FILTER (WHERE steps > 0) AS xx,
-        sum(steps::float8 * steps) AS yy, sum((steps + accepted)::float8 * steps) AS xy
-    {_COMPARED} GROUP BY GROUPING SETS ((arm, traffic_class), (arm)) ORDER BY arm, traffic_class NULLS FIRST
+    WITH {_STAGE}, of_class AS MATERIALIZED (
+        SELECT arm, traffic_class, hashtextextended(assignment_key, 0) AS key, count(*) AS requests,
+            count(*) FILTER (WHERE generation = :current) AS stage_requests,
+            count(*) FILTER (WHERE status = 'cancelled') AS cancelled,
+            coalesce(sum(steps + accepted) FILTER (WHERE steps > 0), 0)::float8 AS x, sum(steps)::float8 AS y
+        {_COMPARED} GROUP BY arm, traffic_class, key
+    ), of_key AS (
+        SELECT arm, traffic_class, requests, stage_requests, cancelled, x, y FROM of_class UNION ALL
+        SELECT arm, NULL, sum(requests), sum(stage_requests), sum(cancelled), sum(x), sum(y) FROM of_class
+        GROUP BY arm, key
+    )
+    SELECT arm, traffic_class, sum(requests)::bigint AS requests, sum(stage_requests)::bigint AS stage_requests,
+        sum(cancelled)::bigint AS cancelled, count(*) AS keys, count(*) FILTER (WHERE y > 0) AS n,
+        sum(x) AS x, sum(y) AS y, sum(x * x) AS xx, sum(y * y) AS yy, sum(x * y) AS xy
+    FROM of_key GROUP BY arm, traffic_class ORDER BY arm, traffic_class NULLS FIRST
     """
 )
+"""Requests of one key share its arm and are alike, so what is squared is the sum of a key, never a single request.
+
+Keys are hashed: a few times faster than texts, and two of a million share one of 2^64 values with odds of 3e-8.
+"""
 
 _EVENTS = text(
     f"""
@@ -108,15 +120,6 @@ _EVENTS = text(
     GROUP BY GROUPING SETS ((arm, traffic_class), (arm))
     """
 )
-
-_KEYS = text(
-    f"""
-    WITH {_STAGE}
-    SELECT arm, count(*) AS keys
-    FROM (SELECT DISTINCT arm, hashtextextended(assignment_key, 0) {_COMPARED}) AS k GROUP BY arm
-    """
-)
-"""Hashed: a few times faster than texts, and two of a million keys share one of 2^64 values with odds of 3e-8."""
 
 _LATENCIES = text(
     f"""
@@ -164,12 +167,10 @@ def segments(
     for arm, traffic_class, metric, indices, counts in session.execute(_LATENCIES, buckets):
         latencies[arm, traffic_class][metric] = (indices, counts)
     events = {(row.arm, row.traffic_class): dict(row._mapping) for row in session.execute(_EVENTS, values)}
-    keys: dict[str, int] = {row.arm: row.keys for row in session.execute(_KEYS, values)}
     found = []
     for row in session.execute(_SUMS, values | {"current": windows[-1].generation}):
         tree: dict[str, Any] = events.get((row.arm, row.traffic_class), {}) | dict(row._mapping)
         tree |= {name: float(tree[name] or 0) for name in ("x", "y", "xx", "yy", "xy")}
-        tree["keys"] = keys.get(row.arm, 0) if row.traffic_class is None else 0
         found.append(Segment(**tree, latencies=latencies.get((row.arm, row.traffic_class), {})))
     return found
 

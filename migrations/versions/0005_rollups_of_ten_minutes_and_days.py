@@ -14,7 +14,8 @@ branch_labels = None
 depends_on = None
 
 TIERS = ("ten_minutes", "day")
-DIMENSIONS = "policy_version, arm, traffic_class, replica_id, generation"
+KEY = "at, policy_version, arm, traffic_class, replica_id"
+REALS = ("draft_s", "verify_s", "decode_s")
 SUMS = (
     *("requests", "errors", "cancelled", "retries", "preemptions", "good"),
     *("prompt_tokens", "output_tokens", "steps", "drafted", "accepted"),
@@ -29,7 +30,7 @@ def upgrade() -> None:
             *(sa.Column(name, sa.BigInteger(), nullable=False) for name in SUMS),
             sa.Column("drafted_per_pos", postgresql.ARRAY(sa.BigInteger()), nullable=False),
             sa.Column("accepted_per_pos", postgresql.ARRAY(sa.BigInteger()), nullable=False),
-            *(sa.Column(name, sa.Double(), nullable=False) for name in ("draft_s", "verify_s", "decode_s")),
+            *(sa.Column(name, sa.Double(), nullable=False) for name in REALS),
             sa.PrimaryKeyConstraint(*(column.name for column in _key()), name=op.f(f"pk_rollups_{tier}")),
         )
         op.create_table(
@@ -42,18 +43,10 @@ def upgrade() -> None:
                 "metric", *(column.name for column in _key()), name=op.f(f"pk_rollup_histograms_{tier}")
             ),
         )
-    # What is merged already becomes deltas again: the compactor then makes every tier of it.
-    batch = "CAST('00000000-0000-0000-0000-000000000000' AS uuid), row_number() OVER (), 0"
-    sums = ", ".join((*SUMS, "drafted_per_pos", "accepted_per_pos", "draft_s", "verify_s", "decode_s"))
-    op.execute(
-        f"INSERT INTO rollup_deltas (at, writer_id, seq, ordinal, {DIMENSIONS}, {sums}) "
-        f"SELECT at, {batch}, {DIMENSIONS}, {sums} FROM rollups_minute"
-    )
-    op.execute(
-        f"INSERT INTO rollup_delta_histograms (at, writer_id, seq, ordinal, metric, {DIMENSIONS}, idx, cnt) "
-        f"SELECT at, {batch}, metric, {DIMENSIONS}, idx, cnt FROM rollup_histograms_minute"
-    )
-    op.execute("TRUNCATE rollups_minute, rollup_histograms_minute, rollups_hour, rollup_histograms_hour")
+    # Minutes are kept for a month and hours for a year: each new tier is filled from the longest-lived one that can.
+    for finer, tier, row in (("minute", "ten_minutes", "10 minutes"), ("hour", "day", "1 day")):
+        op.execute(_fill_sums(finer, tier, row))
+        op.execute(_fill_histograms(finer, tier, row))
     op.create_index("ix_traces_e2e", "traces", ["e2e_s"])
     op.create_index("ix_traces_failed", "traces", ["started_at"], postgresql_where=sa.text("status <> 'ok'"))
 
@@ -64,6 +57,39 @@ def downgrade() -> None:
     for tier in reversed(TIERS):
         op.drop_table(f"rollup_histograms_{tier}")
         op.drop_table(f"rollups_{tier}")
+
+
+def _fill_sums(finer: str, tier: str, row: str) -> str:
+    totals = ", ".join([*(f"CAST(sum({n}) AS bigint) AS {n}" for n in SUMS), *(f"sum({n}) AS {n}" for n in REALS)])
+    names = ", ".join((*SUMS, *REALS))
+    source = f"(SELECT {_start(row)}, {KEY[4:]}, {names}, drafted_per_pos, accepted_per_pos FROM rollups_{finer}) AS s"
+    return f"""
+        INSERT INTO rollups_{tier} ({KEY}, {names}, drafted_per_pos, accepted_per_pos)
+        SELECT {KEY}, {names}, coalesce(drafted_per_pos, '{{}}'), coalesce(accepted_per_pos, '{{}}')
+        FROM (SELECT {KEY}, {totals} FROM {source} GROUP BY {KEY}) AS total
+        LEFT JOIN (
+            SELECT {KEY}, array_agg(d ORDER BY place) AS drafted_per_pos,
+                array_agg(a ORDER BY place) AS accepted_per_pos
+            FROM (
+                SELECT {KEY}, place, CAST(sum(coalesce(d, 0)) AS bigint) AS d, CAST(sum(coalesce(a, 0)) AS bigint) AS a
+                FROM {source}, unnest(drafted_per_pos, accepted_per_pos) WITH ORDINALITY AS p (d, a, place)
+                GROUP BY {KEY}, place
+            ) AS by_place GROUP BY {KEY}
+        ) AS places USING ({KEY})"""
+
+
+def _fill_histograms(finer: str, tier: str, row: str) -> str:
+    source = f"(SELECT {_start(row)}, metric, {KEY[4:]}, idx, cnt FROM rollup_histograms_{finer}) AS s"
+    return f"""
+        INSERT INTO rollup_histograms_{tier} (metric, {KEY}, idx, cnt)
+        SELECT metric, {KEY}, array_agg(bucket ORDER BY bucket), array_agg(n ORDER BY bucket) FROM (
+            SELECT metric, {KEY}, bucket, CAST(sum(n) AS integer) AS n
+            FROM {source}, unnest(idx, cnt) AS b (bucket, n) GROUP BY metric, {KEY}, bucket
+        ) AS by_bucket GROUP BY metric, {KEY}"""
+
+
+def _start(row: str) -> str:
+    return f"date_bin(interval '{row}', at, timestamptz '2000-01-01 00:00:00Z') AS at"
 
 
 def _key() -> list[sa.Column[object]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import UTC, date, datetime
+from datetime import UTC, date, datetime, timedelta
 
 import psycopg
 import pytest
@@ -77,3 +77,60 @@ def test_a_partition_in_use_is_tried_again_minutes_later(db: Database, monkeypat
     housekeeping.attend(chore, 300.0)
     with db.read() as session:
         assert not {day for _, day, _ in partitions.existing(session)} & set(days)
+
+
+def test_hours_outlive_their_minutes_in_the_upgrade_to_more_tiers(database_url: str) -> None:
+    """Of the hour a hundred days ago nothing finer is left: it must come through, and be in its day."""
+    config = migrate.alembic_config(database_url)
+    command.downgrade(config, "0004")
+    old, young = datetime(2025, 11, 20, 7, tzinfo=UTC), datetime(2026, 3, 1, 9, tzinfo=UTC)
+    counted = ("requests", "errors", "cancelled", "retries", "preemptions", "good", "prompt_tokens", "output_tokens")
+    names = [*counted, "steps", "drafted", "accepted"]
+    key = "at, policy_version, arm, traffic_class, replica_id"
+    sums = f"{', '.join(names)}, drafted_per_pos, accepted_per_pos, draft_s, verify_s, decode_s"
+    database = Database(database_url)
+    with database.write() as session:
+        partitions.ensure(session, young.date())
+        for tier, at, n in (
+            ("hour", old, 40),
+            ("hour", old + timedelta(hours=2), 2),
+            ("hour", young, 9),
+            ("minute", young + timedelta(minutes=3), 5),
+            ("minute", young + timedelta(minutes=8), 4),
+        ):
+            more, value = (", generation", ", 1") if tier == "minute" else ("", "")
+            values = f":at, 1, 'champion', 'chat', 'r'{value}"
+            session.execute(
+                text(
+                    f"INSERT INTO rollups_{tier} ({key}{more}, {sums}) "
+                    f"VALUES ({values}, {', '.join([':n'] * len(names))}, ARRAY[:n, 1], ARRAY[:n], 1, 1, 1)"
+                ),
+                {"at": at, "n": n},
+            )
+            session.execute(
+                text(
+                    f"INSERT INTO rollup_histograms_{tier} (metric, {key}{more}, idx, cnt) "
+                    f"VALUES ('e2e', {values}, ARRAY[-3, 7], ARRAY[1, :n])"
+                ),
+                {"at": at, "n": n},
+            )
+    command.upgrade(config, "0005")
+    midnight = old.replace(hour=0)
+    with database.read() as session:
+        for tier, expected in {
+            "minute": [(young + timedelta(minutes=3), 5, [5, 1]), (young + timedelta(minutes=8), 4, [4, 1])],
+            "ten_minutes": [(young, 9, [9, 2])],
+            "hour": [(old, 40, [40, 1]), (old + timedelta(hours=2), 2, [2, 1]), (young, 9, [9, 1])],
+            "day": [(midnight, 42, [42, 2]), (young.replace(hour=0), 9, [9, 1])],
+        }.items():
+            found = session.execute(text(f"SELECT at, requests, drafted_per_pos FROM rollups_{tier} ORDER BY at")).all()
+            assert [tuple(row) for row in found] == expected, tier
+        days = session.execute(text("SELECT at, idx, cnt FROM rollup_histograms_day ORDER BY at")).all()
+        assert [tuple(row) for row in days] == [
+            (midnight, [-3, 7], [2, 42]),
+            (young.replace(hour=0), [-3, 7], [1, 9]),
+        ]
+        assert session.scalar(text("SELECT count(*) FROM rollup_deltas")) == 0
+    database.close()
+    command.upgrade(config, "head")
+    command.check(config)

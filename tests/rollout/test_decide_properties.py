@@ -29,7 +29,7 @@ class Machine(RuleBasedStateMachine):
     """A rollout among people, replicas and traffic that do what they like; checked after every tick."""
 
     @initialize(
-        preset=st.sampled_from(["fast", "standard"]), quality=st.sampled_from([1.0, 2.0, 2.6]), there=st.integers(0, 9)
+        preset=st.sampled_from(["fast", "standard"]), quality=st.sampled_from([1.0, 2.0, 2.6]), there=st.integers(0, 3)
     )
     def begin(self, preset: str, quality: float, there: int) -> None:
         self.world, self.quality, self.requests = World(specs.preset(preset)), quality, 0

@@ -14,7 +14,6 @@ import typer
 from engine.cli.context import database, settings
 from engine.contracts import SlipstreamError
 from engine.store.database import ReadSession
-from engine.store.repositories import adaptation, plans, policies, tenants
 
 policy = typer.Typer(help="Draft-policy versions and their lineage.", no_args_is_help=True)
 
@@ -28,6 +27,8 @@ def add(app: typer.Typer) -> None:
 @policy.command("list")
 def list_(context: typer.Context) -> None:
     """All versions, newest first."""
+    from engine.store.repositories import plans, policies
+
     with database(context) as opened, opened.read() as session:
         plan = plans.latest(session)
         roles = {}
@@ -62,6 +63,8 @@ def influenced_by(
     ] = None,
 ) -> None:
     """Which versions a trace, or all traces of a tenant, taught."""
+    from engine.store.repositories import policies, tenants
+
     if (trace_id is None) == (of_tenant is None):
         raise SlipstreamError("Name a trace id or --tenant NAME, one of the two.")
     with database(context) as opened, opened.read() as session:
@@ -95,6 +98,8 @@ def tenant(
     train: Annotated[bool, typer.Option("--train/--no-train", help="whether anything may learn from it")],
 ) -> None:
     """Allow or forbid learning from a tenant's traffic, from now on; stored traces are obeyed too."""
+    from engine.store.repositories import tenants
+
     with database(context) as opened, opened.write() as session:
         tenants.allow_training(session, name, train, getpass.getuser(), datetime.now(UTC))
     typer.echo(f"{name}: traces {'may' if train else 'may not'} teach drafts")
@@ -124,6 +129,8 @@ def _numbers(versions: tuple[int, ...]) -> str:
 
 
 def _shown(session: ReadSession, number: int, traces: bool, price_per_hour: float | None) -> dict[str, Any]:
+    from engine.store.repositories import adaptation, policies
+
     found = policies.get(session, number)
     if found is None:
         raise SlipstreamError(f"There is no policy version {number}. `slipstream policy list` shows them.")

@@ -144,7 +144,7 @@ class Supervisor:
         path.parent.mkdir(parents=True, exist_ok=True)
         lowered = ["nice", "-n", str(component.niceness)] if component.niceness else []
         with path.open("ab") as out:
-            return subprocess.Popen(
+            process = subprocess.Popen(
                 [*lowered, *component.argv],
                 stdin=subprocess.DEVNULL,
                 stdout=out,
@@ -152,6 +152,9 @@ class Supervisor:
                 env=dict(component.environ),
                 start_new_session=True,
             )
+        if component.niceness:
+            _lower_session(process.pid, component.niceness)
+        return process
 
     def _write_state(self) -> None:
         state = {
@@ -167,6 +170,12 @@ class Supervisor:
         temporary = path.with_suffix(".tmp")
         temporary.write_text(json.dumps(state, indent=1))
         temporary.replace(path)
+
+
+def _lower_session(pid: int, niceness: int) -> None:
+    """Where Linux shares the processor between sessions, niceness counts inside one only; the session has its own."""
+    with contextlib.suppress(OSError):  # no such sharing, or not allowed to be changed
+        Path(f"/proc/{pid}/autogroup").write_text(str(niceness))
 
 
 def log_file(home: Path, name: str) -> Path:

@@ -24,6 +24,8 @@ ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",  # housekeeping tries again by itself, and must end when told to
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
 }
+BEHIND_PEOPLE = 5
+"""Niceness of what serves: a rollback, by the controller or typed, must not wait for the very load it is to end."""
 READY_S = {"mlflow": 120.0, "engine": 600.0, "dashboard": 60.0}
 
 
@@ -62,7 +64,7 @@ def start(settings: Settings, supervisor: Supervisor, say: Say) -> Settings:
     supervisor.start(_part("controller", environ))
     if settings.learner.enabled:
         supervisor.start(_part("learner", environ))
-    supervisor.start(_part("housekeeping", environ, niceness=10))
+    supervisor.start(_part("housekeeping", environ, niceness=15))
     supervisor.wait_ready("dashboard", READY_S["dashboard"])
     say(f"dashboard: http://{settings.dashboard.host}:{settings.dashboard.port}")
     supervisor.wait_ready("engine", READY_S["engine"])
@@ -97,13 +99,14 @@ def start_database(settings: Settings) -> str:
 def engine_component(settings: Settings) -> Component:
     """The serving engine as a process; ``settings.database_url`` must be set."""
     api = f"http://{settings.engine.host}:{settings.engine.port}"
-    return _part("engine", _environment(settings), api, answers(f"{api}/readyz"))
+    return _part("engine", _environment(settings), api, answers(f"{api}/readyz"), niceness=BEHIND_PEOPLE)
 
 
 def dashboard_component(settings: Settings) -> Component:
     """The control plane's pages as a process; ``settings.database_url`` must be set."""
     board = f"http://{settings.dashboard.host}:{settings.dashboard.port}"
-    return _part("dashboard", _environment(settings), board, answers(f"{board}/_stcore/health"))
+    ready = answers(f"{board}/_stcore/health")
+    return _part("dashboard", _environment(settings), board, ready, niceness=BEHIND_PEOPLE)
 
 
 def watch_once(chosen: Settings, supervisor: Supervisor, say: Say) -> None:
@@ -181,7 +184,7 @@ def _mlflow(settings: Settings, database_url: str, url: str) -> Component:
     argv = [sys.executable, "-m", "mlflow", "server", "--host", host, "--port", str(port), "--workers", "1"]
     argv += ["--artifacts-destination", str(settings.dir("mlflow") / "artifacts")]
     argv += ["--allowed-hosts", f"localhost:{port},127.0.0.1:{port},{host}:{port}"]
-    return Component("mlflow", argv, environ, url, answers(f"{url}/health"), niceness=10, outlives=True)
+    return Component("mlflow", argv, environ, url, answers(f"{url}/health"), niceness=15, outlives=True)
 
 
 def _part(

@@ -153,3 +153,10 @@ def test_the_record_of_a_rollout_is_told(flags: list[str], db: Database, tmp_pat
     dry = run.invoke(app, [*flags, "rollout", "dry-run", "fast", "--splits", "3"])
     assert "of 3 splits" in dry.output, dry.exception
     assert "rollout 2 ended as rolled back" in dry.output
+
+
+def test_a_command_loads_nothing_it_does_not_need() -> None:
+    """Typed in an emergency, its start is part of the time a rollback takes."""
+    code = "import engine.cli.main, sys; print({'torch', 'numpy', 'mlflow', 'alembic', 'pandas'} & set(sys.modules))"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "set()"

@@ -25,7 +25,7 @@ def encode(rows: Rows, form: str, about: Mapping[str, Any] | None = None) -> byt
         text = io.StringIO()
         writer = csv.DictWriter(text, names)
         writer.writeheader()
-        writer.writerows(_flat(row) for row in rows)
+        writer.writerows({name: _inert(value) for name, value in _flat(row).items()} for row in rows)
         return text.getvalue().encode()
     if form == "parquet":
         return _parquet(rows, names)
@@ -48,6 +48,11 @@ def _flat(row: Mapping[str, Any]) -> dict[str, Any]:
         name: json.dumps(_plain(value)) if isinstance(value, (list, dict, tuple)) else _scalar(value)
         for name, value in row.items()
     }
+
+
+def _inert(value: Any) -> Any:
+    """A client's text that a spreadsheet would run as a formula gets an apostrophe before it: then it is text."""
+    return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")) else value
 
 
 def _scalar(value: Any) -> Any:

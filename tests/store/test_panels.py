@@ -51,6 +51,13 @@ def test_the_formats_say_the_same_and_json_knows_no_nan() -> None:
         frames.encode(rows, "xlsx")
 
 
+def test_a_cell_of_a_client_is_no_formula() -> None:
+    rows = [{"tenant": text, "effect": -1.5} for text in ("=HYPERLINK(1)", "+1", "-1", "@x", "plain")]
+    table = pd.read_csv(io.BytesIO(frames.encode(rows, "csv")))
+    assert list(table["tenant"]) == ["'=HYPERLINK(1)", "'+1", "'-1", "'@x", "plain"]
+    assert list(table["effect"]) == [-1.5] * 5
+
+
 def test_traces_come_by_pages_without_a_hole(db: Database, tmp_path: Path) -> None:
     deltas_only(db, tmp_path)
     part = Slice(START, END)

@@ -8,6 +8,7 @@ from typing import Literal
 import pandas as pd
 import streamlit as st
 
+from app.components.context import plain
 from app.queries.ledger import Serving
 from engine.contracts import CANARY
 
@@ -84,7 +85,7 @@ def verdict(serving: Serving, now: pd.Series, before: pd.Series, window: str) ->
     if canary is not None:
         text += f" Canary **v{canary.policy_version}** takes {canary.weight * 100:g} %"
         if serving.rollout is not None and (reason := serving.rollout.status.get("reason")):
-            text += f": {reason}"
+            text += f": {plain(reason)}"
         text += "."
     return text
 

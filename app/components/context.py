@@ -103,6 +103,11 @@ def heading(title: str, note: str = "") -> None:
     st.markdown(f"**{title}**" + (f" :gray[:small[{note}]]" if note else ""))
 
 
+def plain(words: object) -> str:
+    """Words of a client or an operator, so that they are no Markdown: they must not fetch images or disguise links."""
+    return "".join(c if c.isalnum() or c == " " else "\\" + c for c in " ".join(str(words).split()))
+
+
 def _long(seconds: float) -> str:
     for unit, name in ((86_400, "d"), (3_600, "h"), (60, "min")):
         if seconds >= 2 * unit:

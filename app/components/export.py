@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+
 import streamlit as st
 
 from app.components.context import parameters
@@ -33,12 +35,12 @@ def export(page: str, part: Slice) -> None:
             on_click="ignore",
             icon=":material/download:",
         )
-        st.code(_command(name, form, part), language="bash", wrap_lines=True)
+        st.code(command(name, form, part), language="bash", wrap_lines=True)
 
 
-def _command(name: str, form: str, part: Slice) -> str:
+def command(name: str, form: str, part: Slice) -> str:
     given = parameters(part)
-    flags = [f"--{flag} {given[flag].removeprefix('v')}" for flag in ("from", "to", "class", "arm") if flag in given]
+    flags = [f"--{flag} {shlex.quote(given[flag])}" for flag in ("from", "to", "class", "arm") if flag in given]
     if part.version is not None:
         flags.append(f"--version {part.version}")
     return f"slipstream query {name} {' '.join(flags)} --format {form}"

@@ -9,7 +9,7 @@ import streamlit as st
 
 from app.charts import latency, speculation
 from app.components import context
-from app.components.context import heading, link
+from app.components.context import heading, link, plain
 from app.components.drawing import draw_to_traces
 from app.components.export import export
 from app.components.tables import Columns, table
@@ -70,7 +70,7 @@ def _verdict(found: pd.DataFrame, still: pd.DataFrame) -> str:
     if len(still):
         first = still.iloc[0]
         more = f", and {len(still) - 1} more" if len(still) > 1 else ""
-        return f":red[**{KINDS.get(first['kind'], first['kind']).capitalize()}**]: {first['detail']}{more}."
+        return f":red[**{KINDS.get(first['kind'], first['kind']).capitalize()}**]: {plain(first['detail'])}{more}."
     ended = f" {len(found)} findings of this window have ended." if len(found) else ""
     return f"**Nothing drifts** at this moment.{ended}"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import replace
 from datetime import timedelta
 
@@ -10,7 +11,7 @@ import streamlit as st
 
 from app.charts import system
 from app.components import context
-from app.components.context import RANGES, heading, link
+from app.components.context import RANGES, heading, link, plain
 from app.components.drawing import draw
 from app.components.tables import table
 from app.queries import explain
@@ -36,7 +37,7 @@ def page() -> None:
     first = _earlier(second, back)
     found = explain.between(first, second, str(metric))
     with st.container(key="headline"):
-        st.markdown(found.sentence)
+        st.markdown(plain(found.sentence))
     st.caption(f"{_window(first)} ({found.requests[0]:,} requests) against {_window(second)} ({found.requests[1]:,})")
     if found.total is None:
         st.info("Choose a longer window, fewer filters, or another comparison.", icon=":material/info:")
@@ -135,7 +136,9 @@ def _command(first: Slice, second: Slice, metric: str) -> str:
     minutes = max(int((second.until - second.since).total_seconds() // 60), 1)
     text = f"slipstream explain --from {first.since:%Y-%m-%dT%H:%M:%S} --to {second.since:%Y-%m-%dT%H:%M:%S}"
     text += f" --window {minutes}m --metric {metric}"
-    return text + (f" --class {second.traffic_class}" if second.traffic_class else "")
+    for flag, value in (("class", second.traffic_class), ("arm", second.arm)):
+        text += f" --{flag} {shlex.quote(value)}" if value else ""
+    return text
 
 
 page()

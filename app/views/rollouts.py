@@ -10,7 +10,7 @@ from app.charts import latency
 from app.charts import rollout as charts
 from app.charts.theme import CONFIG
 from app.components import context, rollout, verbs
-from app.components.context import heading
+from app.components.context import heading, plain
 from app.components.tables import Columns, in_colour, table
 from app.queries import ledger, overview
 from engine.contracts import CANARY, CONTROL, RolloutState
@@ -26,7 +26,8 @@ def head() -> None:
     verbs.effect()
     for command in serving.waiting:
         st.info(
-            f"{command.actor} asked to {command.verb}: {command.reason}. The controller answers at its next tick.",
+            f"{plain(command.actor)} asked to {command.verb}: {plain(command.reason)}. "
+            "The controller answers at its next tick.",
             icon=":material/hourglass_empty:",
         )
 
@@ -70,20 +71,18 @@ def _sentence(serving: ledger.Serving) -> str:
     if plan is None:
         return "No engine has started yet. Run `slipstream up`."
     if active is None:
-        return f"**v{plan.champion}** serves all traffic; no rollout is active. Last change: {plan.reason}."
-    canary = plan.arm(CANARY)
+        return f"**v{plan.champion}** serves all traffic; no rollout is active. Last change: {plain(plan.reason)}."
+    canary, reason = plan.arm(CANARY), plain(active.status.get("reason"))
     if plan.champion == active.canary:
         state = active.state.value.lower().replace("_", " ")
-        return f"**v{active.canary}** took over from **v{active.champion}**, {state}: {active.status.get('reason')}."
+        return f"**v{active.canary}** took over from **v{active.champion}**, {state}: {reason}."
     if canary is None and active.status.get("stages"):
         seen = serving.acknowledged is not None and serving.acknowledged.generation >= plan.generation
         serves = "serves all traffic" if seen else "takes all traffic back, not seen on every replica yet"
-        return f"**v{plan.champion}** {serves}. Canary **v{active.canary}** was taken back: {plan.reason}."
+        return f"**v{plan.champion}** {serves}. Canary **v{active.canary}** was taken back: {plain(plan.reason)}."
     share = f"takes {canary.weight * 100:g} %" if canary is not None else "takes no traffic"
     state = active.state.value.lower().replace("_", " ")
-    return (
-        f"Canary **v{active.canary}** {share} against **v{active.champion}**, {state}: {active.status.get('reason')}."
-    )
+    return f"Canary **v{active.canary}** {share} against **v{active.champion}**, {state}: {reason}."
 
 
 def _arms(active: Rollout, decisions: list[DecisionRecord]) -> None:

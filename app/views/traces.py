@@ -13,7 +13,7 @@ import streamlit as st
 from app.charts import trace as charts
 from app.charts.theme import Palette
 from app.components import context, tokens
-from app.components.context import heading
+from app.components.context import heading, plain
 from app.components.drawing import draw
 from app.components.tables import Columns, in_colour, table
 from app.components.tokens import Origin
@@ -144,7 +144,7 @@ def _one(asked: str, colours: Palette) -> None:
     with st.container(horizontal=True, vertical_alignment="center", key="headline"):
         _back()
         st.markdown(
-            f"**{row.traffic_class}** request on **v{row.policy_version}** ({row.arm}), {row.status}: "
+            f"**{plain(row.traffic_class)}** request on **v{row.policy_version}** ({row.arm}), {row.status}: "
             f"{row.output_tokens} tokens in {row.e2e_s * 1e3:,.0f} ms{length}",
             width="stretch",
         )

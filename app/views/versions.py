@@ -9,7 +9,7 @@ import pandas as pd
 import streamlit as st
 
 from app.components import adaptation, context
-from app.components.context import heading
+from app.components.context import heading, plain
 from app.components.tables import SHARE, Columns, in_colour, in_utc, table, trend_column, trends
 from app.queries import ledger, overview
 from app.queries.database import settings
@@ -142,11 +142,11 @@ def _chain(version: PolicyVersion, versions: list[PolicyVersion]) -> str:
 def _traffic(part: Lineage) -> None:
     role = "Learned from" if part.role == "train" else "Judged on"
     window = f"{_time(part.window_from)} to {_time(part.window_to)}"
-    classes = ", ".join(f"{count:,} {name}" for name, count in sorted(part.classes.items(), key=lambda c: -c[1]))
+    classes = ", ".join(f"{count:,} {plain(name)}" for name, count in sorted(part.classes.items(), key=lambda c: -c[1]))
     st.markdown(f"{role} **{part.traces:,} traces**: {classes}  \n:gray[{window}]")
     tenants = {name or "no tenant": count for name, count in ledger.tenants_of(part).items()}
     if set(tenants) != {"no tenant"}:
-        st.caption("Tenants: " + ", ".join(f"{count:,} {_plain(name)}" for name, count in tenants.items()))
+        st.caption("Tenants: " + ", ".join(f"{count:,} {plain(name)}" for name, count in tenants.items()))
     with st.expander("Traces", key=f"traces-{part.role}"):
         frame = pd.DataFrame({"trace": [f"/traces?trace={trace_id}" for trace_id in ledger.traces_of(part)]})
         link = st.column_config.LinkColumn("trace", display_text="trace=(.*)")
@@ -181,7 +181,7 @@ def _gate(version: int) -> None:
     table(frame, columns, "gate")
     passed = (report or {}).get("passed")
     mark = ":green[**Passed**]" if passed else ":red[**Refused**]"
-    st.markdown(f"{mark}: {'; '.join((report or {}).get('reasons', []))}.")
+    st.markdown(f"{mark}: {plain('; '.join((report or {}).get('reasons', [])))}.")
 
 
 def _attempts() -> None:
@@ -217,11 +217,6 @@ def _outcome(outcome: str) -> str:
     colours = current().colours
     shade = {"registered": colours.good, "refused": colours.bad}.get(outcome, colours.muted)
     return f"color: {shade}; font-weight: 600"
-
-
-def _plain(name: str) -> str:
-    """A client's own words, so that they are no Markdown: a tenant's name must not fetch images or disguise links."""
-    return "".join(c if c.isalnum() or c in " .-@" else "\\" + c for c in name)
 
 
 def _time(at: datetime) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,12 @@ from typing import Any
 import pytest
 from streamlit.testing.v1 import AppTest
 
+from app.components.context import plain
+from app.components.export import command
 from engine.contracts import Status
 from engine.settings import TelemetrySettings
 from engine.store.database import Database
-from engine.store.repositories import plans, rollouts, traces
+from engine.store.repositories import drift, plans, rollouts, traces
 from engine.store.repositories.overview import Slice
 from engine.telemetry.spill import Batch, Spill
 from engine.telemetry.writer import TraceWriter
@@ -156,3 +159,30 @@ def test_a_single_request_draws_on_every_page(dashboard: str, db: Database, tmp_
     for name in NAMES:
         test = page(name)
         assert not test.exception, (name, test.exception)
+
+
+def test_a_tenant_named_like_an_image_fetches_none(seeded: Database) -> None:
+    bad = "tenant ![x](http://evil.example/a.png) <b>"
+    now = datetime.now(UTC)
+    since = now - timedelta(hours=1)
+    new = drift.Finding("new_traffic", bad, None, None, since, now, since, now, 0.5, 0.5, 0.02, 10, f"{bad}: 50 %")
+    with seeded.write() as session:
+        drift.record(session, [new], now)
+    shown = text(page("drift"))
+    assert "50" in shown
+    assert "![x](" not in shown
+    assert plain(bad) in shown
+
+
+def test_a_command_to_paste_runs_nothing_that_the_address_says() -> None:
+    bad = "code; rm -rf ~ $(id)"
+    now = datetime.now(UTC)
+    given = shlex.split(command("overview.totals", "csv", Slice(now - timedelta(hours=1), now, bad, bad, 3)))
+    assert given[given.index("--class") + 1] == given[given.index("--arm") + 1] == bad
+    assert given[given.index("--version") + 1] == "3"
+
+
+def test_explain_says_the_command_with_every_filter_quoted(seeded: Database) -> None:
+    asked = {"class": "code; rm -rf ~", "arm": "canary $(id)"}
+    given = shlex.split(page("explain", **asked).code[-1].value)
+    assert {name: given[given.index(f"--{name}") + 1] for name in asked} == asked

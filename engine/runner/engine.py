@@ -86,9 +86,10 @@ class Engine:
         proposer = self._proposers.get(request.policy_version)
         if proposer is None:
             raise PolicyNotResident(f"Policy version {request.policy_version} is not loaded; {self.resident} are.")
-        control = self.control.row(request.policy_version, request.traffic_class, proposer.control)
-        live = Live(request, proposer, control, self.target.tokenizer, self.clock())
+        live = Live(request, proposer, self.target.tokenizer, self.clock())
         self.scheduler.add(live.seq)
+        # Only now: what is refused must not push the experience of others out.
+        live.control = self.control.row(request.policy_version, request.traffic_class, proposer.control)
         self._lives[request.request_id] = live
 
     def cancel(self, request_id: str, status: Status = Status.CANCELLED) -> Output | None:

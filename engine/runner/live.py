@@ -45,13 +45,12 @@ class Draft:
 
 
 class Live:
-    def __init__(
-        self, request: EngineRequest, proposer: Proposer, control: RowControl, tokenizer: Tokenizer, now: float
-    ) -> None:
+    control: RowControl  # given once the request is queued
+
+    def __init__(self, request: EngineRequest, proposer: Proposer, tokenizer: Tokenizer, now: float) -> None:
         self.request = request
         self.sampling = request.sampling
         self.proposer = proposer  # pinned: loading or unloading versions later changes nothing here
-        self.control = control
         self.seq = SequenceState(request.request_id, request.prompt_ids, request.sampling.max_tokens, request.client)
         self._rng = np.random.default_rng(request.sampling.seed)
         self._uniforms: list[float] = []  # of the output positions to come

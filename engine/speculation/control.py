@@ -13,6 +13,7 @@ itself off finds out that it pays again without costing a row.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -32,6 +33,8 @@ ROW_KEEP = 0.97
 """What a request's own experience keeps with every judged token: some 30 tokens."""
 MOST = 0.99
 """No token is certain."""
+MOST_KEPT = 1_024
+"""Versions and classes whose experience is kept, those used last; classes are named by clients."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +103,7 @@ class Acceptance:
         self._tried = [0.0] * (2 * LEVELS + POSITIONS)
         self._accepted = [0.0] * (2 * LEVELS + POSITIONS)
         self.draft_s = 0.0  # seconds a drafted token costs, lately
+        self.weighed = 0  # steps of requests in which it was weighed whether to ask for a draft
 
     def chance(self, position: int, confidence: float | None) -> float:
         """That the token at ``position`` (from 0) is accepted when all before it are."""
@@ -132,7 +136,6 @@ class RowControl:
 
     def __init__(self, acceptance: Acceptance) -> None:
         self.acceptance, self.settings = acceptance, acceptance.settings
-        self.steps = 0  # in which it was weighed whether to ask for a draft
         self._accepted = self._expected = 0.0
 
     @property
@@ -194,11 +197,16 @@ class KController:
 
     def __init__(self, costs: StepCosts | None = None) -> None:
         self.costs = costs
-        self._acceptance: dict[tuple[int, str], Acceptance] = {}
+        self._acceptance = OrderedDict[tuple[int, str], Acceptance]()  # the last used last
 
     def row(self, version: int, traffic_class: str, settings: ControlSettings) -> RowControl:
         """The controller of a request that begins; it shares the experience of its version and class."""
-        return RowControl(self._acceptance.setdefault((version, traffic_class), Acceptance(settings)))
+        key = (version, traffic_class)
+        acceptance = self._acceptance.setdefault(key, Acceptance(settings))
+        self._acceptance.move_to_end(key)
+        if len(self._acceptance) > MOST_KEPT:
+            self._acceptance.popitem(last=False)
+        return RowControl(acceptance)
 
     def forget(self, version: int) -> None:
         for key in [key for key in self._acceptance if key[0] == version]:
@@ -223,8 +231,9 @@ class KController:
             max(rows[i].settings.min_gain for i in dear),
         )
         for i, k in zip(dear, chosen, strict=True):
-            rows[i].steps += 1
-            probe = rows[i].steps % rows[i].settings.probe_every == 0
+            acceptance = rows[i].acceptance  # counts for all requests: short ones would never come to their probe
+            acceptance.weighed += 1
+            probe = acceptance.weighed % rows[i].settings.probe_every == 0
             limits[i] = min(k + probe, ks[i])
         return limits
 

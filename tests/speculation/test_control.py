@@ -10,7 +10,15 @@ from dataclasses import dataclass, field
 import pytest
 
 from engine.contracts import SlipstreamError
-from engine.speculation.control import Acceptance, ControlSettings, KController, Offer, RowControl, allocate
+from engine.speculation.control import (
+    MOST_KEPT,
+    Acceptance,
+    ControlSettings,
+    KController,
+    Offer,
+    RowControl,
+    allocate,
+)
 from engine.speculation.step_costs import StepCosts
 
 MEASURED = {1: 23, 2: 24, 3: 34, 4: 32, 5: 40, 8: 51, 16: 70, 32: 104, 64: 194}  # ms, docs/log.md
@@ -160,6 +168,30 @@ def test_a_drafter_that_costs_time_is_left_alone_but_for_probes() -> None:
         if n:
             row.observe(n, [0] * n, (), [0] * (n + 1))
     assert n >= 3
+
+
+def test_a_dear_drafter_is_probed_in_a_class_of_short_answers() -> None:
+    controller = KController(StepCosts(seconds(MEASURED)))
+    settings, asked = ControlSettings(probe_every=10), list[int]()
+    controller.row(1, "chat", settings).acceptance.took(0.004, 1)
+    for request in range(1_000):  # drafts are wrong at first, and right later on
+        row = controller.row(1, "chat", settings)
+        for _ in range(8):
+            (n,) = controller.limits([row], [4], 1, 1)
+            asked.append(n)
+            if n:
+                row.observe(n, [0] * n, (), [0] * (n + 1) if request > 200 else [1])
+    assert sum(asked[800:1_600]) == 80
+    assert asked[-1] >= 3
+
+
+def test_experience_is_kept_of_the_classes_used_last_only() -> None:
+    controller, settings = KController(), ControlSettings()
+    known = controller.row(1, "chat", settings).acceptance
+    for i in range(3 * MOST_KEPT):
+        controller.row(1, f"made up {i}", settings)
+        assert controller.row(1, "chat", settings).acceptance is known
+    assert len(controller._acceptance) == MOST_KEPT
 
 
 def test_a_dear_drafter_is_never_slower_either() -> None:

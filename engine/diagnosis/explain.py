@@ -285,8 +285,7 @@ def _events(session: ReadSession, since: datetime, until: datetime) -> tuple[Eve
     ledger = [Event(plan.created_at, "ledger", _plan(plan)) for plan in plans.history(session, since, until)]
     learner = [
         Event(a.finished_at, "learner", f"{a.outcome}{f' v{a.version}' if a.version else ''}: {a.reason}")
-        for a in learning.attempts(session)
-        if since <= a.finished_at <= until
+        for a in learning.finished(session, since, until)
     ]
     return tuple(sorted([*ledger, *learner], key=lambda event: event.at))
 

@@ -11,13 +11,16 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from engine.diagnosis import explain
 from engine.store import frames
 from engine.store.database import Database
 from engine.store.panels import PANELS
-from engine.store.repositories import traces
+from engine.store.repositories import learning, traces
+from engine.store.repositories.learning import Attempt
 from engine.store.repositories.overview import Slice
 from engine.store.repositories.traces import Filter
-from tests.store.test_rollups import END, START, deltas_only
+from tests.store.test_rollups import END, START, deltas_only, write
+from tests.telemetry.records import record
 
 DAY = Slice(START, START + timedelta(days=1))
 
@@ -49,6 +52,26 @@ def test_the_formats_say_the_same_and_json_knows_no_nan() -> None:
     assert table["list"][0] == whole["list"][0] == "[1, 2]"
     with pytest.raises(ValueError, match="csv"):
         frames.encode(rows, "xlsx")
+
+
+def test_an_old_window_still_has_its_attempts(db: Database) -> None:
+    """However many the learner has made since."""
+    with db.write() as session:
+        for number in range(250):
+            at = START + timedelta(hours=number)
+            learning.record(session, Attempt(at, at, "refused", "no certain gain", 60, 20, {}, 0.1))
+    with db.read() as session:
+        rows = PANELS["system.learning"].read(session, DAY)
+        events = explain._events(session, START, START + timedelta(hours=3))
+    assert [row["at"] for row in rows] == [START + timedelta(hours=n) for n in reversed(range(24))]
+    assert [event.at for event in events] == [START + timedelta(hours=n) for n in range(3)]
+
+
+def test_a_timeout_is_a_failure_too(db: Database, tmp_path: Path) -> None:
+    ends = ("ok", "error", "timeout", "cancelled")
+    write(db, tmp_path, [record(n, 5, started_at=START, status=end) for n, end in enumerate(ends)])
+    with db.read() as session:
+        assert {row["status"] for row in PANELS["traces.failed"].read(session, DAY)} == {"error", "timeout"}
 
 
 def test_a_cell_of_a_client_is_no_formula() -> None:

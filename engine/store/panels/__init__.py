@@ -54,7 +54,10 @@ def _ledger(session: ReadSession, part: Slice) -> Rows:
 def _findings(session: ReadSession, part: Slice) -> Rows:
     """Findings of the window, each with what the learner did in the six hours after it."""
     rows = drift.findings(session, part.since, part.until)
-    attempts = learning.attempts(session) if rows else []
+    if not rows:
+        return []
+    times = [row["found_at"] for row in rows]
+    attempts = learning.finished(session, min(times), max(times) + REACTION)
     for row in rows:
         after = [a for a in attempts if row["found_at"] <= a.finished_at <= row["found_at"] + REACTION]
         made = [f"v{a.version}" for a in after if a.version is not None]
@@ -63,7 +66,7 @@ def _findings(session: ReadSession, part: Slice) -> Rows:
 
 
 def _failed(session: ReadSession, part: Slice) -> Rows:
-    return traces.listed(session, part, traces.Filter(status="error"))
+    return traces.listed(session, part, traces.Filter(failed=True))
 
 
 def _slowest(session: ReadSession, part: Slice) -> Rows:

@@ -80,6 +80,5 @@ def learning_cost(session: ReadSession, part: Slice) -> Rows:
     """The learner's attempts in the window: outcome and CPU seconds."""
     return [
         {"at": a.finished_at, "outcome": a.outcome, "version": a.version, "cpu_s": a.cpu_s, "traces": a.train_traces}
-        for a in learning.attempts(session)
-        if part.since <= a.finished_at < part.until
+        for a in learning.finished(session, part.since, part.until)
     ]

@@ -54,6 +54,13 @@ def attempts(session: ReadSession | WriteSession, limit: int = 200) -> list[Atte
     return [_attempt(row) for row in session.scalars(query)]
 
 
+def finished(session: ReadSession, since: datetime, until: datetime) -> list[Attempt]:
+    """All that ended in [since, until), newest first."""
+    ended = LearningAttemptRow.finished_at
+    query = select(LearningAttemptRow).where(ended >= since, ended < until).order_by(LearningAttemptRow.id.desc())
+    return [_attempt(row) for row in session.scalars(query)]
+
+
 def without_run(session: ReadSession | WriteSession, limit: int = 50) -> list[Attempt]:
     """Attempts that MLflow does not show yet, oldest first."""
     query = (

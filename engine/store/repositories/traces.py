@@ -49,7 +49,8 @@ COUNTED = 100_000
 
 @dataclass(frozen=True, slots=True)
 class Filter:
-    """What of a slice is listed; None means all. Durations are seconds, ``conversation`` is the assignment key."""
+    """What of a slice is listed; None means all. Durations are seconds, ``conversation`` is the assignment key;
+    ``failed`` are the requests that ended in an error or a timeout."""
 
     status: str | None = None
     tenant: str | None = None
@@ -57,6 +58,7 @@ class Filter:
     min_e2e_s: float | None = None
     max_e2e_s: float | None = None
     trace_ids: tuple[UUID, ...] | None = None
+    failed: bool = False
 
     @property
     def is_empty(self) -> bool:
@@ -150,6 +152,9 @@ def _conditions(part: Slice, chosen: Filter) -> list[ColumnElement[bool]]:
             wanted.append(column == value)
     if chosen.status not in (None, Status.OK):
         wanted.append(TraceRow.status != Status.OK)  # says nothing new, but lets Postgres take the index of failures
+    if chosen.failed:
+        wanted.append(TraceRow.status.in_((Status.ERROR, Status.TIMEOUT)))
+        wanted.append(TraceRow.status != Status.OK)  # as above
     if chosen.min_e2e_s is not None:
         wanted.append(TraceRow.e2e_s >= chosen.min_e2e_s)
     if chosen.max_e2e_s is not None:

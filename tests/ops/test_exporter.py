@@ -9,6 +9,7 @@ from uuid import UUID
 import httpx
 import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+from sqlalchemy import text
 
 from engine.contracts import SlipstreamError
 from engine.ops import spans
@@ -149,6 +150,12 @@ def test_a_trace_committed_late_is_not_passed_over(db: Database, exporter: Mlflo
         drain(exporter)
     drain(exporter)
     assert sorted(mlflow.seen) == sorted(trace(n).trace_id.hex for n in range(3))
+
+
+def test_the_horizon_is_no_later_than_the_look_at_who_writes(db: Database) -> None:
+    """Who begins to write after the look is not seen by it: a clock read after it would pass their rows over."""
+    with db.read() as session:
+        assert session.scalar(text(f"SELECT ({export.HORIZON}) <= statement_timestamp()"))
 
 
 def test_the_same_trace_gives_the_same_bytes() -> None:

@@ -13,6 +13,11 @@ from sqlalchemy.dialects.postgresql import insert
 from engine.store.database import ReadSession, WriteSession
 from engine.store.models import ExportCursorRow, TraceRow
 
+HORIZON = (
+    "SELECT least(statement_timestamp(), min(xact_start)) FROM pg_stat_activity "
+    "WHERE backend_xid IS NOT NULL AND datname = current_database() AND pid <> pg_backend_pid()"
+)
+
 
 @dataclass(frozen=True, slots=True)
 class Cursor:
@@ -54,14 +59,10 @@ def settled_before(session: ReadSession | WriteSession) -> datetime:
     """The instant up to which traces are complete.
 
     Rows of a transaction that is still open are older than its start. The horizon therefore stops at the start of the
-    oldest transaction that writes now, or a trace committed late would be passed over for ever.
+    oldest transaction that writes now, or a trace committed late would be passed over for ever. The clock is that of
+    before the look at them: who begins to write after it has been looked at is younger.
     """
-    horizon = session.scalar(
-        text(
-            "SELECT least(clock_timestamp(), min(xact_start)) FROM pg_stat_activity "
-            "WHERE backend_xid IS NOT NULL AND datname = current_database() AND pid <> pg_backend_pid()"
-        )
-    )
+    horizon = session.scalar(text(HORIZON))
     assert isinstance(horizon, datetime)
     return horizon
 

@@ -25,8 +25,8 @@ LARGE = 0.05
 SLIDE = 0.05
 """A slow slide is reported from this loss of accepted tokens per step on."""
 SLIDE_HOURS = 12
-DEAD = 0.005
-"""Accepted tokens per step under which a draft is dead: an acceptance length of 1.00."""
+DEAD, DEAD_DRAFTED = 0.005, 100
+"""Share of the drafted tokens that is accepted under which a draft is dead, and how many it takes to say so."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,9 +127,12 @@ def change_point(
     return None
 
 
-def is_dead(steps: int, drafted: int, accepted: int) -> bool:
-    """Drafts are verified and nothing is ever accepted: the acceptance length is 1.00 though the service is healthy."""
-    return steps > 0 and drafted > 0 and accepted / steps < DEAD
+def is_dead(drafted: int, accepted: int) -> bool:
+    """Drafts are verified and nothing is ever accepted, though the service is healthy.
+
+    Of what was drafted: a policy that drafts rarely, and then well, adds little to a step and is alive.
+    """
+    return drafted >= DEAD_DRAFTED and accepted < DEAD * drafted
 
 
 def slide(hours: np.ndarray, values: np.ndarray, weights: np.ndarray) -> Slide | None:

@@ -131,10 +131,10 @@ def _dead(session: ReadSession, now: datetime) -> Iterator[Finding]:
         version, healthy = row["policy_version"], row["requests"] - row["errors"]
         if version in none or healthy < DEATH_REQUESTS:
             continue
-        if drift.is_dead(row["steps"], row["drafted"], row["accepted"]):
+        if drift.is_dead(row["drafted"], row["accepted"]):
             yield Finding(
                 "silent_death", "acceptance length", row["traffic_class"], version, part.since, now, part.since,
-                part.since, row["accepted"] / row["steps"], row["accepted"] / row["steps"], drift.DEAD, healthy,
+                part.since, row["accepted"] / row["steps"], row["accepted"] / row["drafted"], drift.DEAD, healthy,
                 f"v{version} accepts nothing of {row['traffic_class']}: acceptance length 1.00, {healthy:,} requests",
             )  # fmt: skip
 

@@ -159,3 +159,21 @@ def test_silent_death_alarms_except_where_nothing_is_drafted_on_purpose(
         deaths = [finding for finding in monitor.findings(session, NOW) if finding.kind == "silent_death"]
     assert len(deaths) == alarms
     assert all(finding.traffic_class == "code" for finding in deaths)
+
+
+def test_a_policy_that_drafts_rarely_and_well_is_alive() -> None:
+    assert not drift.is_dead(drafted=400, accepted=200)
+    assert not drift.is_dead(drafted=99, accepted=0)
+    assert drift.is_dead(drafted=400, accepted=1)
+
+
+def test_a_rare_class_has_its_own_sample_of_prompts(db: Database, tmp_path: Path) -> None:
+    made = [
+        record(n, 9, started_at=NOW - timedelta(seconds=n), status="ok", traffic_class="chat" if n % 10 else "code")
+        for n in range(1_500)
+    ]
+    write(db, tmp_path, made)
+    with db.read() as session:
+        counts = found.binned(session, found.TOKENS, NOW - timedelta(hours=1), NOW + timedelta(seconds=1))
+    assert sum(counts["code"].values()) >= monitor.FEW
+    assert sum(counts["chat"].values()) > 250

@@ -22,7 +22,7 @@ BINNED = {
 """Quantity → SQL of the bin of a request. Lengths fall into twelve bins, each 2.1 times as wide as the one before."""
 TOKENS, TOKEN_BINS = "prompt tokens", 32
 SAMPLED = 400
-"""Prompts whose tokens are looked at in a window."""
+"""Prompts of a class whose tokens are looked at in a window: of all together, a rare class would have too few."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,10 +69,12 @@ def _tokens(session: ReadSession, since: datetime, until: datetime) -> dict[str,
     """
     query = f"""
         WITH chosen AS (
-            SELECT traffic_class, prompt_ids FROM traces JOIN trace_payloads USING (started_at, trace_id)
-            WHERE traces.started_at >= :since AND traces.started_at < :until AND status = 'ok'
-                AND cardinality(prompt_ids) > 0
-            ORDER BY traces.started_at DESC LIMIT {SAMPLED}
+            SELECT newest.traffic_class, prompt_ids FROM (
+                SELECT traffic_class, started_at, trace_id,
+                    row_number() OVER (PARTITION BY traffic_class ORDER BY started_at DESC) AS place
+                FROM traces WHERE started_at >= :since AND started_at < :until AND status = 'ok'
+            ) AS newest JOIN trace_payloads USING (started_at, trace_id)
+            WHERE place <= {SAMPLED} AND cardinality(prompt_ids) > 0
         )
         SELECT traffic_class, mod(hashint4(token) & 2147483647, {TOKEN_BINS}),
             sum(1.0 / cardinality(prompt_ids)) FROM chosen, unnest(prompt_ids) AS token GROUP BY 1, 2"""

@@ -61,8 +61,11 @@ def replay_controlled(
     drafter.observe(output_ids[:1])
     done = 1
     while done < len(output_ids):
-        asked = max(0, min(proposer.num_speculative_tokens, max_tokens - done - 1))
+        most, before = max(0, min(proposer.num_speculative_tokens, max_tokens - done - 1)), _passes(drafter)
+        (asked,) = controller.limits([row], [most], 1, 1)
         draft = drafter.propose(asked) if asked else []
+        if asked:
+            row.acceptance.took((_passes(drafter) - before) * draft_pass_s, asked)
         confidence = drafter.confidence if asked else ()
         k = controller.choose([Offer(row, len(draft), confidence)], 1, 1).ks[0]
         step = verify_stored(draft[:k], output_ids[done:])
@@ -73,8 +76,12 @@ def replay_controlled(
         counts.add(step)
         seconds += controller.costs(1 + k)
         done += step.emitted
-    passes: int = getattr(drafter, "passes", 0)
-    return counts, seconds + passes * draft_pass_s
+    return counts, seconds + _passes(drafter) * draft_pass_s
+
+
+def _passes(drafter: Drafter) -> int:
+    """That a neural draft has made so far."""
+    return int(getattr(drafter, "passes", 0))
 
 
 def _drafter(proposer: Proposer, prompt_ids: Sequence[int], output_ids: Sequence[int], traffic_class: str) -> Drafter:

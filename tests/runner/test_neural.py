@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import pytest
 
 from engine.contracts import SpecCounts
 from engine.model.loading import Target
 from engine.runner.engine import RequestResult
+from engine.speculation.control import KController
 from engine.speculation.draft_pool import DraftPool
 from engine.speculation.hybrid import HybridProposer
 from engine.speculation.neural_file import DraftFile
 from engine.speculation.proposer import Proposer
-from engine.speculation.replay import replay
+from engine.speculation.replay import replay, replay_controlled
+from engine.speculation.step_costs import StepCosts
 from tests.runner.drafts import CopyPool, DreamingPool, LatePool, neural, random_draft, trained_draft
 from tests.runner.driving import MEMORY, NGRAM, NONE, Scripted, alone, engine_of, memory_of, request, run
 from tests.runner.test_exactness import prompts
@@ -137,6 +140,45 @@ def test_replay_counts_what_the_runner_counts(
             if given is not None:
                 assert counts == result.counts, i
             assert (counts.steps, counts.accepted) >= (result.counts.steps, result.counts.accepted)
+
+
+class Known(StepCosts):
+    """Costs that stay what they were said to be."""
+
+    def observe(self, rows: int, seconds: float) -> None:
+        return
+
+
+@pytest.mark.parametrize("pass_s", [0.001, 0.02, 1.0])
+@pytest.mark.parametrize("version", [WILD, TRAINED, HYBRID])
+def test_replay_under_k_control_asks_for_what_the_engine_asks_for(
+    tiny: Target,
+    plain: list[RequestResult],
+    proposers: dict[int, Proposer],
+    version: int,
+    pass_s: float,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """On a clock that only passes of the draft move: cheap ones, dear ones, and ones that never pay."""
+    passes, costs = [0], {1: 0.023, 2: 0.024, 4: 0.032, 8: 0.051}
+    forward = DraftPool._forward
+
+    def counted(*args: Any) -> Any:
+        passes[0] += 1
+        return forward(*args)
+
+    monkeypatch.setattr(DraftPool, "_forward", counted)
+    engine = engine_of(tiny, proposers, clock=lambda: passes[0] * pass_s)
+    engine.control.costs = Known(costs)
+    controller = KController(Known(costs))
+    for i, want in enumerate(plain[:5]):
+        engine.add(request(str(i), want.payload.prompt_ids, version, max_tokens=LONG))
+        result = run(engine)[str(i)]
+        ids = result.payload.prompt_ids, result.payload.output_ids
+        counts, _ = replay_controlled(
+            engine._proposers[version], controller, version, "chat", *ids, LONG, draft_pass_s=pass_s
+        )
+        assert counts == result.counts, i
 
 
 def test_places_are_given_back(tiny: Target, proposers: dict[int, Proposer]) -> None:

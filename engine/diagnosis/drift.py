@@ -97,7 +97,8 @@ def change_point(
     """Two-sided CUSUM over ``values`` [requests] in order, standardised within each segment (Page 1954).
 
     Centring by segment keeps a mere change of mix silent. The first ``in_control`` requests give mean and deviation. A
-    text says why it was not armed.
+    text says why it was not armed. A change that is over, its ``AFTER`` newest requests within ``k`` of what was usual,
+    is none: the watch goes on behind it.
     """
     if len(values) < in_control:
         return f"{len(values):,} requests at this version; it takes {in_control:,} to know what is usual"
@@ -111,20 +112,35 @@ def change_point(
     known &= np.nan_to_num(spread) > 0
     places = in_control + np.nonzero(known[codes[in_control:]])[0]
     standard = (values[places] - mean[codes[places]]) / spread[codes[places]]
-    for sign in (-1.0, 1.0):
-        path = np.cumsum(sign * standard - k)
-        floor = np.minimum.accumulate(np.minimum(path, 0.0))
-        over = np.nonzero(path - floor > h)[0]
-        if len(over):
-            alarm = int(over[0])
+    begin = 0
+    while alarms := [(alarm, sign) for sign in (-1.0, 1.0) if (alarm := _alarm(sign * standard[begin:], k, h)) >= 0]:
+        first, sign = min(alarms)
+        alarm = begin + first
+        back = _usual_again(standard, alarm, k)
+        if back is None:
             # Where a change of the mean began most likely: the suffix whose sum is the most standard errors from 0.
             # What came after the alarm counts too: the alarm itself was an unlucky moment.
             end = min(alarm + 1 + AFTER, len(standard))
-            sums = np.cumsum((sign * standard[:end])[::-1])
-            since = places[end - 1 - int(np.argmax(sums / np.sqrt(np.arange(1, end + 1)))) : end]
+            sums = np.cumsum((sign * standard[begin:end])[::-1])
+            since = places[end - 1 - int(np.argmax(sums / np.sqrt(np.arange(1, end - begin + 1)))) : end]
             usual = float(mean[codes[since]].mean())
             return Change(int(places[alarm]), int(since[0]), usual, float(values[since].mean()))
+        begin = back
     return None
+
+
+def _alarm(standard: np.ndarray, k: float, h: float) -> int:
+    """Where the one-sided CUSUM first crosses ``h``; -1 where it does not."""
+    path = np.cumsum(standard - k)
+    over = path - np.minimum.accumulate(np.minimum(path, 0.0)) > h
+    return int(np.argmax(over)) if over.any() else -1
+
+
+def _usual_again(standard: np.ndarray, alarm: int, k: float) -> int | None:
+    """The end of the first ``AFTER`` requests behind an alarm whose mean is within ``k``; None while there are none."""
+    sums = np.cumsum(np.concatenate([[0.0], standard[alarm:]]))
+    within = np.abs(sums[AFTER:] - sums[:-AFTER]) <= k * AFTER
+    return alarm + AFTER + int(np.argmax(within)) if within.any() else None
 
 
 def is_dead(drafted: int, accepted: int) -> bool:

@@ -79,7 +79,7 @@ def _input(session: ReadSession, now: datetime) -> Iterator[Finding]:
 
 
 def _change_point(session: ReadSession, version: int, since: datetime, now: datetime) -> Iterator[Finding]:
-    values, classes, times = found.acceptance(session, version, since, now)
+    values, classes, times = found.acceptance(session, version, since, now, drift.IN_CONTROL)
     change = drift.change_point(values, classes)
     if not isinstance(change, drift.Change):
         return

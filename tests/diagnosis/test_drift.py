@@ -69,6 +69,31 @@ def test_a_drop_is_found_near_its_begin_and_a_change_of_mix_is_none() -> None:
     assert np.median(alarms) < 300
 
 
+def test_a_change_that_is_over_is_none_and_a_later_one_is_found() -> None:
+    rng = np.random.default_rng(1)
+    parts = [stream(rng, 8_000), stream(rng, 3_000, drop=0.2), stream(rng, 6_000)]
+    values, classes = (np.concatenate(pair) for pair in zip(*parts, strict=True))
+    assert isinstance(drift.change_point(values[:11_000], classes[:11_000]), drift.Change)
+    assert drift.change_point(values, classes) is None
+    later = stream(rng, 3_000, drop=0.1)
+    change = drift.change_point(np.concatenate([values, later[0]]), np.concatenate([classes, later[1]]))
+    assert isinstance(change, drift.Change)
+    assert abs(change.onset - 17_000) < 250
+
+
+def test_the_newest_requests_are_looked_at_however_long_the_champion_serves(db: Database, tmp_path: Path) -> None:
+    made = [record(n, 3, started_at=NOW - timedelta(seconds=n), status="ok", policy_version=1, steps=9, drafted=30,
+                   accepted=9)
+            for n in range(100)]  # fmt: skip
+    write(db, tmp_path, made)
+    since, until = NOW - timedelta(hours=1), NOW + timedelta(seconds=1)
+    with db.read() as session:
+        times = found.acceptance(session, 1, since, until, first=10, newest=20)[2]
+        whole = found.acceptance(session, 1, since, until, first=70, newest=60)[2]
+    assert times == [NOW - timedelta(seconds=n) for n in (*range(99, 89, -1), *range(19, -1, -1))]
+    assert whole == [NOW - timedelta(seconds=n) for n in range(99, -1, -1)]
+
+
 def test_the_cusum_refuses_to_arm_on_too_little_and_is_quiet_in_control() -> None:
     rng = np.random.default_rng(0)
     assert "takes 5,000" in str(drift.change_point(*stream(rng, 4_999)))

@@ -85,14 +85,16 @@ def _tokens(session: ReadSession, since: datetime, until: datetime) -> dict[str,
 
 
 def acceptance(
-    session: ReadSession, version: int, since: datetime, until: datetime, limit: int = 60_000
+    session: ReadSession, version: int, since: datetime, until: datetime, first: int, newest: int = 50_000
 ) -> tuple[np.ndarray, np.ndarray, list[datetime]]:
-    """Accepted tokens per step, class, and start of the first ``limit`` requests of a version since then, in order."""
-    query = """
-        SELECT accepted / CAST(steps AS float8), traffic_class, started_at FROM traces
+    """Accepted tokens per step, class, and start of the ``first`` and of the ``newest`` requests of a version in the
+    window, in order, each once."""
+    some = """
+        SELECT accepted / CAST(steps AS float8) AS value, traffic_class, started_at, trace_id FROM traces
         WHERE policy_version = :version AND started_at >= :since AND started_at < :until AND status = 'ok' AND steps > 0
-        ORDER BY started_at LIMIT :limit"""
-    values = {"version": version, "since": since, "until": until, "limit": limit}
+        ORDER BY started_at"""
+    query = f"({some}, trace_id LIMIT :first) UNION ({some} DESC, trace_id DESC LIMIT :newest) ORDER BY 3, 4"
+    values = {"version": version, "since": since, "until": until, "first": first, "newest": newest}
     rows = session.execute(text(query), values).all()
     return (
         np.array([row[0] for row in rows], dtype=float),

@@ -54,7 +54,7 @@ def dry_run(
     context: typer.Context,
     file: Annotated[Path, typer.Argument(help="YAML file, or the name of a preset")],
     hours: Annotated[float, typer.Option(help="how far back the traffic reaches")] = 24.0,
-    splits: Annotated[int, typer.Option(help="ways to split it into equal arms")] = 40,
+    splits: Annotated[int, typer.Option(min=1, help="ways to split it into equal arms")] = 40,
 ) -> None:
     """Try guards on the past: equal arms made of the champion's traffic, and every rollout that is over."""
     from engine.rollout import dry_run as dry

@@ -94,8 +94,10 @@ def report(spec: RolloutSpec, equal: Equal | None, incidents: Sequence[Incident]
             f"been rolled back falsely ({share:.1%}; the budget is {spec.alpha:.0%})"
             + (f", by {', '.join(sorted(set(equal.fired)))}" if equal.fired else "")
         )
-        rate = equal.per_second * spec.steps[-1]
-        if equal.passed:
+        if not equal.per_second:
+            yield "too little past traffic to reckon how long anything takes"
+        elif equal.passed:
+            rate = equal.per_second * spec.steps[-1]
             need = float(np.median(equal.passed))
             yield (
                 f"an equal canary is called not worse after {need:,.0f} requests per arm (median of "
@@ -103,8 +105,9 @@ def report(spec: RolloutSpec, equal: Equal | None, incidents: Sequence[Incident]
             )
         else:
             yield f"{equal.requests // 2:,} requests per arm are not enough to call an equal canary not worse"
-        least = sum(spec.min_requests / (equal.per_second * step) + spec.warmup_s for step in spec.steps)
-        yield f"the steps and the soak alone take {(least + spec.soak_s) / 60:,.0f} min at that traffic"
+        if equal.per_second:
+            least = sum(spec.min_requests / (equal.per_second * step) + spec.warmup_s for step in spec.steps)
+            yield f"the steps and the soak alone take {(least + spec.soak_s) / 60:,.0f} min at that traffic"
     for found in incidents:
         did = found.ended.lower().replace("_", " ")
         if found.at is None:

@@ -44,3 +44,11 @@ def test_identical_arms_of_conversations_are_not_rolled_back(monkeypatch: pytest
 
     monkeypatch.setattr(dry_run, "_segment", per_request)
     assert fired(past) >= 3
+
+
+@pytest.mark.parametrize("requests", [1, 2])
+def test_a_nearly_empty_database_gives_no_times(requests: int) -> None:
+    past = [PastRequest(NOW, f"c{n}", "chat", "ok", 0, 20, 10, 1.0, 0.1, 0.02) for n in range(requests)]
+    spec = specs.preset("standard")
+    told = list(dry_run.report(spec, dry_run.equal_arms(spec, past, 4), []))
+    assert told[1:] == ["too little past traffic to reckon how long anything takes"]

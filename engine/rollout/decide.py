@@ -111,7 +111,7 @@ def judge(
 def _before_traffic(
     spec: RolloutSpec, status: RolloutStatus, evidence: Evidence, command: Command | None, now: datetime
 ) -> Decision:
-    """DRAFT, READY, and a hold before traffic: start when everything a rollback needs is in place."""
+    """READY, and a hold before traffic: start when everything a rollback needs is in place."""
 
     def stay(state: RolloutState, why: str, **changes: object) -> Decision:
         moved = replace(status.moved(state, now), reason=why, **changes)  # type: ignore[arg-type]
@@ -130,7 +130,7 @@ def _before_traffic(
         return stay(RolloutState.HELD, f"held by {command.actor}: {command.reason}", held_by="operator")
     if command is not None and command.verb == "promote":
         return stay(status.state, f"promotion refused ({command.actor}): the canary has served no request yet")
-    if status.state in (RolloutState.DRAFT, RolloutState.HELD):
+    if status.state is RolloutState.HELD:
         if command is None:
             return stay(status.state, status.reason)
         return stay(RolloutState.READY, f"released by {command.actor}: {command.reason}", held_by="")

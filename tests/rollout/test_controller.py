@@ -14,12 +14,12 @@ from engine.contracts import CANARY, RolloutState, SlipstreamError, Verdict
 from engine.rollout import specs
 from engine.rollout.controller import Controller, launch_awaiting
 from engine.rollout.decide import decide
-from engine.rollout.launch import launch
+from engine.rollout.launch import launch, release
 from engine.rollout.loading import gather, load
 from engine.rollout.records import Action
 from engine.rollout.replay import replay
 from engine.store.database import Database
-from engine.store.models import RolloutRow
+from engine.store.models import RolloutCommandRow, RolloutRow
 from engine.store.repositories import learning, plans, rollouts
 from engine.store.repositories.learning import Attempt
 from engine.store.repositories.leases import LeaseLost
@@ -238,6 +238,32 @@ def test_a_command_is_consumed_once_and_recorded(ready: Database, now: datetime)
     assert current(ready).state is RolloutState.HELD
     with ready.write() as session, pytest.raises(SlipstreamError, match="knows no command"):
         rollouts.command(session, current(ready).id, "explode", "ann", "")
+
+
+def test_a_draft_can_be_cancelled_and_nothing_else(ready: Database, now: datetime) -> None:
+    kept, dropped = (launch(ready, canary=TRIED, actor="ann", preset="fast", draft=True, now=now) for _ in range(2))
+    with ready.write() as session, pytest.raises(SlipstreamError, match=f"is a draft.*start --draft {kept.id}"):
+        rollouts.command(session, kept.id, "hold", "ann", "lunch")
+    with ready.write() as session:
+        asked = rollouts.command(session, dropped.id, "abort", "ann", "wrong version", "key-1")
+        assert rollouts.command(session, dropped.id, "abort", "ann", "wrong version", "key-1") == asked
+    with ready.read() as session:
+        found = rollouts.get(session, dropped.id)
+    assert found is not None
+    assert (found.state, found.status["reason"]) == (RolloutState.CANCELLED, "cancelled by ann: wrong version")
+
+
+def test_what_was_asked_of_a_draft_does_not_strike_when_it_begins(db: Database, now: datetime) -> None:
+    """Such a command was taken once, and may still be in the table."""
+    world.versions(db, 3)
+    world.first_plan(db, CHAMPION, NONE)
+    world.beat(db, now, (NONE, CHAMPION))
+    made = launch(db, canary=TRIED, actor="ann", preset="fast", draft=True, now=now)
+    with db.write() as session:
+        session.add(RolloutCommandRow(rollout_id=made.id, verb="abort", actor="ann", reason="old"))
+    release(db, made.id, now)
+    controller(db).tick(now)
+    assert current(db).state is RolloutState.RAMPING
 
 
 def test_guards_changed_after_launch_end_the_rollout(ready: Database, now: datetime) -> None:

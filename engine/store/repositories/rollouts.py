@@ -10,7 +10,7 @@ from sqlalchemy import func, select, text, update
 from sqlalchemy.dialects.postgresql import insert
 
 from engine.contracts import TERMINAL_STATES, RolloutState, SlipstreamError, Verdict
-from engine.store.database import ReadSession, WriteSession
+from engine.store.database import ReadSession, WriteSession, server_clock
 from engine.store.models import RolloutCommandRow, RolloutDecisionRow, RolloutRow
 
 VERBS = ("hold", "resume", "promote", "abort")
@@ -108,6 +108,8 @@ def release(
         raise SlipstreamError(f"There is no rollout {rollout_id}. `slipstream rollout list` shows them.")
     if row.state != RolloutState.DRAFT.value:
         raise SlipstreamError(f"Rollout {rollout_id} is {row.state}, not a draft: it was started before.")
+    asked = session.scalar(select(func.max(RolloutCommandRow.id)).where(RolloutCommandRow.rollout_id == rollout_id))
+    status = status | {"last_command": asked or 0}  # what was asked of a draft must not strike what begins now
     row.champion, row.state, row.status, row.updated_at = champion, state.value, status, now
     session.flush()
     return _rollout(row)
@@ -143,7 +145,10 @@ def active(session: ReadSession | WriteSession) -> Rollout | None:
 def command(
     session: WriteSession, rollout_id: int, verb: str, actor: str, reason: str, idempotency_key: str | None = None
 ) -> Command:
-    """Ask the controller for something. A key that was used before gives the command it made."""
+    """Ask the controller for something. A key that was used before gives the command it made.
+
+    No controller looks at a draft: an abort cancels it here and now, and nothing else can be asked of it.
+    """
     if verb not in VERBS:
         raise SlipstreamError(f"A rollout knows no command {verb!r}; it knows {', '.join(VERBS)}.")
     row = session.get(RolloutRow, rollout_id)
@@ -155,14 +160,20 @@ def command(
             return _command(made)
     if RolloutState(row.state) in TERMINAL_STATES:
         raise SlipstreamError(f"Rollout {rollout_id} is {row.state}: it is over, and {verb} has nothing to act on.")
-    values = {
-        "rollout_id": rollout_id,
-        "verb": verb,
-        "actor": actor,
-        "reason": reason,
-        "idempotency_key": idempotency_key,
-    }
-    statement = insert(RolloutCommandRow).values(**values).on_conflict_do_nothing(index_elements=["idempotency_key"])
+    if RolloutState(row.state) is RolloutState.DRAFT:
+        session.refresh(row, with_for_update=True)  # somebody may start it at this moment
+    if RolloutState(row.state) is RolloutState.DRAFT:
+        if verb != "abort":
+            raise SlipstreamError(
+                f"Rollout {rollout_id} is a draft, {verb} has nothing to act on. Begin it first: "
+                f"slipstream rollout start --draft {rollout_id}"
+            )
+        now, why = server_clock(session), f"cancelled by {actor}: {reason}"
+        row.status = row.status | {"state": RolloutState.CANCELLED.value, "since": now.isoformat(), "reason": why}
+        row.state, row.updated_at = RolloutState.CANCELLED.value, now
+    asked = {"rollout_id": rollout_id, "verb": verb, "actor": actor, "reason": reason}
+    fill = insert(RolloutCommandRow).values(**asked, idempotency_key=idempotency_key)
+    statement = fill.on_conflict_do_nothing(index_elements=["idempotency_key"])
     fresh = session.scalar(statement.returning(RolloutCommandRow))
     if fresh is None:  # the same key, committed by another session since we looked
         fresh = session.scalars(

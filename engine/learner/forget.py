@@ -32,8 +32,10 @@ def forget(db: Database, tenant: str, retire: bool, actor: str, now: datetime) -
     Whether the tenant's next requests may teach is another question: ``tenants.allow_training``.
     """
     with db.write() as session:
-        influenced = policies.influenced_by_any(session, tenants.ordinals(session, tenant))
         gone = tenants.forget(session, tenant, now)
+        # A version is either registered by now, and found, or its registration comes later and finds its traces marked.
+        policies.lock_lineage(session)
+        influenced = policies.influenced_by_any(session, tenants.ordinals(session, tenant))
         if not retire:
             return Forgotten(tenant, gone, tuple(influenced))
         plans.lock(session)  # no plan that serves one of them slips in between

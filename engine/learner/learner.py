@@ -12,7 +12,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
@@ -51,6 +51,10 @@ def run(settings: Settings, db: Database, stop: threading.Event, clock: Clock = 
         except Exception:
             log.exception("learning failed in a way nobody foresaw, trying again")
         stop.wait(settings.learner.poll_s)
+
+
+class ForgottenMeanwhile(SlipstreamError):
+    """What an attempt learned from may not teach any more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,23 +207,48 @@ class Learner:
 
         def with_attempt(session: WriteSession, made: PolicyVersion) -> None:
             nonlocal done
+            _check_still_allowed(session, situation.train, made)
             done = record(session, replace(attempt, outcome=REGISTERED, version=made.version))
 
-        with meter.part("export"):
-            publish(
-                self.db,
-                self.store,
-                files,
-                parent=champion.version,
-                gate=attempt.gate,
-                lineage=[
-                    traces.lineage(policies.TRAIN, situation.train),
-                    traces.lineage(policies.GATE, situation.held_out),
-                ],
-                note=attempt.reason,
-                also=with_attempt,
-            )
+        try:
+            with meter.part("export"):
+                publish(
+                    self.db,
+                    self.store,
+                    files,
+                    parent=champion.version,
+                    gate=attempt.gate,
+                    lineage=[
+                        traces.lineage(policies.TRAIN, situation.train),
+                        traces.lineage(policies.GATE, situation.held_out),
+                    ],
+                    note=attempt.reason,
+                    also=with_attempt,
+                )
+        except ForgottenMeanwhile as error:
+            self._discard(artifact_digest(files))
+            return replace(attempt, outcome=REFUSED, reason=str(error))
         return done
+
+    def _discard(self, digest: str) -> None:
+        """The files of a candidate that became no version: they hold what was forgotten."""
+        with self.db.read() as session:
+            known = policies.by_digest(session, digest)
+        if known is None:
+            self.store.discard(digest)
+
+
+def _check_still_allowed(session: WriteSession, train: Sequence[TrainableTrace], made: PolicyVersion) -> None:
+    """After the lineage is written: ForgottenMeanwhile where a trace, or the draft that was tuned, was withdrawn.
+
+    ``forget`` marks first and then waits for whoever writes lineage: one of the two sees the other.
+    """
+    if gone := intake.withdrawn(session, [trace.ordinal for trace in train]):
+        raise ForgottenMeanwhile(f"its traces were forgotten meanwhile: {gone} may not teach any more")
+    digest = (made.manifest.get("lineage") or {}).get("draft")
+    draft = policies.by_digest(session, digest) if digest is not None else None
+    if draft is not None and draft.retired_at is not None:
+        raise ForgottenMeanwhile(f"the draft it was tuned from, v{draft.version}, was retired meanwhile")
 
 
 def _rested(last: Attempt, duty_cycle: float) -> datetime:

@@ -78,10 +78,14 @@ class ArtifactStore:
             return False
         return True
 
+    def discard(self, digest: str) -> None:
+        """Delete an artifact that no version names."""
+        self._clear(self.path(digest))
+
     def _clear(self, folder: Path) -> None:
-        """Take a damaged folder out of the way in one step, then delete it."""
+        """Take a folder out of the way in one step, then delete it."""
         aside = self.root / f".damaged-{uuid.uuid4().hex}"
-        with contextlib.suppress(FileNotFoundError):  # somebody else repairs it as well
+        with contextlib.suppress(FileNotFoundError):  # somebody else was faster
             folder.rename(aside)
         shutil.rmtree(aside, ignore_errors=True)
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from datetime import timedelta
 from pathlib import Path
+from threading import Thread
 from uuid import uuid4
 
 import pytest
-from sqlalchemy import func, insert, select
+from sqlalchemy import func, insert, select, text
 from typer.testing import CliRunner
 
 from engine.cli.main import app
 from engine.contracts import ProposerKind, artifact_digest
+from engine.learner import learner
 from engine.learner.forget import forget
 from engine.learner.rebuild import NotRebuilt, rebuild
 from engine.registry.publish import publish
@@ -22,6 +24,7 @@ from engine.store.models import LearningIntakeRow, PolicyLineageRow, TracePayloa
 from engine.store.repositories import learning, plans, policies, tenants
 from tests.learner.test_learner import NOW, World
 from tests.rollout import database_world as world
+from tests.waiting import until
 
 
 @pytest.fixture
@@ -166,3 +169,53 @@ def test_a_promotion_can_be_taken_back_when_what_was_before_it_is_retired(db: Da
     assert (done.plan.champion, done.plan.rollback_to) == (champion, old)
     with db.write() as session:
         assert plans.roll_back(session, actor="t", reason="bad").champion == old
+
+
+@pytest.mark.parametrize("how", ["forgotten", "opted out"])
+def test_what_is_withdrawn_during_an_attempt_teaches_nothing(
+    w: World, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    """Forgotten once the candidate is made: it becomes no version, and its files, which hold the tokens, are gone."""
+    w.serve(60, tenant="acme")
+    w.serve(60, tenant="other")
+    publish_now, said = learner.publish, []
+
+    def meanwhile(*args: object, **kwargs: object) -> object:
+        if how == "forgotten":
+            said.append(forget(w.db, "acme", retire=True, actor="t", now=w.now).influenced)
+        else:
+            with w.db.write() as session:
+                tenants.allow_training(session, "acme", False, "t", w.now)
+        return publish_now(*args, **kwargs)  # type: ignore[arg-type]
+
+    before = {path.name for path in w.store.root.iterdir()}
+    monkeypatch.setattr(learner, "publish", meanwhile)
+    attempt = w.learner.attempt_if_due()
+    assert attempt is not None
+    assert (attempt.outcome, attempt.version) == (learning.REFUSED, None)
+    assert "its traces were forgotten meanwhile" in attempt.reason
+    assert said in ([()], [])
+    assert {path.name for path in w.store.root.iterdir()} == before
+    with w.db.read() as session:
+        assert len(policies.all_versions(session)) == 2
+        assert [a.id for a in learning.attempts(session)] == [attempt.id]
+
+
+def test_forgetting_waits_for_a_version_that_is_being_registered(db: Database) -> None:
+    family(db, {})
+    found: list[tuple[int, ...]] = []
+    part = policies.Lineage(policies.TRAIN, Members.of([1]), NOW, NOW, {})
+    asking = Thread(target=lambda: found.append(forget(db, "t1", retire=True, actor="t", now=NOW).influenced))
+
+    def waits() -> bool:
+        with db.read() as session:
+            return bool(session.scalar(text("SELECT count(*) FROM pg_locks WHERE NOT granted")))
+
+    with db.write() as session:
+        made = policies.register(
+            session, digest="new", kind=ProposerKind.NGRAM, num_speculative_tokens=4, manifest={}, lineage=[part]
+        )
+        asking.start()
+        until(lambda: waits() or not asking.is_alive(), "somebody who waits")
+    asking.join()
+    assert found == [(made.version,)]

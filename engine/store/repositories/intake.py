@@ -12,7 +12,7 @@ from datetime import datetime
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import Select, and_, exists, func, select, text, tuple_
+from sqlalchemy import Select, and_, exists, func, or_, select, text, tuple_
 
 from engine.contracts import Status
 from engine.store.database import ReadSession, WriteSession
@@ -140,6 +140,12 @@ def load(session: ReadSession, ordinals: Sequence[int], batch: int = 256) -> Ite
     )
     for row in session.execute(query):
         yield TrainableTrace(*row)
+
+
+def withdrawn(session: ReadSession | WriteSession, ordinals: Sequence[int]) -> int:
+    """How many of these may not teach any more: forgotten, or of a tenant that has opted out."""
+    query = select(func.count()).select_from(Row).where(Row.ordinal == func.any(list(ordinals)))
+    return session.scalar(query.where(or_(Row.forgotten_at.is_not(None), ~_allowed(Row.tenant)))) or 0
 
 
 def _next(session: WriteSession, last: Row | None, limit: int) -> Select[*tuple[Any, ...]]:

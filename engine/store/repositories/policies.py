@@ -172,6 +172,11 @@ def tenants(session: ReadSession | WriteSession, members: Members) -> dict[str, 
     return dict(session.execute(query).all())
 
 
+def lock_lineage(session: WriteSession) -> None:
+    """Wait for every registration in flight and let none begin until this transaction ends."""
+    session.execute(text("LOCK TABLE policy_lineage IN SHARE MODE"))
+
+
 def influenced_by(session: ReadSession | WriteSession, trace_id: UUID) -> list[int]:
     """Which versions this trace taught, ascending; the other direction of lineage."""
     ordinal = session.scalar(select(LearningIntakeRow.ordinal).where(LearningIntakeRow.trace_id == trace_id))

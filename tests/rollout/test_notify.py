@@ -16,7 +16,7 @@ from engine.rollout.controller import Controller
 from engine.rollout.launch import launch
 from engine.rollout.notify import TRIES, Command, Notifier, Webhook, sign
 from engine.store.database import Database
-from engine.store.repositories import operations, rollouts
+from engine.store.repositories import notifications, operations, rollouts
 from tests.rollout import database_world as world
 
 NONE, CHAMPION, TRIED = 1, 2, 3
@@ -88,6 +88,14 @@ def test_a_notification_that_never_arrives_is_given_up(going: Database) -> None:
     down.down = False
     notifier.tick(at)
     assert [told["to"] for _, told in down.got] == ["ROLLING_BACK", "ROLLED_BACK"]
+
+
+def test_a_cursor_never_goes_back(going: Database) -> None:
+    sink = Recorder()
+    assert Notifier(going, [sink]).tick(NOW) == 3
+    with going.write() as session:
+        notifications.advance(session, notifications.Cursor(sink.name, 0, 1, NOW, "a slow notifier, long overtaken"))
+    assert Notifier(going, [sink]).tick(NOW) == 0
 
 
 def test_a_webhook_is_signed_and_an_error_answer_is_a_failure() -> None:

@@ -34,5 +34,8 @@ def cursor(session: WriteSession, sink: str, newest: int, now: datetime) -> Curs
 
 
 def advance(session: WriteSession, to: Cursor) -> None:
-    row = session.get_one(NotificationCursorRow, to.sink)
+    """Move a sink's cursor; never back behind what another notifier is through with."""
+    row = session.get_one(NotificationCursorRow, to.sink, with_for_update=True, populate_existing=True)
+    if to.decision_id < row.decision_id:
+        return
     row.decision_id, row.tries, row.next_at, row.error = to.decision_id, to.tries, to.next_at, to.error

@@ -13,6 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+COLDEST = 1e-6
+"""Temperatures below draw the likeliest token all the same, and float32 cannot divide by them."""
+
 
 @dataclass(frozen=True, slots=True)
 class VerifyOutcome:
@@ -82,7 +85,9 @@ def target_probabilities(logits: Tensor, temperature: float, top_k: int = 0, top
 
     ``top_k`` 0 keeps the whole vocabulary. top-p keeps the smallest set whose mass reaches it, never fewer than one.
     """
-    scaled = logits.float() / temperature
+    logits = logits.float()
+    # Differences to the largest: what is divided stays below 0, and no temperature makes inf - inf of it.
+    scaled = (logits - logits.amax(-1, keepdim=True)) / max(temperature, COLDEST)
     if 0 < top_k < scaled.shape[-1]:
         kept, at = scaled.topk(top_k, dim=-1)
         scaled = torch.full_like(scaled, float("-inf")).scatter_(-1, at, kept)

@@ -246,3 +246,9 @@ def test_target_probabilities() -> None:
     assert (target_probabilities(logits, 1.0, top_p=0.7) > 0).tolist() == [[False, True, True, False]]
     assert (target_probabilities(logits, 1.0, top_p=1e-9) > 0).sum() == 1
     assert float(target_probabilities(logits, 1.0, top_k=3, top_p=0.9).sum()) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("temperature", [1e-3, 1e-38, 1e-45, 5e-324])
+def test_the_coldest_temperatures_draw_the_likeliest_token(temperature: float) -> None:
+    p = target_probabilities(torch.tensor([[40.0, -3.0, 41.0], [-1.0, -2.0, -5.0]]), temperature)
+    assert p.tolist() == [[0.0, 0.0, 1.0], [1.0, 0.0, 0.0]]

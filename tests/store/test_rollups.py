@@ -182,6 +182,17 @@ def test_rebuilding_waits_for_nobody_and_leaves_days_without_traces_alone(db: Da
     assert kept["requests"] == 1_200 - left > 0
 
 
+def test_a_day_whose_traces_are_dropped_before_its_turn_keeps_its_rollups(db: Database, tmp_path: Path) -> None:
+    compacted(db, tmp_path)
+    with db.write() as session:
+        before = session.scalar(text("SELECT sum(requests) FROM rollups_day"))
+        session.execute(text(f"DROP TABLE traces_p{START:%Y%m%d}"))
+    with db.snapshot() as session:
+        assert rollups.rebuild(session, START.date(), SETTINGS.objectives) == 0
+    with db.read() as session:
+        assert session.scalar(text("SELECT sum(requests) FROM rollups_day")) == before
+
+
 def test_a_batch_written_while_rollups_are_rebuilt_is_counted_once(db: Database, tmp_path: Path) -> None:
     made = records()
     write(db, tmp_path, made[:600])

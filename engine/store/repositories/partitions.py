@@ -35,6 +35,10 @@ def ensure(session: WriteSession, day: date) -> None:
         )
 
 
+def is_there(session: WriteSession, table: str, day: date) -> bool:
+    return table not in _missing(session, day)
+
+
 def existing(session: ReadSession | WriteSession) -> list[tuple[str, date, int]]:
     """(table, day, bytes) of every partition, oldest first."""
     rows = session.execute(

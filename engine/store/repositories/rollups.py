@@ -77,10 +77,14 @@ def compact(session: WriteSession, closed: datetime) -> bool:
 def rebuild(session: WriteSession, day: date, objectives: Objectives) -> int:
     """Make the rollups of one UTC day again from its traces; how many traces there were.
 
+    A day whose partition of traces is gone keeps its rollups: they are all that is known of it.
     ``session`` must see one moment (``Database.snapshot``): a batch that is written meanwhile then keeps its deltas,
     and its traces are not seen here.
     """
     _alone(session)
+    session.execute(text("LOCK TABLE traces IN ACCESS SHARE MODE"))  # from here on its partition is not dropped
+    if not partitions.is_there(session, "traces", day):
+        return 0
     partitions.ensure(session, day)
     since = datetime(day.year, day.month, day.day, tzinfo=UTC)
     window = {"since": since, "until": since + timedelta(days=1)}

@@ -5,6 +5,7 @@ All of it is in the URL, so a link shows another person the same thing.
 
 from __future__ import annotations
 
+import string
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
@@ -105,7 +106,8 @@ def heading(title: str, note: str = "") -> None:
 
 def plain(words: object) -> str:
     """Words of a client or an operator, so that they are no Markdown: they must not fetch images or disguise links."""
-    return "".join(c if c.isalnum() or c == " " else "\\" + c for c in " ".join(str(words).split()))
+    # Only ASCII punctuation may be escaped; before any other sign the backslash would be seen.
+    return "".join("\\" + c if c in string.punctuation else c for c in " ".join(str(words).split()))
 
 
 def _long(seconds: float) -> str:

@@ -182,6 +182,11 @@ def test_a_command_to_paste_runs_nothing_that_the_address_says() -> None:
     assert given[given.index("--version") + 1] == "3"
 
 
+def test_only_what_markdown_reads_is_escaped() -> None:
+    """A backslash before any other sign would be seen."""
+    assert plain("v2 → v3, 97 % of it") == r"v2 → v3\, 97 \% of it"
+
+
 def test_explain_says_the_command_with_every_filter_quoted(seeded: Database) -> None:
     asked = {"class": "code; rm -rf ~", "arm": "canary $(id)"}
     given = shlex.split(page("explain", **asked).code[-1].value)

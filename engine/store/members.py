@@ -9,10 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import numpy as np
+if TYPE_CHECKING:
+    import numpy as np
 
 CHUNK = 1_024
+# numpy is imported where it is used: a rollback typed in an emergency reads this module and needs none of it.
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +28,8 @@ class Members:
     @classmethod
     def of(cls, ordinals: Iterable[int]) -> Members:
         """The set of these ordinals (>= 0), each once."""
+        import numpy as np
+
         values = np.unique(np.fromiter(ordinals, np.int64))
         chunks, place = np.unique(values // CHUNK, return_inverse=True)
         flags = np.zeros((len(chunks), CHUNK), np.uint8)
@@ -33,6 +38,8 @@ class Members:
 
     def ordinals(self) -> list[int]:
         """Ascending."""
+        import numpy as np
+
         flags = self._flags()
         place, offset = np.nonzero(flags)
         return (np.array(self.chunks, np.int64)[place] * CHUNK + offset).tolist()
@@ -53,6 +60,8 @@ class Members:
         return False
 
     def _flags(self) -> np.ndarray:
+        import numpy as np
+
         packed = np.frombuffer(self.bits, np.uint8).reshape(len(self.chunks), CHUNK // 8)
         return np.unpackbits(packed, axis=1, bitorder="little")
 

@@ -99,7 +99,8 @@ def test_a_draft_pass_is_charged_where_it_is_made(tiny: Target, draft: DraftFile
     counts, seconds = replayer(policy, said[0], None)
     assert (counts.drafted > 0, seconds) == (True, 0.0)
     controlled, seconds = replayer(policy, said[0], control)
-    assert seconds > 0.5 * controlled.steps  # at least a pass of half a second for every step
+    # A pass of half a second is charged where it is made, so K control soon asks for none.
+    assert 0.5 <= seconds < 0.5 * controlled.steps
 
 
 def pack_again(draft: DraftFile) -> dict[str, bytes]:

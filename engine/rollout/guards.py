@@ -16,7 +16,25 @@ class SpecError(SlipstreamError):
 
 
 @dataclass(frozen=True, slots=True)
-class TokensPerStep:
+class _Guard:
+    """What all guards have. ``rolls_back``: whether a FAIL takes the canary back; ``statistical``: whether it spends a
+    share of the rollout's ``alpha``."""
+
+    kind: ClassVar[str] = ""
+    rolls_back: ClassVar[bool] = True
+    statistical: ClassVar[bool] = False
+
+    @property
+    def name(self) -> str:
+        return self.kind
+
+    def fault(self) -> str | None:
+        """What is wrong with its settings."""
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class TokensPerStep(_Guard):
     """Tokens per verify step, canary against control, over all classes and in each.
 
     FAIL when it is certain that the canary is worse at all; PASS at the last step when it is certain that it is not
@@ -26,16 +44,11 @@ class TokensPerStep:
     """
 
     kind: ClassVar[str] = "tokens_per_step"
-    rolls_back: ClassVar[bool] = True
     statistical: ClassVar[bool] = True
     max_drop: float = 0.03
     pass_alpha: float = 0.05
     min_requests: int = 20
     horizon: int = 300
-
-    @property
-    def name(self) -> str:
-        return self.kind
 
     def fault(self) -> str | None:
         if not (0 < self.pass_alpha < 0.5 and self.horizon >= 1):
@@ -44,7 +57,7 @@ class TokensPerStep:
 
 
 @dataclass(frozen=True, slots=True)
-class Latency:
+class Latency(_Guard):
     """FAIL when it is certain that the canary's ``quantile`` of ``metric`` exceeds (1 + ``margin``) × the control's.
 
     ``method``: certified (an e-process, valid by a theorem) or fast (sharper in the tail, calibrated on equal arms).
@@ -54,7 +67,6 @@ class Latency:
     """
 
     kind: ClassVar[str] = "latency"
-    rolls_back: ClassVar[bool] = True
     statistical: ClassVar[bool] = True
     metric: str = "e2e"
     quantile: float = 0.95
@@ -77,21 +89,13 @@ class Latency:
 
 
 @dataclass(frozen=True, slots=True)
-class _Events:
+class _Events(_Guard):
     """Assignment keys that met an event: FAIL when it is certain that more of them are the canary's."""
 
-    rolls_back: ClassVar[bool] = True
     statistical: ClassVar[bool] = True
     kind: ClassVar[str] = ""
     counted: ClassVar[str] = ""
     """The field of a Segment that counts the keys."""
-
-    @property
-    def name(self) -> str:
-        return self.kind
-
-    def fault(self) -> str | None:
-        return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,70 +131,44 @@ class Mismatches(_Events):
 
 
 @dataclass(frozen=True, slots=True)
-class LatencyFuse:
+class LatencyFuse(_Guard):
     """Absolute: FAIL when the canary's p95 of ``metric`` exceeds ``ratio`` times the control's."""
 
     kind: ClassVar[str] = "fuse_p95"
-    rolls_back: ClassVar[bool] = True
-    statistical: ClassVar[bool] = False
     metric: str = "e2e"
     ratio: float = 3.0
     min_requests: int = 200
-
-    @property
-    def name(self) -> str:
-        return self.kind
 
     def fault(self) -> str | None:
         return None if self.metric in METRICS else f"metric is one of {', '.join(METRICS)}, got {self.metric!r}."
 
 
 @dataclass(frozen=True, slots=True)
-class MismatchFuse:
+class MismatchFuse(_Guard):
     """Absolute: FAIL at the first output of the canary that is not the target's own. Drafts never change an output."""
 
     kind: ClassVar[str] = "fuse_mismatch"
-    rolls_back: ClassVar[bool] = True
-    statistical: ClassVar[bool] = False
-
-    @property
-    def name(self) -> str:
-        return self.kind
-
-    def fault(self) -> str | None:
-        return None
 
 
 @dataclass(frozen=True, slots=True)
-class RestartFuse:
+class RestartFuse(_Guard):
     """Absolute: FAIL when replicas start again ``restarts`` times within ``window_s`` while the canary serves."""
 
     kind: ClassVar[str] = "fuse_restarts"
-    rolls_back: ClassVar[bool] = True
-    statistical: ClassVar[bool] = False
     restarts: int = 2
     window_s: float = 300.0
-
-    @property
-    def name(self) -> str:
-        return self.kind
 
     def fault(self) -> str | None:
         return None if self.restarts >= 1 else "restarts is at least 1."
 
 
 @dataclass(frozen=True, slots=True)
-class SampleRatio:
+class SampleRatio(_Guard):
     """Assignment keys must fall on both arms alike. It only holds: a broken split says nothing about the canary."""
 
     kind: ClassVar[str] = "srm"
     rolls_back: ClassVar[bool] = False
-    statistical: ClassVar[bool] = False
     alpha: float = 0.001
-
-    @property
-    def name(self) -> str:
-        return self.kind
 
     def fault(self) -> str | None:
         return None if 0 < self.alpha < 0.5 else "alpha lies in (0, 0.5)."

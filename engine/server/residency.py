@@ -180,7 +180,8 @@ class Residency:
         for version in sorted(plan.versions & self._reading.keys()):
             future = self._reading[version].future
             if not future.done():
-                self._fail(version, SlipstreamError(f"it is still being read after {READ_PATIENCE_S:.0f} s"))
+                if version not in self._failed:  # once: it is looked for at every poll
+                    self._fail(version, SlipstreamError(f"it is still being read after {READ_PATIENCE_S:.0f} s"))
                 continue
             del self._reading[version]
             try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
@@ -92,6 +93,25 @@ def run(engine: Engine, before: Sequence[Output] = ()) -> dict[str, RequestResul
         outputs += engine.step()
         engine.check_integrity()
     return results_of(outputs)
+
+
+def run_at_random(
+    engine: Engine, wanted: Sequence[EngineRequest], rng: random.Random
+) -> tuple[dict[str, RequestResult], set[str]]:
+    """Requests join at random moments and now and then one is cancelled; (results, who was cancelled)."""
+    waiting, outputs, cancelled = list(wanted), list[Output](), set[str]()
+    while waiting or engine.has_work:
+        while waiting and rng.random() < 0.5:
+            engine.add(waiting.pop())
+        if rng.random() < 0.05 and engine.scheduler.running:
+            name = rng.choice(list(engine.scheduler.running))
+            cancelled.add(name)
+            engine.cancel(name)
+        outputs += engine.step()
+        engine.check_integrity()
+    results = {o.request_id: o.result for o in outputs if o.result is not None}
+    assert results.keys() | cancelled == {w.request_id for w in wanted}
+    return results, cancelled
 
 
 def results_of(outputs: Sequence[Output]) -> dict[str, RequestResult]:

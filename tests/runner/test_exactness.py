@@ -11,7 +11,19 @@ from engine.runner.engine import EngineRequest, RequestResult
 from engine.speculation.proposer import Proposer
 from engine.speculation.replay import replay
 from engine.speculation.step_costs import StepCosts
-from tests.runner.driving import MEMORY, NGRAM, NONE, Scripted, alone, engine_of, memory_of, oracle, request, run
+from tests.runner.driving import (
+    MEMORY,
+    NGRAM,
+    NONE,
+    Scripted,
+    alone,
+    engine_of,
+    memory_of,
+    oracle,
+    request,
+    run,
+    run_at_random,
+)
 
 ORACLE, FOOL = 4, 5
 
@@ -90,18 +102,7 @@ def test_a_row_does_not_depend_on_its_neighbours(
     engine = engine_of(tiny, proposers, max_num_seqs=5, prefill_chunk=16)
     engine.control.costs = StepCosts(costs) if costs else None
     cut = 0  # drafted tokens that K control spared
-    rng, waiting, outputs, cancelled = random.Random(seed), list(wanted), [], set()
-    while waiting or engine.has_work:
-        while waiting and rng.random() < 0.5:
-            engine.add(waiting.pop())
-        if rng.random() < 0.05 and engine.scheduler.running:
-            name = rng.choice(list(engine.scheduler.running))
-            cancelled.add(name)
-            engine.cancel(name)
-        outputs += engine.step()
-        engine.check_integrity()
-    results = {o.request_id: o.result for o in outputs if o.result is not None}
-    assert results.keys() | cancelled == {w.request_id for w in wanted}
+    results, cancelled = run_at_random(engine, wanted, random.Random(seed))
     for want in wanted:
         if want.request_id not in cancelled:
             got, single = results[want.request_id], alone(tiny, want, proposers)

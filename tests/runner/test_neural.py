@@ -18,7 +18,7 @@ from engine.speculation.proposer import Proposer
 from engine.speculation.replay import replay, replay_controlled
 from engine.speculation.step_costs import StepCosts
 from tests.runner.drafts import CopyPool, DreamingPool, LatePool, neural, random_draft, trained_draft
-from tests.runner.driving import MEMORY, NGRAM, NONE, Scripted, alone, engine_of, memory_of, request, run
+from tests.runner.driving import MEMORY, NGRAM, NONE, Scripted, alone, engine_of, memory_of, request, run, run_at_random
 from tests.runner.test_exactness import prompts
 
 WILD, TRAINED, HYBRID, FOOL = 5, 6, 7, 8
@@ -72,18 +72,7 @@ def test_a_row_does_not_depend_on_its_neighbours(tiny: Target, proposers: dict[i
         version = rng.choice([NONE, NGRAM, MEMORY, WILD, TRAINED, TRAINED, HYBRID, HYBRID, FOOL])
         wanted.append(request(f"r{i}", prompt, version, max_tokens=rng.randint(1, 30), **sampled))
     engine = engine_of(tiny, proposers, max_num_seqs=5, prefill_chunk=16)
-    waiting, outputs, cancelled = list(wanted), [], set()
-    while waiting or engine.has_work:
-        while waiting and rng.random() < 0.5:
-            engine.add(waiting.pop())
-        if rng.random() < 0.05 and engine.scheduler.running:
-            name = rng.choice(list(engine.scheduler.running))
-            cancelled.add(name)
-            engine.cancel(name)
-        outputs += engine.step()
-        engine.check_integrity()
-    results = {o.request_id: o.result for o in outputs if o.result is not None}
-    assert results.keys() | cancelled == {w.request_id for w in wanted}
+    results, cancelled = run_at_random(engine, wanted, rng)
     for want in wanted:
         if want.request_id not in cancelled:
             got, single = results[want.request_id], alone(tiny, want, proposers)

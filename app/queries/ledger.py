@@ -12,11 +12,11 @@ import streamlit as st
 
 from app.queries.database import database
 from engine.contracts import CANARY, PolicyVersion, ReplicaState, ServingPlan
-from engine.store.models import PlanObservationRow
 from engine.store.repositories import adaptation, learning, operations, plans, policies, replicas, rollouts, traces
 from engine.store.repositories.adaptation import Adaptation
 from engine.store.repositories.learning import Attempt
 from engine.store.repositories.overview import Slice
+from engine.store.repositories.plans import Observation
 from engine.store.repositories.policies import Lineage
 from engine.store.repositories.replicas import Effect
 from engine.store.repositories.rollouts import Command, DecisionRecord, Rollout
@@ -30,7 +30,7 @@ class Serving:
 
     plan: ServingPlan | None
     previous: int | None
-    observations: tuple[PlanObservationRow, ...]
+    observations: tuple[Observation, ...]
     replicas: tuple[ReplicaState, ...]
     rollout: Rollout | None
     acknowledged: ServingPlan | None = None

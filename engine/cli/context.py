@@ -5,12 +5,15 @@ from __future__ import annotations
 import getpass
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import typer
 
 from engine.ops import postgres
 from engine.settings import Settings
-from engine.store.database import Database
+
+if TYPE_CHECKING:
+    from engine.store.database import Database
 
 
 def settings(context: typer.Context) -> Settings:
@@ -21,6 +24,8 @@ def settings(context: typer.Context) -> Settings:
 @contextmanager
 def database(context: typer.Context, application: str = "slipstream cli") -> Iterator[Database]:
     """The database of these settings; it must run already."""
+    from engine.store.database import Database
+
     opened = Database(postgres.database_url(settings(context)), pool_size=2, application=application)
     try:
         yield opened

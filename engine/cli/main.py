@@ -1,6 +1,6 @@
 """The `slipstream` command.
 
-Commands import what they need when they run: `slipstream rollback` must not wait for torch, MLflow or alembic to load.
+Commands import what they need when they run: `slipstream rollback` must not wait for torch, MLflow or SQLAlchemy.
 """
 
 from __future__ import annotations
@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from sqlalchemy.exc import OperationalError
 
-from engine.cli import bench, drafts, explain, policies, query, rollouts, services, store, system
+from engine.cli import bench, drafts, explain, policies, query, rollback, rollouts, services, store, system
 from engine.contracts import SlipstreamError
 from engine.settings import load_settings
 
@@ -25,6 +24,7 @@ app = typer.Typer(
 )
 system.add(app)
 services.add(app)
+rollback.add(app)
 rollouts.add(app)
 policies.add(app)
 drafts.add(policies.policy)
@@ -52,10 +52,20 @@ def main() -> None:
     except SlipstreamError as error:
         sys.stderr.write(f"slipstream: {error}\n")
         sys.exit(1)
-    except OperationalError as error:
-        said = str(error.orig).strip().splitlines()[0]
+    except Exception as error:
+        said = _unanswered(error)
+        if said is None:
+            raise
         sys.stderr.write(
             f"slipstream: The database does not answer: {said}\n"
             "Look with `slipstream status` whether it runs; SLIPSTREAM_DATABASE_URL says which one is meant.\n"
         )
         sys.exit(1)
+
+
+def _unanswered(error: Exception) -> str | None:
+    """What libpq said, where the error is that the database cannot be reached; None where it is another one."""
+    import psycopg
+
+    cause = getattr(error, "orig", error)  # SQLAlchemy keeps the driver's error in its own
+    return str(cause).strip().splitlines()[0] if isinstance(cause, psycopg.OperationalError) else None

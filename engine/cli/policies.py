@@ -6,14 +6,16 @@ import getpass
 import json
 from dataclasses import asdict
 from datetime import UTC, datetime
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 from uuid import UUID
 
 import typer
 
 from engine.cli.context import database, settings
 from engine.contracts import SlipstreamError
-from engine.store.database import ReadSession
+
+if TYPE_CHECKING:
+    from engine.store.database import ReadSession
 
 policy = typer.Typer(help="Draft-policy versions and their lineage.", no_args_is_help=True)
 

@@ -13,9 +13,9 @@ import typer
 
 from engine.cli.context import database
 from engine.contracts import TERMINAL_STATES, RolloutState, SlipstreamError
-from engine.store.database import Database
 
 if TYPE_CHECKING:
+    from engine.store.database import Database
     from engine.store.repositories.rollouts import DecisionRecord, Rollout
 
 WATCH_S = 1.0

@@ -1,8 +1,7 @@
-"""`slipstream rollback` and `slipstream rollout …`."""
+"""`slipstream rollout …`: what changes something; the rest is in rollout_record."""
 
 from __future__ import annotations
 
-import time
 import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -11,15 +10,10 @@ import typer
 
 from engine.cli import rollout_record
 from engine.cli.context import actor, database, settings
-from engine.contracts import ServingPlan
-from engine.store.database import Database
-from engine.store.repositories import plans, replicas
 
 if TYPE_CHECKING:
+    from engine.store.database import Database
     from engine.store.repositories.rollouts import Rollout
-
-OBSERVED_WAIT_S = 10.0
-"""How long `slipstream rollback` waits for the replicas before it says which of them are silent."""
 
 rollout = typer.Typer(help="Try a version on a slice, and see what became of it.", no_args_is_help=True)
 
@@ -30,24 +24,8 @@ Classes = Annotated[list[str] | None, typer.Option(help="only these classes; rep
 
 
 def add(app: typer.Typer) -> None:
-    app.command()(rollback)
     rollout_record.add(rollout)
     app.add_typer(rollout, name="rollout")
-
-
-def rollback(
-    context: typer.Context,
-    reason: Annotated[str, typer.Option(help="why; it stays in the ledger")],
-    to: Annotated[int | None, typer.Option(help="policy version; default: the champion before the canary")] = None,
-) -> None:
-    """Take the canary back at once. Needs the database and nothing else."""
-    with database(context) as opened:
-        with opened.write() as session:
-            plan = plans.roll_back(
-                session, actor=actor(), reason=reason, to=to, idempotency_key=f"cli-{uuid.uuid4().hex}"
-            )
-        typer.echo(f"generation {plan.generation}: v{plan.champion} serves all traffic")
-        _report_effect(opened, plan)
 
 
 @rollout.command("start")
@@ -145,26 +123,3 @@ _verb("pause", "hold", "Hold a rollout at its present step; its guards stay on."
 _verb("resume", "resume", "Let a held rollout go on.")
 _verb("promote", "promote", "Make the canary champion now, if no guard fails.")
 _verb("abort", "abort", "End a rollout and give its traffic back to the champion.")
-
-
-def _report_effect(opened: Database, plan: ServingPlan) -> None:
-    """Say when each replica began to route by a plan; exit code 1 where a live one does not."""
-    deadline = time.monotonic() + OBSERVED_WAIT_S
-    while True:
-        with opened.read() as session:
-            found = replicas.effect(session, plan)
-        if (found.seconds and not found.behind) or time.monotonic() > deadline:
-            break
-        time.sleep(0.02)
-    for name, seconds in found.seconds.items():
-        typer.echo(f"{name}: effective" + (f" after {seconds:.3f} s" if seconds is not None else ""))
-    for problem in found.problems:
-        typer.echo(f"served without all of its policies on {problem}")
-    for name in found.silent:
-        typer.echo(f"{name}: not heard of; its canary traffic ends with its lease at the latest")
-    for name in found.behind:
-        typer.echo(f"{name}: has not observed it after {OBSERVED_WAIT_S:.0f} s")
-    if not (found.seconds or found.silent or found.behind):
-        typer.echo("no replica is alive; the plan takes effect when one starts")
-    if found.behind:
-        raise typer.Exit(1)

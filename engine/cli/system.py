@@ -17,8 +17,6 @@ from engine.contracts import SlipstreamError
 from engine.ops import postgres
 from engine.ops.supervisor import Supervisor, is_running, log_file, read_state
 from engine.settings import Settings
-from engine.store.database import Database, without_password
-from engine.store.repositories import plans, replicas
 
 
 def add(app: typer.Typer) -> None:
@@ -139,7 +137,7 @@ def _status(chosen: Settings) -> dict[str, Any]:
         "running": state is not None,
         "started_at": state and state["started_at"],
         "components": components,
-        "database": without_password(url) if url is not None else None,
+        "database": None,
         "plan": None,
         "replicas": [],
     }
@@ -151,6 +149,9 @@ def _status(chosen: Settings) -> dict[str, Any]:
 
 
 def _from_database(url: str) -> dict[str, Any]:
+    from engine.store.database import Database, without_password
+    from engine.store.repositories import plans, replicas
+
     database = Database(url, pool_size=1, application="slipstream status")
     try:
         with database.read() as session:
@@ -159,6 +160,7 @@ def _from_database(url: str) -> dict[str, Any]:
     finally:
         database.close()
     return {
+        "database": without_password(url),
         "plan": plan
         and {
             "generation": plan.generation,

@@ -11,7 +11,7 @@ from datetime import datetime
 
 from engine.contracts import ServingPlan
 from engine.store.database import Database, WriteSession
-from engine.store.repositories import plans, policies, tenants
+from engine.store.repositories import eligibility, plans, policies, tenants
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,10 +53,10 @@ def _withdraw(session: WriteSession, versions: Collection[int], actor: str, reas
     now = plans.latest(session)
     if now is None or not now.versions & set(versions):
         return None
-    champion = policies.standing(session, now.champion, now.fallback)
+    champion = eligibility.standing(session, now.champion, now.fallback)
     rollback_to = None
     if champion == now.champion and not now.arms and now.rollback_to is not None:
-        rollback_to = policies.standing(session, now.rollback_to, now.fallback, without=(champion,))
+        rollback_to = eligibility.standing(session, now.rollback_to, now.fallback, without=(champion,))
     return plans.append(
         session,
         champion=champion,

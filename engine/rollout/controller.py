@@ -35,7 +35,7 @@ from engine.rollout.records import (
 )
 from engine.settings import Settings
 from engine.store.database import Database, WriteSession
-from engine.store.repositories import learning, leases, plans, policies, rollouts
+from engine.store.repositories import eligibility, learning, leases, plans, rollouts
 from engine.store.repositories.rollouts import Command, DecisionRecord, Rollout
 
 LEASE = "rollout-controller"
@@ -183,7 +183,7 @@ class Controller:
             if plan is not None and serving:
                 plan = plans.append(
                     session,
-                    champion=policies.standing(session, rollout.champion, plan.fallback, without=(rollout.canary,)),
+                    champion=eligibility.standing(session, rollout.champion, plan.fallback, without=(rollout.canary,)),
                     fallback=plan.fallback,
                     salt=plan.salt,
                     rollout_id=rollout.id,
@@ -235,7 +235,7 @@ def append_plan(session: WriteSession, spec: RolloutSpec, decision: Decision, le
     elif decision.action is Action.PROMOTE:
         champion, rollback_to = status.canary, status.champion
     elif decision.action is Action.ROLL_BACK:
-        champion = policies.standing(session, status.champion, ledger.fallback, without=(status.canary,))
+        champion = eligibility.standing(session, status.champion, ledger.fallback, without=(status.canary,))
     return plans.append(
         session,
         champion=champion,

@@ -18,7 +18,8 @@ from engine.registry.publish import ensure_version
 from engine.server.residency import Applied, Residency
 from engine.settings import EngineSettings
 from engine.speculation.artifact import build_artifact
-from engine.store.database import KEEPALIVE, Database, libpq_url, server_clock
+from engine.store.connection import KEEPALIVE, libpq_url
+from engine.store.database import Database, server_clock
 from engine.store.repositories import plans, policies, replicas
 
 log = logging.getLogger(__name__)

@@ -6,38 +6,42 @@ is one transaction.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
-from typing import Any
+from typing import Any, LiteralString
 
 from sqlalchemy import Engine, create_engine, func, make_url, select, text
 from sqlalchemy.orm import Session
 
-BOUNDS = "-c idle_in_transaction_session_timeout=30s -c lock_timeout=10s -c TimeZone=UTC"
-"""Nobody holds the ledger's lock by falling asleep, nobody waits for it for ever: a rollback must get through."""
-KEEPALIVE: dict[str, Any] = {
-    "keepalives_idle": 5,
-    "keepalives_interval": 2,
-    "keepalives_count": 3,
-    "tcp_user_timeout": 10_000,
-}
-"""libpq's options: a server that has gone without a word is noticed in seconds."""
+from engine.store.connection import STATEMENT_TIMEOUT_S, arguments
 
 
 class ReadSession(Session):
     """A session whose transaction Postgres refuses to write in."""
 
+    def rows(self, statement: LiteralString, **values: Any) -> Sequence[Any]:
+        return _rows(self, statement, values)
+
 
 class WriteSession(Session):
     """A session that commits once, at the end of its block, or not at all."""
+
+    def rows(self, statement: LiteralString, **values: Any) -> Sequence[Any]:
+        return _rows(self, statement, values)
+
+    change = rows
 
 
 class Database:
     """A connection pool and the two ways to use it. Safe to share between threads."""
 
     def __init__(
-        self, url: str, pool_size: int = 4, application: str = "slipstream", statement_timeout_s: int = 60
+        self,
+        url: str,
+        pool_size: int = 4,
+        application: str = "slipstream",
+        statement_timeout_s: int = STATEMENT_TIMEOUT_S,
     ) -> None:
         self.url = sqlalchemy_url(url)
         self.engine: Engine = create_engine(
@@ -45,12 +49,7 @@ class Database:
             pool_size=pool_size,
             max_overflow=8,
             pool_pre_ping=True,
-            connect_args={
-                "application_name": application,
-                "connect_timeout": 5,
-                "options": f"{BOUNDS} -c statement_timeout={statement_timeout_s}s",
-                **KEEPALIVE,
-            },
+            connect_args=arguments(application, statement_timeout_s),
         )
 
     @contextmanager
@@ -98,6 +97,8 @@ def without_password(url: str) -> str:
     return make_url(url).render_as_string(hide_password=True)
 
 
-def libpq_url(url: str) -> str:
-    """The same address as psycopg itself wants it."""
-    return url.replace("postgresql+psycopg://", "postgresql://", 1)
+def _rows(session: Session, statement: str, values: dict[str, Any]) -> Sequence[Any]:
+    """``engine.store.connection.Reads`` by a session: what it was given before is in the database first."""
+    session.flush()
+    found = session.connection().exec_driver_sql(statement, values)
+    return found.all() if found.returns_rows else ()

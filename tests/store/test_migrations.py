@@ -12,7 +12,8 @@ from sqlalchemy import text
 from engine.ops import housekeeping, upkeep
 from engine.settings import TelemetrySettings
 from engine.store import migrate
-from engine.store.database import Database, WriteSession, libpq_url
+from engine.store.connection import libpq_url
+from engine.store.database import Database, WriteSession
 from engine.store.repositories import partitions
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from datetime import UTC, datetime
 
@@ -9,7 +10,8 @@ import psycopg
 import pytest
 
 from engine.contracts import CANARY, CONTROL, Arm, ProposerKind, SlipstreamError
-from engine.store.database import Database, libpq_url
+from engine.store.connection import libpq_url, transaction
+from engine.store.database import Database
 from engine.store.repositories import plans, policies
 
 
@@ -172,7 +174,7 @@ def test_replicas_hear_of_a_plan_when_it_commits(db: Database, versions: list[in
 
 
 def test_a_failed_write_leaves_no_generation_behind(db: Database, versions: list[int]) -> None:
-    with pytest.raises(SlipstreamError, match="does not exist"):
+    with pytest.raises(SlipstreamError, match="do not exist: v999"):
         append(db, 999)
     assert append(db, versions[0]) == 1
 
@@ -188,3 +190,18 @@ def test_observations_are_kept_per_replica(db: Database, versions: list[int]) ->
             ("a", None),
             ("b", "no such artifact"),
         }
+
+
+def test_a_rollback_needs_a_connection_and_no_session(db: Database, versions: list[int]) -> None:
+    append(db, versions[0])
+    start_canary(db, versions[0], versions[1])
+    with contextlib.suppress(InterruptedError), transaction(db.url, "t") as ledger:
+        plans.roll_back(ledger, actor="t", reason="t")
+        raise InterruptedError
+    with db.read() as session:
+        assert plans.latest(session).generation == 2  # type: ignore[union-attr]
+    with transaction(db.url, "t") as ledger:
+        plan = plans.roll_back(ledger, actor="t", reason="t")
+    with db.read() as session:
+        assert plans.latest(session) == plan
+    assert (plan.generation, plan.champion, plan.arms) == (3, versions[0], ())

@@ -1,18 +1,19 @@
-"""The ledger of serving plans: the only way anything that is served changes."""
+"""The ledger of serving plans: the only way anything that is served changes.
+
+Its statements are written out: a rollback typed in an emergency must not wait for SQLAlchemy to be imported.
+"""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from datetime import datetime
-
-from sqlalchemy import func, select, text
-from sqlalchemy.exc import IntegrityError
+from typing import Any
 
 from engine.contracts import Arm, ServingPlan, SlipstreamError
-from engine.store.database import ReadSession, WriteSession
-from engine.store.models import PlanObservationRow, PolicyVersionRow, ServingPlanRow
-from engine.store.repositories import policies
+from engine.store.connection import Reads, Writes
+from engine.store.repositories import eligibility
 
 CHANNEL = "serving_plans"
 """NOTIFY channel; the payload is the new generation."""
@@ -28,13 +29,24 @@ class Retired(SlipstreamError):
     """The plan would serve, or go back to, a version that was retired for good."""
 
 
-def lock(session: WriteSession) -> None:
+@dataclass(frozen=True, slots=True)
+class Observation:
+    """When a replica began to route by a generation; ``error``: what of it could not be loaded."""
+
+    replica_id: str
+    generation: int
+    observed_at: datetime
+    load_s: float
+    error: str | None
+
+
+def lock(session: Writes) -> None:
     """Until this transaction ends nobody else changes the ledger, so what is read of it stays true."""
-    session.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _LEDGER_LOCK})
+    session.change("SELECT pg_advisory_xact_lock(%(key)s)", key=_LEDGER_LOCK)
 
 
 def append(
-    session: WriteSession,
+    session: Writes,
     *,
     champion: int,
     fallback: int,
@@ -59,10 +71,10 @@ def append(
     """
     lock(session)
     if idempotency_key is not None:
-        done = session.scalar(select(ServingPlanRow).where(ServingPlanRow.idempotency_key == idempotency_key))
-        if done is not None:
-            return _plan(done)
-    newest = session.scalar(select(func.max(ServingPlanRow.generation))) or 0
+        done = session.rows("SELECT * FROM serving_plans WHERE idempotency_key = %(key)s", key=idempotency_key)
+        if done:
+            return _plan(done[0])
+    newest = session.rows("SELECT coalesce(max(generation), 0) AS generation FROM serving_plans")[0].generation
     if expected_generation is not None and expected_generation != newest:
         raise StalePlan(
             f"The serving plan is at generation {newest}, not {expected_generation}: somebody changed it meanwhile. "
@@ -70,38 +82,41 @@ def append(
         )
     _check(arms)
     named = {champion, *(arm.policy_version for arm in arms), *(() if rollback_to is None else (rollback_to,))}
-    if gone := policies.retired(session, named - {fallback}):
+    if unknown := eligibility.unknown(session, named | {fallback}):
+        raise SlipstreamError(
+            f"The plan names policy versions that do not exist: {_versions(unknown)}. "
+            "`slipstream policy list` shows those that do."
+        )
+    if gone := eligibility.retired(session, named - {fallback}):
         raise Retired(
-            f"Retired for good, and never to be served again: {', '.join(f'v{v}' for v in gone)}. "
+            f"Retired for good, and never to be served again: {_versions(gone)}. "
             "Choose another version; `slipstream policy list` shows them."
         )
-    row = ServingPlanRow(
+    (made,) = session.change(
+        "INSERT INTO serving_plans (generation, champion, fallback, rollback_to, arms, traffic_classes, tenants,"
+        " slices, salt, actor, reason, rollout_id, idempotency_key) VALUES (%(generation)s, %(champion)s, %(fallback)s,"
+        " %(rollback_to)s, %(arms)s::jsonb, %(traffic_classes)s::text[], %(tenants)s::text[], %(slices)s::text[],"
+        " %(salt)s, %(actor)s, %(reason)s, %(rollout_id)s, %(idempotency_key)s) RETURNING *",
         generation=newest + 1,
         champion=champion,
         fallback=fallback,
         rollback_to=rollback_to,
-        arms=[asdict(arm) for arm in arms],
-        traffic_classes=sorted(traffic_classes) if traffic_classes is not None else None,
-        tenants=sorted(tenants) if tenants is not None else None,
-        slices=sorted(slices) if slices is not None else None,
+        arms=json.dumps([asdict(arm) for arm in arms]),
+        traffic_classes=_sorted(traffic_classes),
+        tenants=_sorted(tenants),
+        slices=_sorted(slices),
         salt=salt,
         actor=actor,
         reason=reason,
         rollout_id=rollout_id,
         idempotency_key=idempotency_key,
     )
-    session.add(row)
-    try:
-        session.flush()
-    except IntegrityError as error:
-        raise SlipstreamError(f"The plan names a policy version that does not exist: {error.orig}") from error
-    session.refresh(row)
-    session.execute(text("SELECT pg_notify(:channel, :payload)"), {"channel": CHANNEL, "payload": str(row.generation)})
-    return _plan(row)
+    session.change("SELECT pg_notify(%(channel)s, %(payload)s)", channel=CHANNEL, payload=str(made.generation))
+    return _plan(made)
 
 
 def roll_back(
-    session: WriteSession, *, actor: str, reason: str, to: int | None = None, idempotency_key: str | None = None
+    session: Writes, *, actor: str, reason: str, to: int | None = None, idempotency_key: str | None = None
 ) -> ServingPlan:
     """Take the canary away and serve ``to``: by default the champion recorded when the canary started.
 
@@ -110,7 +125,7 @@ def roll_back(
     may be the very version that was taken back a moment ago; name it with ``to``. Where the recorded champion was
     retired meanwhile, its nearest ancestor that may be served takes its place; a retired ``to`` is refused.
     """
-    if to is not None and session.get(PolicyVersionRow, to) is None:
+    if to is not None and eligibility.unknown(session, [to]):
         raise SlipstreamError(f"There is no policy version {to}. `slipstream policy list` shows them.")
     lock(session)
     now = latest(session)
@@ -121,7 +136,7 @@ def roll_back(
         recorded = now.rollback_target
         if recorded is None:
             return now
-        target = policies.standing(session, recorded, now.fallback, without=now.versions - {recorded})
+        target = eligibility.standing(session, recorded, now.fallback, without=now.versions - {recorded})
     return append(
         session,
         champion=target,
@@ -134,59 +149,64 @@ def roll_back(
     )
 
 
-def latest(session: ReadSession | WriteSession) -> ServingPlan | None:
-    row = session.scalar(select(ServingPlanRow).order_by(ServingPlanRow.generation.desc()).limit(1))
-    return _plan(row) if row else None
+def latest(session: Reads) -> ServingPlan | None:
+    found = session.rows("SELECT * FROM serving_plans ORDER BY generation DESC LIMIT 1")
+    return _plan(found[0]) if found else None
 
 
-def get(session: ReadSession | WriteSession, generation: int) -> ServingPlan | None:
-    row = session.get(ServingPlanRow, generation)
-    return _plan(row) if row else None
+def get(session: Reads, generation: int) -> ServingPlan | None:
+    found = session.rows("SELECT * FROM serving_plans WHERE generation = %(generation)s", generation=generation)
+    return _plan(found[0]) if found else None
 
 
-def previous_champion(session: ReadSession | WriteSession, plan: ServingPlan) -> int | None:
+def previous_champion(session: Reads, plan: ServingPlan) -> int | None:
     """The champion before the present one; None when there has been but one."""
-    return session.scalar(
-        select(ServingPlanRow.champion)
-        .where(ServingPlanRow.generation < plan.generation, ServingPlanRow.champion != plan.champion)
-        .order_by(ServingPlanRow.generation.desc())
-        .limit(1)
+    found = session.rows(
+        "SELECT champion FROM serving_plans WHERE generation < %(generation)s AND champion <> %(champion)s"
+        " ORDER BY generation DESC LIMIT 1",
+        generation=plan.generation,
+        champion=plan.champion,
     )
+    return found[0].champion if found else None
 
 
 def history(
-    session: ReadSession | WriteSession,
-    since: datetime | None = None,
-    until: datetime | None = None,
-    limit: int = 500,
+    session: Reads, since: datetime | None = None, until: datetime | None = None, limit: int = 500
 ) -> list[ServingPlan]:
     """Plans in a time window, newest first: the deploy markers of every chart."""
-    query = select(ServingPlanRow).order_by(ServingPlanRow.generation.desc()).limit(limit)
-    if since is not None:
-        query = query.where(ServingPlanRow.created_at >= since)
-    if until is not None:
-        query = query.where(ServingPlanRow.created_at <= until)
-    return [_plan(row) for row in session.scalars(query)]
+    found = session.rows(
+        "SELECT * FROM serving_plans WHERE created_at >= coalesce(%(since)s::timestamptz, '-infinity')"
+        " AND created_at <= coalesce(%(until)s::timestamptz, 'infinity') ORDER BY generation DESC LIMIT %(limit)s",
+        since=since,
+        until=until,
+        limit=limit,
+    )
+    return [_plan(row) for row in found]
 
 
 def observe(
-    session: WriteSession,
-    replica_id: str,
-    generation: int,
-    observed_at: datetime,
-    load_s: float,
-    error: str | None = None,
+    session: Writes, replica_id: str, generation: int, observed_at: datetime, load_s: float, error: str | None = None
 ) -> None:
     """Say that a replica now routes by ``generation``, or that it could not load what the plan names."""
-    session.merge(
-        PlanObservationRow(
-            replica_id=replica_id, generation=generation, observed_at=observed_at, load_s=load_s, error=error
-        )
+    session.change(
+        "INSERT INTO plan_observations (replica_id, generation, observed_at, load_s, error) VALUES (%(replica_id)s,"
+        " %(generation)s, %(observed_at)s, %(load_s)s, %(error)s) ON CONFLICT (replica_id, generation) DO UPDATE SET"
+        " observed_at = excluded.observed_at, load_s = excluded.load_s, error = excluded.error",
+        replica_id=replica_id,
+        generation=generation,
+        observed_at=observed_at,
+        load_s=load_s,
+        error=error,
     )
 
 
-def observations(session: ReadSession | WriteSession, generation: int) -> list[PlanObservationRow]:
-    return list(session.scalars(select(PlanObservationRow).where(PlanObservationRow.generation == generation)))
+def observations(session: Reads, generation: int) -> list[Observation]:
+    found = session.rows(
+        "SELECT replica_id, generation, observed_at, load_s, error FROM plan_observations"
+        " WHERE generation = %(generation)s ORDER BY replica_id",
+        generation=generation,
+    )
+    return [Observation(*row) for row in found]
 
 
 def _check(arms: Sequence[Arm]) -> None:
@@ -197,7 +217,15 @@ def _check(arms: Sequence[Arm]) -> None:
             )
 
 
-def _plan(row: ServingPlanRow) -> ServingPlan:
+def _sorted(names: Sequence[str] | None) -> list[str] | None:
+    return sorted(names) if names is not None else None
+
+
+def _versions(numbers: Sequence[int]) -> str:
+    return ", ".join(f"v{number}" for number in numbers)
+
+
+def _plan(row: Any) -> ServingPlan:
     return ServingPlan(
         generation=row.generation,
         champion=row.champion,

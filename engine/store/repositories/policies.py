@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -112,32 +112,6 @@ def retire(session: WriteSession, versions: Sequence[int], reason: str, now: dat
         .returning(PolicyVersionRow.version)
     )
     return sorted(done)
-
-
-def standing(
-    session: ReadSession | WriteSession, version: int, fallback: int, without: Collection[int] = frozenset()
-) -> int:
-    """The version itself or its nearest ancestor that may be served: not retired, and none of ``without``.
-
-    The fallback where there is none; it is always allowed, so that something is.
-    """
-    at: int | None = version
-    while at is not None and at != fallback:
-        known = get(session, at)
-        if known is None:
-            break
-        if known.retired_at is None and at not in without:
-            return at
-        at = known.parent_version
-    return fallback
-
-
-def retired(session: ReadSession | WriteSession, versions: Collection[int]) -> list[int]:
-    """Which of these shall not be served again, ascending."""
-    query = select(PolicyVersionRow.version).where(
-        PolicyVersionRow.version.in_(versions), PolicyVersionRow.retired_at.is_not(None)
-    )
-    return sorted(session.scalars(query))
 
 
 def lineage(session: ReadSession | WriteSession, version: int) -> list[Lineage]:

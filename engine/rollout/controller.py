@@ -22,7 +22,7 @@ from engine.rollout import notify
 from engine.rollout.decide import decide
 from engine.rollout.guards import RolloutSpec
 from engine.rollout.launch import launch
-from engine.rollout.loading import Untrusted, gather, load
+from engine.rollout.loading import Untrusted, gather, load, unmeasured
 from engine.rollout.records import (
     Action,
     Decision,
@@ -48,10 +48,11 @@ Clock = Callable[[], datetime]
 def run(settings: Settings, db: Database, stop: threading.Event, clock: Clock | None = None) -> None:
     """Tick until ``stop`` is set, by the database's clock unless another is given. What fails is tried again."""
     clock = clock or db.now
-    controller = Controller(
-        db, f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:6]}", settings.rollout.lease_s
+    holder = f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:6]}"
+    controller = Controller(db, holder, settings.rollout.lease_s)
+    telling = threading.Thread(
+        target=notify.run, args=(settings.rollout, db, holder, stop, clock), name="notify", daemon=True
     )
-    telling = threading.Thread(target=notify.run, args=(settings.rollout, db, stop, clock), name="notify", daemon=True)
     telling.start()
     while not stop.is_set():
         try:
@@ -110,7 +111,11 @@ class Controller:
         if fault is not None:
             self._give_up(rollout, fault, token, now)
             return None
-        decision = decide(spec, status, evidence, commands, now)
+        try:
+            decision = decide(spec, status, evidence, commands, now)
+        except Exception as error:  # counts that no guard can judge leave the canary as unguarded as none
+            evidence = unmeasured(status, evidence, error)
+            decision = decide(spec, status, evidence, commands, now)
         self.apply(spec, status, evidence, commands, decision, token, now)
         return decision
 

@@ -1,8 +1,9 @@
 """One tick of a rollout: ``decide`` is pure, and everything it knows is in its arguments.
 
 The order is the safety argument: somebody who has already taken the canary back is believed; then the guards, on every
-tick in every state with traffic; then an abort; then the deadline; only then holds, approvals and progress. Only PASS
-advances, only FAIL rolls back by itself, everything else waits, and the deadline ends the waiting without blame.
+tick in every state with traffic; then an abort; then what ends without blame (traffic that nobody can measure, the
+deadline); only then holds, approvals and progress. Only PASS advances, only FAIL rolls back by itself, everything else
+waits, and no wait is without an end.
 """
 
 from __future__ import annotations
@@ -10,18 +11,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import datetime, timedelta
-from math import log
 
-from engine.contracts import CANARY, CONTROL, TERMINAL_STATES, RolloutState, Verdict
+from engine.contracts import TERMINAL_STATES, RolloutState, Verdict
 from engine.rollout.evaluate import evaluate
-from engine.rollout.guards import RolloutSpec, TokensPerStep
+from engine.rollout.guards import RolloutSpec
 from engine.rollout.records import Action, Decision, Evidence, GuardResult, Ledger, RolloutStatus
+from engine.rollout.verdict import judge
 from engine.store.repositories.rollouts import Command
 
 PROMOTED_STATES = frozenset({RolloutState.PROMOTING, RolloutState.PROMOTED, RolloutState.WATCHING})
 
-LEANS = log(10.0)
-"""No promotion while some guard has evidence of 10 against the canary in some class: the blend may hide a small one."""
 MAX_RESTARTS = 20
 """Restarts that are remembered; a fuse that allows more is no fuse."""
 
@@ -34,11 +33,11 @@ def decide(
         return Decision(status.verdict, Action.NONE, "it is over", status)
     command = commands[0] if commands else None
     if status.state is RolloutState.ROLLING_BACK:
-        return _rolling_back(status, evidence, now)
+        return _rolling_back(spec, status, evidence, now)
     if not status.serves:
         return _before_traffic(spec, status, evidence, command, now)
 
-    status = _noting_restarts(status, evidence)
+    status = _noting_blindness(_noting_restarts(status, evidence), evidence, now)
     guards = evaluate(spec, evidence.segments, status.restarts, now)
     verdict, why = judge(spec, status, evidence, guards, now)
     if status.state in PROMOTED_STATES and verdict is not Verdict.FAIL:
@@ -51,6 +50,8 @@ def decide(
     if command is not None and command.verb == "abort":
         aborted = tick.roll_back(f"aborted by {command.actor}: {command.reason}")
         return _consuming(aborted, command)
+    if (blind := tick.blind()) is not None:
+        return blind
     if status.state in PROMOTED_STATES:
         return _consuming(tick.after_promotion(command), command)
     if now - status.stages[0].began > timedelta(seconds=spec.deadline_s):
@@ -59,53 +60,6 @@ def decide(
     if command is not None:
         return _consuming(tick.obey(command), command)
     return tick.proceed()
-
-
-def judge(
-    spec: RolloutSpec,
-    status: RolloutStatus,
-    evidence: Evidence,
-    guards: Sequence[GuardResult],
-    now: datetime,
-    needs_proof: bool = True,
-) -> tuple[Verdict, str]:
-    """The verdict on the present stage and its reason. FAIL comes before everything that is merely in the way.
-
-    The last stage needs proof that the canary is not worse, unless ``needs_proof`` is False (a person approves).
-    """
-    by_verdict = {v: [g for g in guards if g.verdict is v] for v in Verdict}
-    if failed := by_verdict[Verdict.FAIL]:
-        return Verdict.FAIL, "; ".join(f"{g.guard}: {g.reason}" for g in failed)
-    if evidence.fault is not None:
-        return Verdict.ERROR, evidence.fault
-    stage = status.stage
-    for replica in evidence.alive:
-        if replica.load_error:
-            return Verdict.ERROR, f"{replica.replica_id} could not load all of the plan: {replica.load_error}"
-    if broken := by_verdict[Verdict.ERROR]:
-        return Verdict.ERROR, "; ".join(f"{g.guard}: {g.reason}" for g in broken)
-    if evidence.ledger is not None and evidence.ledger.generation != status.generation:
-        return Verdict.ERROR, f"{evidence.ledger.actor} changed the ledger: {evidence.ledger.reason}"
-    heard = max(evidence.newest_trace or stage.began, stage.began)
-    if now - heard > timedelta(seconds=spec.stale_s):
-        return Verdict.STALE, f"no request of either arm since {heard:%H:%M:%S} UTC"
-    behind = [r.replica_id for r in evidence.alive if (r.observed_generation or 0) < stage.generation]
-    if not evidence.alive or behind:
-        return Verdict.INSUFFICIENT, f"waiting for {', '.join(behind) or 'a replica'} to route by {stage.generation}"
-    if now - stage.began < timedelta(seconds=spec.warmup_s):
-        return Verdict.INSUFFICIENT, f"warming up for {spec.warmup_s:g} s"
-    got = {s.arm: s.stage_requests for s in evidence.segments if s.traffic_class is None}
-    if (least := min(got.get(CANARY, 0), got.get(CONTROL, 0))) < spec.min_requests:
-        return Verdict.INSUFFICIENT, f"{least} of {spec.min_requests} requests per arm at this weight"
-    proof = next(g for g in guards if g.guard == TokensPerStep.kind)
-    if needs_proof and len(status.stages) == len(spec.steps):
-        if proof.verdict is not Verdict.PASS:
-            return Verdict.INSUFFICIENT, f"{proof.guard}: {proof.reason}"
-        for guard in guards:
-            if guard.lean is not None and guard.lean > LEANS:
-                where = f" in class {guard.worst}" if guard.worst else ""
-                return Verdict.INSUFFICIENT, f"{guard.guard}: leans against the canary{where}, not certain yet"
-    return Verdict.PASS, f"no guard fails; {proof.reason}"
 
 
 def _before_traffic(
@@ -152,6 +106,11 @@ def _noting_restarts(status: RolloutStatus, evidence: Evidence) -> RolloutStatus
     return replace(status, restarts=tuple(restarts[-MAX_RESTARTS:]))
 
 
+def _noting_blindness(status: RolloutStatus, evidence: Evidence, now: datetime) -> RolloutStatus:
+    """Since when the traffic could not be measured, without a gap."""
+    return replace(status, blind_since=(status.blind_since or now) if evidence.fault is not None else None)
+
+
 def _missing(status: RolloutStatus, evidence: Evidence) -> str | None:
     """The first precondition of traffic that does not hold: a rollback must never have to load anything."""
     ledger = evidence.ledger
@@ -170,7 +129,7 @@ def _missing(status: RolloutStatus, evidence: Evidence) -> str | None:
     return None
 
 
-def _rolling_back(status: RolloutStatus, evidence: Evidence, now: datetime) -> Decision:
+def _rolling_back(spec: RolloutSpec, status: RolloutStatus, evidence: Evidence, now: datetime) -> Decision:
     """The plan is in the ledger; it is done when no replica can route by an older one.
 
     One that has gone silent may still do so until its lease ends, so it is waited for as long.
@@ -181,7 +140,11 @@ def _rolling_back(status: RolloutStatus, evidence: Evidence, now: datetime) -> D
         if (r.observed_generation or 0) < (status.generation or 0)
     ]
     if behind:
-        return Decision(status.verdict, Action.NONE, f"waiting for {', '.join(behind)} ({status.reason})", status)
+        why = f"waiting for {', '.join(behind)} ({status.reason})"
+        if now - status.since > timedelta(seconds=spec.promote_s):
+            # Never claimed before it is seen: while such a replica lives, its canary traffic does not end by itself.
+            why = f"{', '.join(behind)} does not follow the ledger: stop it. Waiting ({status.reason})"
+        return Decision(status.verdict, Action.NONE, why, status)
     return Decision(status.verdict, Action.NONE, status.reason, status.moved(status.ends_as, now))
 
 
@@ -225,6 +188,15 @@ class _Tick:
         decision = self._to(RolloutState.ROLLING_BACK, why, Action.ROLL_BACK)
         return replace(decision, status=replace(decision.status, ends_as=ends_as))
 
+    def blind(self) -> Decision | None:
+        """Nobody has been able to measure the traffic for too long: the canary serves unguarded, so it goes back."""
+        since = self.status.blind_since
+        if since is None or self.now - since <= timedelta(seconds=self.spec.blind_s):
+            return None
+        self.verdict = Verdict.ERROR
+        why = f"unguarded for more than {self.spec.blind_s:g} s ({self.evidence.fault}): back to the champion"
+        return self.roll_back(why, RolloutState.INCONCLUSIVE)
+
     def after_promotion(self, command: Command | None) -> Decision:
         """PROMOTING until every replica that may serve routes by the new champion; PROMOTED, WATCHING, DONE."""
         if command is not None:
@@ -235,8 +207,17 @@ class _Tick:
                 for r in self.evidence.replicas
                 if (r.observed_generation or 0) < (self.status.generation or 0)
             ]
+            waits_for = ", ".join(behind) or "a replica"
             if behind or not self.evidence.alive:
-                return self._to(RolloutState.PROMOTING, f"waiting for {', '.join(behind) or 'a replica'}")
+                if self._for(self.spec.promote_s):
+                    self.verdict = Verdict.INSUFFICIENT
+                    why = f"waited {self.spec.promote_s:g} s for {waits_for} to route by {self.status.generation}: "
+                    return self.roll_back(
+                        f"{why}v{self.status.canary} cannot become champion everywhere, back to "
+                        f"v{self.status.champion}",
+                        RolloutState.INCONCLUSIVE,
+                    )
+                return self._to(RolloutState.PROMOTING, f"waiting for {waits_for}")
             return self._to(RolloutState.PROMOTED, f"v{self.status.canary} is champion on every replica")
         if self.status.state is RolloutState.PROMOTED:
             return self._to(RolloutState.WATCHING, f"watching for {self.spec.watch_s:g} s")

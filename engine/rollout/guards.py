@@ -190,7 +190,9 @@ class RolloutSpec:
     """Durations are seconds, ``steps`` canary weights in (0, 0.5], ascending; the control always weighs the same.
 
     ``min_requests`` is per arm and step. ``alpha`` is the probability of rolling back an identical canary, split
-    evenly over the statistical guards. ``deadline_s`` counts from the first canary traffic. ``traffic_classes``,
+    evenly over the statistical guards. ``deadline_s`` counts from the first canary traffic. ``blind_s`` is how long a
+    canary may serve while its traffic cannot be measured, ``promote_s`` how long a promotion may wait for replicas to
+    follow; beyond either the champion is back and nobody is blamed. ``traffic_classes``,
     ``tenants`` and ``slices`` (the header X-Slice) say whose requests may be tried at all; None is everybody's.
     """
 
@@ -202,6 +204,8 @@ class RolloutSpec:
     watch_s: float = 900.0
     deadline_s: float = 14_400.0
     stale_s: float = 120.0
+    blind_s: float = 600.0
+    promote_s: float = 600.0
     alpha: float = 0.01
     traffic_classes: tuple[str, ...] | None = None
     tenants: tuple[str, ...] | None = None

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import text
 from sqlalchemy.exc import SQLAlchemyError
 
 from engine.contracts import CANARY, ServingPlan, SlipstreamError
@@ -20,8 +20,8 @@ from engine.store.repositories import plans, policies, replicas, rollouts
 from engine.store.repositories.evidence import Window
 from engine.store.repositories.rollouts import Command, Rollout
 
-MEASURE_S = 4.0
-"""Longest one measurement may take; three of them fit well into a controller's lease."""
+MEASURE_S = 6.0
+"""Longest a whole measurement may take: well inside a controller's lease."""
 log = logging.getLogger(__name__)
 
 
@@ -51,13 +51,7 @@ def gather(
     errors = {o.replica_id: o.error for o in plans.observations(session, plan.generation)} if plan else {}
     warmup = timedelta(seconds=spec.warmup_s)
     windows = [Window(stage.generation, stage.began, stage.began + warmup) for stage in status.stages]
-    measured, fault = dict[str, Any](), None
-    try:
-        with session.begin_nested():
-            measured = _measured(session, spec, windows)
-    except SQLAlchemyError as error:
-        fault = f"the traffic could not be measured: {str(error).splitlines()[0]}"
-        log.error("rollout %d: %s", status.rollout_id, fault)
+    asked = tuple(rollouts.commands(session, status.rollout_id, status.last_command))
     evidence = Evidence(
         ledger=_ledger(plan) if plan else None,
         replicas=tuple(
@@ -73,22 +67,31 @@ def gather(
             for r in replicas.may_serve(session, now)
         ),
         canary_known=canary is not None and canary.retired_at is None,
-        fault=fault,
-        **measured,
     )
-    return evidence, tuple(rollouts.commands(session, status.rollout_id, status.last_command))
+    try:  # last: whatever becomes of this transaction, everything else has been read
+        return replace(evidence, **_measured(session, spec, windows)), asked
+    except Exception as error:
+        return unmeasured(status, evidence, error), asked
+
+
+def unmeasured(status: RolloutStatus, evidence: Evidence, error: Exception) -> Evidence:
+    """The evidence without its traffic. A fault of any kind must reach ``decide``, which ends what is unguarded."""
+    said = str(error).strip().splitlines() or [""]
+    fault = f"the traffic could not be measured: {type(error).__name__}: {said[0]}"
+    log.error("rollout %d: %s", status.rollout_id, fault, exc_info=not isinstance(error, SQLAlchemyError))
+    return replace(evidence, segments=(), newest_trace=None, observed=None, fault=fault)
 
 
 def _measured(session: ReadSession | WriteSession, spec: RolloutSpec, windows: Sequence[Window]) -> dict[str, Any]:
     """What the traffic of all stages shows; it must be there before another controller takes the lease for dead."""
     if not windows:
         return {}
-    session.execute(text(f"SET LOCAL statement_timeout = '{MEASURE_S:g}s'"))
-    return {
-        "segments": tuple(evidence_store.segments(session, windows, spec.metrics())),
-        "newest_trace": evidence_store.newest(session, windows[-1]),
-        "observed": _observed(session, spec, windows[-1]),
-    }
+    with evidence_store.within(session, MEASURE_S):
+        return {
+            "segments": tuple(evidence_store.segments(session, windows, spec.metrics())),
+            "newest_trace": evidence_store.newest(session, windows[-1]),
+            "observed": _observed(session, spec, windows[-1]),
+        }
 
 
 def _observed(session: ReadSession | WriteSession, spec: RolloutSpec, window: Window) -> float | None:

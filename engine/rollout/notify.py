@@ -1,8 +1,8 @@
 """Telling others of every transition of a rollout: a signed webhook, a command; tried again, and never in the way.
 
 The notifier follows the append-only decisions behind a cursor of its own, one per sink, in a thread of its own: what is
-slow or down delays notifications and nothing else. A delivery can come twice (a sink that answered and a cursor that
-could not be written); its id says so.
+slow or down delays notifications and nothing else. Of several notifiers the one with the lease delivers. A delivery can
+come twice (a sink that answered and a cursor that could not be written); its id says so.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from engine.settings import RolloutSettings
 from engine.store.database import Database
-from engine.store.repositories import notifications, rollouts
+from engine.store.repositories import leases, notifications, rollouts
+from engine.store.repositories.leases import LeaseLost
 from engine.store.repositories.notifications import Cursor
 from engine.store.repositories.rollouts import DecisionRecord
 
@@ -31,6 +32,8 @@ TIMEOUT_S, COMMAND_TIMEOUT_S = 5.0, 30.0
 TRIES = 8
 """After so many failures, about ten minutes, a notification is given up: the next ones matter more."""
 BATCH = 20
+LEASE, LEASE_S = "notify", 90.0
+"""Prolonged before each delivery, which takes at most a third of it."""
 log = logging.getLogger(__name__)
 
 
@@ -108,16 +111,26 @@ def body(decision: DecisionRecord) -> bytes:
 
 
 class Notifier:
-    """``tick`` delivers what is due to every sink; its state is in the database."""
+    """``tick`` delivers what is due to every sink, while no other notifier does; its state is in the database."""
 
-    def __init__(self, db: Database, sinks: Sequence[Sink]) -> None:
-        self._db, self._sinks = db, sinks
+    def __init__(
+        self, db: Database, sinks: Sequence[Sink], holder: str, clock: Callable[[], datetime] | None = None
+    ) -> None:
+        self._db, self._sinks, self._holder = db, sinks, holder
+        self._clock = clock or db.now
 
     def tick(self, now: datetime) -> int:
         """How many notifications arrived."""
         return sum(self._serve(sink, now) for sink in self._sinks)
 
+    def release(self) -> None:
+        with self._db.write() as session:
+            leases.release(session, LEASE, self._holder, self._clock())
+
     def _serve(self, sink: Sink, now: datetime) -> int:
+        token = self._lease(now)
+        if token is None:
+            return 0
         with self._db.write() as session:
             cursor = notifications.cursor(session, sink.name, rollouts.newest_decision(session), now)
         if cursor.next_at > now:
@@ -127,20 +140,34 @@ class Notifier:
         arrived = 0
         for decision in due:
             assert decision.id is not None
+            if self._lease(max(now, self._clock())) != token:
+                return arrived  # another one has taken over, and may have told this already
             try:
                 sink.deliver(decision.id, body(decision), now)
             except (httpx.HTTPError, httpx.InvalidURL, OSError, subprocess.SubprocessError) as error:
-                if not self._failed(sink, cursor, decision, error, now):
+                if not self._failed(sink, cursor, decision, error, now, token):
                     return arrived
                 cursor = Cursor(sink.name, decision.id, 0, now, str(error))
             else:
                 arrived += 1
                 cursor = Cursor(sink.name, decision.id, 0, now, None)
-            with self._db.write() as session:
-                notifications.advance(session, cursor)
+            self._advance(cursor, token)
         return arrived
 
-    def _failed(self, sink: Sink, cursor: Cursor, decision: DecisionRecord, error: Exception, now: datetime) -> bool:
+    def _lease(self, now: datetime) -> int | None:
+        """Take or prolong it; None while it is another's."""
+        with self._db.write() as session:
+            return leases.acquire(session, LEASE, self._holder, now, LEASE_S)
+
+    def _advance(self, cursor: Cursor, token: int) -> None:
+        """Only while the lease is ours: LeaseLost otherwise, and the cursor stays where its new keeper has it."""
+        with self._db.write() as session:
+            leases.check(session, LEASE, self._holder, token)
+            notifications.advance(session, cursor)
+
+    def _failed(
+        self, sink: Sink, cursor: Cursor, decision: DecisionRecord, error: Exception, now: datetime, token: int
+    ) -> bool:
         """Note the failure; True where it is given up and the next one may go."""
         tries = cursor.tries + 1
         if tries >= TRIES:
@@ -148,22 +175,29 @@ class Notifier:
             return True
         log.warning("%s: decision %s did not arrive, trying again: %s", sink.name, decision.id, error)
         later = now + timedelta(seconds=min(300.0, 2.0**tries))
-        with self._db.write() as session:
-            notifications.advance(session, Cursor(sink.name, cursor.decision_id, tries, later, str(error)))
+        self._advance(Cursor(sink.name, cursor.decision_id, tries, later, str(error)), token)
         return False
 
 
-def run(settings: RolloutSettings, db: Database, stop: threading.Event, clock: Callable[[], datetime]) -> None:
+def run(
+    settings: RolloutSettings, db: Database, holder: str, stop: threading.Event, clock: Callable[[], datetime]
+) -> None:
     """Deliver until ``stop`` is set; returns at once where no sink is configured."""
     found = sinks(settings)
     if not found:
         return
-    notifier = Notifier(db, found)
+    notifier = Notifier(db, found, holder, clock)
     while not stop.is_set():
         try:
             notifier.tick(clock())
+        except LeaseLost as error:
+            log.warning("another notifier took over: %s", error)
         except SQLAlchemyError as error:
             log.error("notifications wait for the database: %s", error)
         except Exception:
             log.exception("notifying failed in a way nobody foresaw, trying again")
         stop.wait(settings.tick_s)
+    try:
+        notifier.release()
+    except SQLAlchemyError as error:
+        log.warning("the notifier's lease could not be released, it ends by itself: %s", error)

@@ -39,7 +39,7 @@ class RolloutStatus:
     ``generation`` is the last plan this rollout made, ``since`` when the present state began. ``held_by`` is operator
     (until resumed) or evidence (until the evidence is fit again), ``resumes_to`` the state before the hold, ``ends_as``
     what it will be called once its traffic is seen to be back. ``restarts`` holds when a replica started after a crash
-    meanwhile.
+    meanwhile; ``blind_since`` is the first tick of those in a row that could not measure the traffic.
     """
 
     rollout_id: int
@@ -56,6 +56,7 @@ class RolloutStatus:
     reason: str = ""
     ends_as: RolloutState = RolloutState.ROLLED_BACK
     restarts: tuple[datetime, ...] = ()
+    blind_since: datetime | None = None
 
     @property
     def stage(self) -> Stage:
@@ -194,6 +195,7 @@ def status_from_json(tree: Mapping[str, Any]) -> RolloutStatus:
     values["verdict"] = Verdict(values["verdict"])
     values["ends_as"] = RolloutState(values.get("ends_as", RolloutState.ROLLED_BACK))
     values["restarts"] = tuple(datetime.fromisoformat(at) for at in values.get("restarts", ()))
+    values["blind_since"] = _instant(values.get("blind_since"))
     return RolloutStatus(**values)
 
 
@@ -213,12 +215,11 @@ def evidence_to_json(
 
 def evidence_from_json(tree: Mapping[str, Any]) -> tuple[Evidence, tuple[Command, ...]]:
     inputs = tree["inputs"]
-    newest = inputs["newest_trace"]
     evidence = Evidence(
         ledger=Ledger(**inputs["ledger"]) if inputs["ledger"] else None,
         replicas=tuple(_replica(tree) for tree in inputs["replicas"]),
         segments=tuple(Segment(**segment) for segment in inputs["segments"]),
-        newest_trace=datetime.fromisoformat(newest) if newest else None,
+        newest_trace=_instant(inputs["newest_trace"]),
         observed=inputs["observed"],
         canary_known=inputs["canary_known"],
         fault=inputs.get("fault"),
@@ -228,9 +229,12 @@ def evidence_from_json(tree: Mapping[str, Any]) -> tuple[Evidence, tuple[Command
 
 
 def _replica(tree: Mapping[str, Any]) -> Replica:
-    started = tree.get("started_at")
-    at = datetime.fromisoformat(started) if started else None
-    return Replica(**{**tree, "resident": tuple(tree["resident"]), "started_at": at})
+    started = _instant(tree.get("started_at"))
+    return Replica(**{**tree, "resident": tuple(tree["resident"]), "started_at": started})
+
+
+def _instant(text: str | None) -> datetime | None:
+    return datetime.fromisoformat(text) if text else None
 
 
 def _plain(value: Any) -> Any:

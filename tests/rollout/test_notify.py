@@ -17,6 +17,7 @@ from engine.rollout.launch import launch
 from engine.rollout.notify import TRIES, Command, Notifier, Webhook, sign
 from engine.store.database import Database
 from engine.store.repositories import notifications, operations, rollouts
+from engine.store.repositories.leases import LeaseLost
 from tests.rollout import database_world as world
 
 NONE, CHAMPION, TRIED = 1, 2, 3
@@ -29,7 +30,7 @@ def going(db: Database) -> Database:
     world.versions(db, 3)
     world.first_plan(db, CHAMPION, NONE)
     world.beat(db, NOW, (NONE, CHAMPION, TRIED))
-    Notifier(db, [Recorder()]).tick(NOW)  # begins here: what was before is not news
+    Notifier(db, [Recorder()], "a").tick(NOW)  # begins here: what was before is not news
     made = launch(db, canary=TRIED, actor="ann", preset="fast", now=NOW)
     acting = Controller(db, "a", 15.0)
     acting.tick(NOW)
@@ -57,7 +58,7 @@ class Recorder:
 
 def test_each_transition_is_told_once_in_order(going: Database) -> None:
     sink = Recorder()
-    notifier = Notifier(going, [sink])
+    notifier = Notifier(going, [sink], "a")
     assert notifier.tick(NOW) == 3
     assert notifier.tick(NOW) == 0
     assert [told["to"] for _, told in sink.got] == ["RAMPING", "ROLLING_BACK", "ROLLED_BACK"]
@@ -70,8 +71,8 @@ def test_what_did_not_arrive_is_tried_again_later_and_others_are_not_held_up(goi
         name = "other"
 
     down, other = Recorder(down=True), Other()
-    notifier = Notifier(going, [down, other])
-    Notifier(going, [other]).tick(NOW)
+    notifier = Notifier(going, [down, other], "a")
+    Notifier(going, [other], "a").tick(NOW)
     assert notifier.tick(NOW) == 0
     down.down = False
     assert notifier.tick(NOW + timedelta(seconds=1)) == 0  # not due yet
@@ -81,7 +82,7 @@ def test_what_did_not_arrive_is_tried_again_later_and_others_are_not_held_up(goi
 
 def test_a_notification_that_never_arrives_is_given_up(going: Database) -> None:
     down, at = Recorder(down=True), NOW
-    notifier = Notifier(going, [down])
+    notifier = Notifier(going, [down], "a")
     for _ in range(TRIES):
         notifier.tick(at)
         at += timedelta(seconds=301)
@@ -92,10 +93,45 @@ def test_a_notification_that_never_arrives_is_given_up(going: Database) -> None:
 
 def test_a_cursor_never_goes_back(going: Database) -> None:
     sink = Recorder()
-    assert Notifier(going, [sink]).tick(NOW) == 3
+    assert Notifier(going, [sink], "a").tick(NOW) == 3
     with going.write() as session:
         notifications.advance(session, notifications.Cursor(sink.name, 0, 1, NOW, "a slow notifier, long overtaken"))
-    assert Notifier(going, [sink]).tick(NOW) == 0
+    assert Notifier(going, [sink], "a").tick(NOW) == 0
+
+
+@pytest.mark.parametrize("leased", [True, False])
+def test_of_two_notifiers_one_tells(going: Database, monkeypatch: pytest.MonkeyPatch, leased: bool) -> None:
+    """The second looks while the first is delivering; without the lease each transition would be told twice."""
+    if not leased:
+        monkeypatch.setattr(Notifier, "_lease", lambda self, now: 1)
+        monkeypatch.setattr("engine.rollout.notify.leases.check", lambda *_: None)
+
+    class Slow(Recorder):
+        def deliver(self, delivery: int, body: bytes, now: datetime) -> None:
+            if not self.got:
+                Notifier(going, [quick], "b").tick(now)
+            super().deliver(delivery, body, now)
+
+    slow, quick = Slow(), Recorder()
+    Notifier(going, [slow], "a").tick(NOW)
+    assert [told["to"] for _, told in slow.got] == ["RAMPING", "ROLLING_BACK", "ROLLED_BACK"]
+    assert len(quick.got) == (0 if leased else 3)
+
+
+def test_a_notifier_that_was_asleep_tells_no_more_and_moves_no_cursor(going: Database) -> None:
+    asleep, awake = Recorder(), Recorder()
+
+    class Sleepy(Recorder):
+        def deliver(self, delivery: int, body: bytes, now: datetime) -> None:
+            super().deliver(delivery, body, now)
+            Notifier(going, [awake], "b").tick(later)  # its lease has ended while it delivered
+
+    later = NOW + timedelta(days=1)
+    sleepy = Sleepy()
+    with pytest.raises(LeaseLost, match="held by b"):
+        Notifier(going, [sleepy], "a").tick(NOW)
+    assert (len(sleepy.got), len(awake.got)) == (1, 3)
+    assert Notifier(going, [asleep], "a").tick(NOW) == 0
 
 
 def test_a_webhook_is_signed_and_an_error_answer_is_a_failure() -> None:

@@ -68,6 +68,7 @@ class World:
     replicas: tuple[Replica, ...] = (Replica("replica-0", 10, (FALLBACK, CHAMPION)),)
     segments: tuple[Segment, ...] = ()
     newest_trace: datetime | None = None
+    fault: str | None = None
     commands: list[Command] = field(default_factory=list)
     decisions: list[Decision] = field(default_factory=list)
 
@@ -84,7 +85,7 @@ class World:
         return decision
 
     def evidence(self) -> Evidence:
-        return Evidence(self.ledger, self.replicas, self.segments, self.newest_trace)
+        return Evidence(self.ledger, self.replicas, self.segments, self.newest_trace, fault=self.fault)
 
     def pending(self) -> list[Command]:
         return [command for command in self.commands if command.id > self.status.last_command]

@@ -7,16 +7,18 @@ minute rollups' histograms, and only the minute in which a warm-up ended is read
 from __future__ import annotations
 
 import math
+import time
 from collections import defaultdict
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
 import numpy as np
-from sqlalchemy import text
+from sqlalchemy import event, text
 
-from engine.contracts import CANARY
+from engine.contracts import CANARY, SlipstreamError
 from engine.store import histogram
 from engine.store.database import ReadSession, WriteSession
 
@@ -144,6 +146,33 @@ _LATENCIES = text(
     ) AS merged GROUP BY arm, traffic_class, metric
     """
 )
+
+
+class TooSlow(SlipstreamError):
+    """A measurement took longer than it may."""
+
+
+@contextmanager
+def within(
+    session: ReadSession | WriteSession, seconds: float, clock: Callable[[], float] = time.monotonic
+) -> Iterator[None]:
+    """All statements of the block together may take ``seconds``: each gets what those before it have left.
+
+    TooSlow before a statement for which nothing is left; Postgres cancels the one that runs out of it.
+    """
+    connection, ends = session.connection(), clock() + seconds
+
+    def allow(_connection: Any, cursor: Any, statement: str, *_: Any) -> None:
+        left = ends - clock()
+        if left <= 0.0:
+            raise TooSlow(f"measuring took longer than {seconds:g} s")
+        cursor.execute(f"SET LOCAL statement_timeout = {max(1, round(1000 * left))}")
+
+    event.listen(connection, "before_cursor_execute", allow)
+    try:
+        yield
+    finally:
+        event.remove(connection, "before_cursor_execute", allow)
 
 
 def segments(

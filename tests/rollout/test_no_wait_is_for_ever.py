@@ -1,0 +1,162 @@
+"""Whatever a rollout waits for, it stops waiting: traffic nobody can measure, replicas that do not follow."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+
+import pytest
+from sqlalchemy import text
+from sqlalchemy.exc import OperationalError
+
+from engine.contracts import RolloutState, Verdict
+from engine.rollout import decide as decide_module
+from engine.rollout import specs
+from engine.rollout.controller import Controller
+from engine.rollout.launch import launch
+from engine.rollout.records import Action, RolloutStatus, status_from_json, status_to_json
+from engine.rollout.replay import replay
+from engine.store.database import Database
+from engine.store.repositories import evidence, plans, rollouts
+from tests.rollout import database_world
+from tests.rollout.test_decide import promoted
+from tests.rollout.world import CHAMPION, World, ramping
+
+NONE, TRIED = 1, 3
+
+
+def held(world: World) -> None:
+    world.ask("hold")
+    world.tick()
+
+
+def watched(world: World) -> None:
+    promoted(world)
+    for _ in range(2):
+        world.tick()
+    assert world.status.state is RolloutState.WATCHING
+
+
+@pytest.mark.parametrize("reach", [lambda world: None, held, watched], ids=["ramping", "held", "watching"])
+def test_a_canary_that_nobody_can_measure_goes_back_and_is_not_blamed(reach: Callable[[World], None]) -> None:
+    world = ramping(replace(specs.preset("fast"), watch_s=10_000.0))
+    reach(world)
+    world.fault = "the traffic could not be measured: canceling statement"
+    began = world.now
+    while world.status.state not in (RolloutState.ROLLING_BACK, RolloutState.INCONCLUSIVE):
+        assert world.tick(5).verdict is not Verdict.FAIL
+        assert world.now - began <= timedelta(seconds=world.spec.blind_s + 10)
+    assert world.now - began > timedelta(seconds=world.spec.blind_s)
+    assert "unguarded for more than 60 s" in world.status.reason
+    assert world.ledger.champion == CHAMPION
+    assert world.tick().to_state is RolloutState.INCONCLUSIVE
+
+
+def test_one_look_that_succeeds_begins_the_patience_anew() -> None:
+    world = ramping()
+    for _ in range(10):
+        world.fault = "slow"
+        world.tick(30)
+        world.fault = None
+        world.both(30)
+        assert world.tick(1).action is not Action.ROLL_BACK
+    assert status_from_json(status_to_json(world.status)) == world.status
+
+
+def test_forgetting_since_when_nobody_could_measure_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The planted fault of the tests above: patience that begins anew on every tick."""
+
+    def forgetful(status: RolloutStatus, _: object, now: datetime) -> RolloutStatus:
+        return replace(status, blind_since=now)
+
+    monkeypatch.setattr(decide_module, "_noting_blindness", forgetful)
+    with pytest.raises(AssertionError):
+        test_a_canary_that_nobody_can_measure_goes_back_and_is_not_blamed(lambda world: None)
+
+
+@pytest.mark.parametrize("alive", [True, False])
+def test_a_promotion_that_a_replica_does_not_follow_ends_and_names_it(alive: bool) -> None:
+    world = ramping()
+    promoted(world)
+    stuck = replace(world.replicas[0], replica_id="r-stuck", observed_generation=world.ledger.generation - 1)
+    world.replicas = (*world.replicas, stuck) if alive else ()
+    assert world.tick(world.spec.promote_s - 1).to_state is RolloutState.PROMOTING
+    decision = world.tick(1)
+    assert (decision.action, decision.status.ends_as) == (Action.ROLL_BACK, RolloutState.INCONCLUSIVE)
+    assert ("r-stuck" if alive else "a replica") in decision.reason
+    assert (world.ledger.champion, world.ledger.canary) == (CHAMPION, None)
+    assert world.tick().to_state is RolloutState.INCONCLUSIVE
+
+
+def test_a_replica_that_ignores_a_rollback_is_named_and_success_is_not_claimed() -> None:
+    world = ramping()
+    world.ask("abort")
+    world.tick()
+    world.replicas = (replace(world.replicas[0], observed_generation=world.ledger.generation - 1),)
+    decision = world.tick(world.spec.promote_s + 1)
+    assert decision.to_state is RolloutState.ROLLING_BACK
+    assert "replica-0 does not follow the ledger: stop it" in decision.reason
+
+
+@pytest.fixture
+def going(db: Database) -> tuple[Database, Controller, datetime]:
+    now = datetime.now(UTC)
+    database_world.versions(db, 3)
+    database_world.first_plan(db, CHAMPION, NONE)
+    database_world.beat(db, now, (NONE, CHAMPION))
+    launch(db, canary=TRIED, actor="ann", preset="fast", now=now)
+    acting = Controller(db, "a", 15.0)
+    acting.tick(now)
+    return db, acting, now
+
+
+@pytest.mark.parametrize("broken", ["counting", "judging"])
+def test_whatever_breaks_in_measuring_reaches_the_decision(
+    going: tuple[Database, Controller, datetime], monkeypatch: pytest.MonkeyPatch, broken: str
+) -> None:
+    """An error of Python, not of the database: before, the tick failed and the canary served on for ever."""
+    db, acting, now = going
+
+    def breaks(*args: object, **kwargs: object) -> None:
+        if broken == "counting" or args[1]:
+            raise ZeroDivisionError("nobody foresaw this")
+
+    right = decide_module.evaluate
+    if broken == "counting":
+        monkeypatch.setattr(evidence, "segments", breaks)
+    else:
+        monkeypatch.setattr(decide_module, "evaluate", lambda *a, **k: breaks(*a) or right(*a, **k))
+        monkeypatch.setattr(evidence, "segments", lambda *_: [evidence.Segment("canary", None, 5)])
+    for _ in range(30):
+        now += timedelta(seconds=5)
+        database_world.beat(db, now, (NONE, CHAMPION, TRIED))
+        acting.tick(now)
+    with db.read() as session:
+        found, plan = rollouts.list_rollouts(session)[0], plans.latest(session)
+        decisions = rollouts.decisions(session, found.id)
+    assert plan is not None
+    assert (found.state, plan.champion, plan.arms) == (RolloutState.INCONCLUSIVE, CHAMPION, ())
+    assert "ZeroDivisionError" in found.status["reason"]
+    assert Verdict.FAIL not in {d.verdict for d in decisions}
+    assert replay(found.spec, decisions) == []
+
+
+def test_a_measurement_is_bounded_as_a_whole(db: Database) -> None:
+    """Each statement alone would be in time."""
+    seconds = iter([0.0, 0.0, 0.6, 1.2])
+    with db.read() as session, evidence.within(session, 1.0, lambda: next(seconds)):
+        session.execute(text("SELECT 1"))
+        session.execute(text("SELECT 1"))
+        with pytest.raises(evidence.TooSlow, match="longer than 1 s"):
+            session.execute(text("SELECT 1"))
+
+
+def test_a_statement_gets_no_more_time_than_is_left(db: Database) -> None:
+    seconds = iter([0.0, 0.95])
+    with (
+        db.read() as session,
+        evidence.within(session, 1.0, lambda: next(seconds)),
+        pytest.raises(OperationalError, match="statement timeout"),
+    ):
+        session.execute(text("SELECT pg_sleep(30)"))

@@ -66,11 +66,12 @@ def _transformers_generate(bench: Bench) -> Callable[[Ids], Run]:
     except ImportError:
         raise SlipstreamError("--peer transformers needs the package: pip install 'transformers>=5,<6'.") from None
     target, tokens = bench.target, bench.options.tokens
-    model: Any = AutoModelForCausalLM.from_pretrained(target.folder, dtype=target.model.dtype).eval()
+    device = target.model.device
+    model: Any = AutoModelForCausalLM.from_pretrained(target.folder, dtype=target.model.dtype).to(device).eval()
     eos = sorted(target.tokenizer.eos_ids)
 
     def generate(ids: Ids) -> Run:
-        prompt = torch.tensor([ids])
+        prompt = torch.tensor([ids], device=device)
         began, cpu = time.perf_counter(), time.process_time()
         with torch.inference_mode():
             out = model.generate(
@@ -80,8 +81,8 @@ def _transformers_generate(bench: Bench) -> Callable[[Ids], Run]:
                 do_sample=False,
                 eos_token_id=eos,
                 pad_token_id=eos[0],
-            )
-        return Run(out.shape[1] - len(ids), time.perf_counter() - began, time.process_time() - cpu)
+            )[0].tolist()  # reading the tokens waits for the device: only then is it done
+        return Run(len(out) - len(ids), time.perf_counter() - began, time.process_time() - cpu)
 
     generate((*bench.target.tokenizer.encode("warm up"),))
     return generate

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +14,7 @@ from engine.bench.blocks import Run, ratio_figure
 from engine.bench.report import Figure
 from engine.bench.rig import wait_until
 from engine.bench.workload import Workload
+from engine.contracts import SlipstreamError
 from engine.model.loading import Target
 from engine.ops import postgres, system
 from engine.ops.supervisor import Say
@@ -24,10 +25,12 @@ if TYPE_CHECKING:
     from engine.bench.serving import Options
 
 CLIENTS = 4
-BLOCK = 8
-"""Requests of a block: few tokens each, so that there are many traces for their tokens."""
-PAIRS = 12
+BLOCK = 24
+"""Requests of a block: few tokens each, so that there are many traces for their tokens; enough of them that what is
+written after the last one, outside of its clock, is little of the whole."""
+PAIRS = 16
 TOKENS = 32
+DRAIN_S = 30.0
 
 
 def measure(
@@ -56,14 +59,15 @@ def measure(
             thread.start()
             wait_until(lambda: server.not_ready() is None, "the engine is ready", 120.0, pause_s=0.1)
             client, pairs = Server(server.url), list[tuple[Run, Run]]()
-            client.serve(order.sample(texts, min(BLOCK, len(texts))), CLIENTS, TOKENS)
+
+            def serve(part: Sequence[str]) -> Run:
+                return client.serve(part, CLIENTS, TOKENS)
+
+            serve(order.sample(texts, min(BLOCK, len(texts))))
             for number in range(1, PAIRS + 1):
-                part, runs = order.choices(texts, k=BLOCK), {}
-                for on in order.sample((True, False), 2):
-                    server.service.telemetry = on
-                    runs[on] = client.serve(part, CLIENTS, TOKENS)
-                pairs.append((runs[True], runs[False]))
-                rates = ", ".join(f"{'on' if on else 'off'} {run.tokens / run.seconds:.1f}" for on, run in runs.items())
+                on, off = pair(server, order.choices(texts, k=BLOCK), serve, order)
+                pairs.append((on, off))
+                rates = f"on {on.tokens / on.seconds:.1f}, off {off.tokens / off.seconds:.1f}"
                 say(f"telemetry {number}/{PAIRS}: tokens/s {rates}")
         finally:
             if thread is not None:
@@ -71,3 +75,20 @@ def measure(
             postgres.stop(home)
     kept = ratio_figure("", pairs, rng)
     return [Figure("telemetry_cost", 1 - kept.value, 1 - kept.high, 1 - kept.low, kept.n, "share")]
+
+
+def pair(
+    server: EngineServer, part: Sequence[str], serve: Callable[[Sequence[str]], Run], order: random.Random
+) -> tuple[Run, Run]:
+    """``part`` served with telemetry and without, in random order.
+
+    Before either begins, the traces of what was served before are written: a block without telemetry must not pay for
+    those of its predecessor.
+    """
+    runs: dict[bool, Run] = {}
+    for on in order.sample((True, False), 2):
+        if not server.writer.flush(DRAIN_S):
+            raise SlipstreamError(f"Traces were not written within {DRAIN_S:.0f} s: {server.writer.stats()}")
+        server.service.telemetry = on
+        runs[on] = serve(part)
+    return runs[True], runs[False]

@@ -38,15 +38,16 @@ def acceptance(
 
     A chain that goes on with known tokens is accepted exactly as far as one that goes on with its own.
     """
-    places = torch.full((network.target.config.vocab_size,), -1, dtype=torch.int64)
-    places[network.vocabulary] = torch.arange(network.config.vocab_size)
+    vocabulary = network.vocabulary
+    places = torch.full((network.target.config.vocab_size,), -1, dtype=torch.int64, device=vocabulary.device)
+    places[vocabulary] = torch.arange(network.config.vocab_size, device=vocabulary.device)
     found: dict[str, ClassAcceptance] = {}
     for name, one in examples:
         counts = found.setdefault(name, ClassAcceptance(accepted_per_pos=[0] * k))
         batch = pack([one], network.target)
         truth = places[batch.truth]
         outputs = unroll(network, batch.token_ids, network.fuse(batch.aux), batch.segments, k)
-        right = torch.stack([network.logits(output).argmax(-1) == truth for output in outputs])  # [k, M]
+        right = torch.stack([network.logits(output).argmax(-1) == truth for output in outputs]).cpu()  # [k, M]
         start = 0
         while start < truth.shape[0]:  # a verify step drafts from slot `start` on
             chain = right[torch.arange(k), torch.arange(start, start + k).clamp(max=truth.shape[0] - 1)]

@@ -11,27 +11,44 @@ from engine.model.batch import Row, build_batch
 from engine.model.kv_cache import KVCache
 from engine.runner.runner import Runner
 
-ROWS = (1, 2, 3, 4, 5, 6, 8, 12, 16, 24, 32, 48, 64)
-"""Up to sixteen sequences with four drafted tokens each; passes that really run refine it (``StepCosts``)."""
+ROWS = (1, 8, 4, 16, 2, 32, 3, 5, 6, 12, 24, 48, 64)
+"""Up to sixteen sequences with four drafted tokens each; passes that really run refine it (``StepCosts``). Those that
+say most come first: a large target on a slow machine may have time for no more."""
+LEAST = 2
+"""Row counts that are profiled however long they take: from one alone, rows would look free."""
 
 
 @torch.inference_mode()
 def profile_step_costs(
-    runner: Runner, rows: Sequence[int] = ROWS, context: int = 128, repeats: int = 4
+    runner: Runner, rows: Sequence[int] = ROWS, context: int = 128, repeats: int = 4, budget_s: float = 10.0
 ) -> dict[int, float]:
     """Rows in one target pass (tokens of one sequence after ``context`` others) → median milliseconds.
 
-    Uses a cache of its own, so running requests are not disturbed.
+    No pass begins after ``budget_s`` but those of the first ``LEAST`` row counts; what there was no time for is left
+    out, and a count that there was time for only once is worth that one pass. Uses a cache of its own, so running
+    requests are not disturbed.
     """
     model, length = runner.model, context + max(rows)
     cache = KVCache(model.config, 1, length, model.dtype, model.device)
-    times: dict[int, list[float]] = {count: [] for count in rows}
-    for attempt in range(repeats + 1):
-        for count in rows:  # interleaved: a slow second of the machine hits all of them
-            began = runner.clock()
-            row = Row(0, context, [0] * count)
-            batch = build_batch([row], [], length, model.config.group_size, model.dtype, model.device)
-            model.logits(model.forward(batch, cache)).argmax(-1).tolist()
-            if attempt:  # the first warms up
-                times[count].append((runner.clock() - began) * 1e3)
-    return {count: median(measured) for count, measured in times.items()}
+
+    def seconds(count: int) -> float:
+        began = runner.clock()
+        batch = build_batch(
+            [Row(0, context, [0] * count)], [], length, model.config.group_size, model.dtype, model.device
+        )
+        model.logits(model.forward(batch, cache)).argmax(-1).tolist()
+        return runner.clock() - began
+
+    deadline = runner.clock() + budget_s
+    seconds(rows[0])  # the very first pass sets things up
+    first: dict[int, float] = {}
+    for count in rows:
+        if len(first) >= LEAST and runner.clock() >= deadline:
+            break
+        first[count] = seconds(count)
+    times: dict[int, list[float]] = {count: [] for count in first}
+    for count in [*first] * repeats:  # interleaved: a slow second of the machine hits all of them
+        if runner.clock() >= deadline:
+            break
+        times[count].append(seconds(count))
+    return {count: median(times[count] or [first[count]]) * 1e3 for count in sorted(first)}

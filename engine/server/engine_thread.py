@@ -54,8 +54,8 @@ class EngineThread:
         with contextlib.suppress(EngineFailure):  # then it has ended already
             self._leave(lambda: self._end(request_id, Status.CANCELLED))
 
-    def call(self, action: Callable[[], T], timeout_s: float = 60.0) -> T:
-        """Run ``action`` at the next step boundary and give its result."""
+    def call(self, action: Callable[[], T], timeout_s: float | None = 60.0) -> T:
+        """Run ``action`` at the next step boundary and give its result; ``timeout_s`` None: however long it takes."""
         future: Future[T] = Future()
 
         def note() -> None:

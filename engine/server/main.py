@@ -92,7 +92,8 @@ class EngineServer:
     @asynccontextmanager
     async def _lifespan(self, _: Starlette) -> AsyncIterator[None]:
         self.thread.start(asyncio.get_running_loop())
-        profile = self.thread.call(lambda: profile_step_costs(self.engine.runner))
+        # Bounded by itself; how long a single pass of a large target takes, nobody knows before.
+        profile = self.thread.call(lambda: profile_step_costs(self.engine.runner), timeout_s=None)
         log.info("milliseconds of a target pass by rows: %s", {k: round(v, 1) for k, v in profile.items()})
         self.engine.control.costs = StepCosts({rows: ms / 1e3 for rows, ms in profile.items()})
         self.residency.start()

@@ -274,3 +274,21 @@ def test_step_costs_have_one_number_per_row_count(tiny: Target) -> None:
     costs = profile_step_costs(engine_of(tiny).runner, rows=(1, 3), context=16, repeats=2)
     assert costs.keys() == {1, 3}
     assert min(costs.values()) > 0
+
+
+def test_the_profile_of_a_slow_target_ends_in_time(tiny: Target) -> None:
+    passes = 0
+
+    def clock() -> float:
+        nonlocal passes
+        passes += 1
+        return float(passes)  # each look takes a second, so each pass at least one
+
+    runner = engine_of(tiny, clock=clock).runner
+    rows, passes = (4, 1, 2, 8, 3), 0
+    costs = profile_step_costs(runner, rows, context=16, repeats=4, budget_s=9.0)
+    assert passes <= 9 + 4, "no pass may begin after the budget"
+    assert list(costs) == [1, 2, 4], "what there is no time for is left out, in the order given"
+    assert list(profile_step_costs(runner, rows, context=16, budget_s=0.0)) == [1, 4], (
+        "one count would say rows are free"
+    )

@@ -10,12 +10,14 @@ import sys
 import time
 from pathlib import Path
 
+IN_PARALLEL = ("-n", "logical", "--maxprocesses", "4", "--dist", "loadfile")
+"""Files side by side: each worker has a Postgres of its own, and what a file sets up is set up once."""
 STEPS = (
     ("format", [sys.executable, "-m", "ruff", "format", "--check", "."]),
     ("lint", [sys.executable, "-m", "ruff", "check", "."]),
     ("types", [sys.executable, "-m", "mypy"]),
     ("imports", [str(Path(sys.executable).with_name("lint-imports"))]),
-    ("tests", [sys.executable, "-m", "pytest"]),
+    ("tests", [sys.executable, "-m", "pytest", *IN_PARALLEL]),
 )
 
 

@@ -29,12 +29,17 @@ class Machine(RuleBasedStateMachine):
     """A rollout among people, replicas and traffic that do what they like; checked after every tick."""
 
     @initialize(
-        preset=st.sampled_from(["fast", "standard"]), quality=st.sampled_from([1.0, 2.0, 2.6]), there=st.integers(0, 3)
+        preset=st.sampled_from(["fast", "standard"]),
+        quality=st.sampled_from([1.0, 2.0, 2.6]),
+        there=st.integers(0, 3),
+        thinks_again=st.integers(0, 14),
     )
-    def begin(self, preset: str, quality: float, there: int) -> None:
+    def begin(self, preset: str, quality: float, there: int, thinks_again: int) -> None:
         self.world, self.quality, self.requests = World(specs.preset(preset)), quality, 0
         self.world.replicas = self.world.replicas if there else ()
         self.rng = np.random.default_rng(0)
+        if thinks_again == 0:
+            self.world.ask("abort")
         self.tick(1)
 
     @rule(seconds=st.sampled_from([1, 5, 30, 200]), again=st.integers(0, 3))

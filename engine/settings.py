@@ -52,6 +52,11 @@ class EngineSettings(Section):
     request_timeout_s: PositiveFloat = Field(300.0, description="a request that runs longer ends with status timeout")
     plan_poll_s: PositiveFloat = Field(1.0, description="ledger poll interval beside LISTEN/NOTIFY, seconds")
     plan_lease_s: PositiveFloat = Field(60.0, description="silence of the ledger after which canary traffic goes home")
+    audit_tokens_per_minute: int = Field(
+        3_000,
+        ge=0,
+        description="tokens of served responses that are compared with the target's own in idle time; 0: none",
+    )
 
 
 class TelemetrySettings(Section):

@@ -111,9 +111,12 @@ def explain(context: typer.Context, rollout_id: Id) -> None:
     """The guard table of the newest verdict, and what each guard still needs."""
     from engine.rollout import explain as explaining
     from engine.rollout import specs
+    from engine.store.repositories import correctness
 
     with database(context) as opened:
         found, decisions = _found(opened, rollout_id, turns=200)
+        with opened.read() as session:
+            evidence = correctness.mismatches(session, rollout_id)
     judged = next((d for d in reversed(decisions) if d.evidence.get("guards")), None)
     if judged is None:
         typer.echo(f"rollout {rollout_id} is {found.state}; no guard has had anything to judge yet")
@@ -125,6 +128,8 @@ def explain(context: typer.Context, rollout_id: Id) -> None:
     table, per_key = explaining.results(judged.evidence), explaining.per_key(judged.evidence)
     for line in explaining.lines(specs.parse(found.spec), table, rate, per_key):
         typer.echo(line)
+    for mismatch in evidence:
+        typer.echo(str(mismatch))
 
 
 def history(context: typer.Context, rollout_id: Id) -> None:

@@ -12,12 +12,13 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from engine.contracts import CANARY, ServingPlan, SlipstreamError
 from engine.rollout import specs
+from engine.rollout.decide import PROMOTED_STATES
 from engine.rollout.guards import RolloutSpec, SpecError
 from engine.rollout.records import Evidence, Ledger, Replica, RolloutStatus, status_from_json
 from engine.store.database import ReadSession, WriteSession
 from engine.store.repositories import evidence as evidence_store
 from engine.store.repositories import plans, policies, replicas, rollouts
-from engine.store.repositories.evidence import Window
+from engine.store.repositories.evidence import Promoted, Window
 from engine.store.repositories.rollouts import Command, Rollout
 
 MEASURE_S = 6.0
@@ -69,7 +70,7 @@ def gather(
         canary_known=canary is not None and canary.retired_at is None,
     )
     try:  # last: whatever becomes of this transaction, everything else has been read
-        return replace(evidence, **_measured(session, spec, windows)), asked
+        return replace(evidence, **_measured(session, spec, windows, _promoted(status))), asked
     except Exception as error:
         return unmeasured(status, evidence, error), asked
 
@@ -82,13 +83,21 @@ def unmeasured(status: RolloutStatus, evidence: Evidence, error: Exception) -> E
     return replace(evidence, segments=(), newest_trace=None, observed=None, fault=fault)
 
 
-def _measured(session: ReadSession | WriteSession, spec: RolloutSpec, windows: Sequence[Window]) -> dict[str, Any]:
+def _promoted(status: RolloutStatus) -> Promoted | None:
+    if status.state not in PROMOTED_STATES or status.generation is None:
+        return None
+    return Promoted(status.canary, status.generation)
+
+
+def _measured(
+    session: ReadSession | WriteSession, spec: RolloutSpec, windows: Sequence[Window], promoted: Promoted | None
+) -> dict[str, Any]:
     """What the traffic of all stages shows; it must be there before another controller takes the lease for dead."""
     if not windows:
         return {}
     with evidence_store.within(session, MEASURE_S):
         return {
-            "segments": tuple(evidence_store.segments(session, windows, spec.metrics())),
+            "segments": tuple(evidence_store.segments(session, windows, spec.metrics(), promoted)),
             "newest_trace": evidence_store.newest(session, windows[-1]),
             "observed": _observed(session, spec, windows[-1]),
         }

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from engine.contracts import FinishReason, SlipstreamError, Status
+from engine.model.kv_cache import KVCache
 from engine.model.loading import Target
 from engine.runner.live import Live
 from engine.runner.request import EngineRequest, Output, RequestResult
+from engine.runner.rescoring import Rescoring
 from engine.runner.runner import Runner
 from engine.scheduler.scheduler import Scheduler
 from engine.speculation.control import KController
@@ -51,6 +53,8 @@ class Engine:
         self._loaded: dict[int, Proposer] = {}
         self._proposers: dict[int, Proposer] = {}  # the same, bound to this target where they need one
         self._lives: dict[str, Live] = {}
+        model = target.model
+        self.scratch = KVCache(model.config, 1, self.max_model_len, model.dtype, model.device)  # of spare time
 
     def load(self, version: int, proposer: Proposer) -> None:
         """Make a policy resident. A version is immutable: loading another policy under its number is refused."""
@@ -119,6 +123,10 @@ class Engine:
     @property
     def has_work(self) -> bool:
         return self.scheduler.has_work
+
+    def rescore(self, prompt_ids: Sequence[int], output_ids: Sequence[int]) -> Rescoring:
+        """The target's word on a greedy response, to be advanced between steps. One at a time: they share a cache."""
+        return Rescoring(self.target.model, self.scratch, prompt_ids, output_ids)
 
     def stats(self) -> dict[str, int]:
         """Gauges ``running``, ``waiting`` and ``kv_blocks``; the others are counters."""

@@ -14,6 +14,7 @@ from typing import TypeVar
 
 from engine.contracts import SlipstreamError, Status
 from engine.runner.engine import Engine, EngineRequest, Output
+from engine.server.spare import SpareTime
 
 log = logging.getLogger(__name__)
 Deliver = Callable[[Output | SlipstreamError], None]
@@ -28,12 +29,20 @@ class EngineFailure(SlipstreamError):
 class EngineThread:
     """``submit`` and ``cancel`` return at once; ``call`` runs something between two steps and waits for it.
 
-    ``clock`` is monotonic seconds; a request older than ``timeout_s`` ends with status timeout.
+    ``clock`` is monotonic seconds; a request older than ``timeout_s`` ends with status timeout. ``spare`` is done
+    while there is nothing to serve.
     """
 
-    def __init__(self, engine: Engine, timeout_s: float, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        timeout_s: float,
+        clock: Callable[[], float] = time.monotonic,
+        spare: SpareTime | None = None,
+    ) -> None:
         self.engine = engine
         self._timeout_s, self._clock = timeout_s, clock
+        self._spare = spare or SpareTime([])
         self._notes: deque[Callable[[], None]] = deque()
         self._wake = threading.Condition()
         self._stopping = self._ended = False
@@ -74,6 +83,11 @@ class EngineThread:
             self._wake.notify()
         self._thread.join()
 
+    def nudge(self) -> None:
+        """There may be something to do in spare time."""
+        with self._wake:
+            self._wake.notify()
+
     @property
     def is_alive(self) -> bool:
         return self._thread.is_alive()
@@ -109,7 +123,9 @@ class EngineThread:
         while True:
             with self._wake:
                 while not (self._notes or self._stopping or self.engine.has_work):
-                    self._wake.wait()
+                    if (due := self._spare.due_in()) == 0:
+                        break
+                    self._wake.wait(due)
                 notes, stopping = list(self._notes), self._stopping
                 self._notes.clear()
             for note in notes:
@@ -119,10 +135,13 @@ class EngineThread:
                     self._end(request_id, Status.CANCELLED)
                 return
             if self.engine.has_work:
+                self._spare.busy()
                 self._step()
                 self._end_overdue()
                 if not self.engine.has_work:
                     self.engine.check_integrity()  # idle: whatever was lent is back, or this thread ends
+            elif not notes:
+                self._spare.piece()
 
     def _step(self) -> None:
         """One step. The engine contains a failure of the model; should it fail itself, what runs ends with it."""

@@ -9,6 +9,7 @@ import resource
 import socket
 import sys
 import threading
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -16,15 +17,18 @@ from typing import Any
 import uvicorn
 from starlette.applications import Starlette
 
-from engine.contracts import SlipstreamError
+from engine.contracts import SlipstreamError, TraceRecord
 from engine.model.loading import Target, load_target
 from engine.registry.artifacts import ArtifactStore
 from engine.runner.engine import Engine
 from engine.runner.profile import profile_step_costs
 from engine.server.api import Api
+from engine.server.auditor import Auditor
 from engine.server.engine_thread import EngineThread
+from engine.server.findings import Findings
 from engine.server.residency import Residency
 from engine.server.service import Service
+from engine.server.spare import SpareTime
 from engine.server.subscriber import PlanSubscriber
 from engine.settings import Settings
 from engine.speculation.step_costs import StepCosts
@@ -59,7 +63,9 @@ class EngineServer:
         )
         self.database = Database(settings.database_url, application=f"slipstream {chosen.replica_id}")
         store = ArtifactStore(settings.dir("policies"))
-        self.thread = EngineThread(self.engine, chosen.request_timeout_s)
+        self.findings = Findings(self.database, chosen.replica_id)
+        self.auditor = Auditor(self.engine, self.findings, chosen.audit_tokens_per_minute, time.monotonic)
+        self.thread = EngineThread(self.engine, chosen.request_timeout_s, spare=SpareTime([self.auditor]))
         self.residency = Residency(self.thread, self.target, store, chosen.plan_lease_s)
         self._spill_room = SpillRoom(settings.dir("spill"), chosen.replica_id)
         spill = Spill(self._spill_room.folder, settings.telemetry.spill_max_bytes)
@@ -73,6 +79,7 @@ class EngineServer:
             self.metrics,
             chosen.replica_id,
             settings.telemetry.payloads,
+            self._ended,
         )
         self.subscriber = PlanSubscriber(self.database, self.residency, store, chosen, self._describe)
         self.socket = _listen(chosen.host, chosen.port)
@@ -98,12 +105,14 @@ class EngineServer:
         self.engine.control.costs = StepCosts({rows: ms / 1e3 for rows, ms in profile.items()})
         self.residency.start()
         self.writer.start()
+        self.findings.start()
         self.subscriber.start()
         yield
         self.subscriber.halt()
         await asyncio.to_thread(self.thread.stop)
         await asyncio.sleep(0)  # the last outputs are callbacks of this loop; each makes a trace
         await asyncio.to_thread(self.writer.close)  # before what may wait for a database that is away
+        await asyncio.to_thread(self.findings.stop)
         self._spill_room.close()
         await asyncio.to_thread(self.subscriber.stop)
         self.database.close()
@@ -114,6 +123,10 @@ class EngineServer:
         if self.residency.plan is None:
             return f"no serving plan is in force ({self.subscriber.error or 'it is being loaded'})"
         return None
+
+    def _ended(self, record: TraceRecord) -> None:
+        self.auditor.offer(record)
+        self.thread.nudge()
 
     def _gauges(self) -> dict[str, float]:
         engine, writer, plan = self.engine.stats(), self.writer.stats(), self.residency.plan
@@ -134,6 +147,8 @@ class EngineServer:
             "slipstream:spill_files": writer["spill_files"],
             "slipstream:spill_bytes": writer["spill_bytes"],
             "slipstream:spill_unreadable": writer["spill_unreadable"],
+            "slipstream:outputs_audited": self.findings.totals["audited"],
+            "slipstream:output_mismatches": self.findings.totals["mismatches"],
         }
 
     def _describe(self) -> tuple[str, str, dict[str, Any]]:
@@ -152,6 +167,7 @@ class EngineServer:
             "lease_expired": self.residency.lease_expired,
             "engine": self.engine.stats(),
             "writer": self.writer.stats(),
+            "audits": self.findings.totals,
         }
         return self.url, self.target.name, stats
 

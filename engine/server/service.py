@@ -55,7 +55,10 @@ class Running:
 
 
 class Service:
-    """Everything the routes need, and nothing of HTTP. ``clock`` is monotonic seconds, ``now`` UTC."""
+    """Everything the routes need, and nothing of HTTP. ``clock`` is monotonic seconds, ``now`` UTC.
+
+    ``ended`` is told of every request.
+    """
 
     def __init__(
         self,
@@ -66,12 +69,13 @@ class Service:
         metrics: Metrics,
         replica_id: str,
         payloads: bool,
+        ended: Callable[[TraceRecord], None] = lambda _: None,
         clock: Callable[[], float] = time.monotonic,
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:
         self.target, self.residency, self.metrics = target, residency, metrics
         self._thread, self._writer = thread, writer
-        self._replica_id, self._payloads = replica_id, payloads
+        self._replica_id, self._payloads, self._ended = replica_id, payloads, ended
         self.clock, self.now = clock, now
         self.telemetry = True  # `slipstream bench serving` measures what it costs by switching it off
 
@@ -260,6 +264,7 @@ class Service:
             return
         self._writer.submit(record)
         self.metrics.observe(record)
+        self._ended(record)
 
 
 def _plus(seconds: float | None, lead: float) -> float | None:

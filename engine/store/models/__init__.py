@@ -4,6 +4,7 @@ Every table has one writer, named in its docstring. Append-only tables are never
 """
 
 from engine.store.models.base import Base
+from engine.store.models.correctness import OutputAuditRow, OutputMismatchRow
 from engine.store.models.findings import DriftFindingRow
 from engine.store.models.learning import LearningAttemptRow, LearningIntakeRow, TenantSettingRow
 from engine.store.models.plans import PlanObservationRow, ReplicaRow, ServingPlanRow
@@ -42,6 +43,8 @@ __all__ = [
     "LearningIntakeRow",
     "LeaseRow",
     "NotificationCursorRow",
+    "OutputAuditRow",
+    "OutputMismatchRow",
     "PlanObservationRow",
     "PolicyLineageRow",
     "PolicyVersionRow",

@@ -147,6 +147,31 @@ _LATENCIES = text(
     """
 )
 
+_AUDITS = text(
+    """
+    SELECT 'canary' AS arm, traffic_class, sum(audited)::bigint AS audited, sum(mismatches)::bigint AS mismatches
+    FROM output_audits
+    WHERE (generation = ANY(:generations) AND arm = 'canary')
+       OR (generation = :promoted AND arm = 'champion' AND policy_version = :canary)
+    GROUP BY GROUPING SETS ((traffic_class), ())
+    HAVING sum(audited) > 0
+    UNION ALL
+    SELECT 'control', traffic_class, sum(audited)::bigint, sum(mismatches)::bigint
+    FROM output_audits WHERE generation = ANY(:generations) AND arm = 'control'
+    GROUP BY GROUPING SETS ((traffic_class), ())
+    HAVING sum(audited) > 0
+    """
+)
+"""Warm-up included, and the canary as champion too: a wrong output is one whenever it was served."""
+
+
+@dataclass(frozen=True, slots=True)
+class Promoted:
+    """The canary as champion: its version, and the generation since which."""
+
+    version: int
+    generation: int
+
 
 class TooSlow(SlipstreamError):
     """A measurement took longer than it may."""
@@ -176,9 +201,15 @@ def within(
 
 
 def segments(
-    session: ReadSession | WriteSession, windows: Sequence[Window], metrics: Collection[str] = ("e2e", "ttft", "tpot")
+    session: ReadSession | WriteSession,
+    windows: Sequence[Window],
+    metrics: Collection[str] = ("e2e", "ttft", "tpot"),
+    promoted: Promoted | None = None,
 ) -> list[Segment]:
-    """Counts, moments and histograms by arm and class over all stages of a rollout, each after its warm-up."""
+    """Counts, moments and histograms by arm and class over all stages of a rollout, each after its warm-up.
+
+    Outputs are audited from the first request of the canary to the last, as champion (``promoted``) too.
+    """
     if not windows:
         return []
     values = {
@@ -196,12 +227,17 @@ def segments(
     for arm, traffic_class, metric, indices, counts in session.execute(_LATENCIES, buckets):
         latencies[arm, traffic_class][metric] = (indices, counts)
     events = {(row.arm, row.traffic_class): dict(row._mapping) for row in session.execute(_EVENTS, values)}
+    asked = {"generations": values["generations"], "promoted": None, "canary": None}
+    if promoted is not None:
+        asked |= {"promoted": promoted.generation, "canary": promoted.version}
+    audits = {(row.arm, row.traffic_class): dict(row._mapping) for row in session.execute(_AUDITS, asked)}
     found = []
     for row in session.execute(_SUMS, values | {"current": windows[-1].generation}):
-        tree: dict[str, Any] = events.get((row.arm, row.traffic_class), {}) | dict(row._mapping)
+        key = (row.arm, row.traffic_class)
+        tree: dict[str, Any] = events.get(key, {}) | audits.pop(key, {}) | dict(row._mapping)
         tree |= {name: float(tree[name] or 0) for name in ("x", "y", "xx", "yy", "xy")}
-        found.append(Segment(**tree, latencies=latencies.get((row.arm, row.traffic_class), {})))
-    return found
+        found.append(Segment(**tree, latencies=latencies.get(key, {})))
+    return [*found, *(Segment(**audited) for audited in audits.values())]  # of arms whose requests do not count yet
 
 
 @dataclass(frozen=True, slots=True)

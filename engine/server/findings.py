@@ -1,0 +1,129 @@
+"""What the engine found out in spare time, on its way to Postgres: a thread that writes, and tries again.
+
+Counts are written as they stand, under the name of this process, so writing twice changes nothing. Nothing that serves
+ever waits for it; what waits here is bounded, and the oldest makes room.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from dataclasses import replace
+from uuid import uuid4
+
+from sqlalchemy.exc import SQLAlchemyError
+
+from engine.contracts import TraceRecord
+from engine.runner.rescoring import Rescoring
+from engine.store.database import Database
+from engine.store.repositories import correctness
+from engine.store.repositories.correctness import AuditCounts, Mismatch
+
+WRITE_S = 1.0
+RETRY_S = 2.0
+MOST_MISMATCHES = 20
+"""Kept as evidence per generation, arm and class; all are counted."""
+MOST_COUNTS = 2_000
+log = logging.getLogger(__name__)
+Key = tuple[int, int, str, str]
+
+
+class Findings:
+    """``audited`` is called by the engine's thread; one thread of its own writes."""
+
+    def __init__(self, database: Database, replica_id: str) -> None:
+        self._database, self._replica_id, self._writer_id = database, replica_id, uuid4()
+        self._lock, self._news, self._stop = threading.Lock(), threading.Event(), threading.Event()
+        self._counts = dict[Key, AuditCounts]()  # as they stand, the last changed last
+        self._unwritten = set[Key]()
+        self._mismatches = deque[Mismatch](maxlen=1_000)
+        self._thread = threading.Thread(target=self._run, name="findings", daemon=True)
+        self.totals = {"audited": 0, "ties": 0, "mismatches": 0}
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Write what is there, once, and end."""
+        self._stop.set()
+        self._news.set()
+        self._thread.join()
+
+    def audited(self, record: TraceRecord, seen: Rescoring) -> None:
+        key = (record.generation, record.policy_version, record.arm, record.traffic_class)
+        found = seen.mismatch
+        with self._lock:
+            before = self._counts.pop(key, None) or AuditCounts(*key)
+            now = replace(
+                before,
+                audited=before.audited + 1,
+                tokens=before.tokens + seen.checked,
+                ties=before.ties + seen.ties,
+                mismatches=before.mismatches + (found is not None),
+            )
+            self._counts[key] = now
+            self._unwritten.add(key)
+            self._forget_old()
+            if found is not None and now.mismatches <= MOST_MISMATCHES:
+                self._mismatches.append(
+                    Mismatch(
+                        trace_id=record.trace_id,
+                        started_at=record.started_at,
+                        replica_id=self._replica_id,
+                        policy_version=record.policy_version,
+                        arm=record.arm,
+                        generation=record.generation,
+                        traffic_class=record.traffic_class,
+                        position=found.position,
+                        served_token=found.served,
+                        target_token=found.target,
+                        gap=found.gap,
+                        tie=seen.tie,
+                    )
+                )
+            self.totals = {
+                "audited": self.totals["audited"] + 1,
+                "ties": self.totals["ties"] + seen.ties,
+                "mismatches": self.totals["mismatches"] + (found is not None),
+            }
+        self._news.set()
+
+    def flush(self) -> None:
+        """Write what is there; SQLAlchemyError where that did not succeed, and then it is still there."""
+        with self._lock:
+            keys, mismatches = set(self._unwritten), list(self._mismatches)
+            counts = [self._counts[key] for key in keys if key in self._counts]
+        if not counts and not mismatches:
+            return
+        with self._database.write() as session:
+            correctness.write(session, self._writer_id, self._replica_id, counts, mismatches)
+        with self._lock:
+            self._unwritten -= {key for key in keys if self._counts.get(key) in counts}
+            for mismatch in mismatches:
+                if self._mismatches and self._mismatches[0] is mismatch:
+                    self._mismatches.popleft()
+
+    def _forget_old(self) -> None:
+        """Requests of a generation that is so long ago have all been looked at."""
+        while len(self._counts) > MOST_COUNTS:
+            key = next(iter(self._counts))
+            del self._counts[key]
+            self._unwritten.discard(key)
+
+    def _run(self) -> None:
+        while not self._stop.is_set():
+            self._news.wait()
+            self._news.clear()
+            try:
+                self.flush()
+            except SQLAlchemyError as error:
+                log.warning("findings wait for the database: %s", str(error).splitlines()[0])
+                self._news.set()
+                self._stop.wait(RETRY_S)
+            else:
+                self._stop.wait(WRITE_S)
+        try:
+            self.flush()
+        except SQLAlchemyError as error:
+            log.error("the last findings are lost: %s", str(error).splitlines()[0])

@@ -8,7 +8,6 @@ from datetime import UTC, date, datetime, timedelta
 
 from sqlalchemy.exc import DBAPIError
 
-from engine.contracts import SlipstreamError
 from engine.settings import TelemetrySettings
 from engine.store.database import Database
 from engine.store.repositories import partitions, rollups
@@ -16,7 +15,6 @@ from engine.store.repositories import partitions, rollups
 DAYS_AHEAD = 3
 CLOSED_AFTER = timedelta(seconds=75)
 """A minute is compacted this long after its start: most of its traces are there then, and late ones are added alike."""
-ATTEMPTS = 5
 log = logging.getLogger(__name__)
 
 
@@ -86,22 +84,9 @@ def rebuild(
     wanted = [day for day in wanted if day <= datetime.now(UTC).date()]
     total = 0
     for day in wanted:
-        found = _rebuild_day(database, settings, day)
+        with rollups.turn(database), database.snapshot() as session:
+            found = rollups.rebuild(session, day, settings.objectives)
         total += found
         if found:
             say(f"{day}: {found:,} traces")
     return total
-
-
-def _rebuild_day(database: Database, settings: TelemetrySettings, day: date) -> int:
-    """Again when the compactor was in between: Postgres refuses a snapshot that has been overtaken."""
-    for attempt in range(ATTEMPTS):
-        try:
-            with database.snapshot() as session:
-                return rollups.rebuild(session, day, settings.objectives)
-        except (rollups.Busy, DBAPIError) as error:
-            if attempt == ATTEMPTS - 1:
-                raise SlipstreamError(
-                    f"The rollups of {day} could not be rebuilt, tried {ATTEMPTS} times: {error}"
-                ) from error
-    raise AssertionError("unreachable")

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 BOUNDS = "-c idle_in_transaction_session_timeout=30s -c lock_timeout=10s -c TimeZone=UTC"
 """Nobody holds the ledger's lock by falling asleep, nobody waits for it for ever: a rollback must get through."""
+PLANNING = "-c jit=off"
+"""What is asked here takes milliseconds: compiling a statement takes longer than running it."""
 KEEPALIVE: dict[str, Any] = {
     "keepalives_idle": 5,
     "keepalives_interval": 2,
@@ -70,7 +72,7 @@ def arguments(application: str, statement_timeout_s: int = STATEMENT_TIMEOUT_S) 
     return {
         "application_name": application,
         "connect_timeout": 5,
-        "options": f"{BOUNDS} -c statement_timeout={statement_timeout_s}s",
+        "options": f"{BOUNDS} {PLANNING} -c statement_timeout={statement_timeout_s}s",
         **KEEPALIVE,
     }
 

@@ -11,17 +11,19 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from engine.contracts import Status
 from engine.diagnosis import explain
 from engine.store import frames
 from engine.store.database import Database
 from engine.store.panels import PANELS
-from engine.store.repositories import learning, traces
+from engine.store.repositories import learning, overview, traces
 from engine.store.repositories.learning import Attempt
 from engine.store.repositories.overview import Slice
 from engine.store.repositories.traces import Filter
 from tests.store.test_rollups import END, START, deltas_only, write
 from tests.telemetry.records import record
 
+ALL = Filter()
 DAY = Slice(START, START + timedelta(days=1))
 
 
@@ -97,6 +99,33 @@ def test_traces_come_by_pages_without_a_hole(db: Database, tmp_path: Path) -> No
             assert 0 < len(listed) < 1_200
         one = found[0]
         assert [r["trace_id"] for r in traces.listed(session, part, Filter(trace_ids=(one,)))] == [one]
+
+
+def _slowest(db: Database, part: Slice, chosen: Filter = ALL) -> None:
+    """The first page of the slowest, against a sort of everything."""
+    with db.read() as session:
+        page = traces.listed(session, part, chosen, order="slowest", limit=20)
+        everything = traces.listed(session, part, chosen, limit=5_000)
+    times = sorted((row["e2e_s"] for row in everything), reverse=True)
+    assert [row["e2e_s"] for row in page] == times[:20]
+
+
+def test_the_slowest_are_those_of_every_class(db: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that failed too, though histograms do not know them, and those of a class that only failed."""
+    deltas_only(db, tmp_path)
+    slow = [record(n, 9, started_at=START, status=Status.ERROR, traffic_class="odd", e2e_s=900.0 + n) for n in range(3)]
+    write(db, tmp_path, slow)
+    for part in (
+        Slice(START, END),
+        Slice(START, END, "code"),
+        Slice(START, END, arm="canary"),
+        Slice(START, END, "odd"),
+    ):
+        _slowest(db, part)
+    _slowest(db, Slice(START, END), Filter(min_e2e_s=1.0))
+    monkeypatch.setattr(overview, "known", lambda session, part: {"classes": ["chat", "code"]})
+    with pytest.raises(AssertionError):
+        _slowest(db, Slice(START, END))
 
 
 @pytest.mark.parametrize("hours", [1, 7, 30, 200])

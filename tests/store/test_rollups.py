@@ -6,6 +6,8 @@ The oracles are SQL over ``traces``, numpy and ddsketch.
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -15,6 +17,7 @@ import numpy as np
 import pytest
 from ddsketch import DDSketch
 from sqlalchemy import text
+from sqlalchemy.exc import DBAPIError
 
 from engine.contracts import TraceRecord
 from engine.ops import upkeep
@@ -26,6 +29,7 @@ from engine.store.repositories.overview import Slice
 from engine.telemetry.spill import Batch, Spill
 from engine.telemetry.writer import TraceWriter
 from tests.telemetry.records import START, record
+from tests.waiting import until
 
 SETTINGS = TelemetrySettings(objective_ttft_s=0.1, objective_tpot_s=0.05)
 END = START + timedelta(hours=58)
@@ -202,6 +206,34 @@ def test_a_batch_written_while_rollups_are_rebuilt_is_counted_once(db: Database,
         for days in range(4):
             rollups.rebuild(session, (START + timedelta(days=days)).date(), SETTINGS.objectives)
     assert_read_right(db)
+
+
+def _rebuild_during_a_compaction(db: Database, folder: Path) -> int:
+    write(db, folder, records())
+    with ThreadPoolExecutor(1) as pool:
+        with db.write() as session:
+            rollups.compact(session, END + timedelta(hours=1))
+            made = pool.submit(upkeep.rebuild, db, SETTINGS, None, None, lambda line: None)
+
+            def waits() -> bool:
+                with db.read() as other:
+                    return bool(other.scalar(text("SELECT count(*) FROM pg_locks WHERE NOT granted"))) or made.done()
+
+            until(waits, "the rebuild to wait for the compaction")
+        return made.result(60)
+
+
+def test_rebuilding_waits_for_a_compaction(db: Database, tmp_path: Path) -> None:
+    assert _rebuild_during_a_compaction(db, tmp_path) == 1_200
+    assert_read_right(db)
+
+
+def test_a_rebuild_that_takes_no_turn_is_overtaken(
+    db: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rollups, "turn", lambda database: nullcontext())
+    with pytest.raises(DBAPIError, match="concurrent"):
+        _rebuild_during_a_compaction(db, tmp_path)
 
 
 def _hours_overlap_the_minutes(monkeypatch: pytest.MonkeyPatch) -> None:

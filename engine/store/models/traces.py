@@ -69,7 +69,7 @@ class TraceRow(Base):
         Index("ix_traces_class_started", "traffic_class", "started_at"),
         Index("ix_traces_version_started", "policy_version", "started_at"),
         Index("ix_traces_trace_id", "trace_id"),
-        Index("ix_traces_e2e", "e2e_s"),
+        Index("ix_traces_class_e2e", "traffic_class", "e2e_s"),
         Index("ix_traces_failed", "started_at", postgresql_where=text("status <> 'ok'")),
         Index(  # what a rollout looks at on every tick, and nothing else
             "ix_traces_compared",

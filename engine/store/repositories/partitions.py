@@ -22,17 +22,26 @@ def ensure(session: WriteSession, day: date) -> None:
     if not _missing(session, day):
         return
     session.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _DDL_LOCK})
-    start = datetime(day.year, day.month, day.day, tzinfo=UTC)
-    end = start + timedelta(days=1)
     for table in _missing(session, day):
-        name = f"{table}_p{day:%Y%m%d}"
-        session.execute(text(f"CREATE TABLE {name} (LIKE {table} INCLUDING DEFAULTS INCLUDING CONSTRAINTS)"))
-        session.execute(
-            text(
-                f"ALTER TABLE {table} ATTACH PARTITION {name} "
-                f"FOR VALUES FROM ('{start.isoformat()}') TO ('{end.isoformat()}')"
-            )
-        )
+        session.execute(text(create_beside(table, name(table, day))))
+        session.execute(text(attach(table, day)))
+
+
+def name(table: str, day: date) -> str:
+    """What the partition of a UTC day is called."""
+    return f"{table}_p{day:%Y%m%d}"
+
+
+def create_beside(table: str, new: str) -> str:
+    """SQL: a table like a partitioned one, without its indexes."""
+    return f"CREATE TABLE {new} (LIKE {table} INCLUDING DEFAULTS INCLUDING CONSTRAINTS)"
+
+
+def attach(table: str, day: date) -> str:
+    """SQL: make the table that has the name of a day's partition that partition; its indexes are built by it."""
+    start = datetime(day.year, day.month, day.day, tzinfo=UTC)
+    bounds = f"FROM ('{start.isoformat()}') TO ('{(start + timedelta(days=1)).isoformat()}')"
+    return f"ALTER TABLE {table} ATTACH PARTITION {name(table, day)} FOR VALUES {bounds}"
 
 
 def is_there(session: WriteSession, table: str, day: date) -> bool:
@@ -50,8 +59,8 @@ def existing(session: ReadSession | WriteSession) -> list[tuple[str, date, int]]
         {"tables": list(PARTITIONED)},
     )
     found = []
-    for name, size in rows:
-        if match := PARTITION_NAME.match(name):
+    for relation, size in rows:
+        if match := PARTITION_NAME.match(relation):
             found.append((match[1], datetime.strptime(match[2], "%Y%m%d").replace(tzinfo=UTC).date(), int(size)))
     return sorted(found, key=lambda item: (item[1], item[0]))
 
@@ -65,7 +74,7 @@ def drop(session: WriteSession, table: str, day: date, lock_timeout_ms: int = 1_
     if table not in PARTITIONED:
         raise ValueError(f"{table} has no partitions; {', '.join(PARTITIONED)} have")
     session.execute(text(f"SET LOCAL lock_timeout = {int(lock_timeout_ms)}"))
-    session.execute(text(f"DROP TABLE IF EXISTS {table}_p{day:%Y%m%d}"))
+    session.execute(text(f"DROP TABLE IF EXISTS {name(table, day)}"))
 
 
 def _missing(session: WriteSession, day: date) -> list[str]:

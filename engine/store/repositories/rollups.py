@@ -6,7 +6,8 @@ counted twice or lost whenever a process dies, and a delta that comes late is ad
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
 from itertools import pairwise
@@ -16,7 +17,7 @@ from sqlalchemy import text
 
 from engine.contracts import Objectives
 from engine.store import histogram
-from engine.store.database import ReadSession, WriteSession
+from engine.store.database import Database, ReadSession, WriteSession
 from engine.store.repositories import partitions
 
 MINUTE_KEY = ("at", "policy_version", "arm", "traffic_class", "replica_id", "generation")
@@ -39,6 +40,7 @@ METRICS = ("ttft", "tpot", "e2e", "queue", "acceptance_length")
 PIECE = timedelta(hours=1)
 """What one compaction takes at most, so that the backlog of a day ends in bounded statements, not in a timeout."""
 _COMPACTOR_LOCK = 0x51195_0003
+_PATIENCE = {"lock_timeout": "10min", "statement_timeout": "0", "idle_in_transaction_session_timeout": "0"}
 TABLES = (
     *("rollup_deltas", "rollup_delta_histograms"),
     *(f"{kind}_{tier}" for tier in TIERS for kind in ("rollups", "rollup_histograms")),
@@ -62,7 +64,8 @@ def compact(session: WriteSession, closed: datetime) -> bool:
 
     ``Busy`` when another process is at it.
     """
-    _alone(session)
+    if not session.scalar(text("SELECT pg_try_advisory_xact_lock(:key)"), {"key": _COMPACTOR_LOCK}):
+        raise Busy("another process compacts or rebuilds the rollups")
     oldest = session.scalar(text("SELECT min(at) FROM rollup_deltas WHERE at < :closed"), {"closed": closed})
     if oldest is None:
         return False
@@ -74,14 +77,28 @@ def compact(session: WriteSession, closed: datetime) -> bool:
     return until < closed
 
 
+@contextmanager
+def turn(database: Database) -> Iterator[None]:
+    """Wait until nobody compacts or rebuilds, and keep it so for the block.
+
+    The lock is a transaction's of its own: one that waited inside the transaction that rebuilds would see the moment
+    before the wait.
+    """
+    with database.write() as session:
+        for bound, most in _PATIENCE.items():
+            session.execute(text(f"SET LOCAL {bound} = '{most}'"))
+        session.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _COMPACTOR_LOCK})
+        yield
+
+
 def rebuild(session: WriteSession, day: date, objectives: Objectives) -> int:
-    """Make the rollups of one UTC day again from its traces; how many traces there were.
+    """Make the rollups of one UTC day again from its traces; how many traces there were. It wants its ``turn``.
 
     A day whose partition of traces is gone keeps its rollups: they are all that is known of it.
     ``session`` must see one moment (``Database.snapshot``): a batch that is written meanwhile then keeps its deltas,
     and its traces are not seen here.
     """
-    _alone(session)
+    session.execute(text("SET LOCAL work_mem = '128MB'"))  # a million values are sorted into buckets
     session.execute(text("LOCK TABLE traces IN ACCESS SHARE MODE"))  # from here on its partition is not dropped
     if not partitions.is_there(session, "traces", day):
         return 0
@@ -121,11 +138,6 @@ def forget_batches(session: WriteSession, before: datetime) -> int:
     """Delete the keys of batches too old to be written again; a trace's own key still keeps it from coming twice."""
     result: Any = session.execute(text("DELETE FROM trace_batches WHERE written_at < :before"), {"before": before})
     return int(result.rowcount)
-
-
-def _alone(session: WriteSession) -> None:
-    if not session.scalar(text("SELECT pg_try_advisory_xact_lock(:key)"), {"key": _COMPACTOR_LOCK}):
-        raise Busy("another process compacts or rebuilds the rollups")
 
 
 def _list(names: Sequence[str], form: str = "{}") -> str:

@@ -17,12 +17,21 @@ def add_day(session: WriteSession, day: date, number: int, traces: int, until: d
 
     More by day than by night; four classes with their own lengths; a new champion every five days, before that two days
     of a canary with its control at 10 % each; two replicas; some errors and retries; a queue that grows with the load.
-    ``seed`` in [-1, 1].
+    ``seed`` in [-1, 1]. They come to what the day has already, in a table beside that takes its partition's place:
+    indexes of a full table are made in a fifth of the time that each row takes to find its places in them.
     """
     partitions.ensure(session, day)
+    there, beside = partitions.name("traces", day), f"traces_seeding_{day:%Y%m%d}"
     session.execute(text("SELECT setseed(:seed)"), {"seed": seed})
+    session.execute(text("SET LOCAL lock_timeout = '10min'"))  # the day before may be rolled up at the moment
+    session.execute(text("SET LOCAL maintenance_work_mem = '256MB'"))
+    session.execute(text(partitions.create_beside("traces", beside)))
+    session.execute(text(f"INSERT INTO {beside} SELECT * FROM {there}"))
     values = {"day": day, "number": number, "traces": traces, "until": until}
-    session.execute(text(_DAY), values)
+    session.execute(text(_DAY.format(table=beside)), values)
+    session.execute(text(f"DROP TABLE {there}"))
+    session.execute(text(f"ALTER TABLE {beside} RENAME TO {there}"))
+    session.execute(text(partitions.attach("traces", day)))
 
 
 def analyze(session: WriteSession) -> None:
@@ -31,7 +40,7 @@ def analyze(session: WriteSession) -> None:
 
 
 _DAY = """
-    INSERT INTO traces (
+    INSERT INTO {table} (
         started_at, trace_id, request_id, replica_id, policy_version, arm, generation, traffic_class, tenant,
         assignment_key, status, finish_reason, error, model, endpoint, stream, temperature, max_tokens, queue_s, ttft_s,
         tpot_s, e2e_s, prompt_tokens, output_tokens, steps, drafted, accepted, drafted_per_pos, accepted_per_pos,

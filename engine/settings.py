@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
 
 from engine.contracts import Objectives, SlipstreamError
 
@@ -85,7 +85,9 @@ class LearnerSettings(Section):
     kind: Literal["memory", "hybrid"] = Field(
         "memory", description="what candidates are: a trace memory, or one beside a neural draft that is tuned"
     )
-    tune_requests: PositiveInt = Field(96, description="requests that one candidate tunes its neural draft on")
+    tune_requests: NonNegativeInt = Field(
+        96, description="requests that one candidate tunes its neural draft on; 0 leaves the draft as it is"
+    )
     every_requests: PositiveInt = Field(
         80, description="a further candidate is made after this many new trainable requests"
     )

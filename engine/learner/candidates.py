@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from engine.contracts import PolicyVersion
@@ -19,9 +19,13 @@ class CandidateMaker(Protocol):
     """May keep what it has computed, to compute less the next time; what it makes does not depend on that."""
 
     def make(
-        self, train: Sequence[TrainableTrace], target: ServedTarget, champion: PolicyVersion | None
+        self,
+        train: Sequence[TrainableTrace],
+        target: ServedTarget,
+        champion: PolicyVersion | None,
+        alive: Callable[[], None] = lambda: None,
     ) -> dict[str, bytes]:
-        """The files of a policy learned from ``train``."""
+        """The files of a policy learned from ``train``. ``alive`` is called between parts of what takes long."""
 
     @property
     def replayer(self) -> Replayer | None:
@@ -37,7 +41,11 @@ class MemoryMaker:
         self._settings, self._learner = settings.learner, MemoryLearner()
 
     def make(
-        self, train: Sequence[TrainableTrace], target: ServedTarget, champion: PolicyVersion | None
+        self,
+        train: Sequence[TrainableTrace],
+        target: ServedTarget,
+        champion: PolicyVersion | None,
+        alive: Callable[[], None] = lambda: None,
     ) -> dict[str, bytes]:
         parent = champion.digest if champion is not None else None
         return build_memory(train, target, self._settings, parent, self._learner)

@@ -8,6 +8,7 @@ engine's measured costs, under its own K control.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -25,10 +26,14 @@ from engine.speculation.step_costs import StepCosts
 from engine.store.repositories.intake import TrainableTrace
 
 ALPHA = 0.05
-RESAMPLES = 5_000
+RESAMPLES, BEYOND = 5_000, 10
+"""Resampled sums, at least; more of them where a bound would have fewer than ``BEYOND`` beyond it."""
 MIN_HELD_OUT = 8
 """Fewer held-out requests than this prove nothing, whatever they say."""
 MIN_CLASS = 3
+MAX_LOOKS = 10
+"""Refused candidates that may look at the same held-out requests. The next ones are judged on later requests: the
+bounds of an eleventh would lie so far out that resampling says nothing of them."""
 """A class with fewer held-out requests is shown but does not refuse."""
 
 Replayer = Callable[[Proposer, TrainableTrace, KController | None], tuple[SpecCounts, float]]
@@ -85,6 +90,16 @@ def level(refused_before: int) -> float:
     """
     k = refused_before + 1
     return ALPHA / (k * (k + 1))
+
+
+def unspent(passed_through: int, looks: Sequence[int]) -> tuple[int, int]:
+    """(the ordinal after which held-out requests may still judge, how many refused candidates looked at them).
+
+    ``passed_through``: the last ordinal that the newest version's gate could see; ``looks``: those of each refused
+    candidate since that was compared, oldest first. A refusal without a comparison has seen nothing.
+    """
+    spent = len(looks) // MAX_LOOKS * MAX_LOOKS
+    return (looks[spent - 1] if spent else passed_through), len(looks) - spent
 
 
 def examine(
@@ -212,7 +227,8 @@ def _compare(old: _Earned, new: _Earned, chosen: Sequence[bool], rng: np.random.
     pairs = [(a, b) for a, b, wanted in zip(old.full, new.full, chosen, strict=True) if wanted]
     table = np.array([[a.steps + a.accepted, a.steps, b.steps + b.accepted, b.steps] for a, b in pairs], float)
     n = len(table)
-    picks = rng.multinomial(n, np.full(n, 1.0 / n), size=RESAMPLES)  # [RESAMPLES, n]: how often each request is drawn
+    resamples = max(RESAMPLES, math.ceil(BEYOND / alpha))
+    picks = rng.multinomial(n, np.full(n, 1.0 / n), size=resamples)  # [resamples, n]: how often each request is drawn
     x_old, y_old, x_new, y_new = (picks @ table).T
     deltas = _ratio(x_new, y_new) - _ratio(x_old, y_old)
     a, b, c, d = table.sum(0)

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import logging
 import os
-import socket
 import threading
 import time
-import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -20,29 +18,32 @@ from datetime import UTC, datetime, timedelta
 import numpy as np
 from sqlalchemy.exc import SQLAlchemyError
 
-from engine.contracts import PolicyVersion, SlipstreamError, artifact_digest
+from engine.contracts import PolicyVersion, SlipstreamError, SpecCounts, artifact_digest
 from engine.learner import candidates, gate, traces
+from engine.learner.lease import LearnerLease
 from engine.learner.traces import NoTarget, ServedTarget, TraceBuffer
 from engine.registry.artifacts import ArtifactStore
 from engine.registry.publish import publish
 from engine.settings import Settings
 from engine.speculation.artifact import load_proposer
+from engine.speculation.control import KController
+from engine.speculation.proposer import Proposer
 from engine.store.database import Database, WriteSession
 from engine.store.repositories import intake, learning, leases, plans, policies, rollouts
 from engine.store.repositories.intake import TrainableTrace
 from engine.store.repositories.learning import ERROR, REFUSED, REGISTERED, Attempt
 
-NICENESS = 10
-"""Serving comes first; at the lowest priority a busy machine would never let an attempt end."""
-LEASE, LEASE_S = "learner", 60.0
+NICENESS = 19
+"""Serving comes first. The lowest priority still is a few per cent of a busy core, so every attempt ends."""
 log = logging.getLogger(__name__)
 Clock = Callable[[], datetime]
 
 
 def run(settings: Settings, db: Database, stop: threading.Event, clock: Clock = lambda: datetime.now(UTC)) -> None:
     """Learn until ``stop`` is set, at low priority: serving comes first."""
-    os.nice(NICENESS)
+    os.nice(NICENESS - os.nice(0))
     learner = Learner(settings, db, ArtifactStore(settings.dir("policies")), clock)
+    learner.store.sweep()
     while not stop.is_set():
         try:
             learner.attempt_if_due()
@@ -51,6 +52,10 @@ def run(settings: Settings, db: Database, stop: threading.Event, clock: Clock = 
         except Exception:
             log.exception("learning failed in a way nobody foresaw, trying again")
         stop.wait(settings.learner.poll_s)
+    try:
+        learner.lease.release()
+    except SQLAlchemyError as error:
+        log.warning("the lease could not be released and runs out by itself: %s", error)
 
 
 class ForgottenMeanwhile(SlipstreamError):
@@ -59,7 +64,7 @@ class ForgottenMeanwhile(SlipstreamError):
 
 @dataclass(frozen=True, slots=True)
 class Situation:
-    """What an attempt starts from. ``alpha``: the level its gate may spend; ``token`` fences what it writes."""
+    """What an attempt starts from. ``alpha``: the level its gate may spend."""
 
     target: ServedTarget
     champion: PolicyVersion
@@ -67,7 +72,6 @@ class Situation:
     held_out: tuple[TrainableTrace, ...]
     through: int
     alpha: float
-    token: int
 
 
 @dataclass(slots=True)
@@ -92,25 +96,23 @@ class Learner:
     def __init__(self, settings: Settings, db: Database, store: ArtifactStore, clock: Clock, seed: int = 0) -> None:
         self.settings, self.db, self.store, self.clock = settings, db, store, clock
         self.rng = np.random.default_rng(seed)
-        self.holder = f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:6]}"
+        self.lease = LearnerLease(db, clock)
         self._buffer = TraceBuffer(settings.learner.window_requests)
         self._maker = candidates.maker(settings, db, store)
 
     def attempt_if_due(self) -> Attempt | None:
         """Take in what is new; then one attempt when there is enough and nothing is being tried. None otherwise."""
         now, began = self.clock(), time.process_time()
-        with self.db.write() as session:
-            token = leases.acquire(session, LEASE, self.holder, now, LEASE_S)
-        if token is None:  # another learner is at work
+        if not self.lease.take():  # another learner is at work
             return None
         traces.take_in(self.db, self.settings.learner.gate_share)
         try:
-            situation = self._situation(now, token)
+            situation = self._situation(now)
         except NoTarget:  # the engine is starting, or stopped: there is nothing to learn for
             return None
         return self._attempt(situation, now, began) if situation is not None else None
 
-    def _situation(self, now: datetime, token: int) -> Situation | None:
+    def _situation(self, now: datetime) -> Situation | None:
         wanted = self.settings.learner
         with self.db.read() as session:
             plan = plans.latest(session)
@@ -119,23 +121,21 @@ class Learner:
             if wanted.auto_rollout and learning.awaiting_rollout(session, plan.champion) is not None:
                 return None
             target = traces.served_target(session, now)
-            past = learning.attempts(session)
-            last = past[0] if past else None
+            last = next(iter(learning.attempts(session, limit=1)), None)
             if last is not None and now < _rested(last, wanted.duty_cycle):
                 return None
             enough = wanted.min_requests if last is None else wanted.every_requests
             if intake.count(session, target.model, last.through if last else 0) < enough:
                 return None
-            passed = next((n for n, a in enumerate(past) if a.outcome == REGISTERED), len(past))
-            held_out = traces.held_out(session, target.model, past[passed].through if passed < len(past) else 0)
+            since, looks = gate.unspent(*learning.looks(session))
+            held_out = traces.held_out(session, target.model, since)
             if len(held_out) < gate.MIN_HELD_OUT:  # they come with the traffic
                 return None
             champion = policies.get(session, plan.champion)
             train = self._buffer.refresh(session, target.model)
             through = intake.last_ordinal(session, target.model)
         assert champion is not None  # the ledger's foreign key
-        looked = sum(a.outcome == REFUSED for a in past[:passed])
-        return Situation(target, champion, train, held_out, through, gate.level(looked), token)
+        return Situation(target, champion, train, held_out, through, gate.level(looks))
 
     def _attempt(self, situation: Situation, now: datetime, began: float) -> Attempt:
         meter = Meter()
@@ -153,7 +153,7 @@ class Learner:
         )
 
         def record(session: WriteSession, attempt: Attempt) -> Attempt:
-            leases.check(session, LEASE, self.holder, situation.token)
+            self.lease.check(session)
             done = replace(
                 attempt,
                 finished_at=self.clock(),
@@ -183,7 +183,8 @@ class Learner:
     ) -> Attempt:
         target, champion, wanted = situation.target, situation.champion, self.settings.learner
         with meter.part("learn"):
-            files = self._maker.make(situation.train, target, champion)
+            files = self._maker.make(situation.train, target, champion, self.lease.keep)
+        self.lease.keep()
         with self.db.read() as session:
             known = policies.by_digest(session, artifact_digest(files))
         if known is not None:
@@ -198,7 +199,7 @@ class Learner:
                 wanted.worst_class_drop,
                 self.rng,
                 situation.alpha,
-                self._maker.replayer,
+                self._replayed,
             )
         attempt = replace(attempt, reason="; ".join(report.reasons), gate=report.to_json())
         if not report.passed:
@@ -229,6 +230,13 @@ class Learner:
             self._discard(artifact_digest(files))
             return replace(attempt, outcome=REFUSED, reason=str(error))
         return done
+
+    def _replayed(
+        self, proposer: Proposer, trace: TrainableTrace, controller: KController | None
+    ) -> tuple[SpecCounts, float]:
+        """The gate's replay, by the maker's own means where it has any; the lease is kept meanwhile."""
+        self.lease.keep()
+        return (self._maker.replayer or gate.stored)(proposer, trace, controller)
 
     def _discard(self, digest: str) -> None:
         """The files of a candidate that became no version: they hold what was forgotten."""

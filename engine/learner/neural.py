@@ -20,7 +20,7 @@ import torch
 
 from engine.contracts import PolicyVersion, ProposerKind, SlipstreamError, SpecCounts
 from engine.learner.evaluate import acceptance
-from engine.learner.features import KEPT, can_teach, example
+from engine.learner.features import KEPT, Example, can_teach, example
 from engine.learner.gate import Replayer
 from engine.learner.memory import MemoryLearner, MemoryRecipe, memory_lineage, rebuild_memory
 from engine.learner.traces import ServedTarget
@@ -28,18 +28,19 @@ from engine.learner.trainer import Trainer, TrainOptions
 from engine.model.llama import Llama
 from engine.model.loading import load_target
 from engine.registry.artifacts import ArtifactStore
-from engine.settings import Settings
+from engine.settings import LearnerSettings, Settings
 from engine.speculation.artifact import build_artifact
 from engine.speculation.control import KController
 from engine.speculation.draft_pool import DraftPool, Want
-from engine.speculation.hybrid import HybridProposer
+from engine.speculation.hybrid import BoundHybrid, HybridProposer
 from engine.speculation.memory import MEMORY_FILE
-from engine.speculation.neural import NeuralProposer
+from engine.speculation.neural import BoundNeural, NeuralProposer, make_pool
 from engine.speculation.neural_file import SHAPE_FILE, WEIGHTS_FILE, DraftFile, pack, unpack
 from engine.speculation.proposer import Proposer
+from engine.speculation.rehearsal import Rehearsing, rehearse
 from engine.speculation.replay import replay, replay_controlled
 from engine.store.database import Database
-from engine.store.repositories import policies
+from engine.store.repositories import eligibility, policies
 from engine.store.repositories.intake import TrainableTrace
 
 WITH_DRAFT = (ProposerKind.NEURAL, ProposerKind.HYBRID)
@@ -83,26 +84,22 @@ class HybridMaker:
         return self._replayer
 
     def make(
-        self, train: Sequence[TrainableTrace], target: ServedTarget, champion: PolicyVersion | None
+        self,
+        train: Sequence[TrainableTrace],
+        target: ServedTarget,
+        champion: PolicyVersion | None,
+        alive: Callable[[], None] = lambda: None,
     ) -> dict[str, bytes]:
         if not train:
             raise SlipstreamError(
                 "There is no trace to learn from: no trainable request with its tokens in the window."
             )
-        model = self._model(target)
+        model = self._model(target, alive)
         parent = self._parent(target, champion)
-        memory, recipe = MemoryRecipe.of(self.settings.learner), self.recipe
-        tuned, curve = tune(model, self._draft(parent.digest), train, recipe)
-        return build_artifact(
-            ProposerKind.HYBRID,
-            self.settings.learner.num_speculative_tokens,
-            settings={"unit": memory.unit},
-            files={MEMORY_FILE: self._memory.learn(train, memory), **tuned},
-            target_fingerprint=target.fingerprint,
-            tokenizer_fingerprint=target.tokenizer_fingerprint,
-            parent=champion.digest if champion is not None else None,
-            lineage={**memory_lineage(train, memory), "draft": parent.digest, "tuning": asdict(recipe), "curve": curve},
-        )
+        tuned, curve = tune(model, self._draft(parent.digest), train, self.recipe, alive)
+        lineage = {"draft": parent.digest, "tuning": asdict(self.recipe), "curve": curve}
+        before = champion.digest if champion is not None else None
+        return build_hybrid(train, target, self.settings.learner, tuned, lineage, before, self._memory)
 
     def rebuild(self, train: Sequence[TrainableTrace], manifest: Mapping[str, Any]) -> dict[str, bytes]:
         """The files that a hybrid's manifest describes, from its traces and the version whose draft was tuned.
@@ -119,11 +116,16 @@ class HybridMaker:
         files = self.store.files(digest)
         return unpack({name: files[name] for name in (SHAPE_FILE, WEIGHTS_FILE)})
 
-    def _model(self, target: ServedTarget) -> Llama:
+    def _model(self, target: ServedTarget, alive: Callable[[], None] = lambda: None) -> Llama:
         if self._target is None:
             torch.set_num_threads(1)
             chosen = self.settings.engine
-            loaded = load_target(chosen.model, self.settings.dir("models"), "float32", "cpu", 1, log.info)
+
+            def say(text: str) -> None:
+                log.info("%s", text)
+                alive()
+
+            loaded = load_target(chosen.model, self.settings.dir("models"), "float32", "cpu", 1, say)
             if loaded.fingerprint != target.fingerprint:
                 raise SlipstreamError(
                     f"The replicas serve target {target.fingerprint[:12]}…, engine.model here is {chosen.model}, "
@@ -134,10 +136,11 @@ class HybridMaker:
         return self._target
 
     def _parent(self, target: ServedTarget, champion: PolicyVersion | None) -> PolicyVersion:
-        """Whose draft is tuned: the champion's, else the newest there is for this target."""
+        """Whose draft is tuned: the champion's, else the newest for this target that no rollout has taken back."""
         with self.db.read() as session:
-            known = ([champion] if champion is not None else []) + policies.all_versions(session)
-        for version in known:
+            bad = eligibility.rolled_back(session)
+            others = [v for v in policies.all_versions(session) if v.version not in bad]
+        for version in [*([champion] if champion is not None else []), *others]:
             fits = version.manifest.get("target_fingerprint") == target.fingerprint
             if version.kind in WITH_DRAFT and fits and version.retired_at is None:
                 return version
@@ -147,15 +150,51 @@ class HybridMaker:
         )
 
 
+def build_hybrid(
+    train: Sequence[TrainableTrace],
+    target: ServedTarget,
+    settings: LearnerSettings,
+    draft: Mapping[str, bytes],
+    lineage: Mapping[str, Any],
+    parent: str | None = None,
+    learner: MemoryLearner | None = None,
+) -> dict[str, bytes]:
+    """The files of a hybrid: a memory of ``train`` beside the files of ``draft``, whose making ``lineage`` tells."""
+    recipe = MemoryRecipe.of(settings)
+    return build_artifact(
+        ProposerKind.HYBRID,
+        settings.num_speculative_tokens,
+        settings={"min_n": recipe.min_n, "max_n": recipe.max_n, "unit": recipe.unit},
+        files={MEMORY_FILE: (learner or MemoryLearner()).learn(train, recipe), **draft},
+        target_fingerprint=target.fingerprint,
+        tokenizer_fingerprint=target.tokenizer_fingerprint,
+        parent=parent,
+        lineage={**memory_lineage(train, recipe), **lineage},
+    )
+
+
 def tune(
-    model: Llama, draft: DraftFile, train: Sequence[TrainableTrace], recipe: TuneRecipe
+    model: Llama,
+    draft: DraftFile,
+    train: Sequence[TrainableTrace],
+    recipe: TuneRecipe,
+    alive: Callable[[], None] = lambda: None,
 ) -> tuple[dict[str, bytes], dict[str, float]]:
-    """(the draft's files after one pass over the chosen traces, acceptance length on them before and after)."""
+    """(the draft's files after one pass over the chosen traces, acceptance length on them before and after).
+
+    A recipe of no requests leaves the draft as it is.
+    """
+    if not recipe.requests:
+        return pack(draft.config, draft.weights, draft.vocabulary), {}
     chosen = [t for t in choose(train, recipe) if can_teach(t.prompt_ids, t.output_ids)]
     trainer = Trainer(model, draft.config, draft.weights, draft.vocabulary, recipe.options)
-    examples = [example(model, t.prompt_ids, t.output_ids, draft.config.aux_layers, KEPT) for t in chosen]
+    examples = list[Example]()
+    for t in chosen:
+        examples.append(example(model, t.prompt_ids, t.output_ids, draft.config.aux_layers, KEPT))
+        alive()
     right = rows = losses = steps = 0.0
     for done in trainer.epoch(examples, recipe.seed):
+        alive()
         right, rows = right + sum(done.right), rows + done.rows
         losses, steps = losses + done.loss, steps + 1
     after = acceptance(trainer.network, [("all", e) for e in examples[:16]], k=trainer.options.depth)
@@ -182,28 +221,41 @@ def choose(train: Sequence[TrainableTrace], recipe: TuneRecipe) -> list[Trainabl
 class TargetReplayer:
     """The gate's replay for policies that draft from hidden states: by this process' own target.
 
-    A draft pass is charged with what it costs here, measured once per policy.
+    A draft pass is charged with what it costs here, measured once per policy, or with ``pass_s``.
     """
 
-    def __init__(self, target: Llama, clock: Callable[[], float] = time.perf_counter) -> None:
-        self._target, self._clock = target, clock
+    def __init__(
+        self,
+        target: Llama,
+        clock: Callable[[], float] = time.perf_counter,
+        rehearsing: Rehearsing = rehearse,
+        pass_s: float | None = None,
+    ) -> None:
+        self._target, self._clock, self._rehearsing, self._pass_s = target, clock, rehearsing, pass_s
         self._bound: dict[int, tuple[Proposer, Proposer, float]] = {}  # by id; the policy itself keeps the id taken
 
     def __call__(
         self, proposer: Proposer, trace: TrainableTrace, controller: KController | None
     ) -> tuple[SpecCounts, float]:
-        bound, pass_s = self._bind(proposer)
+        bound, pass_s = self.bound(proposer)
         name, prompt, output = trace.traffic_class, trace.prompt_ids, trace.output_ids
         if controller is None:
             return replay(bound, name, prompt, output, max_tokens=trace.max_tokens), 0.0
         return replay_controlled(bound, controller, 0, name, prompt, output, trace.max_tokens, pass_s)
 
-    def _bind(self, proposer: Proposer) -> tuple[Proposer, float]:
+    def bound(self, proposer: Proposer) -> tuple[Proposer, float]:
+        """What is replayed for a policy, and the seconds that one pass of its draft costs."""
         if id(proposer) not in self._bound:
             bound, pass_s = proposer, 0.0
             if isinstance(proposer, NeuralProposer | HybridProposer):
-                bound = proposer.bind(self._target, 1, self._target.config.max_position)
-                pass_s = draft_pass_s(bound.pool, self._clock)
+                pool = make_pool(
+                    proposer.draft, self._target, 1, self._target.config.max_position, proposer.min_survival
+                )
+                if isinstance(proposer, NeuralProposer):
+                    bound = BoundNeural(proposer, pool, self._rehearsing)
+                else:
+                    bound = BoundHybrid(proposer, pool, self._rehearsing)
+                pass_s = draft_pass_s(pool, self._clock) if self._pass_s is None else self._pass_s
             self._bound = {**dict(list(self._bound.items())[-3:]), id(proposer): (proposer, bound, pass_s)}
         _, bound, pass_s = self._bound[id(proposer)]
         return bound, pass_s

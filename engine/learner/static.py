@@ -150,8 +150,7 @@ def _examples(
     say: Say,
     over: Callable[[], bool],
 ) -> list[Example] | None:
-    ids = json.dumps([[c.prompt_ids, c.output_ids] for c in conversations])
-    name = hashlib.sha256(f"{target.fingerprint} {config.aux_layers} {ids}".encode()).hexdigest()[:16]
+    name = hashlib.sha256(f"{target.fingerprint} {config.aux_layers} {_ids(conversations)}".encode()).hexdigest()[:16]
 
     def due(done: int, of: int) -> bool:
         say(f"target states of {done}/{of} conversations")
@@ -204,5 +203,10 @@ class _Run:
 def _digest(
     target: Target, conversations: Sequence[Conversation], config: DraftConfig, options: TrainOptions, plan: StaticPlan
 ) -> str:
-    parts = [target.fingerprint, asdict(config), asdict(options), plan.seed, plan.epochs, len(conversations)]
+    parts = [target.fingerprint, asdict(config), asdict(options), plan.seed, plan.epochs, _ids(conversations)]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _ids(conversations: Sequence[Conversation]) -> str:
+    """The conversations themselves, their order included."""
+    return json.dumps([[c.prompt_ids, c.output_ids] for c in conversations])

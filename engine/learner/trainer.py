@@ -34,7 +34,8 @@ class TrainOptions:
     """``depth`` drafted tokens are trained, the s-th with weight ``decay`` ** (s - 1).
 
     ``first_rejection`` multiplies a row whose chain was right up to here and is wrong now: its target distribution is
-    on-path and free. A step takes ``slots_per_step`` slots, ``micro_slots`` at a time. The learning rate rises to
+    on-path and free. ``discarded`` multiplies the rows behind it, which a verification throws away (discard sampling:
+    at most .1). A step takes ``slots_per_step`` slots, ``micro_slots`` at a time. The learning rate rises to
     ``lr`` over ``warmup`` steps and falls to ``lr_end`` in a line until ``total_steps``. ``duty`` is the share of time
     that training may take.
     """
@@ -46,6 +47,7 @@ class TrainOptions:
     depth: int = 3
     decay: float = 0.8
     first_rejection: float = 2.5
+    discarded: float = 1.0
     loss: str = "forward_kl"
     clip: float = 1.0
     weight_decay: float = 0.0
@@ -164,8 +166,8 @@ class Trainer:
             weight = self.options.decay**s
 
             def weights(right: Tensor, on_path: Tensor = on_path, weight: float = weight) -> Tensor:
-                first = on_path & ~right
-                return weight * torch.where(first, self.options.first_rejection, 1.0).to(fused.dtype)
+                behind = torch.where(on_path, 1.0, self.options.discarded)
+                return weight * torch.where(on_path & ~right, self.options.first_rejection, behind).to(fused.dtype)
 
             part, right = head_loss(
                 self.network.normed(output[rows]), batch.said[rows], batch.log_z[rows], self.network.head, truth[rows],

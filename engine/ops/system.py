@@ -26,6 +26,8 @@ ENVIRONMENT = {
 }
 BEHIND_PEOPLE = 5
 """Niceness of what serves: a rollback, by the controller or typed, must not wait for the very load it is to end."""
+BEHIND_ALL = 19
+"""Niceness of the learner: it gets what serving leaves, and a few per cent of a busy core, so that attempts end."""
 READY_S = {"mlflow": 120.0, "engine": 600.0, "dashboard": 60.0}
 
 
@@ -63,7 +65,7 @@ def start(settings: Settings, supervisor: Supervisor, say: Say) -> Settings:
     supervisor.start(dashboard_component(located))
     supervisor.start(_part("controller", environ))
     if settings.learner.enabled:
-        supervisor.start(_part("learner", environ))
+        supervisor.start(learner_component(located))
     supervisor.start(_part("housekeeping", environ, niceness=15))
     supervisor.wait_ready("dashboard", READY_S["dashboard"])
     say(f"dashboard: http://{settings.dashboard.host}:{settings.dashboard.port}")
@@ -100,6 +102,11 @@ def engine_component(settings: Settings) -> Component:
     """The serving engine as a process; ``settings.database_url`` must be set."""
     api = f"http://{settings.engine.host}:{settings.engine.port}"
     return _part("engine", _environment(settings), api, answers(f"{api}/readyz"), niceness=BEHIND_PEOPLE)
+
+
+def learner_component(settings: Settings) -> Component:
+    """The learner as a process, behind everybody; ``settings.database_url`` must be set."""
+    return _part("learner", _environment(settings), niceness=BEHIND_ALL)
 
 
 def dashboard_component(settings: Settings) -> Component:

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import shutil
+import socket
+import time
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
 
 from engine.contracts import SlipstreamError, artifact_digest
+
+ABANDONED_S = 86_400.0
+"""Age after which a folder that another machine has begun is taken for abandoned."""
+log = logging.getLogger(__name__)
 
 
 class ArtifactError(SlipstreamError):
@@ -34,7 +41,7 @@ class ArtifactStore:
         if self.is_sound(digest):
             return digest
         self.root.mkdir(parents=True, exist_ok=True)
-        fresh = self.root / f".new-{uuid.uuid4().hex}"
+        fresh = self.root / _own_name(".new")
         fresh.mkdir()
         try:
             for name, data in files.items():
@@ -78,16 +85,45 @@ class ArtifactStore:
             return False
         return True
 
+    def sweep(self) -> int:
+        """Delete what writers that were killed have left behind; how many folders. Those of living writers stay."""
+        left = [path for kind in (".new", ".damaged") for path in self.root.glob(f"{kind}-*") if _abandoned(path)]
+        for path in left:
+            log.warning("removing %s: whoever wrote it was killed", path)
+            shutil.rmtree(path, ignore_errors=True)
+        return len(left)
+
     def discard(self, digest: str) -> None:
         """Delete an artifact that no version names."""
         self._clear(self.path(digest))
 
     def _clear(self, folder: Path) -> None:
         """Take a folder out of the way in one step, then delete it."""
-        aside = self.root / f".damaged-{uuid.uuid4().hex}"
+        aside = self.root / _own_name(".damaged")
         with contextlib.suppress(FileNotFoundError):  # somebody else was faster
             folder.rename(aside)
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def _own_name(kind: str) -> str:
+    """A name that says which process made it, for ``sweep``."""
+    return f"{kind}-{os.getpid()}-{uuid.uuid4().hex}-{socket.gethostname()}"
+
+
+def _abandoned(path: Path) -> bool:
+    """Whether its writer is dead, or, where that cannot be known, whether it is old."""
+    parts = path.name.split("-", 3)
+    if len(parts) == 4 and parts[1].isdigit() and parts[3] == socket.gethostname():
+        try:
+            os.kill(int(parts[1]), 0)
+        except ProcessLookupError:
+            return True
+        except PermissionError:  # it lives, and is another user's
+            return False
+        return False
+    with contextlib.suppress(FileNotFoundError):
+        return time.time() - path.stat().st_mtime > ABANDONED_S
+    return False
 
 
 def _write(path: Path, data: bytes) -> None:

@@ -30,8 +30,11 @@ if TYPE_CHECKING:
 MODEL = "slipstream-draft"
 ATTEMPT_TAG = "slipstream.attempt"
 DIGEST_TAG = "slipstream.digest"
-ALIASES = ("champion", "canary", "previous")
 ARTIFACT_PATH = "policy"
+MAX_TAG = 5_000
+"""Characters that every MLflow takes in a tag."""
+REFUSALS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "INVALID_STATE")
+"""MLflow's word for what would be wrong the next time too."""
 log = logging.getLogger(__name__)
 
 
@@ -45,24 +48,27 @@ def connect(tracking_uri: str, experiment: str) -> MlflowRegistry:
 class MlflowRegistry:
     def __init__(self, client: MlflowClient, experiment: str) -> None:
         self.client, self.experiment = client, experiment
+        self._rejected: set[int] = set()
+        """Attempts that MLflow would not have; they are offered again by the next process."""
 
     def sync(self, db: Database, store: ArtifactStore) -> int:
         """Show in MLflow what it lacks, then point its aliases where the ledger points; how many things were made.
 
         Attempts that were refused are runs as well; only versions are registered.
         """
+        if not self.client.search_registered_models(f"name = '{MODEL}'", max_results=1):
+            with db.write() as session:  # an MLflow that is new, or has lost what it had: it is shown all of it
+                learning.clear_runs(session)
+                policies.clear_mlflow(session)
+            self._make_model()
         with db.read() as session:
-            attempts = learning.without_run(session)
+            attempts = learning.without_run(session, self._rejected)
             missing = [v for v in reversed(policies.all_versions(session)) if v.mlflow_version is None]
         made = 0
         if attempts or missing:
             experiment_id = self._experiment()
-            self._ensure_model()
             for attempt in attempts:
-                run_id = self._attempt_run(experiment_id, attempt)
-                with db.write() as session:
-                    learning.set_run(session, attempt.id or 0, run_id)
-                made += 1
+                made += self._mirror(db, experiment_id, attempt)
             for version in missing:
                 try:
                     self._register(db, store, experiment_id, version)
@@ -74,9 +80,27 @@ class MlflowRegistry:
             plan = plans.latest(session)
             wanted = aliases(plan, plans.previous_champion(session, plan)) if plan is not None else {}
             numbers = {v.version: v.mlflow_version for v in policies.all_versions(session)}
-        if wanted:
-            reconcile_aliases(self.client, {k: numbers.get(v) if v else None for k, v in wanted.items()})
+        # A version that MLflow lacks yet leaves its alias where it is.
+        known = {alias: numbers.get(v) if v else None for alias, v in wanted.items() if not v or numbers.get(v)}
+        if known:
+            reconcile_aliases(self.client, known)
         return made
+
+    def _mirror(self, db: Database, experiment_id: str, attempt: Attempt) -> bool:
+        """One attempt as a run. What MLflow will not have keeps no other from being shown."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            run_id = self._attempt_run(experiment_id, attempt)
+        except MlflowException as error:
+            if error.error_code not in REFUSALS:
+                raise
+            log.error("attempt %s is not shown in MLflow, which refuses it: %s", attempt.id, error)
+            self._rejected.add(attempt.id or 0)
+            return False
+        with db.write() as session:
+            learning.set_run(session, attempt.id or 0, run_id)
+        return True
 
     def _register(self, db: Database, store: ArtifactStore, experiment_id: str, version: PolicyVersion) -> None:
         """One version, found by its digest where an earlier try got as far as registering it."""
@@ -127,7 +151,7 @@ class MlflowRegistry:
         tags = {
             ATTEMPT_TAG: str(attempt.id),
             "slipstream.outcome": attempt.outcome,
-            "slipstream.reason": attempt.reason,
+            "slipstream.reason": attempt.reason[:MAX_TAG],
         }
         if attempt.version is not None:
             tags["slipstream.version"] = str(attempt.version)
@@ -188,7 +212,7 @@ class MlflowRegistry:
         found = self.client.get_experiment_by_name(self.experiment)
         return str(found.experiment_id if found is not None else self.client.create_experiment(self.experiment))
 
-    def _ensure_model(self) -> None:
+    def _make_model(self) -> None:
         from mlflow.exceptions import MlflowException
 
         try:
@@ -196,7 +220,7 @@ class MlflowRegistry:
                 MODEL, description="Draft policies of Slipstream; aliases mirror its ledger."
             )
         except MlflowException as error:
-            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":  # another process was faster
                 raise
 
 
@@ -207,17 +231,27 @@ def aliases(plan: ServingPlan, previous: int | None) -> dict[str, int | None]:
 
 
 def reconcile_aliases(client: MlflowClient, wanted: Mapping[str, str | None]) -> list[str]:
-    """Move every alias that is not where it belongs; says which. A version MLflow lacks yet moves nothing."""
+    """Move every alias that is not where it belongs; says which. None: it points nowhere; one that is not named stays.
+
+    A model version that somebody deleted in MLflow keeps its alias from moving, and no other.
+    """
+    from mlflow.exceptions import MlflowException
+
     found = {str(k): str(v) for k, v in client.get_registered_model(MODEL).aliases.items()}
     moved = []
-    for alias in ALIASES:
-        number = wanted.get(alias)
+    for alias, number in wanted.items():
         if found.get(alias) == number:
             continue
-        if number is None:
-            client.delete_registered_model_alias(MODEL, alias)
-        else:
-            client.set_registered_model_alias(MODEL, alias, number)
+        try:
+            if number is None:
+                client.delete_registered_model_alias(MODEL, alias)
+            else:
+                client.set_registered_model_alias(MODEL, alias, number)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            log.error("alias %s stays where it is, MLflow has lost version %s of %s", alias, number, MODEL)
+            continue
         moved.append(alias)
     return moved
 

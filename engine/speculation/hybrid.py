@@ -17,7 +17,7 @@ from engine.speculation.memory import MEMORY_FILE, TraceMemory, TraceMemoryDraft
 from engine.speculation.neural import NeuralDrafter, check_survival, make_pool, propose_together
 from engine.speculation.neural_file import SHAPE_FILE, WEIGHTS_FILE, DraftFile, unpack
 from engine.speculation.proposer import PolicyError, read_settings, unbound
-from engine.speculation.rehearsal import RehearsedDrafter, rehearse
+from engine.speculation.rehearsal import RehearsedDrafter, Rehearsing, rehearse
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -63,8 +63,8 @@ class HybridDrafter:
 class BoundHybrid:
     """A hybrid policy in one engine."""
 
-    def __init__(self, policy: HybridProposer, pool: DraftPool) -> None:
-        self.policy, self.pool = policy, pool
+    def __init__(self, policy: HybridProposer, pool: DraftPool, rehearsing: Rehearsing = rehearse) -> None:
+        self.policy, self.pool, self._rehearsing = policy, pool, rehearsing
         self.kind, self.control = policy.kind, policy.control
         self.num_speculative_tokens = policy.num_speculative_tokens
         self.aux_layers = pool.network.config.aux_layers
@@ -82,7 +82,7 @@ class BoundHybrid:
         self.pool.end(drafter.drafting.state)
 
     def rehearse(self, prompt_ids: Sequence[int], output_ids: Sequence[int], traffic_class: str) -> RehearsedHybrid:
-        rehearsal = rehearse(self.pool.network, prompt_ids, output_ids, self.num_speculative_tokens)
+        rehearsal = self._rehearsing(self.pool.network, prompt_ids, output_ids, self.num_speculative_tokens)
         return RehearsedHybrid(
             self.policy.memory.start(prompt_ids, traffic_class), RehearsedDrafter(rehearsal, self.pool.min_survival)
         )

@@ -15,7 +15,7 @@ from engine.speculation.control import DEFAULT_CONTROL, ControlSettings
 from engine.speculation.draft_pool import DraftPool, Want
 from engine.speculation.neural_file import SHAPE_FILE, WEIGHTS_FILE, DraftFile, unpack
 from engine.speculation.proposer import PolicyError, read_settings, unbound
-from engine.speculation.rehearsal import RehearsedDrafter, rehearse
+from engine.speculation.rehearsal import RehearsedDrafter, Rehearsing, rehearse
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -61,8 +61,8 @@ class NeuralDrafter:
 class BoundNeural:
     """A neural policy in one engine."""
 
-    def __init__(self, policy: NeuralProposer, pool: DraftPool) -> None:
-        self.policy, self.pool = policy, pool
+    def __init__(self, policy: NeuralProposer, pool: DraftPool, rehearsing: Rehearsing = rehearse) -> None:
+        self.policy, self.pool, self._rehearsing = policy, pool, rehearsing
         self.kind, self.control = policy.kind, policy.control
         self.num_speculative_tokens = policy.num_speculative_tokens
         self.aux_layers = pool.network.config.aux_layers
@@ -80,7 +80,7 @@ class BoundNeural:
         self.pool.end(drafter.state)
 
     def rehearse(self, prompt_ids: Sequence[int], output_ids: Sequence[int], traffic_class: str) -> RehearsedDrafter:
-        rehearsal = rehearse(self.pool.network, prompt_ids, output_ids, self.num_speculative_tokens)
+        rehearsal = self._rehearsing(self.pool.network, prompt_ids, output_ids, self.num_speculative_tokens)
         return RehearsedDrafter(rehearsal, self.pool.min_survival)
 
     @property

@@ -6,7 +6,7 @@ looks up. With its drafts the stored response can be replayed as for any other p
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +24,10 @@ class Rehearsal:
 
     tokens: list[list[int]]
     chances: list[list[float]]
+
+
+Rehearsing = Callable[[DraftNetwork, Sequence[int], Sequence[int], int], Rehearsal]
+"""``rehearse``, or what remembers its answers."""
 
 
 @torch.inference_mode()

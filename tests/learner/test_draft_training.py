@@ -213,6 +213,9 @@ def test_slices_of_a_static_training_are_one_training(
     assert (policy.kind, policy.num_speculative_tokens) == (ProposerKind.NEURAL, 4)
     with pytest.raises(PolicyError, match="made for target"):
         load_proposer(files, artifact_digest(files), "another")
+    others = [replace(c, output_ids=c.output_ids[::-1]) for c in conversations]  # as many of them
+    with pytest.raises(SlipstreamError, match="another training"):
+        train_static(tiny, others, tmp_path / "whole", plan, print)
     with pytest.raises(SlipstreamError, match="another training"):
         train_static(tiny, conversations, tmp_path / "whole", replace(plan, seed=1), print)
 

@@ -104,6 +104,23 @@ def test_garbage_is_refused(rng: np.random.Generator, held_out: list[TrainableTr
     assert any("loses" in reason for reason in report.reasons)
 
 
+def test_a_bound_far_out_is_drawn_from_enough_samples(rng: np.random.Generator, held_out: list[TrainableTrace]) -> None:
+    """At the tenth look α is 1 in 2,200: of 5,000 sums two would lie beyond, and of an eleventh look's fewer still."""
+
+    class Counting:
+        drawn = 0
+
+        def multinomial(self, n: int, shares: np.ndarray, size: int) -> np.ndarray:
+            Counting.drawn = size
+            return rng.multinomial(n, shares, size=size)
+
+    for looks in range(gate.MAX_LOOKS):
+        alpha = gate.level(looks)
+        gate.compare(NgramProposer(4), NgramProposer(2), held_out, COSTS, 0.02, Counting(), alpha)  # type: ignore[arg-type]
+        assert Counting.drawn >= gate.RESAMPLES
+        assert alpha * Counting.drawn >= gate.BEYOND
+
+
 def test_one_ruined_class_is_refused_though_the_blend_improves(rng: np.random.Generator) -> None:
     """Champion knows code a little; the candidate has learned chat and forgotten code."""
     mostly_chat = ("chat", "chat", "chat", "code")

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from sqlalchemy import select
 
-from engine.learner.learner import LEASE_S, Learner
+from engine.learner.learner import Learner
+from engine.learner.lease import LEASE_S
 from engine.store.database import Database
 from engine.store.models import LearningIntakeRow
 from engine.store.repositories import learning, policies

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import socket
 import threading
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
+from sqlalchemy.exc import OperationalError
 
-from engine.contracts import ProposerKind, ReplicaState, RolloutState
-from engine.learner import gate, memory
+from engine.contracts import PolicyVersion, ProposerKind, ReplicaState, RolloutState
+from engine.learner import candidates, gate, memory
 from engine.learner import learner as module
 from engine.learner.learner import Learner, build_candidate
+from engine.learner.lease import LEASE, LEASE_S, LearnerLease
+from engine.learner.traces import ServedTarget
 from engine.registry.artifacts import ArtifactStore
 from engine.registry.publish import ensure_version, publish
 from engine.rollout.launch import launch
@@ -20,6 +26,7 @@ from engine.settings import LearnerSettings, Settings
 from engine.speculation.artifact import build_artifact
 from engine.store.database import Database
 from engine.store.repositories import intake, learning, leases, plans, policies, replicas, rollouts
+from engine.store.repositories.intake import TrainableTrace
 from engine.store.repositories.learning import Attempt
 from tests.learner.test_gate import COSTS, traffic
 from tests.rollout import database_world as world
@@ -172,7 +179,7 @@ def test_only_one_learner_works_at_a_time(w: World) -> None:
     assert w.learner.attempt_if_due() is not None
     w.serve(100)
     assert other.attempt_if_due() is None
-    w.now += timedelta(seconds=module.LEASE_S + 1)
+    w.now += timedelta(seconds=LEASE_S + 1)
     w.beat()
     w.serve(0)
     with w.db.read() as session:
@@ -187,7 +194,7 @@ def test_a_learner_that_lost_its_lease_publishes_nothing(w: World, monkeypatch: 
 
     def slow(*args: object) -> dict[str, bytes]:
         with w.db.write() as session:
-            leases.acquire(session, module.LEASE, "another", w.now + timedelta(hours=1), 60)
+            leases.acquire(session, LEASE, "another", w.now + timedelta(hours=1), 60)
         return build(*args)  # type: ignore[arg-type]
 
     w.serve(100)
@@ -197,6 +204,83 @@ def test_a_learner_that_lost_its_lease_publishes_nothing(w: World, monkeypatch: 
     with w.db.read() as session:
         assert learning.attempts(session) == []
         assert len(policies.all_versions(session)) == 2
+
+
+class LongAttempt(candidates.MemoryMaker):
+    """Takes five leases' time to make its candidate, in parts; the other learner asks for its turn in between."""
+
+    def __init__(self, w: World, other: Learner, alive: bool = True) -> None:
+        super().__init__(w.settings)
+        self.w, self.other, self.alive = w, other, alive
+        self.others_turn = list[bool]()
+
+    def make(
+        self,
+        train: Sequence[TrainableTrace],
+        target: ServedTarget,
+        champion: PolicyVersion | None,
+        alive: Callable[[], None] = lambda: None,
+    ) -> dict[str, bytes]:
+        for _ in range(10):
+            self.w.now += timedelta(seconds=LEASE_S / 2)
+            if self.alive:
+                alive()
+            self.others_turn.append(self.other.lease.take())
+        return super().make(train, target, champion)
+
+
+def test_a_long_attempt_keeps_its_lease(w: World) -> None:
+    other = Learner(w.settings, w.db, w.store, lambda: w.now)
+    w.serve(100)
+    maker = w.learner._maker = LongAttempt(w, other)
+    attempt = w.learner.attempt_if_due()
+    assert attempt is not None
+    assert attempt.outcome == learning.REGISTERED, attempt.reason
+    assert not any(maker.others_turn)
+
+
+def test_a_long_attempt_that_does_not_keep_its_lease_loses_it(w: World) -> None:
+    """The planted fault: as it was, two learners with long attempts took the lease from each other for ever."""
+    w.serve(100)
+    w.learner._maker = LongAttempt(w, Learner(w.settings, w.db, w.store, lambda: w.now), alive=False)
+    with pytest.raises(leases.LeaseLost, match="taken the lease"):
+        w.learner.attempt_if_due()
+    with w.db.read() as session:
+        assert learning.attempts(session) == []
+
+
+def test_an_attempt_ends_where_its_lease_was_lost_and_outlives_a_silent_database(
+    w: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lease = LearnerLease(w.db, lambda: w.now)
+    assert lease.take()
+    w.now += timedelta(seconds=LEASE_S / 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(leases, "acquire", Mock(side_effect=OperationalError("", {}, Exception("no answer"))))
+        lease.keep()  # whoever writes is checked
+    w.now += timedelta(seconds=LEASE_S)
+    other = LearnerLease(w.db, lambda: w.now)
+    assert other.take()
+    other.release()  # free again, but the token has grown
+    with pytest.raises(leases.LeaseLost):
+        lease.keep()
+
+
+def test_refusals_without_a_comparison_are_no_looks(w: World) -> None:
+    """A look spends error level; after ten at the same held-out requests the next ones are judged on later requests."""
+    began, compared = w.now, {"overall": {"n": 9}}
+    tries = [("refused", {}), ("refused", {"overall": None}), ("error", {}), ("refused", compared)]
+    with w.db.write() as session:
+        assert learning.looks(session) == (0, [])
+        for at, (outcome, verdict) in enumerate(tries):
+            learning.record(session, Attempt(began, began, outcome, "", 9, 9, verdict, 1.0, through=100 + at))
+        assert learning.looks(session) == (0, [103])
+        learning.record(session, Attempt(began, began, "registered", "", 9, 9, compared, 1.0, through=200))
+        assert learning.looks(session) == (200, [])
+    assert gate.unspent(200, []) == (200, 0)
+    assert gate.unspent(200, list(range(201, 210))) == (200, 9)
+    assert gate.unspent(200, list(range(201, 211))) == (210, 0)
+    assert gate.unspent(200, list(range(201, 224))) == (220, 3)
 
 
 def test_refused_candidates_use_up_the_error_level_and_a_pass_brings_fresh_requests() -> None:
@@ -219,3 +303,14 @@ def test_the_loop_survives_what_fails_and_stops_when_told(w: World, monkeypatch:
     quick = w.settings.model_copy(update={"learner": w.settings.learner.model_copy(update={"poll_s": 0.001})})
     module.run(quick, w.db, stop)
     assert len(calls) == 3
+
+
+def test_a_learner_that_stops_gives_its_lease_up(w: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    stop, attempt = threading.Event(), Learner.attempt_if_due
+    monkeypatch.setattr(Learner, "attempt_if_due", lambda self: (stop.set(), attempt(self))[1])
+    monkeypatch.setattr(module.os, "nice", lambda n: n)
+    left = w.store.root / f".new-{2**22 + 1}-0-{socket.gethostname()}"  # no process has this id
+    left.mkdir(parents=True)
+    module.run(w.settings, w.db, stop, lambda: w.now)
+    assert LearnerLease(w.db, lambda: w.now).take()
+    assert not left.exists()

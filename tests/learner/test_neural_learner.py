@@ -11,21 +11,23 @@ from uuid import UUID
 import numpy as np
 import pytest
 
-from engine.contracts import ProposerKind, artifact_digest
+from engine.contracts import ProposerKind, RolloutState, artifact_digest
 from engine.learner.features import can_teach
 from engine.learner.neural import HybridMaker, TargetReplayer, TuneRecipe, choose, tune
 from engine.learner.rebuild import NotRebuilt, rebuild
+from engine.learner.traces import ServedTarget
 from engine.learner.trainer import choose_vocabulary, fresh_weights
 from engine.model.draft import DraftConfig
 from engine.model.loading import Target, load_target
 from engine.registry.publish import publish
+from engine.rollout.launch import launch
 from engine.settings import LearnerSettings
 from engine.speculation.artifact import build_artifact, load_proposer
 from engine.speculation.control import KController
 from engine.speculation.neural_file import DraftFile, pack, unpack
 from engine.speculation.step_costs import StepCosts
 from engine.store.database import Database
-from engine.store.repositories import learning, policies
+from engine.store.repositories import learning, policies, rollouts
 from engine.store.repositories.intake import TrainableTrace
 from tests.learner.test_gate import COSTS
 from tests.learner.test_learner import NOW, World
@@ -165,6 +167,27 @@ def test_a_hybrid_goes_through_the_gate_with_its_lineage(
     assert artifact_digest(rebuild(db, made.version, {ProposerKind.HYBRID: again.rebuild})) == made.digest
     with pytest.raises(NotRebuilt, match="no way"):
         rebuild(db, made.version)
+
+
+def test_tuning_starts_from_no_draft_that_was_taken_back(
+    db: Database, tmp_path: Path, tiny: Target, draft: DraftFile
+) -> None:
+    w = HybridWorld(db, tmp_path, tiny)
+    good, bad = (
+        publish(w.db, w.store, build_artifact(ProposerKind.NEURAL, k, files=pack_again(draft),
+                                              target_fingerprint=FINGERPRINT))
+        for k in (4, 5)
+    )  # fmt: skip
+    maker, target = w.learner._maker, ServedTarget("tiny", FINGERPRINT, None, {})
+    assert isinstance(maker, HybridMaker)
+    assert maker._parent(target, None).version == bad.version
+    tried = launch(w.db, canary=bad.version, actor="t", preset="fast", now=w.now)
+    with w.db.write() as session:
+        rollouts.apply(
+            session, tried.id, expected=tried.state, state=RolloutState.ROLLED_BACK, status=tried.status,
+            decision=None, now=w.now,
+        )  # fmt: skip
+    assert maker._parent(target, None).version == good.version
 
 
 def test_a_draft_that_diverges_is_an_error_and_no_version(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
+from uuid import UUID
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from sqlalchemy import select, update
 from engine.learner import traces
 from engine.learner.traces import TraceBuffer, is_held_out, request_hash
 from engine.store.database import Database
-from engine.store.models import LearningIntakeRow, TraceRow
+from engine.store.models import LearningCursorRow, LearningIntakeRow, TraceRow
 from engine.store.repositories import intake, tenants
 from tests.rollout.database_world import MODEL, remember
 
@@ -121,6 +122,43 @@ def test_what_is_not_settled_waits(db: Database, rng: np.random.Generator) -> No
         remember(db, remember_time, texts(5, first=50), rng)
         assert traces.take_in(db, 0.25) == 5
     assert traces.take_in(db, 0.25) == 5
+
+
+def test_what_is_passed_over_is_looked_at_once(
+    db: Database, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Traffic that is mostly not trainable: the cursor follows it, not only what was taken in."""
+    monkeypatch.setattr(traces, "TAKEN_AT_ONCE", 4)
+    remember(db, NOW, texts(6), rng)
+    passed = remember(db, NOW + timedelta(seconds=1), texts(30, first=100), rng, trainable=False)
+    assert traces.take_in(db, 0.25) == 6
+    assert cursor(db) == passed[-1]
+    more = remember(db, NOW + timedelta(seconds=2), texts(5, first=200), rng, trainable=False)
+    assert traces.take_in(db, 0.25) == 0
+    assert cursor(db) == more[-1]
+    assert traces.take_in(db, 0.25) == 0
+    remember(db, NOW + timedelta(seconds=3), texts(9, first=300), rng)
+    assert traces.take_in(db, 0.25) == 9
+    assert len(rows(db)) == 15
+
+
+def test_a_transaction_that_was_undone_moves_nothing(db: Database, rng: np.random.Generator) -> None:
+    remember(db, NOW, texts(8), rng)
+
+    def killed() -> None:
+        with db.write() as session:
+            assert len(intake.take_in(session, request_hash, lambda key: False, 5)) == 5
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        killed()
+    assert cursor(db) is None
+    assert traces.take_in(db, 0.25) == 8
+
+
+def cursor(db: Database) -> UUID | None:
+    with db.read() as session:
+        return session.scalar(select(LearningCursorRow.trace_id))
 
 
 def test_positions_count_by_class_and_side(db: Database, rng: np.random.Generator) -> None:

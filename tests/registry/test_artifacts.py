@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
 import pytest
 
 from engine.contracts import artifact_digest
+from engine.registry import artifacts
 from engine.registry.artifacts import ArtifactError, ArtifactStore
 
 FILES = {"manifest.json": b'{"kind": "ngram"}', "memory.safetensors": b"\x00\x01"}
@@ -62,6 +67,20 @@ def test_a_write_that_fails_leaves_nothing_behind(store: ArtifactStore, monkeypa
         with pytest.raises(OSError, match="no space"):
             store.put(FILES)
     assert list(store.root.iterdir()) == []
+
+
+def test_what_a_killed_writer_left_is_swept_and_nothing_of_the_living(store: ArtifactStore) -> None:
+    child = "import os, signal, sys; from pathlib import Path; from engine.registry.artifacts import ArtifactStore\n"
+    child += "os.fsync = lambda file: os.kill(os.getpid(), signal.SIGKILL)\n"
+    child += "ArtifactStore(Path(sys.argv[1])).put({'manifest.json': b'{}'})"
+    assert subprocess.run([sys.executable, "-c", child, str(store.root)], check=False).returncode == -signal.SIGKILL
+    digest = store.put(FILES)
+    ours, elsewhere, old = (store.root / name for name in (artifacts._own_name(".new"), ".new-1-a-far-away", ".new-x"))
+    for folder in (ours, elsewhere, old):
+        folder.mkdir()
+    os.utime(old, (0, 0))
+    assert store.sweep() == 2  # the killed one's, and what is too old to be anybody's
+    assert {path.name for path in store.root.iterdir()} == {digest, ours.name, elsewhere.name}
 
 
 def test_many_writers_of_the_same_artifact_agree(store: ArtifactStore) -> None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
+from unittest.mock import Mock
 from uuid import uuid4
 
 import pytest
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
 
 from engine.contracts import CANARY, Arm, ProposerKind
 from engine.registry import mlflow_registry
@@ -147,6 +151,61 @@ def test_a_version_whose_files_are_lost_does_not_stop_the_others(
     registry.sync(db, store)
     assert len(registry.client.search_model_versions(f"name = '{MODEL}'")) == 2
     assert alias_versions(registry) == {"champion": learned - 1}
+
+
+def test_an_alias_whose_version_mlflow_lacks_stays_where_it_is(
+    db: Database, store: ArtifactStore, registry: MlflowRegistry, learned: int
+) -> None:
+    registry.sync(db, store)
+    made = publish(db, store, build_artifact(ProposerKind.NGRAM, 7))
+    with db.write() as session:
+        plans.append(session, champion=made.version, fallback=learned - 2, actor="t", reason="t")
+    shutil.rmtree(store.path(made.digest))
+    registry.sync(db, store)
+    assert alias_versions(registry)["champion"] == learned - 1
+    store.put(build_artifact(ProposerKind.NGRAM, 7))
+    registry.sync(db, store)
+    assert alias_versions(registry)["champion"] == made.version
+
+
+def test_an_attempt_that_mlflow_refuses_keeps_no_other_from_being_shown(
+    db: Database, store: ArtifactStore, registry: MlflowRegistry, learned: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = registry._log
+
+    def refuses(run_id: str, attempt: Attempt, at_ms: int) -> None:
+        if attempt.outcome == "refused":
+            raise MlflowException("not like this", INVALID_PARAMETER_VALUE)
+        log(run_id, attempt, at_ms)
+
+    monkeypatch.setattr(registry, "_log", refuses)
+    assert registry.sync(db, store) == 4
+    assert registry.sync(db, store) == 0  # it is not offered again and again
+    with db.read() as session:
+        (left,) = learning.without_run(session)
+    assert left.outcome == "refused"
+
+
+def test_a_trouble_that_may_pass_is_no_refusal(
+    db: Database, store: ArtifactStore, registry: MlflowRegistry, learned: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(registry, "_log", Mock(side_effect=MlflowException("overloaded")))
+        with pytest.raises(MlflowException, match="overloaded"):
+            registry.sync(db, store)
+    assert registry.sync(db, store) == 5
+
+
+def test_a_new_mlflow_is_shown_everything(
+    db: Database, store: ArtifactStore, registry: MlflowRegistry, learned: int, tmp_path: Path
+) -> None:
+    """Its database was lost, and Postgres says that it has it all."""
+    registry.sync(db, store)
+    fresh = mlflow_registry.connect(f"sqlite:///{tmp_path / 'new.db'}", "again")
+    fresh.client.create_experiment("again", artifact_location=(tmp_path / "again").as_uri())
+    assert fresh.sync(db, store) == 5
+    assert alias_versions(fresh) == {"champion": learned - 1}
+    assert fresh.sync(db, store) == 0
 
 
 def test_mlflow_down_fails_the_chore_and_nothing_else(

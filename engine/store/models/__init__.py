@@ -6,7 +6,7 @@ Every table has one writer, named in its docstring. Append-only tables are never
 from engine.store.models.base import Base
 from engine.store.models.correctness import OutputAuditRow, OutputMismatchRow
 from engine.store.models.findings import DriftFindingRow
-from engine.store.models.learning import LearningAttemptRow, LearningIntakeRow, TenantSettingRow
+from engine.store.models.learning import LearningAttemptRow, LearningCursorRow, LearningIntakeRow, TenantSettingRow
 from engine.store.models.plans import PlanObservationRow, ReplicaRow, ServingPlanRow
 from engine.store.models.policies import PolicyLineageRow, PolicyVersionRow
 from engine.store.models.rollouts import (
@@ -40,6 +40,7 @@ __all__ = [
     "DriftFindingRow",
     "ExportCursorRow",
     "LearningAttemptRow",
+    "LearningCursorRow",
     "LearningIntakeRow",
     "LeaseRow",
     "NotificationCursorRow",

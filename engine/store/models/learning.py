@@ -6,7 +6,7 @@ from datetime import datetime
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import BigInteger, Boolean, ForeignKey, Identity, Index, Integer
+from sqlalchemy import BigInteger, Boolean, CheckConstraint, ForeignKey, Identity, Index, Integer
 from sqlalchemy.orm import Mapped, mapped_column
 
 from engine.store.models.base import NOW, Base
@@ -40,6 +40,19 @@ class LearningIntakeRow(Base):
         Index("ix_learning_intake_class_position", "model", "traffic_class", "held_out", "position"),
         Index("ix_learning_intake_class_trace_id", "model", "traffic_class", "held_out", "trace_id"),
     )
+
+
+class LearningCursorRow(Base):
+    """How far the learner has looked through the traces: the last one in the order of writing, taken in or passed over.
+
+    One row. Writer: engine.learner.
+    """
+
+    __tablename__ = "learning_cursor"
+    one: Mapped[bool] = mapped_column(Boolean, primary_key=True)
+    written_at: Mapped[datetime]
+    trace_id: Mapped[UUID]
+    __table_args__ = (CheckConstraint("one", name="one_row"),)
 
 
 class TenantSettingRow(Base):

@@ -39,3 +39,11 @@ def standing(session: Reads, version: int, fallback: int, without: Collection[in
             return at
         at = found[0].parent_version
     return fallback
+
+
+def rolled_back(session: Reads) -> set[int]:
+    """Versions whose newest rollout took them back."""
+    found = session.rows(
+        "SELECT DISTINCT ON (canary) canary, state FROM rollouts ORDER BY canary, id DESC",
+    )
+    return {row.canary for row in found if row.state in ("ROLLING_BACK", "ROLLED_BACK")}

@@ -1,22 +1,38 @@
 """What the learner has taken in: each trace once, under an ordinal, on one side of the split for ever.
 
-Traces are read in the order they were written, from where the last one taken in stands; the rows are their own cursor,
-so a learner that was killed goes on where the last transaction ended.
+Traces are read in the order they were written. How far they were looked through, taken in or passed over, is kept in
+the transaction that takes in, so a learner that was killed goes on where the last one ended.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import Select, and_, exists, func, or_, select, text, tuple_
+from sqlalchemy import (
+    ARRAY,
+    Boolean,
+    Select,
+    Text,
+    and_,
+    cast,
+    column,
+    exists,
+    func,
+    or_,
+    select,
+    text,
+    true,
+    tuple_,
+)
+from sqlalchemy.dialects.postgresql import insert
 
 from engine.contracts import Status
 from engine.store.database import ReadSession, WriteSession
-from engine.store.models import LearningIntakeRow, TenantSettingRow, TracePayloadRow, TraceRow
+from engine.store.models import LearningCursorRow, LearningIntakeRow, TenantSettingRow, TracePayloadRow, TraceRow
 from engine.store.repositories.export import settled_before
 
 _LOCK = 0x51195_0004  # one intake at a time: ordinals are contiguous
@@ -48,18 +64,25 @@ def take_in(session: WriteSession, request_hash: Hash, held_out: Callable[[int],
     request has been seen before: then it goes where that one went, whatever the share has become.
     """
     session.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _LOCK})
-    last = session.scalar(select(Row).order_by(Row.ordinal.desc()).limit(1))
-    found = session.execute(_next(session, last, limit)).all()
+    cursor, before = session.get(LearningCursorRow, True), settled_before(session)
+    found = session.execute(_next(cursor, before, limit)).all()
+    # The end of what was looked through: where it was cut off, else all there is, of which the rest is passed over.
+    end = found[-1] if len(found) == limit else session.execute(_newest(cursor, before)).one_or_none()
+    if end is not None:
+        _move(session, end.written_at, end.trace_id)
     if not found:
         return ()
+    last = session.scalar(select(func.max(Row.ordinal))) or 0
     hashes = [request_hash(row.prompt_ids) for row in found]
     seen = select(Row.request_hash, func.bool_or(Row.held_out)).where(Row.request_hash.in_(set(hashes)))
     sides: dict[int, bool] = dict(session.execute(seen.group_by(Row.request_hash)).all())
-    positions = _positions(session, {row.model for row in found})
+    groups = [
+        (row.model, row.traffic_class, sides.setdefault(key, held_out(key)))
+        for row, key in zip(found, hashes, strict=True)
+    ]
+    positions = _positions(session, set(groups))
     rows = []
-    for ordinal, (trace, key) in enumerate(zip(found, hashes, strict=True), start=last.ordinal + 1 if last else 1):
-        side = sides.setdefault(key, held_out(key))
-        group = (trace.model, trace.traffic_class, side)
+    for ordinal, (trace, key, group) in enumerate(zip(found, hashes, groups, strict=True), start=last + 1):
         positions[group] = positions.get(group, 0) + 1
         rows.append(
             Row(
@@ -71,7 +94,7 @@ def take_in(session: WriteSession, request_hash: Hash, held_out: Callable[[int],
                 tenant=trace.tenant,
                 traffic_class=trace.traffic_class,
                 request_hash=key,
-                held_out=side,
+                held_out=group[2],
                 position=positions[group],
                 max_tokens=trace.max_tokens,
             )
@@ -148,7 +171,7 @@ def withdrawn(session: ReadSession | WriteSession, ordinals: Sequence[int]) -> i
     return session.scalar(query.where(or_(Row.forgotten_at.is_not(None), ~_allowed(Row.tenant)))) or 0
 
 
-def _next(session: WriteSession, last: Row | None, limit: int) -> Select[*tuple[Any, ...]]:
+def _next(cursor: LearningCursorRow | None, before: datetime, limit: int) -> Select[*tuple[Any, ...]]:
     query: Select[*tuple[Any, ...]] = (
         select(
             TraceRow.trace_id,
@@ -165,7 +188,7 @@ def _next(session: WriteSession, last: Row | None, limit: int) -> Select[*tuple[
             and_(TracePayloadRow.started_at == TraceRow.started_at, TracePayloadRow.trace_id == TraceRow.trace_id),
         )
         .where(
-            TraceRow.written_at < settled_before(session),
+            TraceRow.written_at < before,
             TraceRow.trainable,
             TraceRow.status == Status.OK.value,
             TraceRow.output_tokens > 1,
@@ -174,17 +197,46 @@ def _next(session: WriteSession, last: Row | None, limit: int) -> Select[*tuple[
         .order_by(TraceRow.written_at, TraceRow.trace_id)
         .limit(limit)
     )
-    if last is not None:
-        query = query.where(
-            TraceRow.written_at >= last.written_at,
-            tuple_(TraceRow.written_at, TraceRow.trace_id) > tuple_(last.written_at, last.trace_id),
-        )
-    return query
+    return query if cursor is None else query.where(*_after(cursor))
 
 
-def _positions(session: WriteSession, models: set[str]) -> dict[tuple[str, str, bool], int]:
-    keys = (Row.model, Row.traffic_class, Row.held_out)
-    query = select(*keys, func.max(Row.position)).where(Row.model.in_(models)).group_by(*keys)
+def _newest(cursor: LearningCursorRow | None, before: datetime) -> Select[Any, Any]:
+    """The newest trace that is settled, whether it may teach or not."""
+    query = select(TraceRow.written_at, TraceRow.trace_id).where(TraceRow.written_at < before)
+    if cursor is not None:
+        query = query.where(*_after(cursor))
+    return query.order_by(TraceRow.written_at.desc(), TraceRow.trace_id.desc()).limit(1)
+
+
+def _after(cursor: LearningCursorRow) -> tuple[Any, Any]:
+    return (
+        TraceRow.written_at >= cursor.written_at,  # the index condition; the pair below breaks ties
+        tuple_(TraceRow.written_at, TraceRow.trace_id) > tuple_(cursor.written_at, cursor.trace_id),
+    )
+
+
+def _move(session: WriteSession, written_at: datetime, trace_id: UUID) -> None:
+    place = {"written_at": written_at, "trace_id": trace_id}
+    statement = insert(LearningCursorRow).values(one=True, **place)
+    session.execute(statement.on_conflict_do_update(index_elements=["one"], set_=place))
+
+
+def _positions(session: WriteSession, groups: Collection[tuple[str, str, bool]]) -> dict[tuple[str, str, bool], int]:
+    """The last position of each (model, class, side): one row of the index each, however long the intake is."""
+    models, names, sides = zip(*groups, strict=True)
+    wanted = (
+        func.unnest(cast(list(models), ARRAY(Text)), cast(list(names), ARRAY(Text)), cast(list(sides), ARRAY(Boolean)))
+        .table_valued(column("model", Text), column("name", Text), column("side", Boolean))
+        .render_derived()
+    )
+    newest = (
+        select(Row.position)
+        .where(Row.model == wanted.c.model, Row.traffic_class == wanted.c.name, Row.held_out == wanted.c.side)
+        .order_by(Row.position.desc())
+        .limit(1)
+        .lateral()
+    )
+    query = select(wanted.c.model, wanted.c.name, wanted.c.side, newest.c.position).join(newest, true())
     return {(model, name, side): position for model, name, side, position in session.execute(query)}
 
 

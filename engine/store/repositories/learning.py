@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, fields
 from datetime import datetime
 from typing import Any
@@ -61,11 +62,22 @@ def finished(session: ReadSession, since: datetime, until: datetime) -> list[Att
     return [_attempt(row) for row in session.scalars(query)]
 
 
-def without_run(session: ReadSession | WriteSession, limit: int = 50) -> list[Attempt]:
-    """Attempts that MLflow does not show yet, oldest first."""
+def looks(session: ReadSession | WriteSession) -> tuple[int, list[int]]:
+    """(``through`` of the newest attempt that passed, 0 before the first; those of every refused one since then that
+    its gate compared with the champion, oldest first)."""
+    row = LearningAttemptRow
+    passed = select(row.id, row.through).where(row.outcome == REGISTERED).order_by(row.id.desc()).limit(1)
+    last, through = session.execute(passed).one_or_none() or (0, 0)
+    compared = func.jsonb_typeof(row.gate["overall"]) == "object"
+    since = select(row.through).where(row.id > last, row.outcome == REFUSED, compared).order_by(row.id)
+    return through, list(session.scalars(since))
+
+
+def without_run(session: ReadSession | WriteSession, but: Collection[int] = (), limit: int = 50) -> list[Attempt]:
+    """Attempts that MLflow does not show yet, oldest first, without those of the ids in ``but``."""
     query = (
         select(LearningAttemptRow)
-        .where(LearningAttemptRow.mlflow_run_id.is_(None))
+        .where(LearningAttemptRow.mlflow_run_id.is_(None), LearningAttemptRow.id.not_in(but))
         .order_by(LearningAttemptRow.id)
         .limit(limit)
     )
@@ -85,6 +97,11 @@ def set_run(session: WriteSession, attempt_id: int, run_id: str) -> None:
         .where(LearningAttemptRow.id == attempt_id, LearningAttemptRow.mlflow_run_id.is_(None))
         .values(mlflow_run_id=run_id)
     )
+
+
+def clear_runs(session: WriteSession) -> None:
+    """Forget under which runs MLflow showed the attempts: it has lost them."""
+    session.execute(update(LearningAttemptRow).values(mlflow_run_id=None))
 
 
 def awaiting_rollout(session: ReadSession | WriteSession, champion: int) -> int | None:

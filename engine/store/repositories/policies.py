@@ -87,6 +87,11 @@ def set_mlflow(session: WriteSession, version: int, mlflow_version: str, run_id:
     )
 
 
+def clear_mlflow(session: WriteSession) -> None:
+    """Forget under which numbers the MLflow registry kept the versions: it has lost them."""
+    session.execute(update(PolicyVersionRow).values(mlflow_version=None, mlflow_run_id=None))
+
+
 def get(session: ReadSession | WriteSession, version: int) -> PolicyVersion | None:
     row = session.get(PolicyVersionRow, version)
     return _version(row) if row else None

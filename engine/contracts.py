@@ -96,10 +96,9 @@ class Arm:
 class ServingPlan:
     """One row of the append-only ledger: what the replicas shall serve from ``generation`` on.
 
-    ``champion`` serves every key that no arm takes; ``fallback`` serves when the champion itself cannot be
-    loaded; ``rollback_to`` is the champion recorded when a canary started and stays resident while it runs.
-    ``traffic_classes``, ``tenants`` and ``slices`` (what a gateway writes into the header X-Slice) say which requests
-    are eligible for the arms; None means all.
+    ``champion`` serves every key that no arm takes; ``fallback`` when the champion cannot be loaded; ``rollback_to`` is
+    the champion recorded when a canary started, resident while it runs. ``traffic_classes``, ``tenants`` and ``slices``
+    (a gateway's header X-Slice) say which requests are eligible for the arms; None means all.
     """
 
     generation: int
@@ -125,20 +124,23 @@ class ServingPlan:
         return next((arm for arm in self.arms if arm.name == name), None)
 
     @property
+    def canary(self) -> Arm | None:
+        """The arm on trial; None where it is the champion's own, watched beside a control."""
+        return next((arm for arm in self.arms if arm.name == CANARY and arm.policy_version != self.champion), None)
+
+    @property
     def rollback_target(self) -> int | None:
         """Where a rollback goes: the champion recorded when the canary started. None where nothing is to be taken back.
 
         An earlier champion is never guessed: it may be the very version that was taken back a moment ago.
         """
-        if not self.arms and self.rollback_to is None:
-            return None
-        return self.rollback_to if self.rollback_to is not None else self.champion
+        return self.rollback_to or (self.champion if self.arms else None)
 
     @property
     def versions(self) -> frozenset[int]:
         """Every policy version that must be resident before this plan takes effect."""
-        named = {self.champion, self.fallback, *(arm.policy_version for arm in self.arms)}
-        return frozenset(named | ({self.rollback_to} if self.rollback_to is not None else set()))
+        named = (self.champion, self.fallback, self.rollback_to, *(arm.policy_version for arm in self.arms))
+        return frozenset(version for version in named if version is not None)
 
 
 @dataclass(frozen=True, slots=True)

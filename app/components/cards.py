@@ -10,7 +10,6 @@ import streamlit as st
 
 from app.components.context import plain
 from app.queries.ledger import Serving
-from engine.contracts import CANARY
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +69,7 @@ def verdict(serving: Serving, now: pd.Series, before: pd.Series, window: str) ->
     plan = serving.plan
     if plan is None:
         return "No engine has started yet. Run `slipstream up`."
-    canary = plan.arm(CANARY)
+    canary = plan.canary
     who = f"**v{plan.champion}** serves {'all traffic' if canary is None else 'as champion'}"
     if now.empty:
         return f"{who}. No traffic in the last {window}."

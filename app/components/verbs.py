@@ -90,7 +90,7 @@ def _offered(serving: Serving) -> tuple[str, ...]:
     verbs: list[str] = [ROLL_BACK] if serving.target is not None else []
     rollout, plan = serving.rollout, serving.plan
     if rollout is not None and plan is not None:
-        if any(arm.policy_version == rollout.canary for arm in plan.arms):
+        if plan.canary is not None and plan.canary.policy_version == rollout.canary:
             verbs.append("promote")
         if rollout.state is not State.ROLLING_BACK:
             verbs.append("resume" if rollout.state is State.HELD else "hold")

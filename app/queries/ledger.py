@@ -11,7 +11,7 @@ import pandas as pd
 import streamlit as st
 
 from app.queries.database import database
-from engine.contracts import CANARY, PolicyVersion, ReplicaState, ServingPlan
+from engine.contracts import PolicyVersion, ReplicaState, ServingPlan
 from engine.store.repositories import adaptation, learning, operations, plans, policies, replicas, rollouts, traces
 from engine.store.repositories.adaptation import Adaptation
 from engine.store.repositories.learning import Attempt
@@ -48,7 +48,7 @@ class Serving:
             return ""
         if version == self.plan.champion:
             return "champion"
-        canary = self.plan.arm(CANARY)
+        canary = self.plan.canary
         if canary is not None and version == canary.policy_version:
             return "canary"
         return "previous" if version == self.previous else ""
@@ -194,7 +194,7 @@ def effect(generation: int) -> Effect | None:
 
 
 def _label(plan: ServingPlan, before: ServingPlan | None) -> str:
-    canary = plan.arm(CANARY)
+    canary = plan.canary
     if canary is not None:
         return f"v{canary.policy_version} {canary.weight * 100:g} %"
     if before is not None and before.arms and before.champion == plan.champion:
@@ -203,7 +203,7 @@ def _label(plan: ServingPlan, before: ServingPlan | None) -> str:
 
 
 def _canary(plan: ServingPlan) -> int | None:
-    canary = plan.arm(CANARY)
+    canary = plan.canary
     return canary.policy_version if canary is not None else None
 
 

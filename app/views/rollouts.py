@@ -72,7 +72,7 @@ def _sentence(serving: ledger.Serving) -> str:
         return "No engine has started yet. Run `slipstream up`."
     if active is None:
         return f"**v{plan.champion}** serves all traffic; no rollout is active. Last change: {plain(plan.reason)}."
-    canary, reason = plan.arm(CANARY), plain(active.status.get("reason"))
+    canary, reason = plan.canary, plain(active.status.get("reason"))
     if plan.champion == active.canary:
         state = active.state.value.lower().replace("_", " ")
         return f"**v{active.canary}** took over from **v{active.champion}**, {state}: {reason}."

@@ -1,9 +1,9 @@
 """Simulated traffic of a canary and its control, summed as the evidence query sums it, as fast as numpy goes.
 
-A request of class c takes 10–59 verify steps with two drafted tokens each, its own acceptance around the level of its
-class, a log-normal end-to-end latency (σ = 0.5) around the median of its class, and now and then an error, a timeout or
-a retry. What happens to the traffic (shocks, days, mixes, slow replicas, lost records) happens to both arms; what
-happens to the canary is a ``Regression``.
+A key brings one request, or ``per_key`` of them in one class. A request of class c takes 10–59 verify steps with two
+drafted tokens each, its own acceptance around the level of its class, a log-normal end-to-end latency (σ = 0.5) around
+the median of its class, and now and then an error, a timeout or a retry. What happens to the traffic (shocks, days,
+mixes, slow replicas, lost records) happens to both arms; what happens to the canary is a ``Regression``.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ MEDIANS = (1.0, 1.2, 1.4, 1.1)
 """End-to-end seconds, by class."""
 SIGMA = 0.5
 SMALLEST, BUCKETS = histogram.bucket(0.02), histogram.bucket(600.0) - histogram.bucket(0.02) + 1
-COUNTED = ("n", "x", "y", "xx", "yy", "xy", "error_keys", "timeout_keys", "retry_keys")
+COUNTED = ("requests", "n", "x", "y", "xx", "yy", "xy", "error_keys", "timeout_keys", "retry_keys")
+OPEN = 10
+"""Conversations that go on at a time, where keys bring many requests."""
 Array = np.ndarray[Any, Any]
 
 
@@ -49,7 +51,9 @@ class Regression:
 @dataclass(frozen=True, slots=True)
 class Traffic:
     """What happens to both arms alike. ``shock`` and ``day`` multiply latencies, ``mix`` moves the classes' shares,
-    ``slow_replica`` is the share of requests on a replica half as fast; records can be lost, doubled or late."""
+    ``slow_replica`` is the share of requests on a replica half as fast; records can be lost, doubled or late. With
+    ``per_key`` requests a key, most of what makes requests differ is the key's; ``as_requests`` counts latencies as if
+    each request had a key of its own, which is wrong, and a rule to compare with."""
 
     shock: float = 1.0
     day: float = 0.0
@@ -58,82 +62,136 @@ class Traffic:
     lost: float = 0.0
     doubled: float = 0.0
     late: int = 0
+    per_key: int = 1
+    as_requests: bool = False
     faults: Regression = field(default_factory=Regression)
 
 
 class Arm:
-    """One arm's requests and, at each look, their sums: [looks, classes, COUNTED] and [looks, classes, BUCKETS]."""
+    """One arm's requests and, at each look, their sums: [looks, classes, COUNTED] and [looks, classes, BUCKETS].
 
-    def __init__(self, name: str, rng: np.random.Generator, looks: Array, traffic: Traffic, wrong: Regression) -> None:
+    ``before`` is what was different about the canary until ``wrong`` began, for example that it was better.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        rng: np.random.Generator,
+        looks: Array,
+        traffic: Traffic,
+        wrong: Regression,
+        before: float = 0.0,
+    ) -> None:
         n = int(looks[-1])
         place = np.arange(n) / n
         self.name = name
         self.of_class = _classes(rng, place, traffic.mix)
+        keys, self.key = n, np.arange(n)
+        if traffic.per_key > 1:  # some conversations at a time, each in one class
+            keys = -(-n // traffic.per_key) + OPEN
+            self.key = np.arange(n) // traffic.per_key + rng.integers(0, OPEN, n)
+            self.of_class = rng.choice(len(CLASSES), keys, p=SHARES)[self.key]
         hit = np.arange(n) >= wrong.begins
         if wrong.only is not None:
             hit &= self.of_class == CLASSES.index(wrong.only)
         self.steps = rng.integers(10, 60, n)
-        own = rng.beta(6, 6, n) - 0.5 + np.take(LEVELS, self.of_class) + wrong.acceptance * hit
+        own = rng.beta(6, 6, keys)[self.key] - 0.5 + np.take(LEVELS, self.of_class)
+        own += np.where(hit, wrong.acceptance, before)
         self.accepted = rng.binomial(2 * self.steps, np.clip(own, 0.0, 1.0))
-        self.latency = np.take(MEDIANS, self.of_class) * _latencies(rng, n, wrong, hit) * _load(rng, place, traffic)
+        alike = rng.standard_normal(keys)[self.key] if traffic.per_key > 1 else None
+        own_time = _latencies(rng, n, wrong, hit, alike)
+        self.latency = np.take(MEDIANS, self.of_class) * own_time * _load(rng, place, traffic)
         usual = traffic.faults
         self.failed = rng.random(n) < np.where(hit, wrong.errors, usual.errors)
         self.late = rng.random(n) < np.where(hit, wrong.timeouts, usual.timeouts)
         again = (self.failed | self.late) & (rng.random(n) < 0.5)
         times = (rng.random(n) >= traffic.lost) * (1.0 + (rng.random(n) < traffic.doubled))
-        self.sums, self.counts = self._summed(looks, traffic.late, times, again)
+        if traffic.per_key > 1:
+            self.sums, self.counts = self._summed_by_key(looks, again, traffic.as_requests)
+        else:
+            self.sums, self.counts = self._summed(looks, traffic.late, times, again)
 
     def _summed(self, looks: Array, late: int, times: Array, again: Array) -> tuple[Array, Array]:
         n, classes = len(self.steps), len(CLASSES)
         seen = np.minimum(np.searchsorted(looks, np.arange(1, n + 1) + late), len(looks))  # first look that has it
         row = seen * classes + self.of_class
         x, y = (self.steps + self.accepted).astype(float), self.steps.astype(float)
-        each = (1.0, x, y, x * x, y * y, x * y, self.failed, self.late, again)
+        each = (1.0, 1.0, x, y, x * x, y * y, x * y, self.failed, self.late, again)
         rows = (len(looks) + 1) * classes
         sums = np.stack([np.bincount(row, times * value, rows) for value in each], axis=1)
         fine = ~(self.failed | self.late)
-        where = np.ceil(np.log(self.latency) / histogram.LOG_GAMMA).astype(int) - SMALLEST
-        cell = row[fine] * BUCKETS + np.clip(where[fine], 0, BUCKETS - 1)
+        cell = row[fine] * BUCKETS + self._bucket()[fine]
         counts = np.bincount(cell, times[fine], rows * BUCKETS)
         shape = (len(looks) + 1, classes, -1)
         return sums.reshape(shape).cumsum(0)[:-1], counts.reshape(shape).cumsum(0)[:-1]
 
-    def segments(self, look: int, stage_look: int | None) -> list[Segment]:
-        """All classes together, then each; ``stage_look``: the look before the present stage began."""
+    def _summed_by_key(self, looks: Array, again: Array, as_requests: bool) -> tuple[Array, Array]:
+        """The same where a key has many requests: what is squared is the sum of a key, which grows with every look."""
+        classes, size = len(CLASSES), int(self.key.max()) + 1
+        x, y = (self.steps + self.accepted).astype(float), self.steps.astype(float)
+        of_key = np.zeros(size, int)
+        of_key[self.key] = self.of_class
+        bucket, fine = self._bucket(), ~(self.failed | self.late)
+        sums, counts = np.zeros((len(looks), classes, len(COUNTED))), np.zeros((len(looks), classes, BUCKETS))
+        for at, n in enumerate(looks.tolist()):
+            key = self.key[:n]
+            met = [np.bincount(key, event[:n], size) > 0 for event in (self.failed, self.late, again)]
+            kx, ky, brought = (np.bincount(key, value, size) for value in (x[:n], y[:n], np.ones(n)))
+            each = (brought, brought > 0, kx, ky, kx * kx, ky * ky, kx * ky, *met)
+            sums[at] = np.stack([np.bincount(of_key, value, classes) for value in each], axis=1)
+            ended = np.flatnonzero(fine[:n])
+            times = np.bincount(self.key[ended], None, size)[self.key[ended]]
+            share = np.ones(len(ended)) if as_requests else 1.0 / times
+            cell = self.of_class[ended] * BUCKETS + bucket[ended]
+            counts[at] = np.bincount(cell, share, classes * BUCKETS).reshape(classes, BUCKETS)
+        return sums, counts
+
+    def _bucket(self) -> Array:
+        where = np.ceil(np.log(self.latency) / histogram.LOG_GAMMA).astype(int) - SMALLEST
+        return np.clip(where, 0, BUCKETS - 1)
+
+    def segments(self, look: int, stage_look: int | None, watch_look: int | None = None) -> list[Segment]:
+        """All classes together, then each; ``stage_look``: the look before the present stage began. With a
+        ``watch_look``, only what came after that look.
+        """
         sums, counts = self.sums[look], self.counts[look]
         before = self.sums[stage_look] if stage_look is not None else np.zeros_like(sums)
+        if watch_look is not None:
+            sums, counts, before = sums - self.sums[watch_look], counts - self.counts[watch_look], 0.0 * before
         whole = self._segment(None, sums.sum(0), counts.sum(0), before.sum(0))
         return [whole, *(self._segment(c, sums[k], counts[k], before[k]) for k, c in enumerate(CLASSES))]
 
     def _segment(self, name: str | None, sums: Array, counts: Array, before: Array) -> Segment:
         found = dict(zip(COUNTED, sums.tolist(), strict=True))
-        whole = {key: int(found.pop(key)) for key in ("n", "error_keys", "timeout_keys", "retry_keys")}
+        whole = {key: int(found.pop(key)) for key in ("requests", "n", "error_keys", "timeout_keys", "retry_keys")}
         filled = np.flatnonzero(counts)
         latencies: Any = {"e2e": (filled + SMALLEST, counts[filled])}
-        n = whole["n"]
-        stage = n - int(before[0])
-        return Segment(self.name, name, requests=n, stage_requests=stage, keys=n, **whole, **found, latencies=latencies)
+        stage = whole["requests"] - int(before[0])
+        return Segment(self.name, name, stage_requests=stage, keys=whole["n"], **whole, **found, latencies=latencies)
 
 
 @dataclass(frozen=True, slots=True)
 class World:
-    """A name, what happens to the traffic, and what is wrong with the canary."""
+    """A name, what happens to the traffic, and what is wrong with the canary; ``before`` that began its acceptance is
+    higher by so much."""
 
     name: str
     wrong: Regression = field(default_factory=Regression)
     traffic: Traffic = field(default_factory=Traffic)
+    before: float = 0.0
 
     def arms(self, seed: int, looks: Array, begins: int = 0) -> tuple[Arm, Arm]:
         rng = np.random.default_rng(seed)
         wrong = replace(self.wrong, begins=begins) if begins else self.wrong
-        return Arm(CANARY, rng, looks, self.traffic, wrong), Arm(CONTROL, rng, looks, self.traffic, self.traffic.faults)
+        canary = Arm(CANARY, rng, looks, self.traffic, wrong, self.before)
+        return canary, Arm(CONTROL, rng, looks, self.traffic, self.traffic.faults)
 
 
-def looks(horizon: int, growth: float = 1.05) -> Array:
-    """Requests per arm at each look: every fifth at first, then about every twentieth part more."""
+def looks(horizon: int, most: int = 10**9, growth: float = 1.05) -> Array:
+    """Requests per arm at each look: every fifth at first, then about a twentieth more, at ``most`` so many."""
     found = [10]
     while found[-1] < horizon:
-        found.append(min(horizon, max(found[-1] + 5, int(found[-1] * growth))))
+        found.append(min(horizon, found[-1] + min(most, max(5, int(found[-1] * (growth - 1.0))))))
     return np.array(found)
 
 
@@ -145,8 +203,8 @@ def _classes(rng: np.random.Generator, place: Array, moving: bool) -> Array:
     return np.minimum(np.where(draw < first, 0, np.maximum(found, 1)), len(CLASSES) - 1)
 
 
-def _latencies(rng: np.random.Generator, n: int, wrong: Regression, hit: Array) -> Array:
-    z = SIGMA * rng.standard_normal(n)
+def _latencies(rng: np.random.Generator, n: int, wrong: Regression, hit: Array, alike: Array | None) -> Array:
+    z = SIGMA * (rng.standard_normal(n) if alike is None else 0.8 * alike + 0.6 * rng.standard_normal(n))
     stretch = 1.0 + np.log(wrong.tail) / (1.6449 * SIGMA)
     slow = np.where(rng.random(n) < wrong.slow_share, 5.0, 1.0)
     return np.where(hit, np.exp(np.where(z > 0, z * stretch, z)) * wrong.scale * slow, np.exp(z))

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from engine.contracts import CANARY, ServingPlan, SlipstreamError
+from engine.contracts import ServingPlan, SlipstreamError
 from engine.diagnosis.decompose import Decomposition, Part, Window, decompose
 from engine.store.database import ReadSession
 from engine.store.repositories import learning, plans
@@ -291,6 +291,6 @@ def _events(session: ReadSession, since: datetime, until: datetime) -> tuple[Eve
 
 
 def _plan(plan: ServingPlan) -> str:
-    canary = plan.arm(CANARY)
+    canary = plan.canary
     served = f"v{plan.champion} champion" + (f", v{canary.policy_version} {canary.weight * 100:g} %" if canary else "")
     return f"{served} ({plan.actor}: {plan.reason})"

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
-from engine.contracts import CANARY, PolicyVersion, ServingPlan
+from engine.contracts import PolicyVersion, ServingPlan
 from engine.registry.artifacts import ArtifactError, ArtifactStore
 from engine.store.database import Database
 from engine.store.repositories import learning, plans, policies
@@ -226,7 +226,7 @@ class MlflowRegistry:
 
 def aliases(plan: ServingPlan, previous: int | None) -> dict[str, int | None]:
     """Where the three aliases belong, by policy version; None means that the alias points nowhere."""
-    canary = plan.arm(CANARY)
+    canary = plan.canary
     return {"champion": plan.champion, "canary": canary.policy_version if canary else None, "previous": previous}
 
 

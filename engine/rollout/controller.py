@@ -232,15 +232,16 @@ def append_plan(session: WriteSession, spec: RolloutSpec, decision: Decision, le
     nearest ancestor that may be served: a rollback is never refused.
     """
     status = decision.status
-    champion, arms, rollback_to = status.champion, (), None  # type: int, tuple[Arm, ...], int | None
-    if decision.action is Action.SET_WEIGHT:
-        assert decision.weight is not None
+    champion, arms, rollback_to = status.champion, (), status.champion  # type: int, tuple[Arm, ...], int | None
+    if decision.action in (Action.SET_WEIGHT, Action.PROMOTE) and decision.weight:
         arms = (Arm(CANARY, status.canary, decision.weight), Arm(CONTROL, status.champion, decision.weight))
-        rollback_to = status.champion
-    elif decision.action is Action.PROMOTE:
-        champion, rollback_to = status.canary, status.champion
-    elif decision.action is Action.ROLL_BACK:
+    if decision.action in (Action.PROMOTE, Action.SETTLE):
+        champion = status.canary
+    if decision.action is Action.SETTLE:  # whoever was retired while it was the control is no way back
+        rollback_to = eligibility.standing(session, status.champion, ledger.fallback, without=(status.canary,))
+    if decision.action is Action.ROLL_BACK:
         champion = eligibility.standing(session, status.champion, ledger.fallback, without=(status.canary,))
+        rollback_to = None
     return plans.append(
         session,
         champion=champion,

@@ -38,10 +38,10 @@ def decide(
         return _before_traffic(spec, status, evidence, command, now)
 
     status = _noting_blindness(_noting_restarts(status, evidence), evidence, now)
-    guards = evaluate(spec, evidence.segments, status.restarts, now)
+    guards = evaluate(spec, evidence.segments, status.restarts, now, watching=status.watch is not None)
     verdict, why = judge(spec, status, evidence, guards, now)
     if status.state in PROMOTED_STATES and verdict is not Verdict.FAIL:
-        verdict = Verdict.PASS  # the arms are gone; only requests that were still running can change the table now
+        verdict = Verdict.PASS  # nothing is left to prove: it is watched beside a control, and only FAIL takes it back
     tick = _Tick(spec, status, evidence, guards, verdict, why, now)
     if (moved := tick.moved_by_others()) is not None:
         return moved
@@ -222,7 +222,8 @@ class _Tick:
         if self.status.state is RolloutState.PROMOTED:
             return self._to(RolloutState.WATCHING, f"watching for {self.spec.watch_s:g} s")
         if self._for(self.spec.watch_s):
-            return self._to(RolloutState.DONE, f"v{self.status.canary} is champion and stays")
+            action = Action.SETTLE if self.status.watch is not None else Action.NONE
+            return self._to(RolloutState.DONE, f"v{self.status.canary} is champion and stays", action)
         return self._to(RolloutState.WATCHING, f"watching for {self.spec.watch_s:g} s")
 
     def obey(self, command: Command) -> Decision:
@@ -261,7 +262,7 @@ class _Tick:
             # A champion serves everybody, and nothing is known of the others.
             proved = ", ".join(limits)
             return self._hold(f"proved for {proved} only: try it on all traffic before it becomes champion", "operator")
-        decision = self._to(RolloutState.PROMOTING, why, Action.PROMOTE)
+        decision = self._to(RolloutState.PROMOTING, why, Action.PROMOTE, self.spec.holdback)
         return replace(decision, status=replace(decision.status, held_by="", resumes_to=None))
 
     def _hold(self, why: str, by: str) -> Decision:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -76,7 +76,8 @@ def incident(spec: RolloutSpec, rollout_id: int, ended: str, decisions: Sequence
         except (KeyError, TypeError, ValueError):  # written by an earlier version of the code
             unreadable += 1
             continue
-        for guard in evaluate(spec, evidence.segments):
+        watching = bool(decision.status_before.get("watch"))
+        for guard in evaluate(spec, evidence.segments, watching=watching):
             if guard.verdict is Verdict.FAIL:
                 n = min(guard.n_canary, guard.n_control)
                 return Incident(rollout_id, ended, decision.decided_at, guard.guard, n, unreadable)
@@ -166,8 +167,15 @@ def _segment(arm: str, name: str | None, requests: Sequence[PastRequest]) -> Seg
         xx=float((x * x).sum()),
         yy=float((y * y).sum()),
         xy=float((x * y).sum()),
-        latencies={
-            metric: histogram.count(value for r in fine if (value := getattr(r, f"{metric}_s")) is not None)
-            for metric in ("e2e", "ttft", "tpot")
-        },
+        latencies={metric: _weighed(fine, f"{metric}_s") for metric in ("e2e", "ttft", "tpot")},
     )
+
+
+def _weighed(requests: Sequence[PastRequest], name: str) -> tuple[list[int], list[float]]:
+    """The histogram of a latency in which each assignment key weighs one, as the evidence query makes it."""
+    known = [(r.assignment_key, value) for r in requests if (value := getattr(r, name)) is not None]
+    times, weights = Counter(key for key, _ in known), defaultdict[int, float](float)
+    for key, value in known:
+        weights[histogram.bucket(value)] += 1.0 / times[key]
+    indices = sorted(weights)
+    return indices, [weights[at] for at in indices]

@@ -42,10 +42,13 @@ def evaluate(
     segments: Sequence[Segment],
     restarts: Sequence[datetime] = (),
     now: datetime | None = None,
+    watching: bool = False,
 ) -> tuple[GuardResult, ...]:
-    """The guard table, in the order of the specification. ``restarts``: when replicas started again meanwhile."""
-    arms = Arms.of(segments)
-    return tuple(_judged(guard, spec, arms, restarts, now) for guard in spec.guards)
+    """The guard table, in the order of the specification. ``restarts``: when replicas started again meanwhile;
+    ``watching``: the canary is champion already, and ``segments`` are what came after.
+    """
+    arms, alpha = Arms.of(segments), spec.guard_alpha(watching)
+    return tuple(_judged(guard, spec, alpha, arms, restarts, now) for guard in spec.guards)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,15 +75,20 @@ class Arms:
 
 
 def _judged(
-    guard: Guard, spec: RolloutSpec, arms: Arms, restarts: Sequence[datetime], now: datetime | None
+    guard: Guard,
+    spec: RolloutSpec,
+    alpha: float,
+    arms: Arms,
+    restarts: Sequence[datetime],
+    now: datetime | None,
 ) -> GuardResult:
     match guard:
         case TokensPerStep():
-            return _tokens_per_step(guard, spec.guard_alpha(), arms)
+            return _tokens_per_step(guard, alpha, arms)
         case Latency():
-            return _latency(guard, spec, arms)
+            return _latency(guard, spec, alpha, arms)
         case Errors() | Timeouts() | Retries() | Mismatches():
-            return _events(guard, spec, arms)
+            return _events(guard, spec, alpha, arms)
         case LatencyFuse():
             return _fuse(guard, arms)
         case MismatchFuse():
@@ -135,8 +143,8 @@ def _tokens_per_step(guard: TokensPerStep, alpha: float, arms: Arms) -> GuardRes
     return replace(line, reason=f"not yet certain that the canary is less than {guard.max_drop:.0%} worse")
 
 
-def _latency(guard: Latency, spec: RolloutSpec, arms: Arms) -> GuardResult:
-    alpha, nothing = spec.guard_alpha(), ((), ())
+def _latency(guard: Latency, spec: RolloutSpec, alpha: float, arms: Arms) -> GuardResult:
+    nothing = ((), ())
     pairs = [
         quantiles.dense(a.latencies.get(guard.metric, nothing), b.latencies.get(guard.metric, nothing))
         for a, b in zip(arms.canary, arms.control, strict=True)
@@ -160,8 +168,8 @@ def _latency(guard: Latency, spec: RolloutSpec, arms: Arms) -> GuardResult:
         Verdict.PASS,
         f"not seen to be more than {guard.margin:.0%} slower",
         arms.names[at],
-        int(pair.canary.sum()) if pair is not None else 0,
-        int(pair.control.sum()) if pair is not None else 0,
+        round(pair.canary.sum()) if pair is not None else 0,
+        round(pair.control.sum()) if pair is not None else 0,
         slow,
         usual,
         exp(middle - width) - 1.0 if known and middle - width < 50 else None,
@@ -176,12 +184,14 @@ def _latency(guard: Latency, spec: RolloutSpec, arms: Arms) -> GuardResult:
         reason += f"{usual:.3g} s on the control, more than {guard.margin:.0%} slower"
         return replace(line, verdict=Verdict.FAIL, reason=reason + _worst_said(line))
     if min(line.n_canary, line.n_control) < spec.min_requests:
-        return replace(line, verdict=Verdict.INSUFFICIENT, reason=f"needs {spec.min_requests} requests per arm")
+        return replace(line, verdict=Verdict.INSUFFICIENT, reason=f"needs {spec.min_requests} keys per arm")
     return line
 
 
-def _events(guard: Errors | Timeouts | Retries | Mismatches, spec: RolloutSpec, arms: Arms) -> GuardResult:
-    limit = -log(spec.guard_alpha())
+def _events(
+    guard: Errors | Timeouts | Retries | Mismatches, spec: RolloutSpec, alpha: float, arms: Arms
+) -> GuardResult:
+    limit = -log(alpha)
     met, usual = ([getattr(segment, guard.counted) for segment in arm] for arm in (arms.canary, arms.control))
     each = np.asarray(statistics.log_e_binomial(np.array(met), np.array(usual)))
     log_e = statistics.log_mean(each[0], list(each[1:]))
@@ -212,11 +222,11 @@ def _events(guard: Errors | Timeouts | Retries | Mismatches, spec: RolloutSpec, 
 
 
 def _fuse(guard: LatencyFuse, arms: Arms) -> GuardResult:
-    n = [sum(arm[0].latencies.get(guard.metric, ((), ()))[1]) for arm in (arms.canary, arms.control)]
+    n = [round(sum(arm[0].latencies.get(guard.metric, ((), ()))[1])) for arm in (arms.canary, arms.control)]
     slow, usual = (arm[0].quantile(guard.metric, 0.95) for arm in (arms.canary, arms.control))
-    line = GuardResult(guard.name, Verdict.INSUFFICIENT, "", ALL, int(n[0]), int(n[1]), slow, usual, limit=guard.ratio)
+    line = GuardResult(guard.name, Verdict.INSUFFICIENT, "", ALL, n[0], n[1], slow, usual, limit=guard.ratio)
     if min(n) < guard.min_requests or slow is None or not usual:
-        return replace(line, reason=f"needs {guard.min_requests} requests per arm")
+        return replace(line, reason=f"needs {guard.min_requests} keys per arm")
     if slow > guard.ratio * usual:
         reason = f"p95 of {guard.metric} is {slow:.3g} s on the canary, more than {guard.ratio:g} × the {usual:.3g} s"
         return replace(line, verdict=Verdict.FAIL, reason=reason + " of the control")

@@ -10,7 +10,7 @@ from typing import Any
 
 from engine.contracts import CANARY, CONTROL, Verdict
 from engine.rollout import statistics
-from engine.rollout.guards import RolloutSpec, TokensPerStep
+from engine.rollout.guards import Latency, RolloutSpec, TokensPerStep
 from engine.rollout.records import GuardResult
 from engine.rollout.statistics import Difference
 
@@ -60,7 +60,7 @@ def per_key(tree: Mapping[str, Any]) -> float:
 def outlook(spec: RolloutSpec, guard: GuardResult, rate: float, requests_per_key: float = 1.0) -> Outlook:
     """Until a guard decides, were the present estimate the truth.
 
-    Tokens per step stand on keys, everything else on requests.
+    Tokens per step and latencies stand on keys, events on requests.
     """
     if guard.verdict is Verdict.FAIL:
         return Outlook(Verdict.FAIL, 0, 0.0)
@@ -73,7 +73,9 @@ def outlook(spec: RolloutSpec, guard: GuardResult, rate: float, requests_per_key
     elif guard.verdict is Verdict.INSUFFICIENT and n < spec.min_requests:
         verdict, more = Verdict.PASS, spec.min_requests - n
     elif guard.log_e is not None and guard.limit is not None and guard.log_e > 0 and n:
-        more = ceil(n * (guard.limit / guard.log_e - 1.0))  # evidence grows in proportion to requests
+        more = ceil(n * (guard.limit / guard.log_e - 1.0))  # evidence grows in proportion to what it stands on
+    if more is not None and any(isinstance(g, Latency) and g.name == guard.guard for g in spec.guards):
+        more = ceil(more * requests_per_key)
     if more is not None and more > FAR:
         more = None
     return Outlook(verdict, more, more / rate / 60.0 if more is not None and rate > 0 else None)

@@ -9,6 +9,8 @@ from engine.contracts import SlipstreamError
 
 METRICS = ("e2e", "ttft", "tpot")
 METHODS = ("fast", "certified")
+WATCHED = 0.2
+"""Share of the false rollbacks allowed that is kept for the time after the promotion."""
 
 
 class SpecError(SlipstreamError):
@@ -62,8 +64,7 @@ class Latency(_Guard):
 
     ``method``: certified (an e-process, valid by a theorem) or fast (sharper in the tail, calibrated on equal arms).
     Both arms share their replicas' batches: this sees a canary that is slow by itself, not one that slows everybody.
-    The histograms know no assignment keys: requests count as independent, which they are not where few keys with many
-    requests each differ in how long their outputs are. Then the stated error holds only as far as ``margin`` covers it.
+    A key weighs one, however many requests it brought, and ``horizon`` counts keys.
     """
 
     kind: ClassVar[str] = "latency"
@@ -132,7 +133,8 @@ class Mismatches(_Events):
 
 @dataclass(frozen=True, slots=True)
 class LatencyFuse(_Guard):
-    """Absolute: FAIL when the canary's p95 of ``metric`` exceeds ``ratio`` times the control's."""
+    """Absolute: FAIL when the canary's p95 of ``metric`` exceeds ``ratio`` times the control's, over ``min_requests``
+    assignment keys of each arm."""
 
     kind: ClassVar[str] = "fuse_p95"
     metric: str = "e2e"
@@ -192,7 +194,8 @@ class RolloutSpec:
     ``min_requests`` is per arm and step. ``alpha`` is the probability of rolling back an identical canary, split
     evenly over the statistical guards. ``deadline_s`` counts from the first canary traffic. ``blind_s`` is how long a
     canary may serve while its traffic cannot be measured, ``promote_s`` how long a promotion may wait for replicas to
-    follow; beyond either the champion is back and nobody is blamed. ``traffic_classes``,
+    follow; beyond either the champion is back and nobody is blamed. While a new champion is watched, the one before
+    keeps the share ``holdback`` as its control. ``traffic_classes``,
     ``tenants`` and ``slices`` (the header X-Slice) say whose requests may be tried at all; None is everybody's.
     """
 
@@ -206,6 +209,7 @@ class RolloutSpec:
     stale_s: float = 120.0
     blind_s: float = 600.0
     promote_s: float = 600.0
+    holdback: float = 0.1
     alpha: float = 0.01
     traffic_classes: tuple[str, ...] | None = None
     tenants: tuple[str, ...] | None = None
@@ -216,9 +220,13 @@ class RolloutSpec:
         """Whose requests are tried, where that is not everybody's."""
         return (*(self.traffic_classes or ()), *(self.tenants or ()), *(self.slices or ()))
 
-    def guard_alpha(self) -> float:
-        """Bonferroni: the share of ``alpha`` that each statistical guard may spend."""
-        return self.alpha / max(1, sum(guard.statistical for guard in self.guards))
+    def guard_alpha(self, watching: bool = False) -> float:
+        """Bonferroni: the share of ``alpha`` that each statistical guard may spend before and after the promotion.
+
+        Watching is a comparison of its own: a canary that was better for an hour must not live on its past.
+        """
+        share = WATCHED if watching else 1.0 - WATCHED
+        return share * self.alpha / max(1, sum(guard.statistical for guard in self.guards))
 
     def tokens_per_step(self) -> TokensPerStep | None:
         return next((guard for guard in self.guards if isinstance(guard, TokensPerStep)), None)

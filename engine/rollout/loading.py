@@ -10,7 +10,7 @@ from typing import Any
 
 from sqlalchemy.exc import SQLAlchemyError
 
-from engine.contracts import CANARY, ServingPlan, SlipstreamError
+from engine.contracts import ServingPlan, SlipstreamError
 from engine.rollout import specs
 from engine.rollout.decide import PROMOTED_STATES
 from engine.rollout.guards import RolloutSpec, SpecError
@@ -51,7 +51,8 @@ def gather(
     canary = policies.get(session, status.canary)
     errors = {o.replica_id: o.error for o in plans.observations(session, plan.generation)} if plan else {}
     warmup = timedelta(seconds=spec.warmup_s)
-    windows = [Window(stage.generation, stage.began, stage.began + warmup) for stage in status.stages]
+    stages = status.stages if status.watch is None else (status.watch,)
+    windows = [Window(stage.generation, stage.began, stage.began + warmup) for stage in stages]
     asked = tuple(rollouts.commands(session, status.rollout_id, status.last_command))
     evidence = Evidence(
         ledger=_ledger(plan) if plan else None,
@@ -70,7 +71,7 @@ def gather(
         canary_known=canary is not None and canary.retired_at is None,
     )
     try:  # last: whatever becomes of this transaction, everything else has been read
-        return replace(evidence, **_measured(session, spec, windows, _promoted(status))), asked
+        return replace(evidence, **_measured(session, spec, status, windows)), asked
     except Exception as error:
         return unmeasured(status, evidence, error), asked
 
@@ -86,20 +87,20 @@ def unmeasured(status: RolloutStatus, evidence: Evidence, error: Exception) -> E
 def _promoted(status: RolloutStatus) -> Promoted | None:
     if status.state not in PROMOTED_STATES or status.generation is None:
         return None
-    return Promoted(status.canary, status.generation)
+    return Promoted(status.canary, status.generation, tuple(stage.generation for stage in status.stages))
 
 
 def _measured(
-    session: ReadSession | WriteSession, spec: RolloutSpec, windows: Sequence[Window], promoted: Promoted | None
+    session: ReadSession | WriteSession, spec: RolloutSpec, status: RolloutStatus, windows: Sequence[Window]
 ) -> dict[str, Any]:
     """What the traffic of all stages shows; it must be there before another controller takes the lease for dead."""
     if not windows:
         return {}
     with evidence_store.within(session, MEASURE_S):
         return {
-            "segments": tuple(evidence_store.segments(session, windows, spec.metrics(), promoted)),
+            "segments": tuple(evidence_store.segments(session, windows, spec.metrics(), _promoted(status))),
             "newest_trace": evidence_store.newest(session, windows[-1]),
-            "observed": _observed(session, spec, windows[-1]),
+            "observed": None if status.watch is not None else _observed(session, spec, windows[-1]),
         }
 
 
@@ -111,7 +112,7 @@ def _observed(session: ReadSession | WriteSession, spec: RolloutSpec, window: Wi
 
 
 def _ledger(plan: ServingPlan) -> Ledger:
-    canary = plan.arm(CANARY)
+    canary = plan.canary
     return Ledger(
         generation=plan.generation,
         champion=plan.champion,

@@ -1,5 +1,12 @@
 """Comparing latency quantiles of two arms from their log histograms, at every look.
 
+What is counted are assignment keys, which were randomised, not requests: a key weighs one, and each of its m requests
+1/m (``store.repositories.evidence``). Requests of one key are alike; taken for independent, ten of them would look like
+ten times the evidence. The share Z of a key's requests beyond a threshold lies in [0, 1], and its distribution over
+keys is what both methods test. ``certified`` stays an e-process: (q/p)^Z·((1−q)/(1−p))^(1−Z) is convex in Z, so its
+expectation under E Z ≤ p < q is largest for Z in {0, 1}, where it is at most 1. For ``fast`` p(1−p) bounds the variance
+of Z. With one request per key nothing changes. Quantiles are those of keys: a client of a thousand requests is one.
+
 ``certified`` is an e-process by a theorem; ``fast`` needs fewer requests and is calibrated by simulation with identical
 arms (`slipstream bench rollouts`). Both ask the same question: is the canary's p-quantile more than (1 + margin) times
 the control's? Histograms are dense count arrays over the same consecutive buckets (``dense``); latencies in one replica
@@ -18,8 +25,8 @@ import numpy as np
 from engine.rollout.statistics import Difference, log_upper_beta
 from engine.store.histogram import LOG_GAMMA
 
-Counts = tuple[Sequence[int], Sequence[int]]
-"""A sparse histogram: (bucket indices ascending, counts)."""
+Counts = tuple[Sequence[int], Sequence[float]]
+"""A sparse histogram: (bucket indices ascending, keys)."""
 Array = np.ndarray[Any, np.dtype[np.float64]]
 PRIOR = {0.5: 10.0}
 """Strength (pseudo-requests) of the beta mixture; the best of 2–300 by simulation at p50, at p95 it is 30."""
@@ -51,7 +58,7 @@ def dense(canary: Counts, control: Counts) -> Pair | None:
 
 
 def certified(pair: Pair, p: float, margin: float) -> float:
-    """log E against "the canary's p-quantile is at most (1 + margin) times the control's".
+    """log E against "the canary's p-quantile is at most (1 + margin) times the control's". Counts need not be whole.
 
     Howard and Ramdas, arXiv 1906.09712, theorem 5, one-sided: were the null true with the control's quantile in the
     bucket (e_{j−1}, e_j], then P(control > e_{j−1}) ≥ 1−p and P(canary > (1 + margin)·e_j) ≤ 1−p, so the product of
@@ -125,7 +132,7 @@ def _log_at(cumulated: Array, ranks: Array) -> Array:
     return np.asarray((j + inside) * LOG_GAMMA)
 
 
-def curve(counts: Mapping[int, int], points: int = 99) -> tuple[Array, Array]:
+def curve(counts: Mapping[int, float], points: int = 99) -> tuple[Array, Array]:
     """(quantile levels, seconds) of a histogram, for drawing: what ``_log_at`` makes of evenly spaced ranks."""
     indices = sorted(counts)
     if not indices:

@@ -15,12 +15,16 @@ from engine.store.repositories.rollouts import Command
 
 
 class Action(StrEnum):
-    """What a decision does to the ledger; everything but NONE appends one plan."""
+    """What a decision does to the ledger; everything but NONE appends one plan.
+
+    PROMOTE keeps the champion before as a control beside the new one, SETTLE ends that.
+    """
 
     NONE = "none"
     SET_WEIGHT = "set_weight"
     PROMOTE = "promote"
     ROLL_BACK = "roll_back"
+    SETTLE = "settle"
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +43,8 @@ class RolloutStatus:
     ``generation`` is the last plan this rollout made, ``since`` when the present state began. ``held_by`` is operator
     (until resumed) or evidence (until the evidence is fit again), ``resumes_to`` the state before the hold, ``ends_as``
     what it will be called once its traffic is seen to be back. ``restarts`` holds when a replica started after a crash
-    meanwhile; ``blind_since`` is the first tick of those in a row that could not measure the traffic.
+    meanwhile; ``blind_since`` is the first tick of those in a row that could not measure the traffic; ``watch`` is the
+    stage after the promotion, in which the champion before is the control.
     """
 
     rollout_id: int
@@ -57,6 +62,7 @@ class RolloutStatus:
     ends_as: RolloutState = RolloutState.ROLLED_BACK
     restarts: tuple[datetime, ...] = ()
     blind_since: datetime | None = None
+    watch: Stage | None = None
 
     @property
     def stage(self) -> Stage:
@@ -167,6 +173,8 @@ def with_plan(decision: Decision, generation: int, appended: datetime) -> Rollou
     status = replace(decision.status, generation=generation)
     if decision.action is Action.SET_WEIGHT and decision.weight is not None:
         status = replace(status, stages=(*status.stages, Stage(decision.weight, generation, appended)))
+    if decision.action is Action.PROMOTE and decision.weight:
+        status = replace(status, watch=Stage(decision.weight, generation, appended))
     return status
 
 
@@ -175,8 +183,11 @@ def weights(status: RolloutStatus, evidence: Evidence) -> dict[str, float | None
     if not status.serves:
         return {"desired": 0.0, "acknowledged": 0.0, "observed": None}
     seen = [replica.observed_generation or 0 for replica in evidence.replicas]
-    acknowledged = max((s.weight for s in status.stages if seen and s.generation <= min(seen)), default=0.0)
-    return {"desired": status.stage.weight, "acknowledged": acknowledged, "observed": evidence.observed}
+    shares = [(stage.generation, stage.weight) for stage in status.stages]
+    if status.watch is not None:
+        shares.append((status.watch.generation, 1.0 - status.watch.weight))
+    acknowledged = max((share for generation, share in shares if seen and generation <= min(seen)), default=0.0)
+    return {"desired": shares[-1][1], "acknowledged": acknowledged, "observed": evidence.observed}
 
 
 def status_to_json(status: RolloutStatus) -> dict[str, Any]:
@@ -187,10 +198,8 @@ def status_from_json(tree: Mapping[str, Any]) -> RolloutStatus:
     values = dict(tree)
     values["state"] = RolloutState(values["state"])
     values["since"] = datetime.fromisoformat(values["since"])
-    values["stages"] = tuple(
-        Stage(stage["weight"], stage["generation"], datetime.fromisoformat(stage["began"]))
-        for stage in values["stages"]
-    )
+    values["stages"] = tuple(_stage(stage) for stage in values["stages"])
+    values["watch"] = _stage(values["watch"]) if values.get("watch") else None
     values["resumes_to"] = RolloutState(values["resumes_to"]) if values["resumes_to"] else None
     values["verdict"] = Verdict(values["verdict"])
     values["ends_as"] = RolloutState(values.get("ends_as", RolloutState.ROLLED_BACK))
@@ -231,6 +240,10 @@ def evidence_from_json(tree: Mapping[str, Any]) -> tuple[Evidence, tuple[Command
 def _replica(tree: Mapping[str, Any]) -> Replica:
     started = _instant(tree.get("started_at"))
     return Replica(**{**tree, "resident": tuple(tree["resident"]), "started_at": started})
+
+
+def _stage(tree: Mapping[str, Any]) -> Stage:
+    return Stage(tree["weight"], tree["generation"], datetime.fromisoformat(tree["began"]))
 
 
 def _instant(text: str | None) -> datetime | None:

@@ -99,6 +99,8 @@ def validate(spec: RolloutSpec) -> RolloutSpec:
             f"rollout.steps must be ascending weights above 0 and at most 0.5 (the control takes as much as the "
             f"canary), got {list(spec.steps)}."
         )
+    if spec.holdback > 0.5:
+        raise SpecError(f"rollout.holdback is at most 0.5, the weight of a control; got {spec.holdback:g}.")
     if not any(guard.rolls_back for guard in spec.guards):
         raise SpecError(
             "A rollout without rollback conditions cannot start: add a guard of kind "

@@ -62,4 +62,26 @@ def test_a_worse_canary_is_rolled_back(world: World, within: int) -> None:
 
 
 def test_no_traffic_is_nobodys_fault() -> None:
-    assert rollouts.no_traffic() == "INCONCLUSIVE"
+    assert rollouts.no_traffic() == ("INCONCLUSIVE", False)
+
+
+def test_what_keys_share_is_summed_as_the_evidence_query_would() -> None:
+    arm, _ = World("x", Regression(errors=0.1), Traffic(per_key=20)).arms(0, AT)
+    n = int(AT[-1])
+    whole = arm.segments(len(AT) - 1, None)[0]
+    x, y, m = (np.bincount(arm.key[:n], value[:n]) for value in (arm.steps + arm.accepted, arm.steps, np.ones(n)))
+    fine = ~(arm.failed | arm.late)[:n]
+    assert (whole.requests, whole.keys) == (n, int((m > 0).sum()))
+    assert (whole.xx, whole.xy) == pytest.approx(((x * x).sum(), (x * y).sum()))
+    assert whole.error_keys == len(set(arm.key[:n][arm.failed[:n]]))
+    assert sum(whole.latencies["e2e"][1]) == pytest.approx(len(set(arm.key[:n][fine])))
+
+
+@pytest.mark.parametrize("by_request", [False, True])
+def test_twenty_requests_of_a_key_are_one_observation(by_request: bool) -> None:
+    """Identical arms; the planted fault counts latencies as if every request had been drawn by itself."""
+    world = rollouts.BY_REQUEST if by_request else rollouts.CONVERSATIONS
+    ends = [rollouts.rollout(world, 4_000, "", seed) for seed in range(20)]
+    fired = [r.guard for r in ends if r.ended == "rolled_back"]
+    assert len(fired) >= 6 if by_request else not fired
+    assert all(guard.startswith("e2e_") for guard in fired)

@@ -75,7 +75,7 @@ def test_a_better_version_becomes_champion_and_the_record_replays(ready: Databas
         decisions = rollouts.decisions(session, current(ready).id)
     assert plan is not None
     assert (plan.champion, plan.arms, plan.rollback_to) == (TRIED, (), CHAMPION)
-    assert [d.action for d in decisions if d.action != "none"] == ["set_weight", "set_weight", "promote"]
+    assert [d.action for d in decisions if d.action != "none"] == ["set_weight", "set_weight", "promote", "settle"]
     assert replay(current(ready).spec, decisions) == []
     assert decisions[1].evidence["guards"][0]["guard"] == "tokens_per_step"
     assert set(decisions[1].evidence["weights"]) == {"desired", "acknowledged", "observed"}

@@ -52,3 +52,12 @@ def test_a_nearly_empty_database_gives_no_times(requests: int) -> None:
     spec = specs.preset("standard")
     told = list(dry_run.report(spec, dry_run.equal_arms(spec, past, 4), []))
     assert told[1:] == ["too little past traffic to reckon how long anything takes"]
+
+
+def test_a_key_weighs_one_in_a_histogram() -> None:
+    """Ten requests of one key and one of another are two observations."""
+    past = [PastRequest(NOW, "busy", "chat", "ok", 0, 20, 10, 1.0, 0.1, None) for _ in range(10)]
+    past.append(PastRequest(NOW, "rare", "chat", "ok", 0, 20, 10, 2.0, 0.1, 0.02))
+    found = dry_run._segment("canary", None, past)
+    assert found.latencies["e2e"][1] == pytest.approx([1.0, 1.0])
+    assert sum(found.latencies["tpot"][1]) == pytest.approx(1.0)

@@ -118,7 +118,7 @@ class World:
         serving = decision.action is Action.SET_WEIGHT
         self.ledger = Ledger(
             self.ledger.generation + 1,
-            CANARY_VERSION if decision.action is Action.PROMOTE else self.status.champion,
+            CANARY_VERSION if decision.action in (Action.PROMOTE, Action.SETTLE) else self.status.champion,
             FALLBACK,
             CANARY_VERSION if serving else None,
             7,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from datetime import UTC, datetime, timedelta
 
 import numpy as np
@@ -98,7 +98,6 @@ def test_what_is_squared_is_the_sum_of_a_key(served: Database) -> None:
 
 @pytest.mark.parametrize("since", [0.0, 20.0, 59.0, 60.0, 61.5, 200.0])
 def test_histograms_count_each_request_once_wherever_the_warm_up_ends(db: Database, since: float) -> None:
-    """The minute of the cut comes from the traces, whole minutes from the rollups."""
     one, two = world.versions(db, 2)
     with db.write() as session:
         arms = (Arm(CANARY, two, 0.4), Arm(CONTROL, one, 0.4))
@@ -115,6 +114,30 @@ def test_histograms_count_each_request_once_wherever_the_warm_up_ends(db: Databa
         for metric in ("e2e", "ttft", "tpot"):
             expected = histogram.count(getattr(r, f"{metric}_s") for r in mine)
             assert tuple(map(list, s.latencies[metric])) == expected
+
+
+@pytest.mark.parametrize("keys", [1, 5, 40])
+def test_a_key_weighs_one_however_many_requests_it_brought(served: Database, keys: int) -> None:
+    """In each class, and over all classes; latencies differ within a key."""
+    with served.write() as session:
+        session.execute(
+            text("UPDATE traces SET assignment_key = 'k' || get_byte(uuid_send(trace_id), 0) % :keys"), {"keys": keys}
+        )
+        session.execute(text("UPDATE traces SET e2e_s = 0.5 + get_byte(uuid_send(trace_id), 1) / 100.0"))
+        session.execute(text("UPDATE traces SET tpot_s = NULL WHERE get_byte(uuid_send(trace_id), 2) % 3 = 0"))
+    with served.read() as session:
+        found = evidence.segments(session, [Window(1, NOW, NOW)])
+        rows = session.scalars(select(TraceRow).where(TraceRow.status == "ok")).all()
+    for s in found:
+        mine = [r for r in rows if r.arm == s.arm and s.traffic_class in (None, r.traffic_class)]
+        for metric in ("e2e", "tpot"):
+            known = [(r.assignment_key, v) for r in mine if (v := getattr(r, f"{metric}_s")) is not None]
+            times, weights = Counter(key for key, _ in known), defaultdict[int, float](float)
+            for key, value in known:
+                weights[histogram.bucket(value)] += 1 / times[key]
+            indices, counts = s.latencies[metric]
+            assert dict(zip(indices, counts, strict=True)) == pytest.approx(weights, abs=1e-3)
+            assert sum(counts) == pytest.approx(len(times), abs=0.05)
 
 
 def test_warm_up_and_other_generations_do_not_count(served: Database) -> None:

@@ -1,7 +1,7 @@
 """What the traces say about a rollout's canary and its control, made anew on every tick.
 
-Counts and moments come from the compared requests alone (a partial index holds no others); latencies are merges of the
-minute rollups' histograms, and only the minute in which a warm-up ended is read from its traces.
+All of it comes from the compared requests (a partial index holds no others) and not from rollups, which know no
+assignment keys: the key was randomised, so the key is what is counted.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from engine.contracts import CANARY, SlipstreamError
 from engine.store import histogram
 from engine.store.database import ReadSession, WriteSession
 
-Counts = tuple[Sequence[int], Sequence[int]]
-"""A sparse log histogram: (bucket indices ascending, counts)."""
+Counts = tuple[Sequence[int], Sequence[float]]
+"""A sparse log histogram: (bucket indices ascending, keys)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +42,8 @@ class Segment:
     ``keys`` and ``…_keys`` count assignment keys, not requests: the key is what was randomised, and a client that
     retries one failing request ten times is one event. ``n`` are the keys that took a verify step, and Σ is over them:
     x_k = steps + accepted (tokens committed by verify steps, bonus included) and y_k = steps, each summed over all
-    requests of key k in this class. ``latencies`` holds, per metric, the log histogram of requests that ended well.
+    requests of key k in this class. ``latencies`` holds, per metric, the log histogram of requests that ended well, in
+    which a key weighs one in all: each of its m requests 1/m.
     ``stage_requests`` are those of the newest stage; ``audited`` and ``mismatches`` count outputs that were replayed
     without a draft, and those that differed.
     """
@@ -78,7 +79,7 @@ class Segment:
 
 _STAGE = """
     stage AS (
-        SELECT generation, since, date_trunc('minute', since + interval '59.999999 seconds', 'UTC') AS whole
+        SELECT generation, since
         FROM unnest(CAST(:generations AS bigint[]), CAST(:counts_from AS timestamptz[])) AS s(generation, since)
     )"""
 
@@ -125,27 +126,37 @@ _EVENTS = text(
 
 _LATENCIES = text(
     f"""
-    WITH {_STAGE}, bucket AS (
-        SELECT arm, traffic_class, metric, u.idx, u.cnt
-        FROM (
-            SELECT at, generation, arm, traffic_class, metric, idx, cnt FROM rollup_histograms_minute
-            UNION ALL SELECT at, generation, arm, traffic_class, metric, idx, cnt FROM rollup_delta_histograms
-        ) AS rolled JOIN stage USING (generation), unnest(idx, cnt) AS u(idx, cnt)
-        WHERE at >= stage.whole AND at >= :earliest AND arm IN ('canary', 'control') AND metric = ANY(:metrics)
-        UNION ALL
-        SELECT arm, traffic_class, metric, ceil(ln(greatest(seconds, :smallest)) / :log_gamma), 1
-        FROM traces JOIN stage USING (generation),
-            (VALUES ('e2e'), ('ttft'), ('tpot')) AS m(metric),
-            LATERAL (SELECT CASE metric WHEN 'e2e' THEN e2e_s WHEN 'ttft' THEN ttft_s ELSE tpot_s END) AS v(seconds)
-        WHERE started_at >= stage.since AND started_at < stage.whole AND started_at >= :earliest
-          AND arm IN ('canary', 'control') AND status = 'ok' AND metric = ANY(:metrics) AND seconds IS NOT NULL
+    WITH {_STAGE}, request AS (
+        SELECT hashtextextended(assignment_key, 0) AS key, arm, traffic_class, e2e_s, ttft_s, tpot_s
+        FROM traces JOIN stage USING (generation)
+        WHERE started_at >= stage.since AND started_at >= :earliest AND arm IN ('canary', 'control') AND status = 'ok'
+    ), shared AS (
+        SELECT arm, traffic_class, e2e_s, ttft_s, tpot_s, count(e2e_s) OVER of_key AS e2e_n,
+            count(ttft_s) OVER of_key AS ttft_n, count(tpot_s) OVER of_key AS tpot_n,
+            count(e2e_s) OVER of_class AS e2e_c, count(ttft_s) OVER of_class AS ttft_c,
+            count(tpot_s) OVER of_class AS tpot_c
+        FROM request
+        WINDOW of_key AS (PARTITION BY key, arm), of_class AS (PARTITION BY key, arm, traffic_class)
+    ), weighed AS (
+        SELECT arm, traffic_class, metric, ceil(ln(greatest(seconds, :smallest)) / :log_gamma)::int AS idx,
+            1 / n::float8 AS of_all, 1 / c::float8 AS of_class
+        FROM shared, LATERAL (
+            VALUES ('e2e', e2e_s, e2e_n, e2e_c), ('ttft', ttft_s, ttft_n, ttft_c), ('tpot', tpot_s, tpot_n, tpot_c)
+        ) AS m(metric, seconds, n, c)
+        WHERE metric = ANY(:metrics) AND seconds IS NOT NULL
+    ), bucket AS (
+        SELECT arm, traffic_class, metric, idx, sum(of_class) AS keys, sum(of_all) AS keys_of_all
+        FROM weighed GROUP BY arm, traffic_class, metric, idx
     )
-    SELECT arm, traffic_class, metric, array_agg(idx ORDER BY idx), array_agg(cnt ORDER BY idx) FROM (
-        SELECT arm, traffic_class, metric, idx::int AS idx, sum(cnt)::bigint AS cnt FROM bucket
-        GROUP BY GROUPING SETS ((arm, traffic_class, metric, idx), (arm, metric, idx))
+    SELECT arm, traffic_class, metric, array_agg(idx ORDER BY idx),
+        array_agg(round(keys::numeric, 4)::float8 ORDER BY idx)
+    FROM (
+        SELECT arm, traffic_class, metric, idx, keys FROM bucket
+        UNION ALL SELECT arm, NULL, metric, idx, sum(keys_of_all) FROM bucket GROUP BY arm, metric, idx
     ) AS merged GROUP BY arm, traffic_class, metric
     """
 )
+"""A key is one observation, shared by its requests: a request of a key with m of them counts 1/m (``quantiles``)."""
 
 _AUDITS = text(
     """
@@ -167,10 +178,11 @@ _AUDITS = text(
 
 @dataclass(frozen=True, slots=True)
 class Promoted:
-    """The canary as champion: its version, and the generation since which."""
+    """The canary as champion: its version, the generation since which, and those in which it was on trial."""
 
     version: int
     generation: int
+    before: tuple[int, ...] = ()
 
 
 class TooSlow(SlipstreamError):
@@ -230,6 +242,7 @@ def segments(
     asked = {"generations": values["generations"], "promoted": None, "canary": None}
     if promoted is not None:
         asked |= {"promoted": promoted.generation, "canary": promoted.version}
+        asked["generations"] = [*values["generations"], *promoted.before]
     audits = {(row.arm, row.traffic_class): dict(row._mapping) for row in session.execute(_AUDITS, asked)}
     found = []
     for row in session.execute(_SUMS, values | {"current": windows[-1].generation}):

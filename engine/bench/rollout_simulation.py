@@ -1,0 +1,106 @@
+"""A ledger, a replica and a clock around ``decide``: one simulated rollout."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+
+import numpy as np
+
+from engine.bench.rollout_world import World, looks
+from engine.contracts import TERMINAL_STATES, RolloutState, Verdict
+from engine.rollout import specs
+from engine.rollout.decide import PROMOTED_STATES, decide
+from engine.rollout.guards import RolloutSpec
+from engine.rollout.records import Action, Decision, Evidence, GuardResult, Ledger, Replica, RolloutStatus, with_plan
+from engine.store.repositories.evidence import Segment
+from engine.store.repositories.rollouts import Command
+
+START = datetime(2026, 1, 1, tzinfo=UTC)
+RATE = 10.0
+"""Requests a second over all arms: at a weight w each arm gets w of them."""
+FALLBACK, CHAMPION, TRIED = 1, 2, 3
+
+
+class Simulation:
+    """One rollout of the ``standard`` preset in a world, looked at after so many requests per arm."""
+
+    def __init__(self, world: World, seed: int, at: np.ndarray, begins: int = 0) -> None:
+        self.arms, self.looks = world.arms(seed, at, begins), at
+        self.spec: RolloutSpec = specs.preset("standard")
+        self.status = RolloutStatus(1, TRIED, CHAMPION, RolloutState.READY, START)
+        self.ledger = Ledger(1, CHAMPION, FALLBACK, None, None, "server", "first start")
+        self.now, self.times = START, dict[int, datetime]()
+        self.stage_look: int | None = None
+        self.watch_look: int | None = None
+        self.tick((), ())
+
+    def tick(self, segments: Sequence[Segment], commands: Sequence[Command], heard: bool = True) -> Decision:
+        replica = Replica("r0", self.ledger.generation, (FALLBACK, CHAMPION, TRIED))
+        evidence = Evidence(self.ledger, (replica,), tuple(segments), self.now if heard else None)
+        decision = decide(self.spec, self.status, evidence, commands, self.now)
+        self.status = decision.status
+        if decision.action is not Action.NONE:
+            promoted, serving = decision.to_state in PROMOTED_STATES, decision.action is Action.SET_WEIGHT
+            champion, canary = TRIED if promoted else CHAMPION, TRIED if serving or promoted else None
+            self.ledger = Ledger(self.ledger.generation + 1, champion, FALLBACK, canary, 1, "rollout 1", "")
+            self.status = with_plan(decision, self.ledger.generation, self.now)
+        return decision
+
+    def step(self, look: int, commands: Sequence[Command] = ()) -> Decision:
+        """The next requests come at the rate of the present weight; what is warming up does not count."""
+        stage = self.status.watch or self.status.stage
+        before = int(self.looks[look - 1]) if look else 0
+        self.now += timedelta(seconds=(int(self.looks[look]) - before) / (RATE * stage.weight))
+        if self.now - stage.began < timedelta(seconds=self.spec.warmup_s):
+            self.now = stage.began + timedelta(seconds=self.spec.warmup_s)
+        self.times[int(self.looks[look])] = self.now
+        decision = self.tick(self.seen(look), commands)
+        if decision.action is Action.SET_WEIGHT:
+            self.stage_look = look
+        if decision.action is Action.PROMOTE:
+            self.watch_look = look
+        return decision
+
+    def seen(self, look: int) -> list[Segment]:
+        return [s for arm in self.arms for s in arm.segments(look, self.stage_look, self.watch_look)]
+
+    def seconds_since(self, begins: int) -> float:
+        """Since the regression began, or the first canary traffic."""
+        return (self.now - self.times.get(begins, START)).total_seconds()
+
+    def reaches(self, state: str) -> int:
+        """The look at which a state is reached; one that a person asks for comes at a tenth of the looks."""
+        if state == "held":
+            return len(self.looks) // 10
+        for look in range(len(self.looks)):
+            if self.step(look).to_state.value.lower() == state:
+                return look
+        raise RuntimeError(f"this canary was never {state}: it ended as {self.status.state}, {self.status.reason}")
+
+    def end(self, hold: bool = False) -> tuple[str, int, GuardResult | None]:
+        """(how it ended, at which look, the guard that failed). Promoted is what stays champion to the end."""
+        for look in range(len(self.looks)):
+            asked = (Command(1, 1, "hold", "bench", "held", self.now),) if hold and look == 2 else ()
+            decision = self.step(look, asked)
+            if decision.verdict is Verdict.FAIL:
+                failed = next(g for g in decision.guards if g.verdict is Verdict.FAIL)
+                return "rolled_back", look, failed
+            if decision.to_state is RolloutState.DONE:
+                return "promoted", look, None
+        return "undecided", len(self.looks) - 1, None
+
+
+def no_traffic() -> tuple[str, bool]:
+    """0 requests a second until the deadline: (how it ends, whether the first hour promoted or blamed it)."""
+    alone = Simulation(World("none"), 0, looks(10))
+    alone.spec = replace(alone.spec, deadline_s=3_600.0)
+    wrong, began = False, alone.now
+    while alone.status.state not in TERMINAL_STATES:
+        alone.now += timedelta(seconds=30)
+        decision = alone.tick((), (), heard=False)
+        wrong |= decision.verdict in (Verdict.FAIL, Verdict.PASS)
+        early = alone.now - began <= timedelta(seconds=alone.spec.deadline_s)
+        wrong |= early and decision.to_state not in (RolloutState.RAMPING, RolloutState.HELD)
+    return alone.status.state.value, wrong

@@ -239,10 +239,11 @@ def segments(
     for arm, traffic_class, metric, indices, counts in session.execute(_LATENCIES, buckets):
         latencies[arm, traffic_class][metric] = (indices, counts)
     events = {(row.arm, row.traffic_class): dict(row._mapping) for row in session.execute(_EVENTS, values)}
-    asked = {"generations": values["generations"], "promoted": None, "canary": None}
+    generations = [window.generation for window in windows]
+    asked: dict[str, Any] = {"generations": generations, "promoted": None, "canary": None}
     if promoted is not None:
-        asked |= {"promoted": promoted.generation, "canary": promoted.version}
-        asked["generations"] = [*values["generations"], *promoted.before]
+        asked = {"promoted": promoted.generation, "canary": promoted.version}
+        asked["generations"] = [*generations, *promoted.before]
     audits = {(row.arm, row.traffic_class): dict(row._mapping) for row in session.execute(_AUDITS, asked)}
     found = []
     for row in session.execute(_SUMS, values | {"current": windows[-1].generation}):

@@ -41,8 +41,12 @@ def percentiles(
     return mark_deploys(time_axis(made, window), plans, window, colours, width=560)
 
 
-def heat_map(frame: pd.DataFrame, window: Window, colours: Palette) -> go.Figure:
-    """Requests by time and latency on a log axis. ``frame``: at, until, low, high (ms), requests."""
+def heat_map(frame: pd.DataFrame, plans: pd.DataFrame, window: Window, colours: Palette) -> go.Figure:
+    """Requests by time and latency on a log axis. ``frame``: at, until, low, high (ms), requests.
+
+    Plotly selects points and no cells, so an unseen point lies in the middle of each cell that has requests;
+    ``customdata`` is its latencies, [low, high).
+    """
     if frame.empty:
         return empty(NOTHING, colours, TALL)
     grid = frame.pivot_table(index="low", columns="at", values="requests", aggfunc="sum")
@@ -60,9 +64,7 @@ def heat_map(frame: pd.DataFrame, window: Window, colours: Palette) -> go.Figure
         y=[*lows, lows[-1] * ratio],
         z=grid.to_numpy(),
         colorscale=[[0, low], [0.5, middle], [1, high]],
-        customdata=[[f"{bottom:,.0f} to {bottom * ratio:,.0f} ms"] * len(times) for bottom in lows],
-        hovertemplate="%{customdata}: %{z:.0f} requests<extra></extra>",
-        hoverongaps=False,
+        hoverinfo="skip",
         colorbar={
             "thickness": 8,
             "len": 1,
@@ -74,9 +76,20 @@ def heat_map(frame: pd.DataFrame, window: Window, colours: Palette) -> go.Figure
             "tickfont": {"size": 10, "color": colours.muted},
         },
     )
+    made.add_scatter(
+        x=instants(frame["at"] + width / 2),
+        y=frame["low"] * math.sqrt(ratio),
+        mode="markers",
+        marker={"size": 12, "opacity": 0, "color": middle},
+        customdata=frame[["low", "high", "requests"]].to_numpy(),
+        hovertemplate="%{customdata[0]:,.0f} to %{customdata[1]:,.0f} ms: %{customdata[2]} requests<extra></extra>",
+        showlegend=False,
+        unselected={"marker": {"opacity": 0}},
+        selected={"marker": {"opacity": 0}},
+    )
     made.update_layout(hovermode="closest")
     log_axis(made, lows[0], lows[-1] * ratio)
-    return time_axis(made, window)
+    return mark_deploys(time_axis(made, window), plans, window, colours, over=True)
 
 
 def by_version(

@@ -41,7 +41,7 @@ def by_class(
     return mark_deploys(time_axis(made, window), plans, window, colours)
 
 
-def share_by_class(frame: pd.DataFrame, window: Window, colours: Palette) -> go.Figure:
+def share_by_class(frame: pd.DataFrame, plans: pd.DataFrame, window: Window, colours: Palette) -> go.Figure:
     """The mix of traffic: each class's share of the requests over time, %. ``frame``: at, traffic_class, requests."""
     if frame.empty or frame["requests"].isna().all():
         return empty("No traffic in this window", colours)
@@ -61,7 +61,7 @@ def share_by_class(frame: pd.DataFrame, window: Window, colours: Palette) -> go.
         )
     made.update_layout(barmode="stack", bargap=0.08, showlegend=True)
     made.update_yaxes(range=[0, 100], ticksuffix=" %", nticks=5)
-    return time_axis(made, window)
+    return mark_deploys(time_axis(made, window), plans, window, colours, width=520, over=True)
 
 
 def positions_by_class(frame: pd.DataFrame, colours: Palette) -> go.Figure:

@@ -11,13 +11,6 @@ import pandas as pd
 import plotly.graph_objects as go
 
 CONFIG = {"displayModeBar": False, "responsive": True}
-TICKS: tuple[tuple[float, tuple[float, ...]], ...] = (
-    (0.7, (1, 1.5, 2, 3, 4, 5, 7)),
-    (1.6, (1, 2, 3, 5)),
-    (3.0, (1, 3)),
-    (math.inf, (1,)),
-)
-"""Decades that a log axis spans at most → the digits of its ticks."""
 BAND = {"xref": "x", "yref": "paper", "y0": 0, "y1": 1, "layer": "below"}
 FONT = "Inter, sans-serif"
 Window = tuple[datetime, datetime]
@@ -151,11 +144,14 @@ def duration(ms: float) -> str:
     return f"{ms / 1e3:g} s" if ms >= 1e3 else f"{ms:g} ms"
 
 
-def mark_deploys(made: go.Figure, plans: pd.DataFrame, window: Window, colours: Palette, width: int = 340) -> go.Figure:
+def mark_deploys(
+    made: go.Figure, plans: pd.DataFrame, window: Window, colours: Palette, width: int = 340, over: bool = False
+) -> go.Figure:
     """A dotted line where the ledger changed what is served, its label above, and a tint while a canary served.
 
     ``plans``: at, label, canary (its version, or missing); oldest first. ``width``: pixels the chart has at least. A
-    label that would run into a newer one is left out; the line stays, and the ledger tells.
+    label that would run into a newer one is left out; the line stays, and the ledger tells. ``over``: the chart is
+    full of colour, so lines are drawn above it and nothing is tinted.
     """
     since, until = window
     second = width / max((until - since).total_seconds(), 1.0)  # pixels
@@ -164,13 +160,14 @@ def mark_deploys(made: go.Figure, plans: pd.DataFrame, window: Window, colours: 
     shapes: list[dict[str, Any]] = []
     labels: list[dict[str, Any]] = []
     for at, label, canary, end in reversed(list(zip(plans["at"], plans["label"], plans["canary"], ends, strict=True))):
-        if pd.notna(canary) and end > since:
+        if pd.notna(canary) and end > since and not over:
             tint = {"fillcolor": colours.version(int(canary)), "opacity": 0.09, "line": {"width": 0}}
             shapes.append(BAND | {"type": "rect", "x0": max(at, since), "x1": min(end, until), **tint})
         if not since <= at <= until:
             continue
-        stroke = {"color": colours.muted, "width": 1, "dash": "dot"}
-        shapes.append(BAND | {"type": "line", "x0": at, "x1": at, "line": stroke})
+        stroke = {"color": colours.text if over else colours.muted, "width": 1, "dash": "dot"}
+        layer = "above" if over else "below"
+        shapes.append(BAND | {"type": "line", "x0": at, "x1": at, "line": stroke, "layer": layer})
         left, length = (at - since).total_seconds() * second, 5.8 * len(label) + 6
         if left + length > taken:
             continue

@@ -27,6 +27,8 @@ RANGES = {
     "30d": timedelta(days=30),
 }
 FIXED = "fixed"
+OFFERED = 100
+"""Versions that the bar offers, the newest with traffic; a link may ask for any."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,13 +66,15 @@ def bar() -> Callable[[], Context]:
         offered = overview.known(window(RANGES["7d"]))
         chosen_class = _choice("All classes", "class", offered["classes"])
         arm = _choice("All arms", "arm", offered["arms"])
-        version = _choice("All versions", "version", [f"v{n}" for n in offered["versions"]])
+        newest = sorted(offered["versions"], reverse=True)[:OFFERED]
+        version = _choice("All versions", "version", [f"v{n}" for n in newest])
         st.space("stretch")
         st.toggle("Live", value=True, key="live", bind="query-params", disabled=given is not None)
     name = FIXED if given is not None else st.session_state.get("range") or "1h"
 
     def now() -> Context:
-        number = int(version.removeprefix("v")) if version else None
+        digits = version.removeprefix("v") if version else ""
+        number = int(digits) if digits.isdecimal() else None
         dark = st.context.theme.type == "dark"
         moving = window(RANGES[name]) if given is None else Slice(*given)
         part = replace(moving, traffic_class=chosen_class, arm=arm, version=number)
@@ -102,6 +106,11 @@ def headline(sentence: str) -> None:
 def heading(title: str, note: str = "") -> None:
     """The title of a panel, and in grey what its numbers are."""
     st.markdown(f"**{title}**" + (f" :gray[:small[{note}]]" if note else ""))
+
+
+def few(part: Slice, shown: Slice) -> str:
+    """ ", the 8 with the most requests" where ``shown`` leaves versions of ``part`` out."""
+    return "" if shown == part else f", the {len(shown.versions or ())} with the most requests"
 
 
 def plain(words: object) -> str:

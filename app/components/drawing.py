@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -21,9 +23,13 @@ def draw(figure: go.Figure, key: str, alt: str) -> None:
     st.plotly_chart(figure, key=key, config=CONFIG, theme=None, alt=alt)
 
 
-def draw_to_traces(figure: go.Figure, key: str, alt: str, part: Slice) -> None:
-    """A time chart: dragging over it, or a click on a point, opens the traces of that time."""
-    figure.update_layout(dragmode="select", selectdirection="h", clickmode="event+select")
+def draw_to_traces(figure: go.Figure, key: str, alt: str, part: Slice, latency: str | None = None) -> None:
+    """A time chart: dragging over it, or a click on a point, opens the traces of that time.
+
+    ``latency`` names what a heat map's rows are of: the stroke then bounds that too.
+    """
+    direction = "h" if latency is None else "any"
+    figure.update_layout(dragmode="select", selectdirection=direction, clickmode="event+select")
     event: Any = st.plotly_chart(
         figure,
         key=key,
@@ -34,7 +40,20 @@ def draw_to_traces(figure: go.Figure, key: str, alt: str, part: Slice) -> None:
         selection_mode=("box", "points"),
     )
     if (chosen := selected(event, part)) is not None:
-        st.switch_page(TRACES, query_params=parameters(chosen))
+        bounds = {} if latency is None else band(event, latency)
+        st.switch_page(TRACES, query_params=parameters(chosen) | bounds)
+
+
+def draw_to_choose(figure: go.Figure, key: str, alt: str, choose: Callable[[int], None]) -> None:
+    """A chart whose points are versions (``customdata``, first of a list): a click chooses one."""
+
+    def pressed() -> None:
+        event: Any = st.session_state[key]
+        numbers = [point["customdata"][0] for point in event["selection"]["points"] if point.get("customdata")]
+        if numbers:
+            choose(int(numbers[0]))
+
+    st.plotly_chart(figure, key=key, config=CONFIG, theme=None, alt=alt, on_select=pressed, selection_mode="points")
 
 
 def selected(event: Any, part: Slice) -> Slice | None:
@@ -48,6 +67,15 @@ def selected(event: Any, part: Slice) -> Slice | None:
         around = timedelta(seconds=max((part.until - part.since).total_seconds() / 180, 60))
         return replace(part, since=min(points) - around, until=max(points) + around)
     return None
+
+
+def band(event: Any, latency: str) -> dict[str, str]:
+    """The latencies of the chosen cells (``customdata``: low and high, ms), as the traces page takes them."""
+    cells = [point["customdata"] for point in event["selection"].get("points") or () if point.get("customdata")]
+    if not cells:
+        return {}
+    low, high = min(float(cell[0]) for cell in cells), max(float(cell[1]) for cell in cells)
+    return {"of": latency, "min_ms": f"{math.floor(low)}", "max_ms": f"{math.ceil(high)}"}
 
 
 def _instant(x: Any) -> datetime:

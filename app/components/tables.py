@@ -14,7 +14,7 @@ from app.queries.ledger import Serving
 Columns = dict[str, Any]
 """Streamlit's column configuration: a label or a typed column per name."""
 NUMBER = st.column_config.NumberColumn
-SHARE = st.column_config.ProgressColumn("share of requests", format="%.1f %%", min_value=0, max_value=100)
+SHARE = st.column_config.ProgressColumn("share of requests", format="%.1f %%", min_value=0, max_value=100, width=128)
 SHOWN: Columns = {
     "requests": NUMBER("requests", format="localized"),
     "e2e_p50": NUMBER("p50, ms", format="%.0f"),
@@ -55,23 +55,23 @@ def by_version(frame: pd.DataFrame, trend: pd.DataFrame, serving: Serving, colou
         "role": st.column_config.TextColumn("role", width=80),
         "share": SHARE,
         **{name: column for name, column in SHOWN.items() if name != "retry_rate"},
-        "trend": trend_column(frame["trend"]),
+        "trend": sparkline("acceptance length over time", frame["trend"], 1.0),
     }
     table(in_colour(frame[list(columns)], colours), columns, "versions")
 
 
-def trends(over_time: pd.DataFrame, versions: pd.Series) -> list[list[float]]:
-    """How the acceptance length of each version moved: a sparkline a row, empty where it served nothing."""
+def trends(over_time: pd.DataFrame, versions: pd.Series, column: str = "acceptance_length") -> list[list[float]]:
+    """How a number of each version moved: a sparkline a row, empty where it served nothing."""
     if over_time.empty:
         return [[] for _ in versions]
-    moved = over_time.groupby("policy_version")["acceptance_length"].agg(lambda v: v.dropna().round(3).tolist())
+    moved = over_time.groupby("policy_version")[column].agg(lambda v: v.dropna().round(3).tolist())
     return [moved.get(version, []) for version in versions]
 
 
-def trend_column(moved: pd.Series) -> Any:
-    """A sparkline a row, all on one scale from 1 up, so that rows can be compared."""
-    most = max((value for values in moved for value in values), default=2.0)
-    return st.column_config.LineChartColumn("acceptance length over time", y_min=1.0, y_max=max(1.1 * most, 1.5))
+def sparkline(title: str, moved: pd.Series, least: float) -> Any:
+    """A sparkline a row, all on one scale from ``least`` up, so that rows can be compared."""
+    most = max((value for values in moved for value in values), default=least + 1.0)
+    return st.column_config.LineChartColumn(title, y_min=least, y_max=max(1.1 * most, least + 0.5), width=96)
 
 
 def in_colour(frame: pd.DataFrame, colours: Palette) -> Styler:

@@ -5,19 +5,15 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
-from uuid import UUID
 
 import pandas as pd
 import streamlit as st
 
 from app.queries.database import database
-from engine.contracts import PolicyVersion, ReplicaState, ServingPlan
-from engine.store.repositories import adaptation, learning, operations, plans, policies, replicas, rollouts, traces
-from engine.store.repositories.adaptation import Adaptation
-from engine.store.repositories.learning import Attempt
+from engine.contracts import ReplicaState, ServingPlan
+from engine.store.repositories import operations, plans, replicas, rollouts, traces
 from engine.store.repositories.overview import Slice
 from engine.store.repositories.plans import Observation
-from engine.store.repositories.policies import Lineage
 from engine.store.repositories.replicas import Effect
 from engine.store.repositories.rollouts import Command, DecisionRecord, Rollout
 
@@ -92,53 +88,6 @@ def marks(part: Slice) -> pd.DataFrame:
 
 
 @st.cache_data(ttl=TTL, show_spinner=False)
-def versions() -> list[PolicyVersion]:
-    with database().read() as session:
-        return policies.all_versions(session)
-
-
-@st.cache_data(ttl=timedelta(minutes=5), show_spinner=False)
-def lineage(version: int) -> list[Lineage]:
-    """Immutable, so it is kept long."""
-    with database().read() as session:
-        return policies.lineage(session, version)
-
-
-@st.cache_data(ttl=timedelta(minutes=5), show_spinner=False)
-def traces_of(part: Lineage) -> list[UUID]:
-    """The traces of one part of a lineage, oldest first."""
-    with database().read() as session:
-        return policies.trace_ids(session, part.members)
-
-
-@st.cache_data(ttl=timedelta(minutes=5), show_spinner=False)
-def tenants_of(part: Lineage) -> dict[str, int]:
-    """Traces by tenant of one part of a lineage; those without one under an empty name."""
-    with database().read() as session:
-        return policies.tenants(session, part.members)
-
-
-@st.cache_data(ttl=timedelta(seconds=10), show_spinner=False)
-def adaptation_of(version: int) -> Adaptation | None:
-    """What a version cost to learn and has saved since; None where nobody learned it."""
-    with database().read() as session:
-        return adaptation.of_version(session, version, datetime.now(UTC))
-
-
-@st.cache_data(ttl=TTL, show_spinner=False)
-def taught(trace_id: UUID) -> list[int]:
-    """Which versions a trace taught."""
-    with database().read() as session:
-        return policies.influenced_by(session, trace_id)
-
-
-@st.cache_data(ttl=TTL, show_spinner=False)
-def attempts() -> list[Attempt]:
-    with database().read() as session:
-        return learning.attempts(session)
-
-
-@st.cache_data(ttl=TTL, show_spinner=False)
 def all_rollouts() -> list[Rollout]:
     with database().read() as session:
         return rollouts.list_rollouts(session)
@@ -205,10 +154,3 @@ def _label(plan: ServingPlan, before: ServingPlan | None) -> str:
 def _canary(plan: ServingPlan) -> int | None:
     canary = plan.canary
     return canary.policy_version if canary is not None else None
-
-
-def gate_of(version: int) -> dict[str, Any] | None:
-    """The gate's report on a version, from the attempt that made it."""
-    with database().read() as session:
-        attempt = learning.of_version(session, version)
-    return attempt.gate if attempt is not None else None

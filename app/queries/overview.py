@@ -11,7 +11,7 @@ import pandas as pd
 import streamlit as st
 
 from app.queries.database import database
-from engine.store.panels import PANELS, speculation, traffic
+from engine.store.panels import PANELS, speculation, traffic, versions
 from engine.store.repositories import overview
 from engine.store.repositories.overview import Slice
 
@@ -63,6 +63,13 @@ def over_time(
     full = _with_gaps(frame, width, list(by))
     full["at"] = (full["at"] + width / 2).clip(upper=pd.Timestamp(part.until))
     return full
+
+
+@st.cache_data(ttl=TTL, max_entries=ENTRIES, show_spinner=False)
+def leading(part: Slice, most: int = versions.DRAWN) -> Slice:
+    """The slice, where many versions served in it of those with the most requests: as many as a chart can show."""
+    with database().read() as session:
+        return versions.among(session, part, most)
 
 
 @st.cache_data(ttl=TTL, max_entries=ENTRIES, show_spinner=False)

@@ -16,16 +16,16 @@ from app.queries.ledger import serving
 from app.queries.overview import ENTRIES, TTL
 from engine.store.repositories import traces
 from engine.store.repositories.overview import Slice
-from engine.store.repositories.traces import Filter, Trace
+from engine.store.repositories.traces import Filter, Place, Trace
 
 PAGE = 200
 
 
 @st.cache_data(ttl=TTL, max_entries=ENTRIES, show_spinner=False)
-def listed(part: Slice, chosen: Filter, order: str, page: int = 1) -> pd.DataFrame:
+def listed(part: Slice, chosen: Filter, order: str, place: Place | None) -> pd.DataFrame:
     """One page, cut by the server; durations in ms, acceptance length with the bonus token."""
     with database().read() as session:
-        frame = pd.DataFrame(traces.listed(session, part, chosen, order, PAGE, (page - 1) * PAGE))
+        frame = pd.DataFrame(traces.listed(session, part, chosen, order, PAGE, place))
     if frame.empty:
         return frame
     for name in ("e2e", "ttft", "tpot", "queue"):

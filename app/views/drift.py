@@ -45,7 +45,7 @@ def page() -> None:
     left, right = st.columns(2)
     with left.container(border=True):
         heading("Mix of traffic", "% of requests by class · drag to open the traces")
-        figure = speculation.share_by_class(classes, window, colours)
+        figure = speculation.share_by_class(classes, marks, window, colours)
         draw_to_traces(figure, "mix", "Share of the requests over time by traffic class.", part)
     with right.container(border=True):
         heading("Acceptance length", "by class: what a change of mix cannot move")
@@ -60,7 +60,7 @@ def page() -> None:
             draw_to_traces(figure, name, f"{title} over time, a line a traffic class.", part)
     with st.container(border=True):
         heading("Versions", "acceptance length over time: a slide at a constant version")
-        versions = overview.over_time(part, ("policy_version",), ())
+        versions = overview.over_time(overview.leading(part), ("policy_version",), ())
         figure = latency.by_version(versions, "acceptance_length", marks, window, colours)
         draw_to_traces(figure, "versions", "Acceptance length over time, a line a version.", part)
     export("drift", part)

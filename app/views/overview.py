@@ -10,13 +10,14 @@ import streamlit as st
 from app.charts import latency
 from app.components import context
 from app.components.cards import cards, verdict
-from app.components.context import FIXED, heading, parameters
+from app.components.context import FIXED, few, heading, parameters
 from app.components.drawing import draw, draw_to_traces
 from app.components.export import export
 from app.components.tables import by_class, by_version
 from app.queries import ledger, overview
 from app.queries.database import settings
 from engine.contracts import CANARY
+from engine.store.panels.versions import SHOWN
 
 current = context.bar()
 WORDS = {
@@ -41,38 +42,40 @@ def page() -> None:
         return
     trend = overview.over_time(part)
     cards(_first(now), _first(before), trend)
-    marks = ledger.marks(part)
+    marks, lines = ledger.marks(part), overview.leading(part)
+    capped = few(part, lines)
     left, right = st.columns([3, 2])
     with left.container(border=True):
         with st.container(horizontal=True, vertical_alignment="center", key="latency-of"):
             heading("Latency", "p50, p95, p99, log scale · drag to open the traces")
             metric = _metric()
         frame = overview.over_time(part, (), (metric,)) if metric == "queue" else trend
-        arms = overview.over_time(part, ("arm", "policy_version"), (metric,))
+        arms = overview.over_time(lines, ("arm", "policy_version"), (metric,))
         canary = arms[arms["arm"] == CANARY]
         figure = latency.percentiles(frame, canary, marks, window, colours, metric)
         draw_to_traces(figure, f"latency-{metric}", "Percentiles of latency over time, with deploys marked.", part)
     with right.container(border=True):
-        heading("Latency heat map", f"requests by {NAMES[metric]}")
-        figure = latency.heat_map(overview.heat(part, metric), window, colours)
-        draw(figure, f"heat-{metric}", "How many requests took how long, over time.")
-    versions = overview.over_time(part, ("policy_version",), ())
+        heading("Latency heat map", f"requests by {NAMES[metric]}, log scale · drag to open the traces")
+        figure = latency.heat_map(overview.heat(part, metric), marks, window, colours)
+        draw_to_traces(figure, f"heat-{metric}", "How many requests took how long, over time.", part, metric)
+    versions = overview.over_time(lines, ("policy_version",), ())
     columns = st.columns(3)
     with columns[0].container(border=True):
-        heading("Acceptance length", "1 + accepted / steps, by version")
+        heading("Acceptance length", f"1 + accepted / steps, by version{capped}")
         figure = latency.by_version(versions, "acceptance_length", marks, window, colours)
         draw_to_traces(figure, "acceptance", "Acceptance length over time, a line a version.", part)
     with columns[1].container(border=True):
-        heading("Output tokens", "per second, by version")
+        heading("Output tokens", f"per second, by version{capped}")
         figure = latency.by_version(versions, "tokens_s", marks, window, colours, ",.1f")
         draw_to_traces(figure, "tokens", "Output tokens per second over time, a line a version.", part)
     with columns[2].container(border=True):
         heading("Acceptance by draft position", "% of steps that drafted")
-        figure = latency.positions(overview.positions(part), colours)
+        figure = latency.positions(overview.positions(lines), colours)
         draw(figure, "positions", "Share of drafted tokens accepted at each draft position, by version.")
     with st.container(border=True):
-        heading("Versions", "that served in this window; latency in ms")
-        by_version(overview.totals(part, ("policy_version",)), versions, serving, colours)
+        rows = overview.leading(part, SHOWN)
+        heading("Versions", f"that served in this window{few(part, rows)}; latency in ms")
+        by_version(overview.totals(rows, ("policy_version",)), versions, serving, colours)
     with st.container(border=True):
         heading("Traffic classes", "latency in ms")
         by_class(overview.totals(part, ("traffic_class",)))

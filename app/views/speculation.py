@@ -7,11 +7,12 @@ import streamlit as st
 
 from app.charts import latency, speculation
 from app.components import context
-from app.components.context import heading
+from app.components.context import few, heading
 from app.components.drawing import draw, draw_to_traces
 from app.components.export import export
 from app.components.tables import Columns, in_colour, table
 from app.queries import ledger, overview
+from engine.store.panels.versions import SHOWN
 
 current = context.bar()
 
@@ -24,18 +25,20 @@ def page() -> None:
         context.headline("**No verify step** in this window.")
         st.info("Choose a longer window or fewer filters; `slipstream demo` sends traffic.", icon=":material/info:")
         return
-    costs = overview.numbers(overview.rows("speculation.cost", part), ("policy_version", "traffic_class"))
+    lines, listed = overview.leading(part), overview.leading(part, SHOWN)
+    capped = few(part, lines)
+    costs = overview.numbers(overview.rows("speculation.cost", listed), ("policy_version", "traffic_class"))
     context.headline(_verdict(totals.iloc[0], costs))
     marks = ledger.marks(part)
-    versions = overview.over_time(part, ("policy_version",), ())
+    versions = overview.over_time(lines, ("policy_version",), ())
     classes = overview.over_time(part, ("traffic_class",), ())
     left, middle, right = st.columns(3)
     with left.container(border=True):
-        heading("Acceptance length", "1 + accepted / steps, by version")
+        heading("Acceptance length", f"1 + accepted / steps, by version{capped}")
         figure = latency.by_version(versions, "acceptance_length", marks, window, colours)
         draw_to_traces(figure, "length", "Acceptance length over time, a line a version.", part)
     with middle.container(border=True):
-        heading("Draft acceptance rate", "accepted / drafted, by version")
+        heading("Draft acceptance rate", f"accepted / drafted, by version{capped}")
         figure = latency.by_version(versions, "acceptance_rate", marks, window, colours, ".1%")
         figure.update_yaxes(tickformat=".0%")
         draw_to_traces(figure, "rate", "Share of drafted tokens accepted over time, a line a version.", part)
@@ -50,7 +53,7 @@ def page() -> None:
         draw_to_traces(figure, "by-class", "Acceptance length over time, a line a traffic class.", part)
     with middle.container(border=True):
         heading("By position", "% of steps that drafted, by version")
-        figure = latency.positions(overview.positions(part), colours)
+        figure = latency.positions(overview.positions(lines), colours)
         draw(figure, "positions", "Share accepted at each draft position, by version.")
     with right.container(border=True):
         heading("By position", "% of steps that drafted, by class")
@@ -61,11 +64,12 @@ def page() -> None:
         band = overview.alarm_band(part)
         note = "shaded: what all but 1 % of the week before stayed out of" if band else "no week before to compare with"
         heading("Per request", f"% of requests by acceptance length; {note}")
-        frame = overview.rows("speculation.distribution", part)
+        frame = overview.rows("speculation.distribution", lines)
         draw(speculation.distribution(frame, band, colours), "spread", "How requests spread over acceptance lengths.")
     with right.container(border=True):
+        drawn = costs if lines == part else costs[costs["policy_version"].isin(lines.versions or ())]
         heading("Cost and benefit", "tokens a verify step brings; above the line drafting pays · shapes are classes")
-        draw(speculation.cost(costs, colours), "cost", "Acceptance length against the cost of a step, with break-even.")
+        draw(speculation.cost(drawn, colours), "cost", "Acceptance length against the cost of a step, with break-even.")
     with st.container(border=True):
         heading("Versions and classes", "times in ms per verify step; gain over plain decoding")
         _table(costs, here)

@@ -4,31 +4,26 @@ from __future__ import annotations
 
 from collections import Counter
 from html import escape
-from typing import Any
+from urllib.parse import urlencode
 from uuid import UUID
 
-import pandas as pd
 import streamlit as st
 
 from app.charts import trace as charts
 from app.charts.theme import Palette
-from app.components import context, tokens
+from app.components import context, tokens, trace_list
 from app.components.context import heading, plain
 from app.components.drawing import draw
-from app.components.tables import Columns, in_colour, table
 from app.components.tokens import Origin
-from app.queries import ledger, traces
-from engine.contracts import Status
+from app.queries import traces, versions
 from engine.store import frames
 from engine.store.models import TraceRow
 from engine.store.repositories.overview import Slice
 from engine.store.repositories.traces import Filter, Trace
 
 current = context.bar()
-STATUSES = ["All statuses", *(status.value for status in Status)]
-DEEP = 100_000  # pages end here: what lies deeper is found by narrower filters
-ORDERS = {"Newest first": "newest", "Slowest first": "slowest"}
-HIDDEN: dict[str, Any] = {"label_visibility": "collapsed"}
+EXPORTED = 100_000
+"""Rows of a download at most."""
 
 
 def page() -> None:
@@ -37,47 +32,26 @@ def page() -> None:
     if asked:
         _one(asked, here.colours)
         return
-    chosen, order = _filters()
+    chosen, order = trace_list.filters()
     many, is_all = traces.matching(here.part, chosen)
-    if not many:
+    place = trace_list.place(here.part, chosen, order)
+    frame = traces.listed(here.part, chosen, order, place)
+    if frame.empty and place is not None:  # what was here has left the window
+        place = None
+        frame = traces.listed(here.part, chosen, order, place)
+    if frame.empty:
         context.headline("**No request** matches.")
         st.info("Choose a longer window or fewer filters.", icon=":material/info:")
         return
+    many = max(many, len(frame))
     context.headline(f"**{'' if is_all else 'More than '}{many:,}** requests. Choose one to open it.")
-    pages = -(-min(many, DEEP) // traces.PAGE)
-    number = min(int(st.session_state.get("page") or 1), pages)
-    frame = traces.listed(here.part, chosen, ORDERS[order], number)
-    _table(frame, here.colours)
-    with st.container(horizontal=True, vertical_alignment="center", key="pages"):
-        if pages > 1:
-            st.pagination(pages, key="page", bind="query-params")
-        deep = f"; the last {many - DEEP:,} are reached by a shorter window or the other order" if many > DEEP else ""
-        st.caption(f"{traces.PAGE} a page{deep}", width="stretch")
+    trace_list.rows(frame, here.colours)
+    with st.container(horizontal=True, vertical_alignment="center", key="below"):
+        name = trace_list.name_of(here.part, chosen, order)
+        trace_list.pages(frame, place, many, is_all, name, order)
+        st.space("stretch")
         st.link_button("Why did it change?", context.link("explain", here.part), icon=":material/account_tree:")
-        _download(here.part, chosen, ORDERS[order], min(many, DEEP))
-
-
-def _filters() -> tuple[Filter, str]:
-    """What of the slice is listed, and in which order. All of it is in the URL."""
-    with st.container(horizontal=True, vertical_alignment="center", gap="small", key="filters"):
-        status = st.selectbox("Status", STATUSES, key="status", bind="query-params", width=142, **HIDDEN)
-        order = st.selectbox("Order", ORDERS, key="order", bind="query-params", width=162, **HIDDEN)
-        slow = st.number_input(
-            "At least, ms", min_value=0, step=100, value=None, key="min_ms", bind="query-params", width=170,
-            placeholder="At least, ms", **HIDDEN,
-        )  # fmt: skip
-        tenant = st.text_input("Tenant", key="tenant", bind="query-params", width=130, placeholder="Tenant", **HIDDEN)
-        conversation = st.text_input(
-            "Conversation", key="conversation", bind="query-params", width=170, placeholder="Conversation", **HIDDEN
-        )
-        st.text_input("Trace id", key="wanted", width=200, on_change=_go, placeholder="Trace id", **HIDDEN)
-    chosen = Filter(
-        status=None if status == STATUSES[0] else status,
-        tenant=(tenant or "").strip() or None,
-        conversation=(conversation or "").strip() or None,
-        min_e2e_s=slow / 1e3 if slow else None,
-    )
-    return chosen, order
+        _download(here.part, chosen, order, min(many, EXPORTED))
 
 
 def _download(part: Slice, chosen: Filter, order: str, many: int) -> None:
@@ -86,46 +60,11 @@ def _download(part: Slice, chosen: Filter, order: str, many: int) -> None:
         form = st.segmented_control("Format", frames.FORMATS, default="csv", key="form", required=True) or "csv"
         st.download_button(
             f"Download {many:,} rows",
-            lambda: frames.encode(traces.every(part, chosen, order, DEEP), str(form), context.parameters(part)),
+            lambda: frames.encode(traces.every(part, chosen, order, EXPORTED), str(form), context.parameters(part)),
             file_name=f"traces.{form}",
             key="download",
             on_click="ignore",
         )
-
-
-def _table(frame: pd.DataFrame, colours: Palette) -> None:
-    number = st.column_config.NumberColumn
-    frame = frame.assign(version=[f"v{version}" for version in frame["policy_version"]])
-    columns: Columns = {
-        "started_at": st.column_config.DatetimeColumn("began", format="MMM D, HH:mm:ss.SSS"),
-        "traffic_class": "class",
-        "arm": "arm",
-        "version": st.column_config.TextColumn("version", width=70),
-        "status": "status",
-        "e2e_ms": number("e2e, ms", format="%.0f"),
-        "ttft_ms": number("TTFT, ms", format="%.0f"),
-        "tpot_ms": number("TPOT, ms", format="%.1f"),
-        "queue_ms": number("queue, ms", format="%.0f"),
-        "prompt_tokens": number("prompt", help="tokens"),
-        "output_tokens": number("output", help="tokens"),
-        "drafted": number("drafted", help="tokens"),
-        "accepted": number("accepted", help="tokens"),
-        "acceptance_length": number("acceptance length", format="%.2f", help="1 + accepted / verify steps"),
-        "retry": number("retry", width=60),
-        "tenant": "tenant",
-        "trace_id": "trace",
-    }
-    event = table(
-        in_colour(frame[list(columns)], colours),
-        columns,
-        "list",
-        on_select="rerun",
-        selection_mode="single-row",
-        height=min(38 + 35 * len(frame), 720),
-    )
-    if event.selection.rows:
-        st.query_params["trace"] = frame.iloc[event.selection.rows[0]]["trace_id"]
-        st.rerun()
 
 
 def _one(asked: str, colours: Palette) -> None:
@@ -162,6 +101,7 @@ def _one(asked: str, colours: Palette) -> None:
     with st.container(border=True):
         heading("Fields")
         _fields(row)
+        _influence(row)
 
 
 def _back() -> None:
@@ -219,7 +159,6 @@ def _parts(row: TraceRow) -> list[tuple[str, float, float]]:
 
 
 def _fields(row: TraceRow) -> None:
-    taught = ledger.taught(row.trace_id)
     fields = {
         "trace": row.trace_id,
         "request": row.request_id,
@@ -231,7 +170,6 @@ def _fields(row: TraceRow) -> None:
         "temperature": row.temperature,
         "retry": row.retry,
         "preemptions": row.preemptions,
-        "taught": ", ".join(f"v{version}" for version in taught) or "no version",
     }
     for column, chunk in zip(st.columns(3), range(3), strict=True):
         items = list(fields.items())[chunk::3]
@@ -241,9 +179,18 @@ def _fields(row: TraceRow) -> None:
         )
 
 
-def _go() -> None:
-    if wanted := str(st.session_state["wanted"]).strip():
-        st.query_params["trace"] = wanted
+def _influence(row: TraceRow) -> None:
+    """What this request taught, and what made the version that served it."""
+    taught = versions.taught_by_trace(row.trace_id)
+    said = ", ".join(f"[v{number}](/versions?about=v{number})" for number in taught[-40:]) or "no version"
+    more = f" and {len(taught) - 40:,} older ones" if len(taught) > 40 else ""
+    own = f"[v{row.policy_version}](/versions?about=v{row.policy_version})"
+    text = f"It taught {said}{more}. It was served by {own}, whose page says which traffic made that."
+    if row.tenant:
+        asked = urlencode({"tenant": row.tenant})
+        text += f" [What {plain(row.tenant)} taught](/versions?{asked})."
+    st.markdown(text)
+    st.caption(f"Permalink: [/traces?trace={row.trace_id}](/traces?trace={row.trace_id})")
 
 
 context.live(page)

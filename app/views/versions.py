@@ -1,226 +1,224 @@
-"""Every draft policy: what it is, which traffic made it, what it did."""
+"""Every draft policy: what it is, which traffic made it, what it did, and how two of them differ."""
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
-from html import escape
+from dataclasses import replace
+from typing import Any
 
-import pandas as pd
 import streamlit as st
 
-from app.components import adaptation, context
+from app.charts import versions as charts
+from app.components import adaptation, context, diff
+from app.components import versions as shown
 from app.components.context import heading, plain
-from app.components.tables import SHARE, Columns, in_colour, in_utc, table, trend_column, trends
-from app.queries import ledger, overview
+from app.components.diff import MEASURES
+from app.components.drawing import draw_to_choose
+from app.components.export import export
+from app.queries import ledger, versions
 from app.queries.database import settings
 from engine.contracts import PolicyVersion, ProposerKind
-from engine.store.repositories.policies import Lineage
+from engine.store.repositories.overview import Slice
 
 current = context.bar()
+PAGE = 50
+SERVED, ALL = "served", "all"
+PARENT, CHAMPION = "its parent", "the champion"
+BUILT_IN = (ProposerKind.NONE.value, ProposerKind.NGRAM.value)
+HIDDEN: dict[str, Any] = {"label_visibility": "collapsed"}
 
 
 def page() -> None:
-    versions = ledger.versions()
-    if not versions:
+    every = versions.every()
+    if not every:
         st.info(
             "No version yet. The engine makes the first two when it starts: `slipstream up`.", icon=":material/info:"
         )
         return
-    serving = ledger.serving()
-    champion = serving.plan.champion if serving.plan is not None else None
-    learned = sum(v.kind is ProposerKind.TRACE_MEMORY for v in versions)
-    refused = sum(a.outcome == "refused" for a in ledger.attempts())
-    context.headline(
-        f"**v{champion}** is champion. {len(versions)} versions, {learned} of them learned from traffic"
-        f"{f'; {refused} refused by the gate' if refused else ''}."
-    )
-    chosen = _table(versions, serving)
+    here, serving = current(), ledger.serving()
+    part = replace(here.part, version=None)  # versions are compared with each other
+    kinds, outcomes = versions.counts()
+    learned = sum(many for kind, many in kinds.items() if kind not in BUILT_IN)
+    champion = f"**v{serving.plan.champion}** is champion. " if serving.plan is not None else ""
+    refused = f"; {outcomes['refused']:,} refused by the gate" if outcomes.get("refused") else ""
+    context.headline(f"{champion}{len(every):,} versions, {learned:,} of them learned from traffic{refused}.")
+    served = versions.served(part)
+    chosen = _chosen(every, served, serving, here.part)
+    _table(part, every, served, chosen, serving)
+    family = versions.family(chosen.version)
     left, right = st.columns([1, 1])
     with left.container(border=True, height="stretch"):
-        heading(f"Lineage of v{chosen.version}", "which traffic made it")
-        _detail(chosen, versions)
+        _against_version(part, chosen, serving)
+    with right.container(border=True, height="stretch"):
+        heading(f"Family of v{chosen.version}", "solid: parent, dotted: whose traffic taught it · click to choose")
+        nodes = shown.nodes(family, serving)
+        figure = charts.family(nodes, shown.taught(family), chosen.version, here.colours)
+        draw_to_choose(figure, "family", _in_words(nodes, chosen.version), _choose)
+    left, right = st.columns([1, 1])
+    with left.container(border=True, height="stretch"):
+        heading(f"Training traffic of v{chosen.version}", "which traces made it, which judged it")
+        shown.training(chosen, family)
     with right.container(border=True, height="stretch"):
         heading(f"Gate of v{chosen.version}", "tokens per verify step on held-out requests")
-        _gate(chosen.version)
+        shown.gate(chosen.version)
+    _diff(part, chosen, every, served, serving)
     with st.container(border=True):
         heading(f"Cost of v{chosen.version}", "what learning it took, and what it has saved since")
-        adaptation.account(ledger.adaptation_of(chosen.version), settings().learner.price_per_hour)
+        adaptation.account(versions.adaptation_of(chosen.version), settings().learner.price_per_hour)
     with st.container(border=True):
-        heading("Attempts", "of the learner, the refused ones too")
-        _attempts()
-
-
-def _table(versions: list[PolicyVersion], serving: ledger.Serving) -> PolicyVersion:
-    part = current().part
-    totals = overview.totals(part, ("policy_version",))
-    frame = pd.DataFrame(
-        [
-            {
-                "policy_version": v.version,
-                "version": f"v{v.version}",
-                "role": "retired" if v.retired_at else serving.role(v.version),
-                "kind": v.kind.value.replace("_", " "),
-                "K": v.num_speculative_tokens,
-                "parent": f"v{v.parent_version}" if v.parent_version else "",
-                "created": v.created_at,
-            }
-            for v in versions
-        ]
-    )
-    frame["share"] = float("nan")
-    measured = ["requests", "acceptance_length", "decode_tokens_s", "e2e_p50", "e2e_p95", "e2e_p99"]
-    if totals.empty:
-        frame[measured] = float("nan")
-    else:
-        frame = frame.merge(totals[["policy_version", *measured]], on="policy_version", how="left")
-        frame["share"] = 100 * frame["requests"] / frame["requests"].sum()
-    frame["trend"] = trends(overview.over_time(part, ("policy_version",)), frame["policy_version"])
-    number = st.column_config.NumberColumn
-    columns: Columns = {
-        "policy_version": None,
-        "share": SHARE,
-        "created": st.column_config.DatetimeColumn("created", format="MMM D, HH:mm:ss"),
-        "requests": number("requests", format="localized"),
-        "acceptance_length": number("acceptance length", format="%.2f", help="1 + accepted / verify steps"),
-        "trend": trend_column(frame["trend"]),
-        "decode_tokens_s": number("tokens / s", format="%.0f", help="Of one request while it decodes"),
-        "e2e_p50": number("p50, ms", format="%.0f"),
-        "e2e_p95": number("p95, ms", format="%.0f"),
-        "e2e_p99": number("p99, ms", format="%.0f"),
-    }
+        _tenant()
     with st.container(border=True):
-        heading("Versions", "measured in the chosen window; choose one to read about it")
-        event = table(
-            in_colour(frame, current().colours),
-            columns,
-            "all-versions",
-            column_order=_ORDER,
-            on_select="rerun",
-            selection_mode="single-row",
-        )
-    asked = current().part.version
-    first = next((place for place, v in enumerate(versions) if v.version == asked), 0)
-    row = event.selection.rows[0] if event.selection.rows else first
-    return versions[row if row < len(versions) else 0]
+        heading("Attempts", "of the learner, the newest 200, the refused ones too")
+        shown.attempts(versions.attempts(), here.colours)
+    export("versions", part)
 
 
-_ORDER = [
-    *("version", "role", "kind", "K", "parent", "created", "share", "requests", "acceptance_length", "trend"),
-    *("decode_tokens_s", "e2e_p50", "e2e_p95", "e2e_p99"),
-]
+def _chosen(every: list[int], served: dict[int, int], serving: ledger.Serving, given: Slice) -> PolicyVersion:
+    """The version the page is about: the one of the link, of the bar, else what is tried, served, or newest."""
+    asked = str(st.query_params.get("about", "")).removeprefix("v")
+    known = set(every)
+    wanted = int(asked) if asked.isdecimal() else given.version
+    if wanted is not None and wanted not in known:
+        st.warning(f"There is no v{wanted}; the newest is v{every[0]}.")
+    if wanted not in known:
+        learned = next(iter(served), None)
+        wanted = learned if learned in known else serving.plan.champion if serving.plan is not None else every[0]
+    return versions.some((wanted,))[0]
 
 
-def _detail(version: PolicyVersion, versions: list[PolicyVersion]) -> None:
-    st.html(_chain(version, versions))
-    found = ledger.lineage(version.version)
-    if not found:
-        st.caption("No traffic on record: it was built in, or registered by hand.")
-    for part in found:
-        _traffic(part)
-    st.caption(f"sha256 {version.digest}")
-    if version.mlflow_version is not None and (uri := settings().mlflow_tracking_uri):
-        link = f"{uri}/#/models/slipstream-draft/versions/{version.mlflow_version}"
-        st.link_button("Open in MLflow", link, icon=":material/open_in_new:")
+def _table(
+    part: Slice, every: list[int], served: dict[int, int], chosen: PolicyVersion, serving: ledger.Serving
+) -> None:
+    with st.container(border=True):
+        with st.container(horizontal=True, vertical_alignment="center", key="versions-bar"):
+            heading("Versions", "measured in the window; choose one to read about it")
+            which = st.segmented_control(
+                "Which", [SERVED, ALL], default=SERVED, key="show", bind="query-params", required=True, **HIDDEN
+            )
+            st.text_input("Go to version", key="go", width=130, placeholder="Go to version", on_change=_go, **HIDDEN)
+        roles = {number for number in (serving.target, serving.previous) if number is not None}
+        if serving.plan is not None:
+            roles |= set(serving.plan.versions)
+        known = set(every)
+        few = sorted(({*served, *roles, chosen.version}) & known, reverse=True)
+        numbers = few if which == SERVED else every
+        pages = -(-len(numbers) // PAGE)
+        at = min(int(st.session_state.get("page") or 1), pages)
+        here = tuple(numbers[(at - 1) * PAGE : at * PAGE])
+        asked = tuple(number for number in here if number in served) or (0,)
+        frame = shown.rows(
+            versions.some(here), versions.measured(part, asked), versions.trends(part, asked), sum(served.values()),
+            serving,
+        )  # fmt: skip
+        st.session_state["listed"] = [int(number) for number in frame["policy_version"]]
+        shown.listing(frame, current().colours, _key(which, at), _pick)
+        if pages > 1:
+            with st.container(horizontal=True, vertical_alignment="center", key="pages"):
+                st.pagination(pages, key="page", bind="query-params")
+                st.caption(f"{len(numbers):,} versions, {PAGE} a page", width="stretch")
 
 
-def _chain(version: PolicyVersion, versions: list[PolicyVersion]) -> str:
-    """The version and its ancestors, each in its colour (HTML)."""
-    colours, known = current().colours, {v.version: v for v in versions}
-    links, at = [], known.get(version.version)
-    while at is not None:
-        colour = colours.version(at.version)
-        links.append(
-            f'<span style="border:1px solid {colour};border-radius:6px;padding:2px 8px;white-space:nowrap">'
-            f'<b style="color:{colour}">v{at.version}</b> '
-            f'<span style="color:{colours.muted}">{escape(at.kind.value.replace("_", " "))}</span></span>'
-        )
-        at = known.get(at.parent_version) if at.parent_version is not None else None
-    arrow = f'<span style="color:{colours.muted}">←</span>'
-    return f'<div style="display:flex;flex-wrap:wrap;gap:8px;align-items:center">{arrow.join(links)}</div>'
+def _key(which: str | None, page: int) -> str:
+    """A table of its own for every page: a row chosen on one must not be chosen on the next."""
+    st.session_state["list"] = f"all-versions-{which}-{page}"
+    return str(st.session_state["list"])
 
 
-def _traffic(part: Lineage) -> None:
-    role = "Learned from" if part.role == "train" else "Judged on"
-    window = f"{_time(part.window_from)} to {_time(part.window_to)}"
-    classes = ", ".join(f"{count:,} {plain(name)}" for name, count in sorted(part.classes.items(), key=lambda c: -c[1]))
-    st.markdown(f"{role} **{part.traces:,} traces**: {classes}  \n:gray[{window}]")
-    tenants = {name or "no tenant": count for name, count in ledger.tenants_of(part).items()}
-    if set(tenants) != {"no tenant"}:
-        st.caption("Tenants: " + ", ".join(f"{count:,} {plain(name)}" for name, count in tenants.items()))
-    with st.expander("Traces", key=f"traces-{part.role}"):
-        frame = pd.DataFrame({"trace": [f"/traces?trace={trace_id}" for trace_id in ledger.traces_of(part)]})
-        link = st.column_config.LinkColumn("trace", display_text="trace=(.*)")
-        table(frame, {"trace": link}, f"lineage-{part.role}", height=240)
-
-
-def _gate(version: int) -> None:
-    report = ledger.gate_of(version)
-    comparisons = (report or {}).get("classes") or {}
-    overall = (report or {}).get("overall")
-    if not comparisons and not overall:
-        st.caption("No gate: it was built in, or registered by hand.")
-        return
-    rows = [{"class": name, **values} for name, values in comparisons.items()]
-    if overall:
-        rows.insert(0, {"class": "all", **overall})
-    form = "{:.2f}".format
-    frame = pd.DataFrame(
-        [
-            {
-                "class": row["class"],
-                "requests": row["n"],
-                "parent": form(row["champion"]),
-                "candidate": form(row["candidate"]),
-                "difference": f"{row['delta']:+.2f}",
-                "interval": f"{row['low']:+.2f} to {row['high']:+.2f}",
-            }
-            for row in rows
-        ]
-    )
-    columns = {"parent": st.column_config.TextColumn("champion", help="The champion of that moment")}
-    table(frame, columns, "gate")
-    passed = (report or {}).get("passed")
-    mark = ":green[**Passed**]" if passed else ":red[**Refused**]"
-    st.markdown(f"{mark}: {plain('; '.join((report or {}).get('reasons', [])))}.")
-
-
-def _attempts() -> None:
-    found = ledger.attempts()
-    if not found:
-        needed = settings().learner.min_requests
-        st.caption(f"None yet. The learner begins after {needed} requests whose tokens it may learn from.")
-        return
-    frame = pd.DataFrame(
-        [
-            {
-                "at": a.finished_at,
-                "outcome": a.outcome,
-                "version": f"v{a.version}" if a.version is not None else "",
-                "parent": f"v{a.parent_version}" if a.parent_version is not None else "",
-                "taught by": a.train_traces,
-                "judged on": a.gate_traces,
-                "CPU, s": a.cpu_s,
-                "because": a.reason,
-            }
-            for a in found
-        ]
-    )
-    columns = {
-        "at": st.column_config.DatetimeColumn("at", format="MMM D, HH:mm:ss"),
-        "CPU, s": st.column_config.NumberColumn("CPU, s", format="%.2f"),
-    }
-    frame = in_utc(frame).style.map(_outcome, subset=["outcome"])
-    table(frame, columns, "attempts")
-
-
-def _outcome(outcome: str) -> str:
+def _against_version(part: Slice, chosen: PolicyVersion, serving: ledger.Serving) -> None:
+    with st.container(horizontal=True, vertical_alignment="center", key="measure-bar"):
+        heading("By version", "95 % intervals; the 50 with the most requests")
+        label = st.selectbox("Metric", list(MEASURES), key="measure", bind="query-params", width=190, **HIDDEN)
+    measure = MEASURES[str(label)]
+    frame = versions.measured(part)
+    names = [measure.column, f"{measure.column}_low", f"{measure.column}_high"]
+    if len(frame):
+        frame = frame.assign(**{name: frame[name] * measure.scale for name in names})
+    roles = {int(number): serving.role(int(number)) for number in frame["policy_version"]} if len(frame) else {}
     colours = current().colours
-    shade = {"registered": colours.good, "refused": colours.bad}.get(outcome, colours.muted)
-    return f"color: {shade}; font-weight: 600"
+    figure = charts.against(frame, measure.column, chosen.version, roles, measure.form, measure.unit, colours)
+    figure.update_yaxes(title={"text": measure.unit, "font": {"size": 11, "color": colours.muted}})
+    draw_to_choose(figure, "by-version", f"{measure.label} by version with 95 % intervals.", _choose)
 
 
-def _time(at: datetime) -> str:
-    return f"{at.astimezone(UTC):%b %d, %H:%M:%S}"
+def _diff(
+    part: Slice, chosen: PolicyVersion, every: list[int], served: dict[int, int], serving: ledger.Serving
+) -> None:
+    with st.container(border=True):
+        with st.container(horizontal=True, vertical_alignment="center", key="diff-bar"):
+            heading(f"v{chosen.version} beside", "")
+            offered = [PARENT, CHAMPION, *(f"v{number}" for number in [*served][:PAGE])]
+            asked = st.query_params.get("against")
+            if asked and asked not in offered:
+                offered.append(asked)
+            name = st.selectbox(
+                "Beside", offered, key="against", bind="query-params", width=150, accept_new_options=True, **HIDDEN
+            )
+            note = (
+                "values with 95 % intervals; of the same window but not of the same requests: a rollout compares fairly"
+            )
+            st.markdown(f":gray[:small[{note}]]", width="stretch")
+        other = _other(str(name), chosen, serving)
+        found = versions.some((other,)) if other is not None and other in set(every) else []
+        if not found:
+            st.caption(f"{plain(name)} is no version that there is. Choose another one.")
+            return
+        measured = versions.measured(part, (chosen.version, found[0].version))
+        diff.side_by_side(_side(chosen, measured), _side(found[0], measured), current().colours)
+
+
+def _other(name: str, chosen: PolicyVersion, serving: ledger.Serving) -> int | None:
+    champion = serving.plan.champion if serving.plan is not None else None
+    if name == PARENT:
+        return chosen.parent_version or champion
+    if name == CHAMPION:
+        return champion
+    number = name.removeprefix("v")
+    return int(number) if number.isdecimal() else None
+
+
+def _side(version: PolicyVersion, measured: Any) -> diff.Side:
+    rows = measured[measured["policy_version"] == version.version].to_dict("records") if len(measured) else []
+    lineage, gate = versions.lineage(version.version), versions.gate_of(version.version)
+    return version, lineage, gate, rows[0] if rows else None
+
+
+def _tenant() -> None:
+    """The other direction of lineage: what somebody's traffic taught."""
+    with st.container(horizontal=True, vertical_alignment="center", key="tenant-bar"):
+        heading("What a tenant taught", "directly, or through weights that were built upon")
+        name = st.text_input("Tenant", key="tenant", bind="query-params", width=190, placeholder="Tenant", **HIDDEN)
+    if not (name := str(name or "").strip()):
+        st.caption("Write a tenant's name. What one request taught stands on its own page.")
+        return
+    traces, found = versions.taught_by_tenant(name)
+    if not traces:
+        st.caption(f"Nothing of {plain(name)} was ever taken in by the learner.")
+        return
+    said = ", ".join(f"[v{number}](/versions?about=v{number})" for number in found[-40:])
+    more = f", the newest 40 of {len(found):,}" if len(found) > 40 else ""
+    st.markdown(f"{traces:,} traces of **{plain(name)}** were taken in; they taught {said or 'no version'}{more}.")
+
+
+def _in_words(nodes: list[charts.Node], chosen: int) -> str:
+    """The graph for those who do not see it."""
+    me = next((node for node in nodes if node.version == chosen), None)
+    children = [f"v{node.version}" for node in nodes if node.parent == chosen]
+    parent = f"v{me.parent}" if me is not None and me.parent is not None else "no version"
+    return f"v{chosen} came from {parent}; from it came {', '.join(children) or 'no version'}."
+
+
+def _pick() -> None:
+    event: Any = st.session_state[st.session_state["list"]]
+    if event.selection.rows:
+        _choose(st.session_state["listed"][event.selection.rows[0]])
+
+
+def _go() -> None:
+    if (wanted := str(st.session_state["go"]).strip().removeprefix("v")).isdecimal():
+        _choose(int(wanted))
+
+
+def _choose(version: int) -> None:
+    st.query_params["about"] = f"v{version}"
 
 
 context.live(page)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 from uuid import UUID, uuid4
 
-from sqlalchemy import insert, update
+from sqlalchemy import insert, text, update
 
 from engine.contracts import (
     CANARY,
@@ -189,6 +189,12 @@ def _trace(number: int, at: datetime, history: list[ServingPlan], rng: random.Ra
     )
 
 
+_AS_SERVED = """
+    UPDATE learning_intake i SET started_at = t.started_at, tenant = t.tenant, traffic_class = t.traffic_class
+    FROM traces t WHERE t.trace_id = i.trace_id
+"""
+
+
 def _learned(db: Database, versions: list[PolicyVersion], traces: list[UUID], begin: datetime) -> None:
     """Lineage of the learned versions, and the learner's attempts: three that passed the gate and one refused."""
     mixes = {
@@ -208,6 +214,7 @@ def _learned(db: Database, versions: list[PolicyVersion], traces: list[UUID], be
         "gate": Members.of(range(taught + 1, len(used) + 1)),
     }
     with db.write() as session:
+        session.execute(text(_AS_SERVED))
         for minute, made, parent, was, gain in attempts:
             at = begin + timedelta(minutes=minute)
             gate = _gate(mixes["gate"], was, gain, made is not None)

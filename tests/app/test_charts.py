@@ -8,7 +8,7 @@ import pytest
 
 from app.charts import latency, rollout, trace
 from app.charts.theme import DARK, LIGHT, Palette, log_axis, mark_deploys
-from app.components.tables import trend_column, trends
+from app.components.tables import sparkline, trends
 
 AT = pd.date_range("2026-03-01 12:00", periods=5, freq="1min", tz="UTC")
 WINDOW = (AT[0].to_pydatetime(), AT[4].to_pydatetime())
@@ -46,7 +46,7 @@ def test_an_empty_chart_says_so() -> None:
         "No traffic"
         in latency.percentiles(pd.DataFrame(), pd.DataFrame(), NO_PLANS, WINDOW, LIGHT).layout.annotations[0].text
     )
-    assert "No traffic" in latency.heat_map(pd.DataFrame(), WINDOW, LIGHT).layout.annotations[0].text
+    assert "No traffic" in latency.heat_map(pd.DataFrame(), NO_PLANS, WINDOW, LIGHT).layout.annotations[0].text
 
 
 def test_a_gap_stays_a_gap() -> None:
@@ -90,7 +90,7 @@ def test_the_heat_map_has_a_cell_for_every_bin_and_gaps_between(rows: int) -> No
     low = [100.0, 100.0 * 1.2**3][:rows]
     frame = pd.DataFrame({"at": at, "until": at + minute, "low": low, "requests": [3, 4][:rows]})
     frame["high"] = frame["low"] * 1.2
-    drawn = latency.heat_map(frame, WINDOW, LIGHT).data[0]
+    drawn = latency.heat_map(frame, NO_PLANS, WINDOW, LIGHT).data[0]
     assert drawn.z.shape == ((1, 1) if rows == 1 else (4, 4))
     assert (len(drawn.y), len(drawn.x)) == (drawn.z.shape[0] + 1, drawn.z.shape[1] + 1)
     assert pd.Series(drawn.z.ravel()).sum() == frame["requests"].sum()
@@ -121,9 +121,9 @@ def test_sparklines_share_one_scale_and_a_version_without_traffic_has_none() -> 
     moved = trends(over_time, pd.Series([5, 3, 1]))
     assert moved == [[2.5], [2.0], []]
     assert trends(pd.DataFrame(), pd.Series([1])) == [[]]
-    column = trend_column(pd.Series(moved))["type_config"]
+    column = sparkline("", pd.Series(moved), 1.0)["type_config"]
     assert (column["y_min"], column["y_max"]) == (1.0, pytest.approx(2.75))
-    assert trend_column(pd.Series([[]]))["type_config"]["y_max"] > 1.0
+    assert sparkline("", pd.Series([[]]), 1.0)["type_config"]["y_max"] > 1.0
 
 
 def test_the_waterfall_lies_end_to_end() -> None:

@@ -7,7 +7,7 @@ from datetime import UTC, datetime, timedelta
 import pandas as pd
 import pytest
 
-from app.charts import speculation, system
+from app.charts import latency, speculation, system
 from app.charts.theme import DARK, LIGHT, Palette
 from app.components import context, drawing
 from engine.diagnosis.decompose import Part
@@ -16,6 +16,7 @@ from engine.store.repositories.overview import Slice
 AT = pd.date_range("2026-03-01 12:00", periods=5, freq="1min", tz="UTC")
 WINDOW = (AT[0].to_pydatetime(), AT[4].to_pydatetime())
 NO_PLANS = pd.DataFrame(columns=["at", "label", "canary"])
+PLANS = pd.DataFrame({"at": AT[[1, 3]], "label": ["v3 25 %", "v3 champion"], "canary": [3, None]})
 NAN = float("nan")
 
 
@@ -33,7 +34,7 @@ def frame(rows: int, value: float = 1.5) -> pd.DataFrame:
 def test_every_chart_draws(data: pd.DataFrame, colours: Palette) -> None:
     for made in (
         speculation.by_class(data, "acceptance_length", NO_PLANS, WINDOW, colours),
-        speculation.share_by_class(data, WINDOW, colours),
+        speculation.share_by_class(data, PLANS, WINDOW, colours),
         speculation.positions_by_class(data, colours),
         speculation.cost(data, colours),
         speculation.distribution(data.dropna(), (1.2, 2.5), colours),
@@ -44,9 +45,36 @@ def test_every_chart_draws(data: pd.DataFrame, colours: Palette) -> None:
 
 def test_shares_add_up_and_a_gap_is_no_bar() -> None:
     data = pd.DataFrame({"at": AT[[0, 0, 1, 1]], "traffic_class": ["a", "b"] * 2, "requests": [3.0, 1.0, NAN, NAN]})
-    made = speculation.share_by_class(data, WINDOW, LIGHT)
+    made = speculation.share_by_class(data, NO_PLANS, WINDOW, LIGHT)
     assert [bar.y[0] for bar in made.data] == [75.0, 25.0]
     assert all(pd.isna(bar.y[1]) for bar in made.data)
+
+
+def test_every_time_chart_marks_what_the_ledger_changed() -> None:
+    data = frame(5)
+    cells = pd.DataFrame({"at": AT, "until": AT + pd.Timedelta("1min"), "low": 100.0, "high": 120.0, "requests": 3})
+    percentiles = data.assign(**{f"e2e_{q}": 9.0 for q in ("p50", "p95", "p99")})
+    made = {
+        "mix": speculation.share_by_class(data, PLANS, WINDOW, LIGHT),
+        "heat": latency.heat_map(cells, PLANS, WINDOW, LIGHT),
+        "class": speculation.by_class(data, "acceptance_length", PLANS, WINDOW, LIGHT),
+        "version": latency.by_version(data, "acceptance_length", PLANS, WINDOW, LIGHT),
+        "percentiles": latency.percentiles(percentiles, pd.DataFrame(), PLANS, WINDOW, LIGHT),
+    }
+    for name, figure in made.items():
+        lines = [shape for shape in figure.layout.shapes if shape.type == "line"]
+        assert [line.x0 for line in lines] == [AT[3], AT[1]], name
+        assert {line.layer for line in lines} == {"above" if name in ("mix", "heat") else "below"}, name
+        assert "v3 champion" in [note.text for note in figure.layout.annotations], name
+
+
+def test_a_stroke_over_the_heat_map_bounds_time_and_latency() -> None:
+    cells = pd.DataFrame({"at": AT, "until": AT + pd.Timedelta("1min"), "low": 100.0, "high": 120.0, "requests": 3})
+    heat, points = latency.heat_map(cells, NO_PLANS, WINDOW, LIGHT).data
+    assert (heat.hoverinfo, points.marker.opacity, len(points.x)) == ("skip", 0, 5)
+    chosen = [{"customdata": [100.4, 120.0, 3]}, {"customdata": [140.0, 160.2, 1]}]
+    assert drawing.band({"selection": {"points": chosen}}, "ttft") == {"of": "ttft", "min_ms": "100", "max_ms": "161"}
+    assert drawing.band({"selection": {"points": []}}, "ttft") == {}
 
 
 def test_a_waterfall_lies_end_to_end_and_greys_what_may_be_nothing() -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import replace
 from datetime import timedelta
 from itertools import pairwise
 from pathlib import Path
+from uuid import UUID
 
 import pandas as pd
 import pytest
@@ -14,13 +16,13 @@ import pytest
 from engine.contracts import Status
 from engine.diagnosis import explain
 from engine.store import frames
-from engine.store.database import Database
+from engine.store.database import Database, ReadSession
 from engine.store.panels import PANELS
 from engine.store.repositories import learning, overview, traces
 from engine.store.repositories.learning import Attempt
 from engine.store.repositories.overview import Slice
-from engine.store.repositories.traces import Filter
-from tests.store.test_rollups import END, START, deltas_only, write
+from engine.store.repositories.traces import Filter, Place
+from tests.store.test_rollups import END, START, deltas_only, records, write
 from tests.telemetry.records import record
 
 ALL = Filter()
@@ -83,22 +85,53 @@ def test_a_cell_of_a_client_is_no_formula() -> None:
     assert list(table["effect"]) == [-1.5] * 5
 
 
-def test_traces_come_by_pages_without_a_hole(db: Database, tmp_path: Path) -> None:
+def walk(session: ReadSession, order: str, chosen: Filter, size: int, back: bool = False) -> list[list[UUID]]:
+    """Every page of a list, one after the other; or from the last one back."""
+    key, found, place = {"newest": "started_at", "slowest": "e2e_s"}[order], list[list[UUID]](), None
+    if back:
+        place = Place(START if order == "newest" else 0.0, UUID(int=0), 0, back=True)
+    while rows := traces.listed(session, Slice(START, END), chosen, order, size, place):
+        found.append([row["trace_id"] for row in rows])
+        edge = rows[0] if back else rows[-1]
+        place = Place(edge[key], edge["trace_id"], size * len(found), back)
+    return found
+
+
+@pytest.mark.parametrize("order", ["newest", "slowest"])
+@pytest.mark.parametrize("chosen", [Filter(), Filter(tenant="acme")], ids=["all", "a tenant"])
+def test_traces_come_by_pages_without_a_hole(db: Database, tmp_path: Path, order: str, chosen: Filter) -> None:
+    """Whichever way one goes, and where many rows have the value that the list is sorted by."""
+    tied = [replace(one, e2e_s=1.5, started_at=one.started_at.replace(minute=0, second=0, microsecond=0))
+            for one in records()[::2]]  # fmt: skip
+    write(db, tmp_path, [*tied, *records()[1::2]])
+    with db.read() as session:
+        whole = [row["trace_id"] for row in traces.listed(session, Slice(START, END), chosen, order, 2_000)]
+        assert len(set(whole)) == len(whole) == traces.matching(session, Slice(START, END), chosen)[0] > 300
+        assert [one for page in walk(session, order, chosen, 97) for one in page] == whole
+        assert [one for page in reversed(walk(session, order, chosen, 97, back=True)) for one in page] == whole
+
+
+def test_a_list_is_of_what_was_asked_for(db: Database, tmp_path: Path) -> None:
     deltas_only(db, tmp_path)
+    asked = (
+        Filter(status="error"), Filter(tenant="acme"), Filter(min_s=1.0, max_s=2.0), Filter(latency="tpot", min_s=0.02),
+        Filter(min_length=1.5, max_length=2.5), Filter(min_output=12), Filter(replica="replica-1"),
+        Filter(preempted=True), Filter(retried=True),
+    )  # fmt: skip
     part = Slice(START, END)
     with db.read() as session:
-        pages = [traces.listed(session, part, limit=500, offset=at) for at in (0, 500, 1_000)]
-        found = [row["trace_id"] for page in pages for row in page]
-        assert len(set(found)) == len(found) == 1_200 == traces.matching(session, part, Filter())[0]
-        slow = traces.listed(session, part, order="slowest", limit=1_200)
-        times = [row["e2e_s"] for row in slow]
+        times = [row["e2e_s"] for row in traces.listed(session, part, order="slowest", limit=1_200)]
         assert times == sorted(times, reverse=True)
-        for chosen in (Filter(status="error"), Filter(tenant="acme"), Filter(min_e2e_s=1.0, max_e2e_s=2.0)):
+        for chosen in asked:
             listed = traces.listed(session, part, chosen, limit=1_200)
             assert (len(listed), True) == traces.matching(session, part, chosen)
-            assert 0 < len(listed) < 1_200
-        one = found[0]
+            assert 0 < len(listed) < 1_200, chosen
+        one = listed[0]["trace_id"]
         assert [r["trace_id"] for r in traces.listed(session, part, Filter(trace_ids=(one,)))] == [one]
+        lengths = [1 + row["accepted"] / row["steps"] for row in traces.listed(session, part, asked[4], limit=1_200)]
+        assert all(1.5 <= length < 2.5 for length in lengths)
+        assert traces.listed(session, part, Filter(generation=10**6)) == []
+        assert traces.listed(session, part, Filter(finish_reason="nonsense")) == []
 
 
 def _slowest(db: Database, part: Slice, chosen: Filter = ALL) -> None:

@@ -9,7 +9,7 @@ from datetime import timedelta
 from functools import partial
 
 from engine.store.database import ReadSession
-from engine.store.panels import speculation, system, traffic
+from engine.store.panels import speculation, system, traffic, versions
 from engine.store.panels.traffic import Rows
 from engine.store.repositories import drift, learning, overview, plans, traces
 from engine.store.repositories.overview import Slice
@@ -118,6 +118,12 @@ PANELS: dict[str, Panel] = {
         Panel("speculation.cost", "Step time (ms) against acceptance length, by version and class", speculation.cost),
         Panel("drift.findings", "What drifted: when, where, how large, how sure", _findings),
         Panel("drift.mix", "Requests over time by class", partial(traffic.over_time, by=CLASS, latencies=())),
+        Panel(
+            "versions.measured",
+            "What each version did: rates and percentiles (ms) with 95 % intervals",
+            versions.measured,
+        ),
+        Panel("versions.trends", "Acceptance length, p50 and p95 (ms) over time, by version", versions.trends),
         Panel("traces.newest", "The newest requests", traces.listed),
         Panel("traces.slowest", "The slowest requests", _slowest),
         Panel("traces.failed", "The newest requests that failed", _failed),

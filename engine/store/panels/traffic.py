@@ -19,6 +19,8 @@ QS = (0.5, 0.9, 0.95, 0.99, 0.999)
 LATENCIES = ("e2e", "ttft", "tpot", "queue")
 PER_BIN = 25
 """Bins are wide enough for some so many requests each: percentiles of fewer say more about chance."""
+MOST = 90
+"""Time bins of a chart."""
 JOINED = 8
 """Histogram buckets in one row of the heat map: 17 %."""
 
@@ -36,7 +38,7 @@ def over_time(
     part: Slice,
     by: Sequence[str] = (),
     latencies: Sequence[str] = LATENCIES,
-    most: int = 90,
+    most: int = MOST,
     now: datetime | None = None,
 ) -> Rows:
     """The same per time bin ("at", its start, and "width_s"); bins without traffic are absent.

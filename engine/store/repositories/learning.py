@@ -73,6 +73,12 @@ def looks(session: ReadSession | WriteSession) -> tuple[int, list[int]]:
     return through, list(session.scalars(since))
 
 
+def outcomes(session: ReadSession) -> dict[str, int]:
+    """Attempts by outcome, of all time."""
+    query = select(LearningAttemptRow.outcome, func.count()).group_by(LearningAttemptRow.outcome)
+    return dict(session.execute(query).all())
+
+
 def without_run(session: ReadSession | WriteSession, but: Collection[int] = (), limit: int = 50) -> list[Attempt]:
     """Attempts that MLflow does not show yet, oldest first, without those of the ids in ``but``."""
     query = (

@@ -31,7 +31,7 @@ _SUMS, _HISTOGRAMS = ("rollups", "rollup_deltas"), ("rollup_histograms", "rollup
 
 @dataclass(frozen=True, slots=True)
 class Slice:
-    """A window of time [since, until) and what of it: None means all."""
+    """A window of time [since, until) and what of it: None means all. ``versions`` are any of some, beside the one."""
 
     since: datetime
     until: datetime
@@ -39,6 +39,7 @@ class Slice:
     arm: str | None = None
     version: int | None = None
     replica: str | None = None
+    versions: tuple[int, ...] | None = None
 
     def before(self) -> Slice:
         """The window of the same length that ends where this one begins."""
@@ -171,6 +172,16 @@ def known(session: ReadSession, part: Slice) -> dict[str, list[Any]]:
     return {name: sorted({row[place] for row in rows}) for place, name in enumerate(plural)}
 
 
+def leading(session: ReadSession, part: Slice, most: int) -> list[tuple[int, int]]:
+    """(version, requests) of the versions with the most requests in the window, most first."""
+    source = _source(part, None, _SUMS, ("policy_version", "requests"))
+    query = f"""
+        SELECT policy_version, CAST(sum(requests) AS bigint) FROM {source}
+        GROUP BY 1 HAVING sum(requests) > 0 ORDER BY 2 DESC, 1 DESC LIMIT :most"""
+    rows = session.execute(text(query), _parameters(part, None) | {"most": most})
+    return [(version, requests) for version, requests in rows]
+
+
 def newest(session: ReadSession) -> datetime | None:
     """When the newest trace began: how old what a page shows is."""
     return session.scalar(text("SELECT max(started_at) FROM traces"))
@@ -215,6 +226,7 @@ def _filters(part: Slice) -> str:
             (part.arm, "arm = :arm"),
             (part.version, "policy_version = :version"),
             (part.replica, "replica_id = :replica"),
+            (part.versions, "policy_version = ANY(:versions)"),
         )
         if value is not None
     )
@@ -228,6 +240,7 @@ def _parameters(part: Slice, width: timedelta | None) -> dict[str, Any]:
         "arm": part.arm,
         "version": part.version,
         "replica": part.replica,
+        "versions": None if part.versions is None else list(part.versions),
         "width": width,
     }
     for place, (_, begin, end) in enumerate(part.covered_by(width)):

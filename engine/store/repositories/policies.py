@@ -108,6 +108,23 @@ def all_versions(session: ReadSession | WriteSession, limit: int = 10_000) -> li
     return [_version(row) for row in rows]
 
 
+def numbers(session: ReadSession) -> list[int]:
+    """Every version's number, newest first."""
+    return list(session.scalars(select(PolicyVersionRow.version).order_by(PolicyVersionRow.version.desc())))
+
+
+def some(session: ReadSession, versions: Sequence[int]) -> list[PolicyVersion]:
+    """These versions, newest first; those that there are not are left out."""
+    query = select(PolicyVersionRow).where(PolicyVersionRow.version.in_(versions))
+    return [_version(row) for row in session.scalars(query.order_by(PolicyVersionRow.version.desc()))]
+
+
+def kinds(session: ReadSession) -> dict[str, int]:
+    """Versions by kind of proposer."""
+    query = select(PolicyVersionRow.kind, func.count()).group_by(PolicyVersionRow.kind)
+    return dict(session.execute(query).all())
+
+
 def retire(session: WriteSession, versions: Sequence[int], reason: str, now: datetime) -> list[int]:
     """Versions that shall never be served again; says which of them were not retired before."""
     done = session.scalars(

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import datetime
+from operator import ge, gt, lt
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import ColumnElement, UnaryExpression, func, select
+from sqlalchemy import ColumnElement, Float, and_, cast, func, or_, select
+from sqlalchemy.orm import InstrumentedAttribute
 
 from engine.contracts import Status
 from engine.store import histogram
@@ -39,30 +41,55 @@ LISTED = (
     TraceRow.assignment_key,
     TraceRow.error,
 )
-ORDERS: dict[str, tuple[ColumnElement[Any] | UnaryExpression[Any], ...]] = {
-    "newest": (TraceRow.started_at.desc(), TraceRow.trace_id.asc()),
-    "slowest": (TraceRow.e2e_s.desc(), TraceRow.trace_id.asc()),
-}
+ORDERS = {"newest": TraceRow.started_at, "slowest": TraceRow.e2e_s}
+"""What a list is sorted by, descending; equal ones by their id."""
+LATENCIES = {"e2e": TraceRow.e2e_s, "ttft": TraceRow.ttft_s, "tpot": TraceRow.tpot_s, "queue": TraceRow.queue_s}
 COUNTED = 100_000
 """Matches of a filter that rollups do not know are counted to here and not further."""
 
 
 @dataclass(frozen=True, slots=True)
 class Filter:
-    """What of a slice is listed; None means all. Durations are seconds, ``conversation`` is the assignment key;
-    ``failed`` are the requests that ended in an error or a timeout."""
+    """What of a slice is listed; None means all.
+
+    ``conversation`` is the assignment key; ``min_s`` and ``max_s`` bound the ``latency`` named, in seconds,
+    ``min_length`` and ``max_length`` the acceptance length, ``min_output`` the output tokens; ``failed`` are the
+    requests that ended in an error or a timeout.
+    """
 
     status: str | None = None
     tenant: str | None = None
     conversation: str | None = None
-    min_e2e_s: float | None = None
-    max_e2e_s: float | None = None
+    latency: str = "e2e"
+    min_s: float | None = None
+    max_s: float | None = None
+    min_length: float | None = None
+    max_length: float | None = None
+    min_output: int | None = None
+    replica: str | None = None
+    generation: int | None = None
+    finish_reason: str | None = None
+    retried: bool = False
+    preempted: bool = False
     trace_ids: tuple[UUID, ...] | None = None
     failed: bool = False
 
     @property
     def is_empty(self) -> bool:
         return self == Filter()
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A place in a list, by its key: behind the row whose ``value`` the list is sorted by, or before it (``back``).
+
+    However deep it lies, a page from here costs what its own rows cost. ``passed`` rows come before the page.
+    """
+
+    value: datetime | float
+    trace_id: UUID
+    passed: int
+    back: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,12 +106,17 @@ def listed(
     chosen: Filter = Filter(),
     order: str = "newest",
     limit: int = 200,
-    offset: int = 0,
+    place: Place | None = None,
 ) -> list[dict[str, Any]]:
-    """One page of the traces of a slice, sorted and cut by the server."""
-    wanted = _conditions(session, part, chosen)
-    query = select(*LISTED).where(*wanted).order_by(*ORDERS[order]).limit(limit).offset(offset)
-    if order == "slowest" and chosen.is_empty and (least := _slow_from(session, part, offset + limit)) is not None:
+    """One page of the traces of a slice, sorted and cut by the server; the first one without a ``place``."""
+    key, back = ORDERS[order], place is not None and place.back
+    query = select(*LISTED).where(*_conditions(session, part, chosen), *_beyond(key, place)).limit(limit)
+    if back:
+        rows = session.execute(query.order_by(key.asc(), TraceRow.trace_id.desc())).mappings().all()
+        return [dict(row) for row in reversed(rows)]
+    query = query.order_by(key.desc(), TraceRow.trace_id.asc())
+    many = limit + (place.passed if place is not None else 0)
+    if order == "slowest" and chosen.is_empty and (least := _slow_from(session, part, many)) is not None:
         slow = query.where(TraceRow.e2e_s >= least, *_of_every_class(session, part))
         rows = session.execute(slow).mappings().all()
         if len(rows) == limit:
@@ -147,6 +179,17 @@ def _of_every_class(session: ReadSession, part: Slice) -> list[ColumnElement[boo
     return [TraceRow.traffic_class.in_(overview.known(session, part)["classes"])]
 
 
+def _beyond(key: InstrumentedAttribute[Any], place: Place | None) -> list[ColumnElement[bool]]:
+    """Rows behind a place, or before it. The first condition says nothing new, but an index can be read from it on."""
+    if place is None:
+        return []
+    if place.back:
+        tied = and_(key == place.value, TraceRow.trace_id < place.trace_id)
+        return [key >= place.value, or_(key > place.value, tied)]
+    tied = and_(key == place.value, TraceRow.trace_id > place.trace_id)
+    return [key <= place.value, or_(key < place.value, tied)]
+
+
 def _conditions(session: ReadSession, part: Slice, chosen: Filter) -> list[ColumnElement[bool]]:
     wanted: list[ColumnElement[bool]] = [TraceRow.started_at >= part.since, TraceRow.started_at < part.until]
     for column, value in (
@@ -157,18 +200,36 @@ def _conditions(session: ReadSession, part: Slice, chosen: Filter) -> list[Colum
         (TraceRow.status, chosen.status),
         (TraceRow.tenant, chosen.tenant),
         (TraceRow.assignment_key, chosen.conversation),
+        (TraceRow.replica_id, chosen.replica),
+        (TraceRow.generation, chosen.generation),
+        (TraceRow.finish_reason, chosen.finish_reason),
     ):
         if value is not None:
             wanted.append(column == value)
+    if part.versions is not None:
+        wanted.append(TraceRow.policy_version.in_(part.versions))
     if chosen.status not in (None, Status.OK):
         wanted.append(TraceRow.status != Status.OK)  # says nothing new, but lets Postgres take the index of failures
     if chosen.failed:
         wanted.append(TraceRow.status.in_((Status.ERROR, Status.TIMEOUT)))
         wanted.append(TraceRow.status != Status.OK)  # as above
-    if chosen.min_e2e_s is not None:
-        wanted += [TraceRow.e2e_s >= chosen.min_e2e_s, *_of_every_class(session, part)]
-    if chosen.max_e2e_s is not None:
-        wanted.append(TraceRow.e2e_s < chosen.max_e2e_s)
+    latency = LATENCIES[chosen.latency]
+    length = 1 + cast(TraceRow.accepted, Float) / func.nullif(TraceRow.steps, 0)
+    wanted += [
+        compare(column, value)
+        for column, compare, value in (
+            (latency, ge, chosen.min_s),
+            (latency, lt, chosen.max_s),
+            (length, ge, chosen.min_length),
+            (length, lt, chosen.max_length),
+            (TraceRow.output_tokens, ge, chosen.min_output),
+            (TraceRow.retry, gt, 0 if chosen.retried else None),
+            (TraceRow.preemptions, gt, 0 if chosen.preempted else None),
+        )
+        if value is not None
+    ]
+    if chosen.latency == "e2e" and chosen.min_s is not None:
+        wanted += _of_every_class(session, part)
     if chosen.trace_ids is not None:
         wanted.append(TraceRow.trace_id.in_(chosen.trace_ids))
     return wanted

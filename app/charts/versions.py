@@ -1,0 +1,220 @@
+"""Versions against each other, and the family of one. DataFrame or records → figure, pure."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import pandas as pd
+import plotly.graph_objects as go
+
+from app.charts.theme import Palette, empty, figure
+
+NODE = 30
+ROW = 62
+CURVE = 12
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """A version in the graph. ``generation`` counts from the chosen one; ``word`` says what became of it, and
+    ``is_good`` how to judge that (None: not at all); ``more`` of its children are not drawn."""
+
+    version: int
+    parent: int | None
+    generation: int
+    word: str
+    is_good: bool | None = None
+    is_retired: bool = False
+    more: int = 0
+
+
+def against(
+    frame: pd.DataFrame, column: str, chosen: int, roles: Mapping[int, str], form: str, unit: str, colours: Palette
+) -> go.Figure:
+    """One metric by version, with its 95 % interval where one is known.
+
+    ``frame``: policy_version, requests, ``column`` and maybe ``column``_low and _high, a row a version.
+    """
+    known = frame.dropna(subset=[column]) if column in frame else pd.DataFrame()
+    if known.empty:
+        return empty("No version was measured in this window: choose a longer one", colours)
+    known = known.sort_values("policy_version").reset_index(drop=True)
+    made = figure(colours)
+    reach = {
+        name: (abs(known[f"{column}_{name}"] - known[column]).fillna(0) if f"{column}_{name}" in known else None)
+        for name in ("low", "high")
+    }
+    numbers = [int(version) for version in known["policy_version"]]
+    made.add_scatter(
+        x=list(range(len(numbers))),
+        y=known[column],
+        mode="lines+markers",
+        line={"width": 1, "color": colours.grid},
+        marker={
+            "opacity": 1,
+            "color": [colours.version(number) for number in numbers],
+            "size": [13 if number == chosen else 9 for number in numbers],
+            "line": {"width": [2 if number == chosen else 0 for number in numbers], "color": colours.text},
+        },
+        error_y={
+            "type": "data", "array": reach["high"], "arrayminus": reach["low"], "color": colours.muted,
+            "thickness": 1, "width": 3,
+        },
+        customdata=[[number, _range(row, column, form)] for number, row in zip(numbers, known.to_dict("records"),
+                                                                              strict=True)],
+        text=[f"v{number} {roles.get(number, '')}".strip() for number in numbers],
+        hovertemplate=f"%{{text}}: %{{y:{form}}} {unit}%{{customdata[1]}}<extra></extra>",
+        showlegend=False,
+    )  # fmt: skip
+    step = max(1, math.ceil(len(numbers) / 16))
+    made.update_layout(hovermode="closest", clickmode="event+select", margin={"t": 14})
+    made.update_xaxes(
+        tickvals=list(range(0, len(numbers), step)),
+        ticktext=[f"v{number}" for number in numbers[::step]],
+        range=[-0.6, max(len(numbers) - 0.4, 2.6)],
+    )
+    made.update_yaxes(nticks=6)
+    return made
+
+
+def family(nodes: Sequence[Node], taught: Mapping[tuple[int, int], float], chosen: int, colours: Palette) -> go.Figure:
+    """Ancestors on the left, descendants on the right. Solid: parent; dotted: whose traffic taught it.
+
+    ``taught``: (teacher, learner) → share of the learner's training traces, 0 to 1.
+    """
+    if not nodes:
+        return empty("There is no such version", colours)
+    places = _places(nodes)
+    rows = max(y for _, y in places.values()) + 1
+    made = figure(colours, int(max(3, rows) * ROW + 40))
+    made.add_scatter(**_lines([(places[n.parent], places[n.version]) for n in nodes if n.parent in places]),
+                     line={"width": 1.4, "color": colours.muted, "shape": "spline"})  # fmt: skip
+    arcs = [(places[a], places[b], share, a, b) for (a, b), share in taught.items() if a in places and b in places]
+    made.add_scatter(**_arcs(arcs), line={"width": 1.6, "color": colours.quantiles[1], "dash": "dot"})
+    middle = [_curve(a, b)[CURVE // 2] for a, b, *_ in arcs]
+    made.add_scatter(
+        x=[x for x, _ in middle],
+        y=[y for _, y in middle],
+        mode="markers",
+        marker={"size": 7, "color": colours.quantiles[1]},
+        text=[f"{share:.0%} of v{b}'s training traffic was served by v{a}" for _, _, share, a, b in arcs],
+        hovertemplate="%{text}<extra></extra>",
+        showlegend=False,
+    )
+    made.add_scatter(
+        x=[places[n.version][0] for n in nodes],
+        y=[places[n.version][1] for n in nodes],
+        mode="markers+text",
+        text=[f"<b>v{n.version}</b>" for n in nodes],
+        textfont={"size": 11, "color": [colours.version(n.version) if n.is_retired else colours.card for n in nodes]},
+        marker={
+            "opacity": 1,
+            "symbol": ["circle-open" if n.is_retired else "circle" for n in nodes],
+            "size": [NODE + 6 if n.version == chosen else NODE for n in nodes],
+            "color": [colours.version(n.version) for n in nodes],
+            "line": {"width": [3 if n.version == chosen else 1 for n in nodes],
+                     "color": [colours.text if n.version == chosen else colours.version(n.version) for n in nodes]},
+        },
+        customdata=[[n.version, n.word or "never served", f", {n.more} more children" if n.more else ""]
+                    for n in nodes],
+        hovertemplate="v%{customdata[0]}: %{customdata[1]}%{customdata[2]}<extra></extra>",
+        showlegend=False,
+    )  # fmt: skip
+    made.update_layout(
+        hovermode="closest",
+        clickmode="event+select",
+        margin={"t": 8, "b": 8},
+        annotations=_words(nodes, places, colours),
+    )
+    generations = [n.generation for n in nodes]
+    made.update_xaxes(visible=False, range=[min(generations) - 0.5, max(max(generations), min(generations) + 2) + 0.5])
+    made.update_yaxes(visible=False, range=[max(rows - 0.35, 1.6), -0.6])
+    return made
+
+
+def _range(row: Mapping[str, object], column: str, form: str) -> str:
+    bounds = [row.get(f"{column}_{name}") for name in ("low", "high")]
+    if any(bound is None or pd.isna(bound) for bound in bounds):
+        return ", no interval: too few requests"
+    return " ({} to {})".format(*(format(float(str(bound)), form) for bound in bounds))
+
+
+def _places(nodes: Sequence[Node]) -> dict[int, tuple[float, float]]:
+    """Version → (generation, row): every leaf has a row of its own, a parent stands in the middle of its children."""
+    known = {node.version: node for node in nodes}
+    children: dict[int, list[int]] = {}
+    for node in sorted(nodes, key=lambda n: n.version):
+        if node.parent in known:
+            children.setdefault(node.parent, []).append(node.version)
+    rows: dict[int, float] = {}
+    leaf = 0
+    for root in (node.version for node in nodes if node.parent not in known):
+        stack = [(root, False)]
+        while stack:
+            version, is_done = stack.pop()
+            below = children.get(version, [])
+            if is_done:
+                rows[version] = sum(rows[one] for one in below) / len(below)
+            elif below:
+                stack.append((version, True))
+                stack.extend((one, False) for one in reversed(below))
+            else:
+                rows[version] = float(leaf)
+                leaf += 1
+    return {version: (float(known[version].generation), row) for version, row in rows.items()}
+
+
+def _words(
+    nodes: Sequence[Node], places: Mapping[int, tuple[float, float]], colours: Palette
+) -> list[dict[str, object]]:
+    """What became of each, under it."""
+    shades = {True: colours.good, False: colours.bad, None: colours.muted}
+    return [
+        {
+            "x": places[n.version][0], "y": places[n.version][1], "yshift": -27, "showarrow": False,
+            "text": n.word + (f" · +{n.more}" if n.more else ""),
+            "font": {"size": 10, "color": shades[n.is_good]},
+        }
+        for n in nodes if n.word or n.more
+    ]  # fmt: skip
+
+
+Point = tuple[float, float]
+
+
+def _lines(pairs: Sequence[tuple[Point, Point]]) -> dict[str, object]:
+    x: list[float | None] = []
+    y: list[float | None] = []
+    for (x0, y0), (x1, y1) in pairs:
+        x += [x0, x0 + 0.3 * (x1 - x0), x0 + 0.7 * (x1 - x0), x1, None]
+        y += [y0, y0, y1, y1, None]
+    return {"x": x, "y": y, "mode": "lines", "hoverinfo": "skip", "showlegend": False}
+
+
+def _arcs(arcs: Sequence[tuple[Point, Point, float, int, int]]) -> dict[str, object]:
+    x: list[float | None] = []
+    y: list[float | None] = []
+    for a, b, *_ in arcs:
+        for px, py in _curve(a, b):
+            x.append(px)
+            y.append(py)
+        x.append(None)
+        y.append(None)
+    return {"x": x, "y": y, "mode": "lines", "hoverinfo": "skip", "showlegend": False}
+
+
+def _curve(a: Point, b: Point) -> list[Point]:
+    """From teacher to learner above the straight line, so that it is told apart from the parent's edge."""
+    bend = (0.5 * (a[0] + b[0]), 0.5 * (a[1] + b[1]) - 0.42)
+    found = []
+    for step in range(CURVE + 1):
+        t = step / CURVE
+        found.append(
+            (
+                (1 - t) ** 2 * a[0] + 2 * t * (1 - t) * bend[0] + t**2 * b[0],
+                (1 - t) ** 2 * a[1] + 2 * t * (1 - t) * bend[1] + t**2 * b[1],
+            )
+        )
+    return found

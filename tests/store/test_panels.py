@@ -155,7 +155,7 @@ def test_the_slowest_are_those_of_every_class(db: Database, tmp_path: Path, monk
         Slice(START, END, "odd"),
     ):
         _slowest(db, part)
-    _slowest(db, Slice(START, END), Filter(min_e2e_s=1.0))
+    _slowest(db, Slice(START, END), Filter(min_s=1.0))
     monkeypatch.setattr(overview, "known", lambda session, part: {"classes": ["chat", "code"]})
     with pytest.raises(AssertionError):
         _slowest(db, Slice(START, END))

@@ -117,13 +117,15 @@ def adaptation(
         list[Path] | None, typer.Option("--prompts", help="a JSONL file in Spec-Bench's shape; repeatable")
     ] = None,
     corpus: Annotated[
-        Path | None, typer.Option(help="JSONL of prompt and response_token_ids that static is trained on")
+        Path | None, typer.Option(help="JSONL of prompt and response_token_ids whose memory is static")
     ] = None,
     static: Annotated[Path | None, typer.Option(help="folder of a policy artifact to take for static")] = None,
     streams: Annotated[str, typer.Option(help="streams, by commas")] = "mixed,shift,recurring,gradual",
     seeds: Annotated[int, typer.Option(help="how many orders of the same requests")] = 3,
     tokens: Annotated[int, typer.Option(help="output tokens at most")] = 128,
     every: Annotated[int, typer.Option(help="requests between two candidates")] = 16,
+    tune: Annotated[int, typer.Option(help="requests a candidate tunes its neural draft on; 0: left as it is")] = 0,
+    tune_every: Annotated[int, typer.Option(help="candidates of which one is tuned")] = 5,
     verify: Annotated[int, typer.Option(help="requests of each class decoded for real; 0 for none")] = 8,
     limit: Annotated[int, typer.Option(help="prompts of a class at most; 0 for all")] = 0,
     out: Annotated[Path | None, typer.Option(help="folder for JSON, CSV and a page with the curves")] = None,
@@ -142,6 +144,8 @@ def adaptation(
         seeds=seeds,
         tokens=tokens,
         every=every,
+        tune=tune,
+        tune_every=tune_every,
         verify=verify,
         limit=limit,
         seed=seed,
@@ -160,6 +164,41 @@ def _named_folder(text: str) -> tuple[str, Path]:
     if not (name and sign and folder):
         raise typer.BadParameter(f"--artifact takes NAME=FOLDER, got {text!r}")
     return name, Path(folder)
+
+
+@bench.command()
+def losses(
+    context: typer.Context,
+    prompts: Annotated[list[Path], typer.Option("--prompts", help="JSONL of the class that is learned; repeatable")],
+    static: Annotated[Path | None, typer.Option(help="folder of a neural policy; without it the shipped one")] = None,
+    learn: Annotated[int, typer.Option(help="responses that are learned")] = 32,
+    tested: Annotated[int, typer.Option(help="responses that judge")] = 24,
+    tokens: Annotated[int, typer.Option(help="output tokens at most")] = 128,
+    seeds: Annotated[int, typer.Option(help="how many draws of responses and orders")] = 3,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """What each loss makes of one pass over new traffic: acceptance length on held-out responses, paired by seed."""
+    from engine.bench.losses import Options, run
+
+    options = Options(tuple(prompts), static, learn, tested, tokens, seeds, seed)
+    _show(run(settings(context), options, _progress), as_json)
+
+
+@bench.command("learning-cost")
+def learning_cost(
+    context: typer.Context,
+    pairs: Annotated[int, typer.Option(help="pairs of blocks, with the learner at work and without")] = 10,
+    requests: Annotated[int, typer.Option(help="requests of a block")] = 24,
+    clients: Annotated[int, typer.Option(help="requests at a time")] = 2,
+    tokens: Annotated[int, typer.Option(help="output tokens at most")] = 24,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """What learning beside serving does to latencies: the same requests with and without a learner at work."""
+    from engine.bench.learning_cost import Options, run
+
+    _show(run(settings(context), Options(pairs, requests, clients, tokens, seed), _progress), as_json)
 
 
 @bench.command()

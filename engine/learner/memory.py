@@ -107,18 +107,18 @@ def build_memory(
     return build_artifact(
         ProposerKind.TRACE_MEMORY,
         settings.num_speculative_tokens,
-        settings={
-            "min_n": recipe.min_n,
-            "max_n": recipe.max_n,
-            "min_confidence": MIN_CONFIDENCE,
-            "unit": recipe.unit,
-        },
+        settings=memory_settings(recipe),
         files={MEMORY_FILE: (learner or MemoryLearner()).learn(train, recipe)},
         target_fingerprint=target.fingerprint,
         tokenizer_fingerprint=target.tokenizer_fingerprint,
         parent=parent,
         lineage=memory_lineage(train, recipe),
     )
+
+
+def memory_settings(recipe: MemoryRecipe) -> dict[str, Any]:
+    """How a policy reads a memory that was counted by this recipe."""
+    return {"min_n": recipe.min_n, "max_n": recipe.max_n, "min_confidence": MIN_CONFIDENCE, "unit": recipe.unit}
 
 
 def memory_lineage(train: Sequence[TrainableTrace], recipe: MemoryRecipe) -> dict[str, Any]:

@@ -22,12 +22,14 @@ from engine.contracts import PolicyVersion, ProposerKind, SlipstreamError, SpecC
 from engine.learner.evaluate import acceptance
 from engine.learner.features import KEPT, Example, can_teach, example
 from engine.learner.gate import Replayer
-from engine.learner.memory import MemoryLearner, MemoryRecipe, memory_lineage, rebuild_memory
+from engine.learner.memory import MemoryLearner, MemoryRecipe, memory_lineage, memory_settings, rebuild_memory
+from engine.learner.shipped import shipped_draft
 from engine.learner.traces import ServedTarget
 from engine.learner.trainer import Trainer, TrainOptions
 from engine.model.llama import Llama
 from engine.model.loading import load_target
 from engine.registry.artifacts import ArtifactStore
+from engine.registry.publish import publish
 from engine.settings import LearnerSettings, Settings
 from engine.speculation.artifact import build_artifact
 from engine.speculation.control import KController
@@ -136,7 +138,8 @@ class HybridMaker:
         return self._target
 
     def _parent(self, target: ServedTarget, champion: PolicyVersion | None) -> PolicyVersion:
-        """Whose draft is tuned: the champion's, else the newest for this target that no rollout has taken back."""
+        """Whose draft is tuned: the champion's, else the newest for this target that no rollout has taken back, else
+        the one that comes with the project."""
         with self.db.read() as session:
             bad = eligibility.rolled_back(session)
             others = [v for v in policies.all_versions(session) if v.version not in bad]
@@ -144,6 +147,10 @@ class HybridMaker:
             fits = version.manifest.get("target_fingerprint") == target.fingerprint
             if version.kind in WITH_DRAFT and fits and version.retired_at is None:
                 return version
+        if (files := shipped_draft(target.fingerprint)) is not None:
+            made = publish(self.db, self.store, files, note="the static draft that comes with the project, not gated")
+            if made.version not in bad and made.retired_at is None:
+                return made
         raise SlipstreamError(
             "There is no neural draft to start from for this target. Make one: "
             "`slipstream policy train-static --data conversations.jsonl --out DIR --register`."
@@ -164,7 +171,7 @@ def build_hybrid(
     return build_artifact(
         ProposerKind.HYBRID,
         settings.num_speculative_tokens,
-        settings={"min_n": recipe.min_n, "max_n": recipe.max_n, "unit": recipe.unit},
+        settings=memory_settings(recipe),
         files={MEMORY_FILE: (learner or MemoryLearner()).learn(train, recipe), **draft},
         target_fingerprint=target.fingerprint,
         tokenizer_fingerprint=target.tokenizer_fingerprint,

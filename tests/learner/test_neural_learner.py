@@ -11,7 +11,8 @@ from uuid import UUID
 import numpy as np
 import pytest
 
-from engine.contracts import ProposerKind, RolloutState, artifact_digest
+from engine.contracts import ProposerKind, RolloutState, SlipstreamError, artifact_digest
+from engine.learner import neural, shipped, soundness
 from engine.learner.features import can_teach
 from engine.learner.neural import HybridMaker, TargetReplayer, TuneRecipe, choose, tune
 from engine.learner.rebuild import NotRebuilt, rebuild
@@ -22,7 +23,7 @@ from engine.model.loading import Target, load_target
 from engine.registry.publish import publish
 from engine.rollout.launch import launch
 from engine.settings import LearnerSettings
-from engine.speculation.artifact import build_artifact, load_proposer
+from engine.speculation.artifact import build_artifact, load_proposer, read_manifest
 from engine.speculation.control import KController
 from engine.speculation.neural_file import DraftFile, pack, unpack
 from engine.speculation.step_costs import StepCosts
@@ -188,6 +189,40 @@ def test_tuning_starts_from_no_draft_that_was_taken_back(
             decision=None, now=w.now,
         )  # fmt: skip
     assert maker._parent(target, None).version == good.version
+
+
+def test_without_any_draft_tuning_starts_from_the_one_that_comes_with_the_project(
+    db: Database, tmp_path: Path, tiny: Target, draft: DraftFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    w, target = HybridWorld(db, tmp_path, tiny), ServedTarget("tiny", FINGERPRINT, None, {})
+    maker = w.learner._maker
+    assert isinstance(maker, HybridMaker)
+    with pytest.raises(SlipstreamError, match="train-static"):  # what is shipped fits another target
+        maker._parent(target, None)
+    ours = build_artifact(ProposerKind.NEURAL, 4, files=pack_again(draft), target_fingerprint=FINGERPRINT)
+    monkeypatch.setattr(neural, "shipped_draft", lambda fingerprint: ours if fingerprint == FINGERPRINT else None)
+    first = maker._parent(target, None)
+    assert first.digest == artifact_digest(ours)
+    assert maker._parent(target, None) == first
+    with db.write() as session:
+        policies.retire(session, [first.version], "t", w.now)
+    with pytest.raises(SlipstreamError, match="train-static"):
+        maker._parent(target, None)
+
+
+def test_the_shipped_draft_is_sound_and_of_the_default_model() -> None:
+    folder = Path(shipped.__file__).parent / shipped.FOLDER
+    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    manifest = read_manifest(files)
+    assert manifest.target_fingerprint is not None
+    assert shipped.shipped_draft(manifest.target_fingerprint) == files
+    assert shipped.shipped_draft("another") is None
+    assert soundness.faults(files) == []
+    policy = load_proposer(files, artifact_digest(files), manifest.target_fingerprint, manifest.tokenizer_fingerprint)
+    assert policy.kind is ProposerKind.NEURAL
+    assert sum(map(len, files.values())) < 25e6
+    held_out = manifest.lineage["held_out"]["all"]
+    assert 1 + sum(held_out["accepted_per_pos"]) / held_out["steps"] > 1.6
 
 
 def test_a_draft_that_diverges_is_an_error_and_no_version(

@@ -14,14 +14,18 @@ from uuid import UUID
 
 import numpy as np
 
+from engine.bench.adaptation.drafts import draft_files
 from engine.bench.adaptation.streams import Response
 from engine.contracts import SpecCounts, artifact_digest
 from engine.learner import gate
 from engine.learner.memory import MemoryLearner, MemoryRecipe, build_memory
+from engine.learner.neural import TargetReplayer, TuneRecipe, build_hybrid, tune
 from engine.learner.traces import ServedTarget, is_held_out, request_hash
+from engine.model.llama import Llama
 from engine.settings import LearnerSettings
 from engine.speculation.artifact import load_proposer
 from engine.speculation.control import KController
+from engine.speculation.neural_file import unpack
 from engine.speculation.proposer import Proposer
 from engine.speculation.replay import replay_controlled
 from engine.speculation.step_costs import StepCosts
@@ -31,14 +35,34 @@ START = datetime(2026, 1, 1, tzinfo=UTC)
 
 
 @dataclass(frozen=True, slots=True)
+class NeuralPart:
+    """``draft``: the files of the draft that hybrids start with. Tuned on ``learner.tune_requests`` requests with every
+    ``tune_every``-th candidate."""
+
+    model: Llama
+    replayer: TargetReplayer
+    draft: dict[str, bytes]
+    tune_every: int
+
+
+@dataclass(frozen=True, slots=True)
 class World:
-    """What all arms share. ``cpu`` gives CPU seconds of this process."""
+    """What all arms share. ``cpu``: CPU seconds of this process. ``neural``: there when static is a neural draft."""
 
     target: ServedTarget
     settings: LearnerSettings
     max_tokens: int
     seed: int
     cpu: Callable[[], float] = time.process_time
+    neural: NeuralPart | None = None
+
+    @property
+    def replayer(self) -> gate.Replayer | None:
+        return self.neural.replayer if self.neural is not None else None
+
+    def bound(self, proposer: Proposer) -> tuple[Proposer, float]:
+        """What is replayed for a policy, and the seconds that one pass of its draft costs."""
+        return self.neural.replayer.bound(proposer) if self.neural is not None else (proposer, 0.0)
 
     def load(self, files: dict[str, bytes]) -> Proposer:
         return load_proposer(files, artifact_digest(files), self.target.fingerprint, self.target.tokenizer_fingerprint)
@@ -67,14 +91,16 @@ class Arm:
         self.controller = KController(StepCosts({n: ms / 1e3 for n, ms in world.target.step_cost_ms.items()}))
 
     def serve(self, response: Response) -> Served:
+        proposer, pass_s = self.world.bound(self.proposer)
         counts, seconds = replay_controlled(
-            self.proposer,
+            proposer,
             self.controller,
             self.version,
             response.traffic_class,
             response.prompt_ids,
             response.output_ids,
             self.world.max_tokens,
+            pass_s,
         )
         return Served(response.traffic_class, self.version, counts, seconds, self.learn(response))
 
@@ -137,6 +163,7 @@ class AdaptiveArm(Arm):
         self.served: dict[int, Proposer] = {1: start}
         self.attempts: list[Attempt] = []
         self.files: dict[str, bytes] = {}
+        self.draft = world.neural.draft if world.neural is not None else None
         self.on_candidate: Callable[[dict[str, bytes]], None] | None = None
         self._judged = self._looked = 0
 
@@ -149,7 +176,7 @@ class AdaptiveArm(Arm):
             return 0.0
         if self.gated and len(fresh) < gate.MIN_HELD_OUT:
             return 0.0
-        files = build_memory(self.traffic.train, world.target, world.settings, learner=self.memory)
+        files = self._candidate()
         made = world.cpu()
         reason, passed = "not gated", True
         if self.gated:
@@ -158,15 +185,27 @@ class AdaptiveArm(Arm):
                 began, made = began + world.cpu() - made, world.cpu()  # not this arm's doing
             report = self.judge(files)
             reason, passed = "; ".join(report.reasons), report.passed
-            self._looked = 0 if passed else self._looked + 1
-            self._judged = fresh[-1].ordinal if passed else self._judged
+            self._looked = 0 if passed else self._looked + (report.overall is not None)
+            if passed or self._looked == gate.MAX_LOOKS:  # these requests are spent
+                self._judged, self._looked = fresh[-1].ordinal, 0
         if passed:
             self.version += 1
             self.proposer, self.files = world.load(files), files
+            self.draft = draft_files(files) if self.draft is not None else None
             self.served[self.version] = self.proposer
         ended = world.cpu()
         self.attempts.append(Attempt(self.seen, self.version if passed else None, reason, made - began, ended - made))
         return ended - began
+
+    def _candidate(self) -> dict[str, bytes]:
+        world, train = self.world, self.traffic.train
+        if self.draft is None or world.neural is None:
+            return build_memory(train, world.target, world.settings, learner=self.memory)
+        draft, neural = self.draft, world.neural
+        if world.settings.tune_requests and (len(self.attempts) + 1) % neural.tune_every == 0:
+            recipe = TuneRecipe(requests=world.settings.tune_requests)
+            draft, _ = tune(neural.model, unpack(draft), train, recipe)
+        return build_hybrid(train, world.target, world.settings, draft, {}, learner=self.memory)
 
     @property
     def fresh(self) -> list[TrainableTrace]:
@@ -184,6 +223,7 @@ class AdaptiveArm(Arm):
             world.settings.worst_class_drop,
             self.rng,
             gate.level(self._looked),
+            world.replayer,
         )
 
 
@@ -204,7 +244,10 @@ def offline(
     traffic.ordinal += after
     for response in taught:
         traffic.take(response, world.max_tokens, teach=True)
-    return world.load(build_memory(traffic.train, world.target, world.settings, learner=learner))
+    if world.neural is None:
+        return world.load(build_memory(traffic.train, world.target, world.settings, learner=learner))
+    made = build_hybrid(traffic.train, world.target, world.settings, world.neural.draft, {}, learner=learner)
+    return world.load(made)
 
 
 def _recipe(world: World) -> MemoryRecipe:

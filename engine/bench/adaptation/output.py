@@ -12,7 +12,14 @@ from engine.bench.adaptation.arms import AdaptiveArm, Arm
 from engine.bench.adaptation.figures import Run
 from engine.bench.report import Report
 
-COLOURS = {"none": "#8a8f98", "ngram": "#c58af9", "static": "#4c8dff", "ungated": "#f2994a", "gated": "#27ae60"}
+COLOURS = {
+    "none": "#8a8f98",
+    "ngram": "#c58af9",
+    "static": "#4c8dff",
+    "static+context": "#9b51e0",
+    "ungated": "#f2994a",
+    "gated": "#27ae60",
+}
 
 
 def write(

@@ -5,25 +5,30 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 from scipy.optimize import isotonic_regression
 
-from engine.bench.adaptation.arms import World, offline
+from engine.bench.adaptation.arms import NeuralPart, World, offline
+from engine.bench.adaptation.drafts import Rehearsals, beside_own_context, draft_files
 from engine.bench.adaptation.streams import Ids, Response
 from engine.bench.workload import Responses
 from engine.contracts import ProposerKind, SamplingParams, SlipstreamError, artifact_digest
 from engine.demo import prompts
+from engine.learner.neural import TargetReplayer
+from engine.learner.shipped import shipped_draft
 from engine.learner.traces import ServedTarget
 from engine.model.loading import Target, load_target
 from engine.ops.supervisor import Say
 from engine.runner.engine import Engine, EngineRequest
 from engine.runner.profile import profile_step_costs
 from engine.settings import Settings
-from engine.speculation.artifact import load_proposer, read_artifact, read_manifest
+from engine.speculation.artifact import read_artifact, read_manifest
+from engine.speculation.hybrid import BoundHybrid
+from engine.speculation.neural import BoundNeural
 from engine.speculation.none import NoneProposer
 from engine.speculation.proposer import Proposer
 
@@ -35,13 +40,14 @@ CORPUS = "offline"
 TOGETHER = 16
 PROFILED = 15
 REPLAYED = (ProposerKind.NONE, ProposerKind.NGRAM, ProposerKind.TRACE_MEMORY)
+"""They need tokens only."""
 LEAST = 16
 """Prompts a class needs to be a phase of a stream."""
 
 
 @dataclass(frozen=True, slots=True)
 class Material:
-    """``classes``: what the streams are made of; ``corpus``: what static was trained on, disjoint from it."""
+    """``classes``: what the streams are made of; ``corpus``: what static's memory was made of, disjoint from it."""
 
     target: Target
     engine: Engine
@@ -49,6 +55,8 @@ class Material:
     classes: dict[str, tuple[Response, ...]]
     corpus: tuple[Response, ...]
     static: Proposer
+    context: Proposer | None = None
+    """Where static is a neural draft: the same beside the request's own context, with nothing learned."""
 
 
 def prepare(settings: Settings, options: Options, say: Say) -> Material:
@@ -67,7 +75,8 @@ def prepare(settings: Settings, options: Options, say: Say) -> Material:
         name: tuple(Response(name, ids, output) for ids, output in responses.of(found))
         for name, found in sorted(wanted.items())
     }
-    if options.corpus is None:  # a third of each class, never the same prompts as the streams
+    files = _static_files(options, target)
+    if options.corpus is None and files is None:  # a third of each class, never the same prompts as the streams
         corpus = [Response(CORPUS, r.prompt_ids, r.output_ids) for found in classes.values() for r in found[::3]]
         classes = {name: tuple(r for n, r in enumerate(found) if n % 3) for name, found in classes.items()}
     classes = {name: found for name, found in classes.items() if len(found) >= LEAST}
@@ -77,9 +86,37 @@ def prepare(settings: Settings, options: Options, say: Say) -> Material:
         )
     served = ServedTarget(target.name, target.fingerprint, target.tokenizer_fingerprint, costs)
     world = World(served, settings.learner, options.tokens, options.seed)
-    static = _load(options.static, target) if options.static is not None else offline(world, corpus)
-    say(f"static: {len(corpus)} responses" if options.static is None else f"static: {options.static}")
-    return Material(target, engine, world, classes, tuple(corpus), static)
+    if files is None:
+        say(f"static: a memory of {len(corpus)} responses")
+        return Material(target, engine, world, classes, tuple(corpus), offline(world, corpus))
+    kind = read_manifest(files).kind
+    say(f"static: a {kind} policy, {artifact_digest(files)[:12]}")
+    if kind in REPLAYED:
+        return Material(target, engine, world, classes, tuple(corpus), world.load(files))
+    neural = _neural(target, world.load(files), files, options, settings.dir("bench"), say)
+    world = replace(world, neural=neural)
+    alone = world.load(beside_own_context(files, served, settings.learner.num_speculative_tokens))
+    return Material(target, engine, world, classes, tuple(corpus), world.load(files), alone)
+
+
+def _static_files(options: Options, target: Target) -> dict[str, bytes] | None:
+    """The policy named, else the draft that comes with the project; None where static is a memory of a corpus."""
+    if options.static is not None:
+        return read_artifact(options.static)
+    return shipped_draft(target.fingerprint) if options.corpus is None else None
+
+
+def _neural(
+    target: Target, static: Proposer, files: dict[str, bytes], options: Options, folder: Path, say: Say
+) -> NeuralPart:
+    """One price for a draft pass of every arm, whoever tuned it: they have one shape."""
+    rehearsals, clock = Rehearsals(folder), time.thread_time if options.busy else time.perf_counter
+    bound, pass_s = TargetReplayer(target.model, clock, rehearsals).bound(static)
+    say(f"milliseconds of a draft pass: {1e3 * pass_s:.1f}")
+    if isinstance(bound, BoundNeural | BoundHybrid):
+        rehearsals.keep(bound.pool.network)
+    replayer = TargetReplayer(target.model, clock, rehearsals, pass_s)
+    return NeuralPart(target.model, replayer, draft_files(files), options.tune_every)
 
 
 def _costs(engine: Engine, busy: bool) -> dict[int, float]:
@@ -117,16 +154,6 @@ def _corpus(target: Target, path: Path) -> list[Response]:
         ids = target.tokenizer.apply_chat_template([{"role": "user", "content": row["prompt"]}])
         found.append(Response(CORPUS, tuple(ids), tuple(row["response_token_ids"])))
     return found
-
-
-def _load(folder: Path, target: Target) -> Proposer:
-    files = read_artifact(folder)
-    if (kind := read_manifest(files).kind) not in REPLAYED:
-        raise SlipstreamError(
-            f"{folder} is a {kind} policy; only those that draft from tokens alone can be replayed here: "
-            f"{', '.join(REPLAYED)}. `slipstream bench serving --artifact` measures it for real."
-        )
-    return load_proposer(files, artifact_digest(files), target.fingerprint, target.tokenizer_fingerprint)
 
 
 def _generate(engine: Engine, responses: Responses, wanted: Sequence[Ids], tokens: int, say: Say) -> None:

@@ -19,19 +19,23 @@ from engine.bench.report import Figure, Report, count_figure
 from engine.learner.memory import MemoryLearner
 from engine.ops.supervisor import Say
 from engine.settings import Settings
+from engine.speculation.artifact import read_manifest
 from engine.speculation.ngram import NgramProposer
 from engine.speculation.none import NoneProposer
 from engine.speculation.proposer import Proposer
 
-ARMS = ("none", "ngram", "static", "ungated", "gated")
+CONTEXT = "static+context"
+"""Static, a neural draft, beside the request's own context: what of the gain is learned shows against this one."""
 
 
 @dataclass(frozen=True, slots=True)
 class Options:
     """``busy``: price passes by CPU time, for a machine with neighbours; needs engine.threads=1.
     ``prompts``: JSONL files, none for the project's own. ``corpus``: a JSONL file of ``prompt`` and
-    ``response_token_ids`` that static is trained on; without it, a third of the prompts is. ``static``: a policy's
-    folder instead. ``verify``: requests of a class decoded for real. ``out``: where JSON, CSV and page go."""
+    ``response_token_ids``, of which a memory is static. ``static``: a policy's folder instead; without either the draft
+    that comes with the project, or for another model a memory of a third of the prompts. ``tune``: requests on which
+    every ``tune_every``-th candidate tunes its neural draft. ``verify``: requests of a class decoded for real.
+    ``out``: where JSON, CSV and page go."""
 
     prompts: tuple[Path, ...] = ()
     corpus: Path | None = None
@@ -40,6 +44,8 @@ class Options:
     seeds: int = 3
     tokens: int = 128
     every: int = 16
+    tune: int = 0
+    tune_every: int = 5
     verify: int = 8
     limit: int = 0
     seed: int = 0
@@ -58,6 +64,8 @@ class Prevented:
 
     def offer(self, arm: AdaptiveArm, good: dict[str, bytes], rng: np.random.Generator) -> None:
         """Bad versions of a candidate that is about to be judged, judged on the same requests; every other time."""
+        if arm.proposer.kind != read_manifest(good).kind:
+            return  # the first of its kind: what is bad for its successors may be better than what is there
         self.candidates += 1
         if self.candidates % 2:
             return
@@ -69,7 +77,7 @@ class Prevented:
 
 
 def run(settings: Settings, options: Options, say: Say) -> Report:
-    wanted = replace_learner(settings, options.every)
+    wanted = replace_learner(settings, options.every, options.tune)
     material = prepare(wanted, options, say)
     rng = np.random.default_rng(options.seed)
     runs: dict[str, list[Run]] = {name: [] for name in options.streams}
@@ -82,7 +90,7 @@ def run(settings: Settings, options: Options, say: Say) -> Report:
             done, used = _play(one, material, seed, prevented if name == "mixed" else None, rng)
             runs[name].append(done)
             arms[name, seed] = used
-            say(f"{name}, seed {seed}: {len(one.requests)} requests under {len(ARMS)} arms, "
+            say(f"{name}, seed {seed}: {len(one.requests)} requests under {len(used)} arms, "
                 f"{time.monotonic() - began:.0f} s")  # fmt: skip
     found = _figures(runs, arms, material, rng)
     found.append(_day0(material, options, rng))
@@ -98,17 +106,19 @@ def run(settings: Settings, options: Options, say: Say) -> Report:
     return report
 
 
-def replace_learner(settings: Settings, every: int) -> Settings:
-    return settings.model_copy(update={"learner": settings.learner.model_copy(update={"every_requests": every})})
+def replace_learner(settings: Settings, every: int, tune: int) -> Settings:
+    changed = settings.learner.model_copy(update={"every_requests": every, "tune_requests": tune})
+    return settings.model_copy(update={"learner": changed})
 
 
 def _arms(material: Material, seed: int) -> dict[str, Arm]:
     world = replace(material.world, seed=seed)
     static, corpus = material.static, material.corpus
+    frozen = {"static": static} if material.context is None else {"static": static, CONTEXT: material.context}
     return {
         "none": Arm("none", world, NoneProposer()),
         "ngram": Arm("ngram", world, NgramProposer(world.settings.num_speculative_tokens)),
-        "static": Arm("static", world, static),
+        **{name: Arm(name, world, proposer) for name, proposer in frozen.items()},
         "ungated": AdaptiveArm("ungated", world, static, corpus, gated=False),
         "gated": AdaptiveArm("gated", world, static, corpus, gated=True),
     }
@@ -155,13 +165,13 @@ def _figures(
 ) -> list[Figure]:
     found: list[Figure] = []
     for name, done in runs.items():
-        for first, second in (("gated", "static"), ("ungated", "static"), ("gated", "none"), ("static", "none")):
+        for first, second in _pairs(material, ("ungated", "static"), ("gated", "none"), ("static", "none")):
             rows = [row for r in done for row in figures.pairs(r, first, second, range(len(r.stream.requests)), True)]
             found.append(figures.ratio(f"ratio:{first}/{second}:{name}:all", rows, rng))
     for traffic_class in sorted(material.classes):
         if "shift" not in runs:
             break
-        for first, second in (("gated", "static"), ("gated", "ngram")):
+        for first, second in _pairs(material, ("gated", "ngram"), ("gated", "none")):
             rows = [
                 row
                 for r in runs["shift"]
@@ -174,11 +184,28 @@ def _figures(
         if (one := figures.recovery(runs["shift"], "gated", traffic_class)) is not None:
             found.append(one)
     if "shift" in runs:
-        found += [figures.regret(runs["shift"], name) for name in ARMS]
+        found += [figures.regret(runs["shift"], name) for name in runs["shift"][0].arms]
+        found += _reachable(runs["shift"], rng)
     if "recurring" in runs:
         rows = [row for r in runs["recurring"] for row in _returns(r, arms["recurring", r.seed]["gated"])]
         found.append(figures.forgetting(rows, rng))
     return found
+
+
+def _pairs(material: Material, *more: tuple[str, str]) -> list[tuple[str, str]]:
+    return [("gated", "static"), *([("gated", CONTEXT)] if material.context is not None else []), *more]
+
+
+def _reachable(runs: Sequence[Run], rng: np.random.Generator) -> list[Figure]:
+    """What a policy trained offline on half of the class reaches over static: how much there was to gain."""
+    rows: dict[str, list[tuple[object, figures.Pair]]] = {}
+    for r in runs:
+        for phase in r.stream.phases[1:]:
+            for at in phase.second_half:
+                a, b = r.offline[at], r.arms["static"][at]
+                row = (float(a.tokens), a.decode_s, float(b.tokens), b.decode_s)
+                rows.setdefault(phase.traffic_class, []).append((r.stream.requests[at].prompt_ids, row))
+    return [figures.ratio(f"ratio:offline/static:shift:{name}", found, rng) for name, found in sorted(rows.items())]
 
 
 def _returns(run: Run, arm: Arm) -> list[tuple[object, figures.Pair]]:
@@ -200,8 +227,9 @@ def _alone(arm: Arm, proposer: Proposer, response: Response) -> tuple[float, flo
     """(tokens, verify steps) with whole drafts: what the policy knows, whatever K control thinks of it."""
     from engine.speculation.replay import replay
 
+    bound, _ = arm.world.bound(proposer)
     counts = replay(
-        proposer, response.traffic_class, response.prompt_ids, response.output_ids, max_tokens=arm.world.max_tokens
+        bound, response.traffic_class, response.prompt_ids, response.output_ids, max_tokens=arm.world.max_tokens
     )
     return float(counts.steps + counts.accepted), float(counts.steps)
 
@@ -211,7 +239,7 @@ def _day0(material: Material, options: Options, rng: np.random.Generator) -> Fig
     name = "code" if "code" in material.classes else sorted(material.classes)[0]
     rows: list[tuple[object, figures.Pair]] = []
     for seed in range(options.seed, options.seed + options.seeds):
-        world = replace(material.world, seed=seed)
+        world = replace(material.world, seed=seed, neural=None)  # nothing to start from
         one = stream("shift", {name: material.classes[name]}, seed)
         gated = AdaptiveArm("gated", world, NoneProposer(), (), gated=True)
         none = Arm("none", world, NoneProposer())

@@ -7,8 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 from safetensors import numpy as safetensors
 
-from engine.contracts import ProposerKind
-from engine.speculation.artifact import build_artifact, read_manifest
+from engine.speculation.artifact import MANIFEST, build_artifact, read_manifest
 from engine.speculation.memory import MEMORY_FILE
 from engine.speculation.memory_build import POOLED
 
@@ -16,7 +15,7 @@ Files = dict[str, bytes]
 
 
 def sabotaged(good: Mapping[str, bytes], rng: np.random.Generator) -> dict[str, Files]:
-    """Name → a bad version of a good trace memory."""
+    """Name → a bad version of a good trace memory or hybrid."""
     arrays = safetensors.load(good[MEMORY_FILE])
     tables = sorted({name.rpartition("/")[0] for name in arrays})
     classes = [name for name in tables if name != POOLED] or tables
@@ -43,11 +42,13 @@ def sabotaged(good: Mapping[str, bytes], rng: np.random.Generator) -> dict[str, 
 
 def _again(good: Mapping[str, bytes], arrays: Mapping[str, np.ndarray], fingerprint: str | None = None) -> Files:
     manifest = read_manifest(good)
+    memory = safetensors.save({k: np.ascontiguousarray(v) for k, v in arrays.items()})
+    others = {name: data for name, data in good.items() if name != MANIFEST}
     return build_artifact(
-        ProposerKind.TRACE_MEMORY,
+        manifest.kind,
         manifest.num_speculative_tokens,
         settings=manifest.settings,
-        files={MEMORY_FILE: safetensors.save({k: np.ascontiguousarray(v) for k, v in arrays.items()})},
+        files={**others, MEMORY_FILE: memory},
         target_fingerprint=fingerprint or manifest.target_fingerprint,
         tokenizer_fingerprint=manifest.tokenizer_fingerprint,
     )

@@ -20,6 +20,8 @@ TRAFFIC_CLASSES = ("chat", "code", "long_form", "batch")
 CHAMPION = "champion"
 CANARY = "canary"
 CONTROL = "control"
+SHADOW = "shadow"
+"""An arm of weight 0: its policy is resident and drafts on copies of requests, and no request is ever routed to it."""
 
 
 class ProposerKind(StrEnum):

@@ -49,7 +49,7 @@ def assign(
     if plan.takes(traffic_class, tenant, slice_name) and not lease_expired:
         point = bucket(plan.salt, key)
         for arm in plan.arms:
-            start = ARM_OFFSETS[arm.name]
-            if start <= point < start + arm.weight:
+            start = ARM_OFFSETS.get(arm.name)  # a shadow has none: nobody is routed to it
+            if start is not None and start <= point < start + arm.weight:
                 return Assignment(arm.name, arm.policy_version, plan.generation)
     return Assignment(CHAMPION, plan.champion, plan.generation)

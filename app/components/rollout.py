@@ -69,6 +69,8 @@ def steps(rollout: Rollout, colours: Palette) -> str:
     state = RolloutState(rollout.state)
     weights = [f"{weight * 100:g} %" for weight in rollout.spec.get("steps", [])]
     names = [*weights, "soak", "champion"]
+    if rollout.spec.get("shadow"):  # serves nobody, and comes before the first weight
+        weights, names, stages = ["shadow", *weights], ["shadow", *names], stages + bool(rollout.status.get("shadow"))
     won = {RolloutState.PROMOTED, RolloutState.WATCHING, RolloutState.DONE}
     at = len(names) if state in won else len(weights) + 1 if state is RolloutState.PROMOTING else stages - 1
     if state is RolloutState.SOAKING:

@@ -121,7 +121,8 @@ def explain(context: typer.Context, rollout_id: Id) -> None:
     if judged is None:
         typer.echo(f"rollout {rollout_id} is {found.state}; no guard has had anything to judge yet")
         return
-    stages = judged.status_before.get("stages", [])
+    shadow = judged.status_before.get("shadow")
+    stages = judged.status_before.get("stages") or ([shadow] if shadow else [])
     began = datetime.fromisoformat(stages[-1]["began"]) if stages else judged.decided_at
     rate = explaining.per_second(judged.evidence, began, judged.decided_at)
     typer.echo(f"{judged.decided_at:%Y-%m-%d %H:%M:%S}  {judged.verdict}: {judged.reason}")

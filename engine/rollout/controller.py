@@ -17,7 +17,7 @@ from datetime import datetime, timedelta
 
 from sqlalchemy.exc import SQLAlchemyError
 
-from engine.contracts import CANARY, CONTROL, Arm, RolloutState, ServingPlan, SlipstreamError, Verdict
+from engine.contracts import CANARY, CONTROL, SHADOW, Arm, RolloutState, ServingPlan, SlipstreamError, Verdict
 from engine.rollout import notify
 from engine.rollout.decide import decide
 from engine.rollout.guards import RolloutSpec
@@ -184,7 +184,7 @@ class Controller:
             leases.check(session, LEASE, self.holder, token)
             plan = plans.latest(session)
             ours = plan if plan is not None and plan.rollout_id == rollout.id else None
-            serving = ours is not None and (ours.arm(CANARY) is not None or ours.champion == rollout.canary)
+            serving = ours is not None and (bool(ours.arms) or ours.champion == rollout.canary)
             if plan is not None and serving:
                 plan = plans.append(
                     session,
@@ -233,6 +233,8 @@ def append_plan(session: WriteSession, spec: RolloutSpec, decision: Decision, le
     """
     status = decision.status
     champion, arms, rollback_to = status.champion, (), status.champion  # type: int, tuple[Arm, ...], int | None
+    if decision.action is Action.SHADOW:
+        arms = (Arm(SHADOW, status.canary, 0.0),)
     if decision.action in (Action.SET_WEIGHT, Action.PROMOTE) and decision.weight:
         arms = (Arm(CANARY, status.canary, decision.weight), Arm(CONTROL, status.champion, decision.weight))
     if decision.action in (Action.PROMOTE, Action.SETTLE):

@@ -13,9 +13,10 @@ from dataclasses import replace
 from datetime import datetime, timedelta
 
 from engine.contracts import TERMINAL_STATES, RolloutState, Verdict
+from engine.rollout import shadow
 from engine.rollout.evaluate import evaluate
 from engine.rollout.guards import RolloutSpec
-from engine.rollout.records import Action, Decision, Evidence, GuardResult, Ledger, RolloutStatus
+from engine.rollout.records import Action, Decision, Evidence, GuardResult, Ledger, RolloutStatus, consuming
 from engine.rollout.verdict import judge
 from engine.store.repositories.rollouts import Command
 
@@ -34,6 +35,8 @@ def decide(
     command = commands[0] if commands else None
     if status.state is RolloutState.ROLLING_BACK:
         return _rolling_back(spec, status, evidence, now)
+    if status.in_shadow:
+        return shadow.decide(spec, status, evidence, command, now)
     if not status.serves:
         return _before_traffic(spec, status, evidence, command, now)
 
@@ -49,16 +52,16 @@ def decide(
         return tick.roll_back(why)
     if command is not None and command.verb == "abort":
         aborted = tick.roll_back(f"aborted by {command.actor}: {command.reason}")
-        return _consuming(aborted, command)
+        return consuming(aborted, command)
     if (blind := tick.blind()) is not None:
         return blind
     if status.state in PROMOTED_STATES:
-        return _consuming(tick.after_promotion(command), command)
+        return consuming(tick.after_promotion(command), command)
     if now - status.stages[0].began > timedelta(seconds=spec.deadline_s):
         late = f"no verdict within {spec.deadline_s:g} s ({why}): back to the champion"
         return tick.roll_back(late, RolloutState.INCONCLUSIVE)
     if command is not None:
-        return _consuming(tick.obey(command), command)
+        return consuming(tick.obey(command), command)
     return tick.proceed()
 
 
@@ -70,7 +73,7 @@ def _before_traffic(
     def stay(state: RolloutState, why: str, **changes: object) -> Decision:
         moved = replace(status.moved(state, now), reason=why, **changes)  # type: ignore[arg-type]
         decision = Decision(Verdict.INSUFFICIENT, Action.NONE, why, moved)
-        return _consuming(decision, command)
+        return consuming(decision, command)
 
     if command is not None and command.verb == "abort":
         return stay(RolloutState.CANCELLED, f"cancelled by {command.actor}: {command.reason}")
@@ -92,10 +95,12 @@ def _before_traffic(
         return stay(RolloutState.CANCELLED, f"could not start within {spec.deadline_s:g} s: {status.reason}")
     if (missing := _missing(status, evidence)) is not None:
         return stay(RolloutState.READY, missing)
+    if spec.shadow is not None:
+        return shadow.begin(spec.shadow, status, command, now)
     weight = spec.steps[0]
     why = f"canary v{status.canary} to {weight:.0%}, an equal control beside it"
     started = replace(status.moved(RolloutState.RAMPING, now), reason=why, verdict=Verdict.INSUFFICIENT)
-    return _consuming(Decision(Verdict.INSUFFICIENT, Action.SET_WEIGHT, why, started, weight=weight), command)
+    return consuming(Decision(Verdict.INSUFFICIENT, Action.SET_WEIGHT, why, started, weight=weight), command)
 
 
 def _noting_restarts(status: RolloutStatus, evidence: Evidence) -> RolloutStatus:
@@ -285,11 +290,3 @@ class _Tick:
     def _to(self, state: RolloutState, why: str, action: Action = Action.NONE, weight: float | None = None) -> Decision:
         status = replace(self.status.moved(state, self.now), verdict=self.verdict, reason=why)
         return Decision(self.verdict, action, why, status, self.guards, weight)
-
-
-def _consuming(decision: Decision, command: Command | None) -> Decision:
-    """The decision with the command it answers struck off the list."""
-    if command is None:
-        return decision
-    status = replace(decision.status, last_command=command.id)
-    return replace(decision, status=status, command_id=command.id)

@@ -176,6 +176,16 @@ class SampleRatio(_Guard):
         return None if 0 < self.alpha < 0.5 else "alpha lies in (0, 0.5)."
 
 
+@dataclass(frozen=True, slots=True)
+class Shadow:
+    """Before the first weight: the canary drafts on copies of this many served requests and serves none.
+
+    It goes on when the guard ``tokens_per_step`` does not fail on them, champion against canary over the same requests.
+    """
+
+    requests: int = 200
+
+
 Events = Errors | Timeouts | Retries | Mismatches
 Guard = TokensPerStep | Latency | Events | LatencyFuse | MismatchFuse | RestartFuse | SampleRatio
 KINDS: dict[str, type[Guard]] = {
@@ -197,6 +207,7 @@ class RolloutSpec:
     follow; beyond either the champion is back and nobody is blamed. While a new champion is watched, the one before
     keeps the share ``holdback`` as its control. ``traffic_classes``,
     ``tenants`` and ``slices`` (the header X-Slice) say whose requests may be tried at all; None is everybody's.
+    ``shadow`` comes before the first step, and has ``deadline_s`` of its own.
     """
 
     steps: tuple[float, ...]
@@ -214,6 +225,7 @@ class RolloutSpec:
     traffic_classes: tuple[str, ...] | None = None
     tenants: tuple[str, ...] | None = None
     slices: tuple[str, ...] | None = None
+    shadow: Shadow | None = None
     preset: str = field(default="")
 
     def limits(self) -> tuple[str, ...]:

@@ -10,14 +10,14 @@ from typing import Any
 
 from sqlalchemy.exc import SQLAlchemyError
 
-from engine.contracts import ServingPlan, SlipstreamError
+from engine.contracts import SHADOW, ServingPlan, SlipstreamError
 from engine.rollout import specs
 from engine.rollout.decide import PROMOTED_STATES
 from engine.rollout.guards import RolloutSpec, SpecError
 from engine.rollout.records import Evidence, Ledger, Replica, RolloutStatus, status_from_json
 from engine.store.database import ReadSession, WriteSession
 from engine.store.repositories import evidence as evidence_store
-from engine.store.repositories import plans, policies, replicas, rollouts
+from engine.store.repositories import plans, policies, replicas, rollouts, shadow
 from engine.store.repositories.evidence import Promoted, Window
 from engine.store.repositories.rollouts import Command, Rollout
 
@@ -71,6 +71,8 @@ def gather(
         canary_known=canary is not None and canary.retired_at is None,
     )
     try:  # last: whatever becomes of this transaction, everything else has been read
+        if status.in_shadow and status.shadow is not None:
+            return replace(evidence, **_shadowed(session, status.shadow.generation)), asked
         return replace(evidence, **_measured(session, spec, status, windows)), asked
     except Exception as error:
         return unmeasured(status, evidence, error), asked
@@ -104,6 +106,15 @@ def _measured(
         }
 
 
+def _shadowed(session: ReadSession | WriteSession, generation: int) -> dict[str, Any]:
+    """What canary and champion would have earned on the same requests."""
+    with evidence_store.within(session, MEASURE_S):
+        return {
+            "segments": tuple(shadow.segments(session, generation)),
+            "newest_trace": shadow.newest(session, generation),
+        }
+
+
 def _observed(session: ReadSession | WriteSession, spec: RolloutSpec, window: Window) -> float | None:
     """The canary's share of the eligible requests; unknown where rollups cannot tell which those are."""
     if spec.tenants is not None or spec.slices is not None:
@@ -112,7 +123,7 @@ def _observed(session: ReadSession | WriteSession, spec: RolloutSpec, window: Wi
 
 
 def _ledger(plan: ServingPlan) -> Ledger:
-    canary = plan.canary
+    canary = plan.canary or plan.arm(SHADOW)
     return Ledger(
         generation=plan.generation,
         champion=plan.champion,

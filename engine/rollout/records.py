@@ -21,6 +21,7 @@ class Action(StrEnum):
     """
 
     NONE = "none"
+    SHADOW = "shadow"
     SET_WEIGHT = "set_weight"
     PROMOTE = "promote"
     ROLL_BACK = "roll_back"
@@ -43,8 +44,9 @@ class RolloutStatus:
     ``generation`` is the last plan this rollout made, ``since`` when the present state began. ``held_by`` is operator
     (until resumed) or evidence (until the evidence is fit again), ``resumes_to`` the state before the hold, ``ends_as``
     what it will be called once its traffic is seen to be back. ``restarts`` holds when a replica started after a crash
-    meanwhile; ``blind_since`` is the first tick of those in a row that could not measure the traffic; ``watch`` is the
-    stage after the promotion, in which the champion before is the control.
+    meanwhile; ``blind_since`` is the first tick of those in a row that could not measure the traffic; ``shadow`` is the
+    plan in which the canary drafted and served nobody, ``watch`` the stage after the promotion, in which the champion
+    before is the control.
     """
 
     rollout_id: int
@@ -63,6 +65,7 @@ class RolloutStatus:
     restarts: tuple[datetime, ...] = ()
     blind_since: datetime | None = None
     watch: Stage | None = None
+    shadow: Stage | None = None
 
     @property
     def stage(self) -> Stage:
@@ -73,13 +76,18 @@ class RolloutStatus:
         """Whether this rollout has put its canary before traffic."""
         return bool(self.stages)
 
+    @property
+    def in_shadow(self) -> bool:
+        """Whether the canary drafts on copies and has not served yet."""
+        return self.shadow is not None and not self.stages
+
     def moved(self, state: RolloutState, now: datetime) -> RolloutStatus:
         return self if state is self.state else replace(self, state=state, since=now)
 
 
 @dataclass(frozen=True, slots=True)
 class Ledger:
-    """The newest serving plan, as far as a rollout is concerned."""
+    """The newest serving plan, as far as a rollout is concerned. ``canary`` may be one in shadow."""
 
     generation: int
     champion: int
@@ -171,11 +179,21 @@ class Decision:
 def with_plan(decision: Decision, generation: int, appended: datetime) -> RolloutStatus:
     """The decided status once its plan is in the ledger."""
     status = replace(decision.status, generation=generation)
+    if decision.action is Action.SHADOW:
+        return replace(status, shadow=Stage(0.0, generation, appended))
     if decision.action is Action.SET_WEIGHT and decision.weight is not None:
         status = replace(status, stages=(*status.stages, Stage(decision.weight, generation, appended)))
     if decision.action is Action.PROMOTE and decision.weight:
         status = replace(status, watch=Stage(decision.weight, generation, appended))
     return status
+
+
+def consuming(decision: Decision, command: Command | None) -> Decision:
+    """The decision with the command it answers struck off the list."""
+    if command is None:
+        return decision
+    status = replace(decision.status, last_command=command.id)
+    return replace(decision, status=status, command_id=command.id)
 
 
 def weights(status: RolloutStatus, evidence: Evidence) -> dict[str, float | None]:
@@ -200,6 +218,7 @@ def status_from_json(tree: Mapping[str, Any]) -> RolloutStatus:
     values["since"] = datetime.fromisoformat(values["since"])
     values["stages"] = tuple(_stage(stage) for stage in values["stages"])
     values["watch"] = _stage(values["watch"]) if values.get("watch") else None
+    values["shadow"] = _stage(values["shadow"]) if values.get("shadow") else None
     values["resumes_to"] = RolloutState(values["resumes_to"]) if values["resumes_to"] else None
     values["verdict"] = Verdict(values["verdict"])
     values["ends_as"] = RolloutState(values.get("ends_as", RolloutState.ROLLED_BACK))

@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from engine.rollout.guards import KINDS, Guard, RolloutSpec, SpecError
+from engine.rollout.guards import KINDS, Guard, RolloutSpec, Shadow, SpecError
 
 PRESETS = ("cautious", "standard", "fast")
 LISTS = ("steps", "traffic_classes", "tenants", "slices")
@@ -62,6 +62,7 @@ def to_dict(spec: RolloutSpec) -> dict[str, Any]:
     """The specification as JSON has it: what is stored, hashed and parsed again."""
     tree = {f.name: getattr(spec, f.name) for f in fields(spec)}
     tree["guards"] = [{"kind": guard.kind, **asdict(guard)} for guard in spec.guards]
+    tree["shadow"] = asdict(spec.shadow) if spec.shadow is not None else None
     return dict(json.loads(json.dumps(tree)))
 
 
@@ -72,6 +73,10 @@ def parse(tree: Mapping[str, Any]) -> RolloutSpec:
     if not isinstance(guards, (list, tuple)):
         raise SpecError(f"rollout.guards must be a list of guards, got {guards!r}.")
     values["guards"] = tuple(_guard(entry, f"rollout.guards[{i}]") for i, entry in enumerate(guards))
+    if values.get("shadow") is not None:
+        if not isinstance(values["shadow"], Mapping):
+            raise SpecError(f"rollout.shadow must be keys such as requests, got {values['shadow']!r}.")
+        values["shadow"] = Shadow(**_known(Shadow, values["shadow"], "rollout.shadow"))
     for name in LISTS:
         value = values.get(name)
         if value is not None:
@@ -101,6 +106,8 @@ def validate(spec: RolloutSpec) -> RolloutSpec:
         )
     if spec.holdback > 0.5:
         raise SpecError(f"rollout.holdback is at most 0.5, the weight of a control; got {spec.holdback:g}.")
+    if spec.shadow is not None and not (type(spec.shadow.requests) is int and spec.shadow.requests >= 1):
+        raise SpecError(f"rollout.shadow.requests must be a whole number of at least 1, got {spec.shadow.requests!r}.")
     if not any(guard.rolls_back for guard in spec.guards):
         raise SpecError(
             "A rollout without rollback conditions cannot start: add a guard of kind "

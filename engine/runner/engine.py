@@ -6,13 +6,14 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 
-from engine.contracts import FinishReason, SlipstreamError, Status
+from engine.contracts import FinishReason, SlipstreamError, Status, TraceRecord
 from engine.model.kv_cache import KVCache
 from engine.model.loading import Target
 from engine.runner.live import Live
 from engine.runner.request import EngineRequest, Output, RequestResult
-from engine.runner.rescoring import Rescoring
+from engine.runner.rescoring import Prefill, Rescoring
 from engine.runner.runner import Runner
+from engine.runner.shadowing import ShadowReplay
 from engine.scheduler.scheduler import Scheduler
 from engine.speculation.control import KController
 from engine.speculation.proposer import HiddenReader, NeedsTarget, Proposer
@@ -53,8 +54,8 @@ class Engine:
         self._loaded: dict[int, Proposer] = {}
         self._proposers: dict[int, Proposer] = {}  # the same, bound to this target where they need one
         self._lives: dict[str, Live] = {}
-        model = target.model
-        self.scratch = KVCache(model.config, 1, self.max_model_len, model.dtype, model.device)  # of spare time
+        self._shadows: dict[int, Proposer] = {}  # bound once more, for one request that nobody waits for
+        self._scratch: dict[str, KVCache] = {}
 
     def load(self, version: int, proposer: Proposer) -> None:
         """Make a policy resident. A version is immutable: loading another policy under its number is refused."""
@@ -71,6 +72,7 @@ class Engine:
         """Forget a policy; requests that began with it keep it to their end."""
         self._loaded.pop(version, None)
         self._proposers.pop(version, None)
+        self._shadows.pop(version, None)
         self.control.forget(version)
 
     @property
@@ -91,9 +93,10 @@ class Engine:
         if proposer is None:
             raise PolicyNotResident(f"Policy version {request.policy_version} is not loaded; {self.resident} are.")
         live = Live(request, proposer, self.target.tokenizer, self.clock())
+        settings = proposer.control  # a policy whose code fails must fail before anything is queued
         self.scheduler.add(live.seq)
         # Only now: what is refused must not push the experience of others out.
-        live.control = self.control.row(request.policy_version, request.traffic_class, proposer.control)
+        live.control = self.control.row(request.policy_version, request.traffic_class, settings)
         self._lives[request.request_id] = live
 
     def cancel(self, request_id: str, status: Status = Status.CANCELLED) -> Output | None:
@@ -126,7 +129,23 @@ class Engine:
 
     def rescore(self, prompt_ids: Sequence[int], output_ids: Sequence[int]) -> Rescoring:
         """The target's word on a greedy response, to be advanced between steps. One at a time: they share a cache."""
-        return Rescoring(self.target.model, self.scratch, prompt_ids, output_ids)
+        return Rescoring(self.target.model, self._cache("rescore"), prompt_ids, output_ids)
+
+    def shadow(self, version: int, record: TraceRecord) -> ShadowReplay:
+        """What a resident policy would have drafted on a finished request: as ``rescore``, and to be ended."""
+        proposer, payload = self._loaded.get(version), record.payload
+        if proposer is None or payload is None:
+            raise PolicyNotResident(f"Policy version {version} is not loaded, or the request has no tokens.")
+        prefill, bound = None, self._proposers[version]
+        if isinstance(proposer, NeedsTarget):  # a place of its own: those of the engine are for requests
+            ids = [*payload.prompt_ids, *payload.output_ids[:-1]]
+            prefill = Prefill(self.target.model, self._cache("shadow"), ids)
+            if version not in self._shadows:
+                self._shadows[version] = proposer.bind(self.target.model, 1, self.max_model_len)
+            bound = self._shadows[version]
+        return ShadowReplay(
+            bound, prefill, record.traffic_class, payload.prompt_ids, payload.output_ids, record.max_tokens, self.clock
+        )
 
     def stats(self) -> dict[str, int]:
         """Gauges ``running``, ``waiting`` and ``kv_blocks``; the others are counters."""
@@ -146,6 +165,13 @@ class Engine:
             if isinstance(proposer, HiddenReader):
                 held = sum(live.reader is proposer and live.drafter is not None for live in self._lives.values())
                 assert held == proposer.in_use, f"{held} requests draft by {proposer.kind}, {proposer.in_use} places"
+
+    def _cache(self, use: str) -> KVCache:
+        """Room for one sequence beside those that are served."""
+        model = self.target.model
+        if use not in self._scratch:
+            self._scratch[use] = KVCache(model.config, 1, self.max_model_len, model.dtype, model.device)
+        return self._scratch[use]
 
     def _forget(self, request_id: str) -> Live:
         self.scheduler.finish(request_id)

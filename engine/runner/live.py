@@ -51,6 +51,7 @@ class Live:
         self.request = request
         self.sampling = request.sampling
         self.proposer = proposer  # pinned: loading or unloading versions later changes nothing here
+        self._most = proposer.num_speculative_tokens
         self.seq = SequenceState(request.request_id, request.prompt_ids, request.sampling.max_tokens, request.client)
         self._rng = np.random.default_rng(request.sampling.seed)
         self._uniforms: list[float] = []  # of the output positions to come
@@ -66,7 +67,7 @@ class Live:
     @property
     def most_drafts(self) -> int:
         """The policy's K, but never more than may still be emitted beside the target's own token."""
-        return max(0, min(self.proposer.num_speculative_tokens, self.seq.remaining - 1))
+        return max(0, min(self._most, self.seq.remaining - 1))
 
     def uniforms(self, count: int) -> list[float]:
         """The draws of the next ``count`` output positions: each has its own, however often it is tried."""

@@ -23,6 +23,8 @@ log = logging.getLogger(__name__)
 class Auditor:
     """``offer`` may be called from any thread, the rest is the engine's thread's. 0 tokens a minute switch it off."""
 
+    in_line = False
+
     def __init__(self, engine: Engine, findings: Findings, tokens_per_minute: int, clock: Callable[[], float]) -> None:
         self._engine, self._findings = engine, findings
         self._allowance = Allowance(tokens_per_minute, clock)

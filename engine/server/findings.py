@@ -9,16 +9,20 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import TypeVar
 from uuid import uuid4
 
 from sqlalchemy.exc import SQLAlchemyError
 
 from engine.contracts import TraceRecord
 from engine.runner.rescoring import Rescoring
+from engine.runner.shadowing import ShadowReplay
 from engine.store.database import Database
-from engine.store.repositories import correctness
+from engine.store.repositories import correctness, shadow
 from engine.store.repositories.correctness import AuditCounts, Mismatch
+from engine.store.repositories.shadow import ShadowRequest
 
 WRITE_S = 1.0
 RETRY_S = 2.0
@@ -27,10 +31,11 @@ MOST_MISMATCHES = 20
 MOST_COUNTS = 2_000
 log = logging.getLogger(__name__)
 Key = tuple[int, int, str, str]
+T = TypeVar("T")
 
 
 class Findings:
-    """``audited`` is called by the engine's thread; one thread of its own writes."""
+    """``audited`` and ``shadowed`` are called by the engine's thread; one thread of its own writes."""
 
     def __init__(self, database: Database, replica_id: str) -> None:
         self._database, self._replica_id, self._writer_id = database, replica_id, uuid4()
@@ -38,6 +43,7 @@ class Findings:
         self._counts = dict[Key, AuditCounts]()  # as they stand, the last changed last
         self._unwritten = set[Key]()
         self._mismatches = deque[Mismatch](maxlen=1_000)
+        self._shadowed = deque[ShadowRequest](maxlen=10_000)
         self._thread = threading.Thread(target=self._run, name="findings", daemon=True)
         self.totals = {"audited": 0, "ties": 0, "mismatches": 0}
 
@@ -89,20 +95,40 @@ class Findings:
             }
         self._news.set()
 
+    def shadowed(self, generation: int, record: TraceRecord, arm: str, version: int, seen: ShadowReplay) -> None:
+        """What a policy would have earned on a request that another served."""
+        counts = seen.counts
+        row = ShadowRequest(
+            generation=generation,
+            trace_id=record.trace_id,
+            arm=arm,
+            policy_version=version,
+            traffic_class=record.traffic_class,
+            assignment_key=record.assignment_key,
+            steps=counts.steps,
+            drafted=counts.drafted,
+            accepted=counts.accepted,
+            draft_s=seen.draft_s,
+        )
+        with self._lock:
+            self._shadowed.append(row)
+        self._news.set()
+
     def flush(self) -> None:
         """Write what is there; SQLAlchemyError where that did not succeed, and then it is still there."""
         with self._lock:
             keys, mismatches = set(self._unwritten), list(self._mismatches)
             counts = [self._counts[key] for key in keys if key in self._counts]
-        if not counts and not mismatches:
+            shadowed = list(self._shadowed)
+        if not counts and not mismatches and not shadowed:
             return
         with self._database.write() as session:
             correctness.write(session, self._writer_id, self._replica_id, counts, mismatches)
+            shadow.write(session, shadowed)
         with self._lock:
             self._unwritten -= {key for key in keys if self._counts.get(key) in counts}
-            for mismatch in mismatches:
-                if self._mismatches and self._mismatches[0] is mismatch:
-                    self._mismatches.popleft()
+            _strike(self._mismatches, mismatches)
+            _strike(self._shadowed, shadowed)
 
     def _forget_old(self) -> None:
         """Requests of a generation that is so long ago have all been looked at."""
@@ -127,3 +153,10 @@ class Findings:
             self.flush()
         except SQLAlchemyError as error:
             log.error("the last findings are lost: %s", str(error).splitlines()[0])
+
+
+def _strike(waiting: deque[T], written: Sequence[T]) -> None:
+    """Take away what was written; the oldest of it may have made room already."""
+    for one in written:
+        if waiting and waiting[0] is one:
+            waiting.popleft()

@@ -28,6 +28,7 @@ from engine.server.engine_thread import EngineThread
 from engine.server.findings import Findings
 from engine.server.residency import Residency
 from engine.server.service import Service
+from engine.server.shadow import Shadow
 from engine.server.spare import SpareTime
 from engine.server.subscriber import PlanSubscriber
 from engine.settings import Settings
@@ -65,7 +66,8 @@ class EngineServer:
         store = ArtifactStore(settings.dir("policies"))
         self.findings = Findings(self.database, chosen.replica_id)
         self.auditor = Auditor(self.engine, self.findings, chosen.audit_tokens_per_minute, time.monotonic)
-        self.thread = EngineThread(self.engine, chosen.request_timeout_s, spare=SpareTime([self.auditor]))
+        self.shadow = Shadow(self.engine, self.findings, lambda: self.residency.served, time.monotonic)
+        self.thread = EngineThread(self.engine, chosen.request_timeout_s, spare=SpareTime([self.auditor, self.shadow]))
         self.residency = Residency(self.thread, self.target, store, chosen.plan_lease_s)
         self._spill_room = SpillRoom(settings.dir("spill"), chosen.replica_id)
         spill = Spill(self._spill_room.folder, settings.telemetry.spill_max_bytes)
@@ -124,8 +126,9 @@ class EngineServer:
             return f"no serving plan is in force ({self.subscriber.error or 'it is being loaded'})"
         return None
 
-    def _ended(self, record: TraceRecord) -> None:
+    def _ended(self, record: TraceRecord, slice_name: str | None) -> None:
         self.auditor.offer(record)
+        self.shadow.offer(record, slice_name)
         self.thread.nudge()
 
     def _gauges(self) -> dict[str, float]:

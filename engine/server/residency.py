@@ -95,6 +95,11 @@ class Residency:
         return self._plan
 
     @property
+    def served(self) -> ServingPlan | None:
+        """The plan in force without what could not be loaded, or has been taken back."""
+        return self._served
+
+    @property
     def resident(self) -> tuple[int, ...]:
         return tuple(sorted(self._resident - {PLAIN}))
 

@@ -57,7 +57,7 @@ class Running:
 class Service:
     """Everything the routes need, and nothing of HTTP. ``clock`` is monotonic seconds, ``now`` UTC.
 
-    ``ended`` is told of every request.
+    ``ended`` is told of every request that the engine had, and its slice.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class Service:
         metrics: Metrics,
         replica_id: str,
         payloads: bool,
-        ended: Callable[[TraceRecord], None] = lambda _: None,
+        ended: Callable[[TraceRecord, str | None], None] = lambda *_: None,
         clock: Callable[[], float] = time.monotonic,
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:
@@ -191,7 +191,9 @@ class Service:
             status = Status.ERROR if isinstance(what, (EngineFailure, PolicyNotResident)) else Status.REJECTED
             self._record(self._trace(running, None, status, str(what)))
         elif what.result is not None:
-            self._record(self._trace(running, what.result, what.result.status, what.result.error))
+            record = self._trace(running, what.result, what.result.status, what.result.error)
+            self._record(record)
+            self._ended(record, running.caller.slice_name)
         running.outputs.put_nowait(what)
 
     def _checked(self, running: Running, what: Output | SlipstreamError) -> Output:
@@ -264,7 +266,6 @@ class Service:
             return
         self._writer.submit(record)
         self.metrics.observe(record)
-        self._ended(record)
 
 
 def _plus(seconds: float | None, lead: float) -> float | None:

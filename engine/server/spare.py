@@ -13,13 +13,18 @@ from typing import Protocol
 
 PIECE_TOKENS = 8
 """Tokens of one piece: about twice what a step of one row takes (docs/log.md)."""
+IN_LINE = 0.01
+"""Share of a busy engine's time that work in line may take."""
 SETTLED_S = 0.1
 """A pause is spare once it has lasted this long: a client that answers at once finds nobody in its way."""
 log = logging.getLogger(__name__)
 
 
 class SpareWork(Protocol):
-    """Something to be done in pieces, on the engine's thread."""
+    """Something to be done in pieces, on the engine's thread. ``in_line``: between the steps of a busy engine too."""
+
+    @property
+    def in_line(self) -> bool: ...
 
     def due_in(self) -> float | None:
         """Seconds until there is a piece to do, 0 for now; None while there is nothing."""
@@ -34,28 +39,42 @@ class SpareTime:
     def __init__(self, works: Sequence[SpareWork], clock: Callable[[], float] = time.monotonic) -> None:
         self._works, self._clock = works, clock
         self._idle_since: float | None = None
+        self._step_began: float | None = None
+        self._credit = 0.0  # seconds that work in line may take; what one piece took too long, the next ones wait for
 
     def busy(self) -> None:
-        """A step was made."""
-        self._idle_since = None
+        """A step is about to be made."""
+        now, self._idle_since = self._clock(), None
+        since, self._step_began = self._step_began, now
+        if since is None:
+            return
+        self._credit = min(self._credit + IN_LINE * (now - since), 0.0)
+        if self._credit >= 0 and self._do([work for work in self._works if work.in_line]):
+            self._step_began = self._clock()
+            self._credit -= self._step_began - now
 
     def due_in(self) -> float | None:
         """Seconds until a piece should be done, if nothing comes; None: nothing to wait for."""
         due = min((due for work in self._works if (due := work.due_in()) is not None), default=None)
         if self._idle_since is None:
-            self._idle_since = self._clock()
+            self._idle_since, self._step_began = self._clock(), None
         return None if due is None else max(due, self._idle_since + SETTLED_S - self._clock(), 0.0)
 
     def piece(self) -> None:
-        """One piece of what is most important and due. What fails in it is its own affair, not the engine's."""
-        for work in self._works:
+        """One piece of what is most important and due."""
+        self._do(self._works)
+
+    def _do(self, works: Sequence[SpareWork]) -> bool:
+        """Whether there was a piece to do. What fails in it is its own affair, not the engine's."""
+        for work in works:
             due = work.due_in()
             if due is not None and due <= 0:
                 try:
                     work.piece()
                 except Exception:
                     log.exception("%s failed in spare time", type(work).__name__)
-                return
+                return True
+        return False
 
 
 class Allowance:

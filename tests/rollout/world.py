@@ -115,7 +115,7 @@ class World:
         self.observe()
 
     def _append(self, decision: Decision) -> None:
-        serving = decision.action is Action.SET_WEIGHT
+        serving = decision.action in (Action.SET_WEIGHT, Action.SHADOW)
         self.ledger = Ledger(
             self.ledger.generation + 1,
             CANARY_VERSION if decision.action in (Action.PROMOTE, Action.SETTLE) else self.status.champion,

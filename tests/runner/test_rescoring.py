@@ -5,16 +5,20 @@ from __future__ import annotations
 import pytest
 
 from engine.contracts import TracePayload
+from engine.model.kv_cache import KVCache
 from engine.model.loading import Target
 from engine.runner.rescoring import Rescoring
-from tests.runner.driving import MEMORY, NGRAM, NONE, alone, engine_of, memory_of, request
+from tests.runner.driving import MEMORY, NGRAM, NONE, alone, memory_of, request
 
 PROMPT = (5, 9, 5, 9, 5, 9, 30, 31)
 
 
+def scratch(target: Target) -> KVCache:
+    return KVCache(target.config, 1, 160, target.model.dtype)
+
+
 def rescored(target: Target, payload: TracePayload, piece: int, tie: float | None = None) -> Rescoring:
-    engine = engine_of(target)
-    seen = Rescoring(target.model, engine.scratch, payload.prompt_ids, payload.output_ids, tie)
+    seen = Rescoring(target.model, scratch(target), payload.prompt_ids, payload.output_ids, tie)
     while not seen.is_done:
         assert 0 < seen.advance(piece) <= piece
     return seen

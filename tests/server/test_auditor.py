@@ -15,7 +15,7 @@ from engine.rollout.launch import launch
 from engine.runner import runner
 from engine.runner.live import Live
 from engine.server.samples import KEPT, SamplePool
-from engine.server.spare import PIECE_TOKENS, SETTLED_S, Allowance, SpareTime
+from engine.server.spare import IN_LINE, PIECE_TOKENS, SETTLED_S, Allowance, SpareTime
 from engine.speculation.verify import VerifyOutcome
 from engine.store.repositories import correctness, plans, rollouts
 from tests.server.conftest import Served, Start
@@ -32,8 +32,8 @@ class Clock:
 
 
 class Work:
-    def __init__(self, due: float | None = 0.0) -> None:
-        self.due, self.pieces = due, 0
+    def __init__(self, due: float | None = 0.0, in_line: bool = False) -> None:
+        self.due, self.pieces, self.in_line = due, 0, in_line
 
     def due_in(self) -> float | None:
         return self.due
@@ -61,6 +61,23 @@ def test_spare_time_begins_when_the_pause_has_lasted() -> None:
     assert spare.due_in() == pytest.approx(SETTLED_S), "a step came between"
     assert work.pieces == 1
     assert SpareTime([Work(None)], clock).due_in() is None
+
+
+def test_work_in_line_takes_a_hundredth_of_a_busy_engine() -> None:
+    clock, patient, in_line = Clock(), Work(), Work(in_line=True)
+    spare, took = SpareTime([patient, in_line], clock), 0.002
+
+    def piece() -> None:
+        in_line.pieces += 1
+        clock.now += took
+
+    in_line.piece = piece  # type: ignore[method-assign]
+    began = clock.now
+    for _ in range(10_000):
+        spare.busy()
+        clock.now += 0.03
+    assert patient.pieces == 0, "what is not in line waits for a pause"
+    assert 0.9 * IN_LINE <= in_line.pieces * took / (clock.now - began) <= IN_LINE
 
 
 def test_what_fails_in_spare_time_does_not_get_out() -> None:

@@ -28,6 +28,7 @@ from engine.store.models.rollups import (
     RollupTenMinutesHistogramRow,
     RollupTenMinutesRow,
 )
+from engine.store.models.shadow import ShadowRequestRow
 from engine.store.models.traces import (
     ExportCursorRow,
     TraceBatchRow,
@@ -64,6 +65,7 @@ __all__ = [
     "RollupTenMinutesHistogramRow",
     "RollupTenMinutesRow",
     "ServingPlanRow",
+    "ShadowRequestRow",
     "TenantSettingRow",
     "TraceBatchRow",
     "TracePayloadRow",

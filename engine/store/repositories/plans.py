@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from datetime import datetime
 from typing import Any
 
-from engine.contracts import Arm, ServingPlan, SlipstreamError
+from engine.contracts import SHADOW, Arm, ServingPlan, SlipstreamError
 from engine.store.connection import Reads, Writes
 from engine.store.repositories import eligibility
 
@@ -211,6 +211,8 @@ def observations(session: Reads, generation: int) -> list[Observation]:
 
 def _check(arms: Sequence[Arm]) -> None:
     for arm in arms:
+        if arm.name == SHADOW and arm.weight:
+            raise SlipstreamError(f"A shadow serves nobody: its weight is 0, not {arm.weight}.")
         if not 0.0 <= arm.weight <= 0.5:
             raise SlipstreamError(
                 f"Arm {arm.name} has weight {arm.weight}: between 0 and 0.5, canary and control are equal."

@@ -1,0 +1,74 @@
+"""What a canary would have earned on requests that others served: written per request, read as the guards want it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from uuid import UUID
+
+from sqlalchemy import delete, func, select, text
+from sqlalchemy.dialects.postgresql import insert
+
+from engine.store.database import ReadSession, WriteSession
+from engine.store.models import ShadowRequestRow
+from engine.store.repositories.evidence import Segment
+
+
+@dataclass(frozen=True, slots=True)
+class ShadowRequest:
+    """One policy over one served request (``ShadowRequestRow``)."""
+
+    generation: int
+    trace_id: UUID
+    arm: str
+    policy_version: int
+    traffic_class: str
+    assignment_key: str
+    steps: int
+    drafted: int
+    accepted: int
+    draft_s: float
+
+
+def write(session: WriteSession, requests: Sequence[ShadowRequest]) -> None:
+    """Each request and arm once, however often it is written."""
+    if requests:
+        session.execute(insert(ShadowRequestRow).values([asdict(one) for one in requests]).on_conflict_do_nothing())
+
+
+_SEGMENTS = text(
+    """
+    WITH of_class AS (
+        SELECT arm, traffic_class, assignment_key, count(*) AS requests, sum(steps + accepted)::float8 AS x,
+            sum(steps)::float8 AS y
+        FROM shadow_requests WHERE generation = :generation GROUP BY arm, traffic_class, assignment_key
+    ), of_key AS (
+        SELECT arm, traffic_class, requests, x, y FROM of_class UNION ALL
+        SELECT arm, NULL, sum(requests), sum(x), sum(y) FROM of_class GROUP BY arm, assignment_key
+    )
+    SELECT arm, traffic_class, sum(requests)::bigint AS requests, sum(requests)::bigint AS stage_requests,
+        count(*) AS keys, count(*) FILTER (WHERE y > 0) AS n, sum(x) AS x, sum(y) AS y, sum(x * x) AS xx,
+        sum(y * y) AS yy, sum(x * y) AS xy
+    FROM of_key GROUP BY arm, traffic_class ORDER BY arm, traffic_class NULLS FIRST
+    """
+)
+
+
+def segments(session: ReadSession | WriteSession, generation: int) -> list[Segment]:
+    """Counts and moments of canary and champion over the same requests; as in ``evidence``, without latencies.
+
+    Both arms come from the same requests, so their difference varies less than two independent arms would: what is
+    certain by these moments is certain.
+    """
+    return [Segment(**row._mapping) for row in session.execute(_SEGMENTS, {"generation": generation})]
+
+
+def newest(session: ReadSession | WriteSession, generation: int) -> datetime | None:
+    row = ShadowRequestRow
+    return session.scalar(select(func.max(row.seen_at)).where(row.generation == generation))
+
+
+def forget(session: WriteSession, before: datetime) -> None:
+    """What was seen before then goes; decisions keep the counts that they were made of."""
+    session.execute(delete(ShadowRequestRow).where(ShadowRequestRow.seen_at < before))

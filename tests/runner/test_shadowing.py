@@ -1,0 +1,68 @@
+"""What a policy earns in shadow is what it earns when it serves, whatever it reads and however small the pieces."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from datetime import UTC, datetime
+from uuid import uuid4
+
+import pytest
+
+from engine.contracts import SpecCounts, Status, TraceRecord
+from engine.model.loading import Target
+from engine.runner.engine import RequestResult
+from engine.speculation.proposer import Proposer
+from tests.runner.drafts import neural, trained_draft
+from tests.runner.driving import MEMORY, NGRAM, NONE, alone, engine_of, memory_of, request
+
+NEURAL = 4
+PROMPTS = [(5, 9, 5, 9, 5, 9, 30, 31), (40, 41, 42, 40, 41), (7,) * 12]
+
+
+@pytest.fixture(scope="module")
+def policies(tiny: Target) -> dict[int, Proposer]:
+    plain = [alone(tiny, request(f"p{i}", prompt)) for i, prompt in enumerate(PROMPTS)]
+    draft = trained_draft(tiny, [(r.payload.prompt_ids, r.payload.output_ids) for r in plain], steps=30)
+    return {MEMORY: memory_of(plain[:1]), NEURAL: neural(draft)}
+
+
+def finished(result: RequestResult, max_tokens: int = 24) -> TraceRecord:
+    return TraceRecord(
+        uuid4(), "r", "r0", datetime.now(UTC), NONE, "champion", 1, "chat", Status.OK, "tiny", "chat", "k",
+        max_tokens=max_tokens, payload=result.payload,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("piece", [1, 5, 64])
+@pytest.mark.parametrize("version", [NONE, NGRAM, MEMORY, NEURAL])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_shadow_counts_what_serving_counts(
+    tiny: Target, policies: dict[int, Proposer], version: int, piece: int, temperature: float
+) -> None:
+    engine = engine_of(tiny, policies)
+    for i, prompt in enumerate(PROMPTS):
+        sampling = {"temperature": temperature, "seed": 3}
+        plain = alone(tiny, request("plain", prompt, NONE, **sampling))
+        served = alone(tiny, request("served", prompt, version, **sampling), policies)
+        replay, made = engine.shadow(version, finished(plain)), 0
+        while not replay.is_done:
+            made += replay.advance(piece)
+        replay.end()
+        assert asdict(replay.counts) == asdict(served.counts), f"prompt {i}"
+        assert made <= len(prompt) + 2 * 24 + piece
+        engine.check_integrity()  # the places of requests are nobody else's
+    if version != NONE and temperature == 0:
+        assert replay.counts.drafted
+
+
+def test_a_shadow_that_is_given_up_leaves_room_for_the_next(tiny: Target, policies: dict[int, Proposer]) -> None:
+    engine, counts = engine_of(tiny, policies), list[SpecCounts]()
+    record = finished(alone(tiny, request("plain", PROMPTS[0])))
+    for steps in (2, 1_000):
+        replay = engine.shadow(NEURAL, record)
+        for _ in range(steps):
+            if not replay.is_done:
+                replay.advance(3)
+        replay.end()
+        counts.append(replay.counts)
+    assert counts[0].steps < counts[1].steps

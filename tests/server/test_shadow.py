@@ -1,0 +1,105 @@
+"""Shadow mode end to end: drafts on copies, serves nobody, and is known before it does."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+from sqlalchemy import func, select
+
+from engine.contracts import SHADOW, ProposerKind, RolloutState
+from engine.demo.garbage import spoil
+from engine.registry.artifacts import ArtifactStore
+from engine.registry.publish import publish
+from engine.rollout import specs
+from engine.rollout.controller import Controller
+from engine.rollout.guards import Shadow
+from engine.rollout.launch import launch
+from engine.rollout.replay import replay
+from engine.speculation.artifact import build_artifact
+from engine.speculation.memory import MEMORY_FILE, TraceMemoryBuilder
+from engine.store.models import ShadowRequestRow, TraceRow
+from engine.store.repositories import plans, rollouts
+from engine.store.repositories.rollouts import Rollout
+from tests.server.conftest import Served, Start
+from tests.waiting import until
+
+WANTED = 30
+
+
+def ask(served: Served, key: int) -> tuple[str, str]:
+    """(prompt, what was said)."""
+    prompt = f"number {key % 7} of the hello"
+    headers = {"X-Conversation-Id": f"c{key}", "X-Traffic-Class": "chat"}
+    answer = served.completion(prompt=prompt, max_tokens=24, ignore_eos=True, headers=headers)
+    assert answer.status_code == 200
+    assert answer.headers["x-slipstream-arm"] == "champion"
+    return prompt, answer.json()["choices"][0]["text"]
+
+
+def memory_files(served: Served) -> dict[str, bytes]:
+    target, builder = served.server.target, TraceMemoryBuilder()
+    for key in range(7):
+        prompt, said = ask(served, key)
+        builder.add("chat", target.tokenizer.encode(prompt), target.tokenizer.encode(said))
+    return build_artifact(
+        ProposerKind.TRACE_MEMORY,
+        4,
+        files={MEMORY_FILE: builder.build(10**6)},
+        target_fingerprint=target.fingerprint,
+        tokenizer_fingerprint=target.tokenizer_fingerprint,
+    )
+
+
+def shadowed(served: Served, files: dict[str, bytes], until_state: RolloutState) -> Rollout:
+    """A rollout of these files from its start to a state; every request meanwhile goes to the champion."""
+    version = publish(served.db, ArtifactStore(served.server.settings.dir("policies")), files).version
+    spec = replace(specs.preset("fast"), shadow=Shadow(WANTED))
+    made, controller = launch(served.db, canary=version, actor="ann", spec=spec), Controller(served.db, "c", 15.0)
+    controller.tick(served.db.now())
+    with served.db.read() as session:
+        plan = plans.latest(session)
+    assert plan is not None
+    arm = plan.arm(SHADOW)
+    assert arm is not None
+    assert (arm.policy_version, arm.weight, plan.rollback_to) == (version, 0.0, plan.champion)
+    served.observes(plan.generation)
+    for key in range(WANTED + 10):
+        ask(served, key)
+
+    def there() -> bool:
+        controller.tick(served.db.now())
+        with served.db.read() as session:
+            found = rollouts.get(session, made.id)
+        return found is not None and found.state is until_state
+
+    until(there, f"the rollout is {until_state}", tries=600, pause_s=0.05)
+    with served.db.read() as session:
+        found = rollouts.get(session, made.id)
+        assert session.scalar(select(func.count()).where(TraceRow.policy_version == version)) == 0, "it served somebody"
+        seen = session.scalar(select(func.count()).where(ShadowRequestRow.policy_version == version)) or 0
+        assert replay(made.spec, rollouts.decisions(session, made.id)) == []
+    assert found is not None
+    assert seen >= 12
+    return found
+
+
+def test_a_good_draft_goes_on_from_its_shadow(start: Start) -> None:
+    served = start("engine.audit_tokens_per_minute=0")
+    found = shadowed(served, memory_files(served), RolloutState.RAMPING)
+    assert f"of {WANTED} requests drafted in shadow, none served" in found.status["reason"]
+
+
+def test_garbage_is_found_in_its_shadow_and_serves_nobody(start: Start) -> None:
+    served = start()
+    good = memory_files(served)
+    store = ArtifactStore(served.server.settings.dir("policies"))
+    champion = publish(served.db, store, good).version
+    with served.db.write() as session:
+        plan = plans.latest(session)
+        assert plan is not None
+        made = plans.append(session, champion=champion, fallback=plan.fallback, actor="ann", reason="good")
+    served.observes(made.generation)
+    found = shadowed(served, spoil(good, np.random.default_rng(0)), RolloutState.ROLLED_BACK)
+    assert found.status["reason"].startswith("in shadow: tokens_per_step")
+    assert not found.status["stages"]

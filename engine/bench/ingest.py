@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
+import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from uuid import UUID
 
 import numpy as np
+from sqlalchemy.exc import SQLAlchemyError
 
 from engine.bench.report import Figure, count_figure, quantile_figure
-from engine.contracts import Status, TraceRecord
+from engine.contracts import Status, TracePayload, TraceRecord, VerifyStep
+from engine.ops import upkeep
 from engine.ops.supervisor import Say
 from engine.settings import TelemetrySettings
 from engine.store.database import Database
@@ -23,6 +29,7 @@ from engine.telemetry.spill import Spill
 from engine.telemetry.writer import TraceWriter
 
 PROBES = 60
+COMPACT_S = 15.0
 CLASSES = ("chat", "code", "long_form", "batch")
 
 
@@ -33,16 +40,14 @@ def measure(database: Database, rate: int, seconds: float, rng: np.random.Genera
         with database.read() as session:
             before = audit.traces(session)
         writer.start()
-        offered, took = _offer(writer, rate, seconds, rng)
-        writer.flush(120.0)
-        drained = time.perf_counter()
+        with compacting(database.url, COMPACT_S):
+            offered, took = _offer(writer, rate, seconds, rng)
         with database.read() as session:
             stored = audit.traces(session) - before
-        say(f"offered {offered:,} in {took:.1f} s; the writer says {writer.stats()}")
+        say(f"offered {offered:,}, written {took:.1f} s after the first; the writer says {writer.stats()}")
         seen = [_visible_after(database, writer, number, rng) for number in range(PROBES)]
         writer.close()
     per_s = stored / max(took, 1e-9)
-    say(f"drained {time.perf_counter() - drained:.1f} s after the last")
     return [
         Figure("ingest_per_s", per_s, per_s, per_s, stored, "traces/s"),
         count_figure("ingest_lost", offered - stored, offered, "traces"),
@@ -51,18 +56,53 @@ def measure(database: Database, rate: int, seconds: float, rng: np.random.Genera
 
 
 def _offer(writer: TraceWriter, rate: int, seconds: float, rng: np.random.Generator) -> tuple[int, float]:
-    """Submit at an even pace, in slices of 10 ms; how many, and the seconds from the first until all are written."""
-    models = [record(rng) for _ in range(2_000)]
-    began, sent = time.perf_counter(), 0
-    while (now := time.perf_counter() - began) < seconds:
-        while sent < now * rate:
-            one = models[sent % len(models)]
-            fresh = UUID(int=int.from_bytes(rng.bytes(16), "big"), version=4)
-            writer.submit(replace(one, trace_id=fresh, started_at=datetime.now(UTC)))
-            sent += 1
-        time.sleep(0.01)
+    """How many were submitted, and the seconds from the first until all are written."""
+    began = time.perf_counter()
+    sent = pace(writer.submit, rate, lambda: time.perf_counter() - began >= seconds, rng)
     writer.flush(120.0)
     return sent, time.perf_counter() - began
+
+
+def pace(
+    submit: Callable[[TraceRecord], None],
+    rate: int,
+    done: Callable[[], bool],
+    rng: np.random.Generator,
+    payloads: bool = False,
+) -> int:
+    """Submit at an even pace, in slices of 10 ms, until it is done; how many."""
+    models = [record(rng, payloads) for _ in range(500 if payloads else 2_000)]
+    began, sent = time.perf_counter(), 0
+    while not done():
+        due = (time.perf_counter() - began) * rate
+        while sent < due:
+            one = models[sent % len(models)]
+            fresh = UUID(int=int.from_bytes(rng.bytes(16), "big"), version=4)
+            submit(replace(one, trace_id=fresh, started_at=datetime.now(UTC)))
+            sent += 1
+        time.sleep(0.01)
+    return sent
+
+
+@contextmanager
+def compacting(url: str, every_s: float, ahead: timedelta = timedelta(0)) -> Iterator[None]:
+    """The compactor beside it, as housekeeping runs it; ``ahead`` of its time takes minutes that are not over."""
+    ended = threading.Event()
+
+    def work() -> None:
+        database = Database(url, application="compactor")
+        while not ended.wait(every_s):
+            with contextlib.suppress(SQLAlchemyError):  # where Postgres is killed it comes back
+                upkeep.compact(database, datetime.now(UTC) + ahead)
+        database.close()
+
+    thread = threading.Thread(target=work, name="compactor", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
 def _visible_after(database: Database, writer: TraceWriter, number: int, rng: np.random.Generator) -> float:
@@ -79,12 +119,13 @@ def _visible_after(database: Database, writer: TraceWriter, number: int, rng: np
     return time.perf_counter() - began
 
 
-def record(rng: np.random.Generator) -> TraceRecord:
-    """A plausible request without its tokens."""
+def record(rng: np.random.Generator, payload: bool = False) -> TraceRecord:
+    """A plausible request, with or without its tokens."""
     steps = int(rng.integers(8, 60))
     accepted = int(rng.integers(0, steps))
     ttft, decode = float(rng.lognormal(-2.5, 0.5)), steps * float(rng.lognormal(-3.7, 0.2))
     output = 1 + steps + accepted
+    prompt = int(rng.integers(10, 800))
     return TraceRecord(
         trace_id=UUID(int=int.from_bytes(rng.bytes(16), "big"), version=4),
         request_id="bench",
@@ -104,7 +145,7 @@ def record(rng: np.random.Generator) -> TraceRecord:
         ttft_s=ttft,
         tpot_s=decode / (output - 1),
         e2e_s=ttft + decode,
-        prompt_tokens=int(rng.integers(10, 800)),
+        prompt_tokens=prompt,
         output_tokens=output,
         steps=steps,
         drafted=4 * steps,
@@ -113,4 +154,19 @@ def record(rng: np.random.Generator) -> TraceRecord:
         accepted_per_pos=(accepted, 0, 0, 0),
         draft_s=0.05 * decode,
         verify_s=0.9 * decode,
+        payload=_tokens(rng, prompt, output, steps, accepted) if payload else None,
+    )
+
+
+def _tokens(rng: np.random.Generator, prompt: int, output: int, steps: int, accepted: int) -> TracePayload:
+    """Ids of a vocabulary of SmolLM2's size, four drafted at each step, one of them accepted at some."""
+    ids = rng.integers(49_152, size=prompt + output + 4 * steps).tolist()
+    drafted = ids[prompt + output :]
+    return TracePayload(
+        prompt_ids=tuple(ids[:prompt]),
+        output_ids=tuple(ids[prompt : prompt + output]),
+        steps=tuple(
+            VerifyStep(tuple(drafted[4 * at : 4 * at + 4]), int(at < accepted), 1 + int(at < accepted))
+            for at in range(steps)
+        ),
     )

@@ -51,6 +51,20 @@ def outage(
 
 
 @bench.command()
+def durability(
+    context: typer.Context,
+    kills: Annotated[int, typer.Option(help="of the writer, of Postgres and of everything, in turn")] = 20,
+    rate: Annotated[int, typer.Option(help="traces per second, with their tokens")] = 500,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """SIGKILL the trace writer, Postgres and every process under load: is each acknowledged trace there, once?"""
+    from engine.bench.durability import run
+
+    _show(run(kills, rate, seed, _progress), as_json)
+
+
+@bench.command()
 def store(
     context: typer.Context,
     traces: Annotated[int, typer.Option(help="how many traces over 30 days")] = 100_000,

@@ -20,6 +20,7 @@ from engine.ops.exporter import MlflowExporter
 from engine.registry import mlflow_registry
 from engine.registry.artifacts import ArtifactStore
 from engine.registry.mlflow_registry import MlflowRegistry
+from engine.registry.serving_metrics import ServingMetrics
 from engine.settings import Settings, TelemetrySettings
 from engine.store.database import Database
 
@@ -57,6 +58,8 @@ def run(settings: Settings, database: Database, stop: threading.Event) -> None:
         registry = mlflow_registry.connect(settings.mlflow_tracking_uri, settings.mlflow.experiment)
         store = ArtifactStore(settings.dir("policies"))
         chores.append(Chore("model registry", 10.0, lambda: mirror_registry(registry, database, store)))
+        serving = ServingMetrics(database, registry.client)
+        chores.append(Chore("serving metrics", 60.0, lambda: serving.run_once(datetime.now(UTC))))
     else:
         log.warning("no MLflow tracking URI: traces are not exported and versions not registered there")
     while not stop.is_set():

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import signal
 import stat
 import subprocess
 import time
@@ -85,6 +86,13 @@ def stop(home: Path) -> bool:
         return False
     _library().get_server(data_directory(home), cleanup_mode=None).stop()
     return True
+
+
+def kill(home: Path) -> None:
+    """SIGKILL to the server and every process of it at once, for drills: what a machine that ends does to it."""
+    for pid in _servers_in(data_directory(home)):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 def database_url(settings: Settings, start_embedded: bool = False) -> str:

@@ -10,7 +10,7 @@ from sqlalchemy.exc import DBAPIError
 
 from engine.settings import TelemetrySettings
 from engine.store.database import Database
-from engine.store.repositories import partitions, rollups, shadow
+from engine.store.repositories import drift, partitions, rollups, shadow
 
 DAYS_AHEAD = 3
 CLOSED_AFTER = timedelta(seconds=75)
@@ -27,6 +27,9 @@ def keep_partitions(database: Database, settings: TelemetrySettings, now: dateti
     with database.write() as session:
         for ahead in range(DAYS_AHEAD + 1):
             partitions.ensure(session, (now + timedelta(days=ahead)).date())
+        # Before the minutes, and whole days as they go: where ten minutes are kept, readers take minutes to be kept.
+        oldest = (now - timedelta(days=settings.retention_days)).astimezone(UTC)
+        rollups.forget(session, "ten_minutes", oldest.replace(hour=0, minute=0, second=0, microsecond=0))
     kept = {
         "traces": settings.retention_days,
         "trace_payloads": settings.payload_retention_days,
@@ -42,9 +45,10 @@ def keep_partitions(database: Database, settings: TelemetrySettings, now: dateti
         if not _drop(database, table, day, kept[table]):
             busy.add(table)
     with database.write() as session:
-        rollups.forget(session, "ten_minutes", now - timedelta(days=settings.retention_days))
+        old = now - timedelta(days=settings.rollup_retention_days)
         for tier in ("hour", "day"):
-            rollups.forget(session, tier, now - timedelta(days=settings.rollup_retention_days))
+            rollups.forget(session, tier, old)
+        drift.forget(session, old)
         rollups.forget_batches(session, now - timedelta(days=settings.retention_days))
         shadow.forget(session, now - timedelta(days=settings.retention_days))
     return False

@@ -35,7 +35,11 @@ RETRY_S = 0.5
 
 
 class TraceWriter:
-    """Takes records from any thread and sees that each is in Postgres once. ``clock`` is monotonic seconds."""
+    """Takes records from any thread and sees that each is in Postgres once. ``clock`` is monotonic seconds.
+
+    ``kept`` is told of records that no kill of any process can take away any more: their batch is committed, or synced
+    to the spill folder. Until then, for ``batch_delay_s`` and the time of a write, they are in this process' memory.
+    """
 
     def __init__(
         self,
@@ -44,7 +48,9 @@ class TraceWriter:
         settings: TelemetrySettings,
         clock: Callable[[], float] = time.monotonic,
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
+        kept: Callable[[Sequence[TraceRecord]], None] = lambda records: None,
     ) -> None:
+        self._kept = kept
         self._database, self._spill, self._settings = database, spill, settings
         self._clock, self._now = clock, now
         self._queue: queue.Queue[TraceRecord] = queue.Queue(settings.queue_records)
@@ -132,6 +138,7 @@ class TraceWriter:
         try:
             self._spill.put(batch, self._now())
             self._stats["spilled"] += len(batch.records)
+            self._kept(batch.records)
         except (OSError, TypeError, ValueError) as error:
             self._lose(batch, error)
 
@@ -187,6 +194,8 @@ class TraceWriter:
             log.info("Postgres takes traces again")
         self._stats |= {"error": None, "last_write": self._now().isoformat()}
         self._stats[how] += len(batch.records)
+        if how == "written":  # the others were kept before, by the spill folder
+            self._kept(batch.records)
         return True
 
     def _isolate(self, batch: Batch, error: Exception, how: str) -> bool:
@@ -205,7 +214,9 @@ class TraceWriter:
                     self._spill.put(part, self._now())
                 except OSError:
                     return False
-                self._stats["spilled"] += len(half) if how == "written" else 0  # the others were counted before
+                if how == "written":  # the others were counted before
+                    self._stats["spilled"] += len(half)
+                    self._kept(half)
             return True
         if isinstance(getattr(error, "orig", error), psycopg.errors.UniqueViolation):
             return True  # it is there already, from a writing that was interrupted while isolating

@@ -45,6 +45,23 @@ def test_every_panel_on_nothing_and_on_everything(db: Database, tmp_path: Path) 
     assert totals["e2e_p50"] < totals["e2e_p90"] < totals["e2e_p95"] < totals["e2e_p99"] <= totals["e2e_p99.9"]
 
 
+def test_every_percentile_is_there_by_version_class_arm_and_replica(db: Database, tmp_path: Path) -> None:
+    """The queue's too; with goodput, retries and preemptions."""
+    deltas_only(db, tmp_path)
+    wanted = [f"{metric}_p{q}" for metric in ("ttft", "tpot", "e2e", "queue") for q in ("50", "90", "95", "99", "99.9")]
+    names = {"versions": "policy_version", "classes": "traffic_class", "arm_totals": "arm", "replicas": "replica_id"}
+    with db.read() as session:
+        (whole,) = PANELS["overview.totals"].read(session, Slice(START, END))
+        for name, by in names.items():
+            rows = PANELS[f"overview.{name}"].read(session, Slice(START, END))
+            assert len({row[by] for row in rows}) == len(rows) > 1, name
+            for row in rows:
+                assert all(row[column] > 0 for column in wanted), name
+                assert {"goodput_s", "goodput_share", "retry_rate", "error_rate"} <= row.keys()
+            for column in ("requests", "retries", "preemptions", "good"):
+                assert sum(row[column] for row in rows) == whole[column] > 0, (name, column)
+
+
 def test_the_formats_say_the_same_and_json_knows_no_nan() -> None:
     rows = [{"at": START, "value": 1.5, "list": [1, 2]}, {"at": START, "value": float("nan"), "list": []}]
     found = json.loads(frames.encode(rows, "json", {"since": START}))

@@ -19,13 +19,15 @@ from ddsketch import DDSketch
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 
-from engine.contracts import TraceRecord
+from engine.contracts import Status, TraceRecord
 from engine.ops import upkeep
 from engine.settings import TelemetrySettings
 from engine.store import histogram
 from engine.store.database import Database
-from engine.store.repositories import audit, overview, rollups
+from engine.store.panels import traffic
+from engine.store.repositories import audit, drift, overview, rollups, traces
 from engine.store.repositories.overview import Slice
+from engine.store.repositories.traces import Filter
 from engine.telemetry.spill import Batch, Spill
 from engine.telemetry.writer import TraceWriter
 from tests.telemetry.records import START, record
@@ -236,6 +238,59 @@ def test_a_rebuild_that_takes_no_turn_is_overtaken(
         _rebuild_during_a_compaction(db, tmp_path)
 
 
+def _old_windows(db: Database) -> None:
+    """Windows that begin, or lie, where only hours are left: each request of the whole hours is there once."""
+    starts = [one.started_at for one in records()]
+    for since, stop in (
+        (START + timedelta(minutes=17), END),
+        (START + timedelta(minutes=17), START + timedelta(hours=3, minutes=12)),
+        (START + timedelta(hours=20, minutes=40), END - timedelta(minutes=23)),
+        (END - timedelta(hours=8, minutes=3), END - timedelta(minutes=23)),
+    ):
+        old, old_end = (at < datetime(2026, 3, 3, tzinfo=UTC) for at in (since, stop))
+        begin = since.replace(minute=0) if old else since
+        end = stop.replace(minute=0) + timedelta(hours=1) if old_end else stop
+        expected = sum(begin <= at < end for at in starts)
+        with db.read() as session:
+            part = Slice(since, stop)
+            (whole,) = traffic.totals(session, part)
+            bins = traffic.over_time(session, part, latencies=("e2e",), now=END + timedelta(days=1))
+            heat = traffic.heat(session, part)
+            ended = sum(one.status is Status.OK and begin <= one.started_at < end for one in records())
+        assert whole["requests"] == expected
+        assert whole["requests_s"] == pytest.approx(expected / (end - begin).total_seconds())
+        shown = sum(row["requests"] for row in bins)  # a bin that has hardly begun is left out at the end
+        assert expected - 20 * (not old_end) <= shown <= expected
+        assert sum(row["requests"] for row in heat) == ended
+        assert not old or bins[0]["width_s"] >= 3_600
+        assert bins[0]["e2e_p95"] is not None
+
+
+def retained_by_the_hour(db: Database, folder: Path) -> None:
+    compacted(db, folder)
+    upkeep.keep_partitions(db, TelemetrySettings(retention_days=1), END)
+    with db.read() as session:
+        assert session.scalar(text("SELECT min(at) FROM rollups_minute")) >= datetime(2026, 3, 3, tzinfo=UTC)
+        assert session.scalar(text("SELECT min(at) FROM rollups_ten_minutes")) >= datetime(2026, 3, 3, tzinfo=UTC)
+
+
+def test_a_window_older_than_the_finer_rollups_is_told_by_the_hour(db: Database, tmp_path: Path) -> None:
+    retained_by_the_hour(db, tmp_path)
+    _old_windows(db)
+    with db.read() as session:  # what can be listed is what is kept
+        part = Slice(START, END)
+        assert traces.matching(session, part, Filter()) == (len(traces.listed(session, part, limit=2_000)), True)
+
+
+def test_without_it_they_lack_what_only_hours_hold(
+    db: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    retained_by_the_hour(db, tmp_path)
+    monkeypatch.setattr(overview, "resolved", lambda session, part: part)
+    with pytest.raises((AssertionError, ValueError)):
+        _old_windows(db)
+
+
 def _hours_overlap_the_minutes(monkeypatch: pytest.MonkeyPatch) -> None:
     right = overview._cover
 
@@ -282,3 +337,19 @@ def test_old_hours_and_batches_are_forgotten(db: Database, tmp_path: Path) -> No
     with db.read() as session:
         for table in ("rollups_hour", "rollup_histograms_day", "rollups_ten_minutes", "trace_batches"):
             assert session.scalar(text(f"SELECT count(*) FROM {table}")) == 0
+
+
+def test_findings_that_ended_long_ago_are_forgotten_and_what_is_still_true_is_not(db: Database) -> None:
+    def finding(kind: str) -> drift.Finding:
+        return drift.Finding(kind, "class mix", None, None, START, END, START, END, 0.3, 0.3, 0.1, 100, kind)
+
+    with db.write() as session:
+        drift.record(session, [finding("input"), finding("slow_slide")], START)
+        drift.record(session, [finding("slow_slide")], END)  # ends the first
+    upkeep.keep_partitions(db, TelemetrySettings(rollup_retention_days=5), END + timedelta(days=4))
+    with db.read() as session:
+        assert len(drift.findings(session, START, END + timedelta(days=9))) == 2
+    upkeep.keep_partitions(db, TelemetrySettings(rollup_retention_days=5), END + timedelta(days=6))
+    with db.read() as session:
+        (left,) = drift.findings(session, START, END + timedelta(days=9))
+    assert left["kind"] == "slow_slide"

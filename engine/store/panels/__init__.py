@@ -95,6 +95,7 @@ PANELS: dict[str, Panel] = {
         Panel("overview.heat", "Requests by time and end-to-end latency, ms", traffic.heat),
         Panel("overview.versions", "Versions in the window", partial(traffic.totals, by=VERSION)),
         Panel("overview.classes", "Traffic classes in the window", partial(traffic.totals, by=CLASS)),
+        Panel("overview.arm_totals", "Arms in the window", partial(traffic.totals, by=("arm",))),
         Panel("overview.replicas", "Replicas in the window", partial(traffic.totals, by=("replica_id",))),
         Panel("overview.ledger", "What was served: the ledger's entries in the window", _ledger),
         Panel("overview.filters", "Classes, arms, versions and replicas with traffic", _known),

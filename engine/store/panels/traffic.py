@@ -27,6 +27,7 @@ JOINED = 8
 
 def totals(session: ReadSession, part: Slice, by: Sequence[str] = (), latencies: Sequence[str] = LATENCIES) -> Rows:
     """One row a group: sums, ratios, and p50 to p99.9 of each latency as "e2e_p95"…, ms."""
+    part = overview.resolved(session, part)
     rows = overview.sums(session, part, by)
     seconds = (part.until - part.since).total_seconds()
     found = [with_ratios(row, seconds) for row in rows if row["requests"]]
@@ -45,6 +46,7 @@ def over_time(
 
     A last bin that has hardly begun is left out, it says more about chance than about the service.
     """
+    part = overview.resolved(session, part)
     width = bin_width(session, part, most)
     here = now or datetime.now(UTC)
     found = []
@@ -58,6 +60,7 @@ def over_time(
 
 def heat(session: ReadSession, part: Slice, metric: str = "e2e", most: int = 60) -> Rows:
     """(at, width_s, low_ms, high_ms, requests): requests by time and latency, buckets joined by eights."""
+    part = overview.resolved(session, part)
     width = bin_width(session, part, most)
     joined: dict[tuple[datetime, int], int] = {}
     for row in overview.buckets(session, part, metric, width):
@@ -77,6 +80,7 @@ def heat(session: ReadSession, part: Slice, metric: str = "e2e", most: int = 60)
 
 def bin_width(session: ReadSession, part: Slice, most: int) -> timedelta:
     """A round width that gives at most so many bins, and fewer where there is little traffic."""
+    part = overview.resolved(session, part)
     rows = overview.sums(session, part)
     requests = rows[0]["requests"] if rows else 0
     return part.bin(max(24, min(most, requests // PER_BIN)))

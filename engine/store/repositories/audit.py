@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Sequence
 from datetime import datetime
+from uuid import UUID
 
 from sqlalchemy import func, select, text
 
@@ -12,6 +13,7 @@ from engine.contracts import Status
 from engine.store.database import ReadSession
 from engine.store.models import RollupDeltaRow, RollupMinuteRow, TraceRow
 from engine.store.repositories.overview import Slice
+from engine.store.repositories.rollups import TIERS
 
 
 def traces(session: ReadSession) -> int:
@@ -31,6 +33,27 @@ def times_stored(session: ReadSession, request_ids: Collection[str]) -> dict[str
         .group_by(TraceRow.request_id)
     )
     return dict(session.execute(query).all())
+
+
+def missing(session: ReadSession, trace_ids: Collection[UUID]) -> int:
+    """How many of these traces are not in the table."""
+    query = """
+        SELECT count(*) FROM unnest(CAST(:ids AS uuid[])) AS wanted (trace_id)
+        WHERE NOT EXISTS (SELECT 1 FROM traces WHERE traces.trace_id = wanted.trace_id)"""
+    return int(session.scalar(text(query), {"ids": list(trace_ids)}) or 0)
+
+
+def doubled(session: ReadSession) -> int:
+    """How many traces are in the table more often than once: the key alone keeps only equal starts apart."""
+    return int(session.scalar(text("SELECT count(*) - count(DISTINCT trace_id) FROM traces")) or 0)
+
+
+def rollup_differences(session: ReadSession) -> int:
+    """Minutes and keys, of every tier, whose rollups and deltas do not sum to what the raw traces do."""
+    return sum(
+        int(session.scalar(text(_DIFFERENCES.format(tier=tier, start=_START.format(row.total_seconds())))) or 0)
+        for tier, (row, _) in TIERS.items()
+    )
 
 
 def rolled_up(session: ReadSession) -> int:
@@ -62,3 +85,30 @@ def last_start(session: ReadSession, generation: int, arm: str) -> datetime | No
     return session.scalar(
         select(func.max(TraceRow.started_at)).where(TraceRow.generation == generation, TraceRow.arm == arm)
     )
+
+
+_START = "date_bin(interval '{0} s', at, timestamptz '2000-01-01 00:00:00Z') AS at"
+_KEY = "at, policy_version, arm, traffic_class, replica_id"
+_SUMMED = ("requests", "errors", "prompt_tokens", "output_tokens", "steps", "drafted", "accepted")
+_OF_EACH = ", ".join(f"CAST(sum({name}) AS bigint) AS {name}" for name in _SUMMED)
+_DIFFERENCES = f"""
+    WITH raw AS (
+        SELECT {{start}}, {_KEY[4:]}, count(*) AS requests,
+            count(*) FILTER (WHERE status IN ('error', 'timeout')) AS errors,
+            count(*) FILTER (WHERE status = 'ok') AS timed,
+            {", ".join(f"sum({name}) AS {name}" for name in _SUMMED[2:])}
+        FROM (SELECT started_at AS at, * FROM traces) AS t GROUP BY 1, 2, 3, 4, 5
+    ), summed AS (
+        SELECT {_KEY}, {_OF_EACH} FROM (
+            SELECT {_KEY}, {", ".join(_SUMMED)} FROM rollups_{{tier}}
+            UNION ALL SELECT {{start}}, {_KEY[4:]}, {", ".join(_SUMMED)} FROM rollup_deltas
+        ) AS s GROUP BY 1, 2, 3, 4, 5
+    ), timed AS (
+        SELECT {_KEY}, CAST(sum(n) AS bigint) AS timed FROM (
+            SELECT {_KEY}, cnt FROM rollup_histograms_{{tier}} WHERE metric = 'e2e'
+            UNION ALL SELECT {{start}}, {_KEY[4:]}, cnt FROM rollup_delta_histograms WHERE metric = 'e2e'
+        ) AS h, unnest(cnt) AS n GROUP BY 1, 2, 3, 4, 5
+    )
+    SELECT count(*) FROM raw FULL JOIN summed USING ({_KEY}) LEFT JOIN timed USING ({_KEY})
+    WHERE {" OR ".join(f"raw.{name} IS DISTINCT FROM summed.{name}" for name in _SUMMED)}
+        OR coalesce(raw.timed, 0) <> coalesce(timed.timed, 0)"""

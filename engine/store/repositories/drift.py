@@ -8,7 +8,7 @@ from datetime import datetime
 from typing import Any
 
 import numpy as np
-from sqlalchemy import select, text, update
+from sqlalchemy import delete, select, text, update
 
 from engine.store.database import ReadSession, WriteSession
 from engine.store.models import DriftFindingRow
@@ -124,6 +124,11 @@ def record(session: WriteSession, found: Sequence[Finding], now: datetime) -> li
     session.execute(update(DriftFindingRow).where(DriftFindingRow.id.in_(gone)).values(ended_at=now))
     session.flush()
     return fresh
+
+
+def forget(session: WriteSession, before: datetime) -> None:
+    """Delete the findings that ended before; what is still true stays, however old."""
+    session.execute(delete(DriftFindingRow).where(DriftFindingRow.ended_at < before))
 
 
 def row_key(row: DriftFindingRow) -> tuple[str, str, str | None, int | None]:

@@ -19,6 +19,9 @@ HORIZON = (
 )
 
 
+COUNTED = 100_000
+
+
 @dataclass(frozen=True, slots=True)
 class Cursor:
     """How far an exporter has come; ``written_at`` None means it has not begun."""
@@ -80,9 +83,10 @@ def next_traces(session: ReadSession, after: Cursor, limit: int) -> list[TraceRo
 
 
 def lag(session: ReadSession, after: Cursor) -> dict[str, Any]:
-    """How many traces wait for export and since when the oldest does."""
-    query = select(func.count(), func.min(TraceRow.written_at))
+    """How many traces wait for export, counted up to COUNTED, and since when the oldest does."""
+    waiting, some = select(func.min(TraceRow.written_at)), select(TraceRow.written_at)
     if after.written_at is not None:
-        query = query.where(TraceRow.written_at > after.written_at)
-    count, oldest = session.execute(query).one()
+        waiting, some = (query.where(TraceRow.written_at > after.written_at) for query in (waiting, some))
+    oldest = session.scalar(waiting)
+    count = session.scalar(select(func.count()).select_from(some.limit(COUNTED).subquery()))
     return {"waiting": count, "oldest": oldest}

@@ -2,6 +2,7 @@
 
 A panel costs what its buckets cost, not what its traces cost. A window is read per day, hour or ten minutes, its ragged
 ends at finer resolution. What the compactor has not taken yet is read from the writers' deltas: nothing is missed.
+Where only hours and days are kept any more, a window begins and ends at whole hours, outward.
 """
 
 from __future__ import annotations
@@ -25,13 +26,19 @@ from engine.store.repositories.rollups import COUNTS, METRICS, POSITIONS, REALS,
 
 DIMENSIONS = frozenset({"policy_version", "arm", "traffic_class", "replica_id"})
 ORIGIN = datetime(2000, 1, 1, tzinfo=UTC)
+HOUR = timedelta(hours=1)
+KEPT_LONG = ("hour", "day")
+"""Tiers that outlive the traces."""
 _SUMS, _HISTOGRAMS = ("rollups", "rollup_deltas"), ("rollup_histograms", "rollup_delta_histograms")
 """Name of the tiers' tables up to the tier, and that of the deltas."""
 
 
 @dataclass(frozen=True, slots=True)
 class Slice:
-    """A window of time [since, until) and what of it: None means all. ``versions`` are any of some, beside the one."""
+    """A window of time [since, until) and what of it: None means all. ``versions`` are any of some, beside the one.
+
+    ``hours_before`` is set by ``resolved``: what began earlier is known by the hour and day only.
+    """
 
     since: datetime
     until: datetime
@@ -40,14 +47,17 @@ class Slice:
     version: int | None = None
     replica: str | None = None
     versions: tuple[int, ...] | None = None
+    hours_before: datetime | None = None
 
     def before(self) -> Slice:
         """The window of the same length that ends where this one begins."""
-        return replace(self, since=self.since - (self.until - self.since), until=self.since)
+        return replace(self, since=self.since - (self.until - self.since), until=self.since, hours_before=None)
 
     def bin(self, most: int = 90) -> timedelta:
-        """A round bin width that gives at most so many bins; never under the minute of a rollup."""
+        """A round bin width that gives at most so many bins; never under the finest rollup of the whole window."""
         seconds = (self.until - self.since).total_seconds() / most
+        if self.hours_before is not None:
+            seconds = max(seconds, HOUR.total_seconds())
         rounds = (60, 120, 180, 300, 600, 1_200, 1_800, 3_600, 7_200, 10_800, 14_400, 86_400)
         return timedelta(seconds=next((r for r in rounds if r >= seconds), rounds[-1]))
 
@@ -55,7 +65,11 @@ class Slice:
         """(tier, begin, end) of pieces that cover the window once: the coarsest tier that the bins allow in the middle,
         finer ones at its ragged ends."""
         tiers = [tier for tier, (row, _) in TIERS.items() if width is None or width % row == timedelta(0)]
-        return _cover(self.since, self.until, tiers)
+        if self.hours_before is None:
+            return _cover(self.since, self.until, tiers)
+        middle = min(self.hours_before, self.until)
+        kept = [tier for tier in tiers if tier in KEPT_LONG] or list(KEPT_LONG[:1])
+        return [*_cover(self.since, middle, kept), *_cover(middle, self.until, tiers)]
 
 
 def _cover(since: datetime, until: datetime, tiers: Sequence[str]) -> list[tuple[str, datetime, datetime]]:
@@ -79,10 +93,23 @@ class Grouped:
     table: histogram.Table
 
 
+def resolved(session: ReadSession, part: Slice) -> Slice:
+    """The slice as the store can still tell it: where finer rollups are past their retention it begins, and ends, at
+    whole hours, outward."""
+    if part.hours_before is not None:
+        return part
+    kept = session.execute(text(_KEPT), {"until": part.until}).one()
+    if kept.by_hour is None or part.since >= kept.since or kept.by_hour >= kept.since:
+        return part
+    until = part.until + (ORIGIN - part.until) % HOUR if part.until < kept.since else part.until
+    return replace(part, since=part.since - (part.since - ORIGIN) % HOUR, until=until, hours_before=kept.since)
+
+
 def sums(
     session: ReadSession, part: Slice, by: Sequence[str] = (), width: timedelta | None = None
 ) -> list[dict[str, Any]]:
     """Sums per group and, with a ``width``, per time bin ("at"), oldest first."""
+    part = resolved(session, part)
     columns = _columns(by, width)
     # Postgres sums bigint as numeric, which arrives as Decimal.
     totals = ", ".join(
@@ -137,6 +164,7 @@ def grouped(
     if metric not in METRICS:
         raise ValueError(f"no histogram of {metric!r}; there are {sorted(METRICS)}")
     columns = _columns(by, width)
+    part = resolved(session, part)
     source = _source(part, width, _HISTOGRAMS, (*DIMENSIONS, "idx", "cnt"), " AND metric = :metric")
     query = f"SELECT {_list(columns.values(), 'idx, cnt')} FROM {source}"
     rows = _fetch_arrays(session, query, _parameters(part, width) | {"metric": metric})
@@ -152,6 +180,7 @@ def positions(
     session: ReadSession, part: Slice, by: Sequence[str] = (), width: timedelta | None = None
 ) -> list[dict[str, Any]]:
     """Drafted and accepted per draft position (0-based), per group and time bin."""
+    part = resolved(session, part)
     columns = _columns(by, width)
     query = f"""
         SELECT {_list(columns.values(), "p.place - 1 AS position")},
@@ -165,6 +194,7 @@ def positions(
 
 def known(session: ReadSession, part: Slice) -> dict[str, list[Any]]:
     """The classes, arms, versions and replicas that have traffic in the window: what the filters offer."""
+    part = resolved(session, part)
     names = ("traffic_class", "arm", "policy_version", "replica_id")
     query = f"SELECT DISTINCT {', '.join(names)} FROM {_source(part, None, _SUMS, names)}"
     rows = session.execute(text(query), _parameters(part, None)).all()
@@ -174,6 +204,7 @@ def known(session: ReadSession, part: Slice) -> dict[str, list[Any]]:
 
 def leading(session: ReadSession, part: Slice, most: int) -> list[tuple[int, int]]:
     """(version, requests) of the versions with the most requests in the window, most first."""
+    part = resolved(session, part)
     source = _source(part, None, _SUMS, ("policy_version", "requests"))
     query = f"""
         SELECT policy_version, CAST(sum(requests) AS bigint) FROM {source}
@@ -182,9 +213,26 @@ def leading(session: ReadSession, part: Slice, most: int) -> list[tuple[int, int
     return [(version, requests) for version, requests in rows]
 
 
+def first_window(session: ReadSession, since: datetime | None, width: timedelta) -> datetime | None:
+    """The start of the first window of ``width`` (whole ten minutes) with traffic, at ``since`` or later."""
+    query = """
+        SELECT date_bin(:width, min(at), timestamptz '2000-01-01 00:00:00Z') FROM (
+            SELECT min(at) AS at FROM rollups_ten_minutes WHERE at >= coalesce(:since, timestamptz '-infinity')
+            UNION ALL SELECT min(at) FROM rollup_deltas WHERE at >= coalesce(:since, timestamptz '-infinity')
+        ) AS first"""
+    return session.scalar(text(query), {"width": width, "since": since})
+
+
 def newest(session: ReadSession) -> datetime | None:
     """When the newest trace began: how old what a page shows is."""
     return session.scalar(text("SELECT max(started_at) FROM traces"))
+
+
+_KEPT = """
+    SELECT min(at) AS by_hour, coalesce(
+        (SELECT date_trunc('day', min(at), 'UTC') FROM rollups_ten_minutes),
+        CAST(:until AS timestamptz) + interval '1 hour') AS since FROM rollups_hour"""
+"""The oldest hour, and the UTC day from which all is known by the minute: whole days go, ten minutes before minutes."""
 
 
 def _source(part: Slice, width: timedelta | None, tables: tuple[str, str], names: Iterable[str], also: str = "") -> str:
@@ -266,8 +314,9 @@ class _Array(Loader):
 
     def load(self, data: Buffer) -> np.ndarray:
         if len(data) < 20:
-            return np.zeros(0, dtype=np.int64)
-        return np.frombuffer(data, dtype=self.element, offset=20)["value"].astype(np.int64)
+            return np.zeros(0, dtype=np.int16)
+        # A copy: what psycopg hands out belongs to a result that is freed.
+        return np.frombuffer(bytes(data), dtype=self.element, offset=20)["value"]
 
 
 class _Int2Array(_Array):

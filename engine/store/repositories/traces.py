@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from operator import ge, gt, lt
 from typing import Any
@@ -127,6 +127,9 @@ def listed(
 def matching(session: ReadSession, part: Slice, chosen: Filter) -> tuple[int, bool]:
     """How many traces match, and whether that is all of them: from the rollups where they know, else up to COUNTED."""
     if chosen.is_empty:
+        known = overview.resolved(session, part)
+        if known.hours_before is not None:  # rollups outlive the traces that are listed
+            part = replace(part, since=min(max(part.since, known.hours_before), part.until))
         rows = overview.sums(session, part)
         return (rows[0]["requests"] if rows else 0), True
     some = select(TraceRow.trace_id).where(*_conditions(session, part, chosen)).limit(COUNTED).subquery()

@@ -1,0 +1,149 @@
+"""Every window of every serving version is a point on its run, once, whatever MLflow does meanwhile."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import pytest
+from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
+
+from engine.contracts import ProposerKind, SlipstreamError
+from engine.registry import serving_metrics
+from engine.registry.artifacts import ArtifactStore
+from engine.registry.publish import ensure_version
+from engine.registry.serving_metrics import CURSOR, WINDOW, ServingMetrics
+from engine.speculation.artifact import build_artifact
+from engine.store.database import Database
+from engine.store.panels import traffic
+from engine.store.repositories import export, policies
+from engine.store.repositories.overview import Slice
+from tests.store.test_rollups import START, compact, records, write
+
+END = START + timedelta(hours=3)
+LATER = END + timedelta(hours=2)
+
+
+class Flaky:
+    """An MLflow that fails every other request: before it took the points, or after."""
+
+    def __init__(self, client: MlflowClient, after: bool) -> None:
+        self.client, self.after, self.asked = client, after, 0
+
+    def log_batch(self, run_id: str, metrics: Any) -> None:
+        self.asked += 1
+        if self.after or self.asked % 2:
+            self.client.log_batch(run_id, metrics=metrics)
+        if self.asked % 2 == 0:
+            raise MlflowException("connection refused")
+
+
+@pytest.fixture(scope="module")
+def client(tmp_path_factory: pytest.TempPathFactory) -> MlflowClient:
+    return MlflowClient(f"sqlite:///{tmp_path_factory.mktemp('mlflow') / 'mlflow.db'}")
+
+
+@pytest.fixture
+def runs(db: Database, tmp_path: Path, client: MlflowClient) -> dict[int, str]:
+    """Traffic of two versions over three hours, half of it compacted; a run for each."""
+    write(db, tmp_path / "spill", records()[:60:2])
+    compact(db, LATER)
+    write(db, tmp_path / "spill", records()[1:60:2])
+    store = ArtifactStore(tmp_path / "policies")
+    experiment = client.create_experiment(uuid4().hex)
+    made = {}
+    for kind, k in ((ProposerKind.NONE, 0), (ProposerKind.NGRAM, 4)):
+        version = ensure_version(db, store, build_artifact(kind, k)).version
+        made[version] = client.create_run(experiment).info.run_id
+        with db.write() as session:
+            policies.set_mlflow(session, version, str(version), made[version])
+    assert set(made) == {1, 2}  # the versions of the traffic
+    return made
+
+
+def send(metrics: ServingMetrics) -> int:
+    """Until all is sent; how often MLflow failed."""
+    failures = 0
+    while True:
+        try:
+            if not metrics.run_once(LATER):
+                return failures
+        except SlipstreamError:
+            failures += 1
+
+
+def assert_every_window_once(db: Database, client: MlflowClient, runs: dict[int, str]) -> None:
+    with db.read() as session:
+        rows = traffic.over_time(session, Slice(START, END), ("policy_version",), (), most=10_000, now=LATER)
+        cursor = export.cursor(session, CURSOR)
+    assert rows
+    for version, run_id in runs.items():
+        points = client.get_metric_history(run_id, "serving/requests")
+        steps = [point.step for point in points]
+        assert len(steps) == len(set(steps))
+        assert sum(p.value for p in points) == sum(r["requests"] for r in rows if r["policy_version"] == version)
+        assert client.get_metric_history(run_id, "serving/e2e_p95_ms")
+    assert cursor.written_at is not None
+    assert cursor.written_at <= LATER
+    assert cursor.error is None
+
+
+def test_every_window_is_a_point(db: Database, client: MlflowClient, runs: dict[int, str]) -> None:
+    assert send(ServingMetrics(db, client)) == 0
+    assert_every_window_once(db, client, runs)
+    with db.read() as session:
+        (row,) = traffic.totals(session, Slice(START - timedelta(minutes=9), START + timedelta(minutes=1)))
+    (first,) = [p for p in client.get_metric_history(runs[1], "serving/requests") if p.step == step(START)] or [None]
+    (other,) = [p for p in client.get_metric_history(runs[2], "serving/requests") if p.step == step(START)] or [None]
+    assert sum(p.value for p in (first, other) if p is not None) == row["requests"]
+
+
+def step(at: Any) -> int:
+    return int((at - serving_metrics.EPOCH) // WINDOW)
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["before it took them", "after it took them"])
+def test_an_mlflow_that_fails_loses_nothing(
+    db: Database, client: MlflowClient, runs: dict[int, str], after: bool
+) -> None:
+    assert send(ServingMetrics(db, Flaky(client, after))) > 10  # type: ignore[arg-type]
+    assert_every_window_once(db, client, runs)
+
+
+def test_a_cursor_that_moves_first_loses_windows(
+    db: Database, client: MlflowClient, runs: dict[int, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The planted fault of the two above."""
+    right = ServingMetrics._save
+
+    def moves(self: ServingMetrics, moved: Any, now: Any) -> None:
+        begin = moved.written_at or START - timedelta(minutes=9)
+        right(self, serving_metrics.replace(moved, written_at=begin + WINDOW * (moved.error is not None)), now)
+
+    monkeypatch.setattr(ServingMetrics, "_save", moves)
+    send(ServingMetrics(db, Flaky(client, False)))  # type: ignore[arg-type]
+    with pytest.raises(AssertionError):
+        assert_every_window_once(db, client, runs)
+
+
+def test_a_version_without_a_run_is_waited_for_and_not_for_ever(
+    db: Database, client: MlflowClient, runs: dict[int, str]
+) -> None:
+    with db.write() as session:
+        policies.set_mlflow(session, 2, "2", None)
+    soon = START + timedelta(minutes=20)
+    metrics = ServingMetrics(db, client)
+    with pytest.raises(SlipstreamError, match="not registered"):
+        all(metrics.run_once(soon) for _ in range(10))
+    assert send(ServingMetrics(db, client)) == 0
+    with db.read() as session:
+        assert export.cursor(session, CURSOR).skipped > 0
+
+
+def test_a_deleted_run_keeps_no_other_waiting(db: Database, client: MlflowClient, runs: dict[int, str]) -> None:
+    client.delete_run(runs[2])
+    assert send(ServingMetrics(db, client)) == 0
+    assert client.get_metric_history(runs[1], "serving/requests")

@@ -55,6 +55,7 @@ def run(settings: Settings, traces: int, ingest_rate: int, ingest_s: float, seed
         _seed(database, settings.telemetry, traces - small, end, seed + 1, say)
         after = time_panels(database, end)
         _tell(after, say)
+        say(f"p95 over all panels: {_p95(before):.1f} ms with {small:,} traces, {_p95(after):.1f} ms with {traces:,}")
         with database.read() as session:
             size, total = sum(size for _, _, size in partitions.existing(session)), audit.traces(session)
         say(f"{total:,} traces, {size / 1e9:.2f} GB of partitions")
@@ -71,6 +72,7 @@ def run(settings: Settings, traces: int, ingest_rate: int, ingest_s: float, seed
             Figure("stored_traces", total, total, total, total, "traces"),
             Figure("stored_bytes", size, size, size, total, "bytes"),
         ]
+        say(Report("store", seed, figures).to_text())
         say(f"ingest: {ingest_rate:,} traces/s for {ingest_s:.0f} s")
         return Report("store", seed, [*figures, *ingest.measure(database, ingest_rate, ingest_s, rng, say)])
 

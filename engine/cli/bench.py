@@ -51,6 +51,20 @@ def outage(
 
 
 @bench.command()
+def beside(
+    context: typer.Context,
+    rate: Annotated[int, typer.Option(help="traces per second, with their tokens")] = 500,
+    pairs: Annotated[int, typer.Option(help="pairs of blocks, with the load and without")] = 6,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """What a stream of traces costs an engine that serves beside it, and whether one of them is lost."""
+    from engine.bench.beside import run
+
+    _show(run(settings(context), rate, pairs, seed, _progress), as_json)
+
+
+@bench.command()
 def durability(
     context: typer.Context,
     kills: Annotated[int, typer.Option(help="of the writer, of Postgres and of everything, in turn")] = 20,

@@ -70,6 +70,7 @@ def raw_quantiles(session: ReadSession, part: Slice, metric: str, qs: Sequence[f
     if metric not in ("ttft", "tpot", "e2e", "queue"):
         raise ValueError(f"no duration {metric!r}")
     of_class = "" if part.traffic_class is None else " AND traffic_class = :class"
+    session.execute(text("SET LOCAL work_mem = '256MB'"))  # sorted in memory: the best that the raw traces can do
     source = f"FROM traces WHERE started_at >= :since AND started_at < :until AND status = 'ok'{of_class}"
     values = {"since": part.since, "until": part.until, "class": part.traffic_class}
     n = session.scalar(text(f"SELECT count({metric}_s) {source}"), values) or 0

@@ -85,8 +85,7 @@ def turn(database: Database) -> Iterator[None]:
     before the wait.
     """
     with database.write() as session:
-        for bound, most in _PATIENCE.items():
-            session.execute(text(f"SET LOCAL {bound} = '{most}'"))
+        _take_time(session)
         session.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _COMPACTOR_LOCK})
         yield
 
@@ -98,6 +97,7 @@ def rebuild(session: WriteSession, day: date, objectives: Objectives) -> int:
     ``session`` must see one moment (``Database.snapshot``): a batch that is written meanwhile then keeps its deltas,
     and its traces are not seen here.
     """
+    _take_time(session)
     session.execute(text("SET LOCAL work_mem = '128MB'"))  # a million values are sorted into buckets
     session.execute(text("LOCK TABLE traces IN ACCESS SHARE MODE"))  # from here on its partition is not dropped
     if not partitions.is_there(session, "traces", day):
@@ -119,6 +119,12 @@ def rebuild(session: WriteSession, day: date, objectives: Objectives) -> int:
         session.execute(text(statement), window)
     rebuilt = text("SELECT coalesce(sum(requests), 0) FROM rollups_day WHERE at >= :since AND at < :until")
     return int(session.execute(rebuilt, window).scalar_one())
+
+
+def _take_time(session: WriteSession) -> None:
+    """Nobody waits for this transaction, and it may wait."""
+    for bound, most in _PATIENCE.items():
+        session.execute(text(f"SET LOCAL {bound} = '{most}'"))
 
 
 def freshness(session: ReadSession) -> Freshness:

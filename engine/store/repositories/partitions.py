@@ -60,7 +60,7 @@ def existing(session: ReadSession | WriteSession) -> list[tuple[str, date, int]]
     )
     found = []
     for relation, size in rows:
-        if match := PARTITION_NAME.match(relation):
+        if (match := PARTITION_NAME.match(relation)) and size is not None:  # None: it is being dropped
             found.append((match[1], datetime.strptime(match[2], "%Y%m%d").replace(tzinfo=UTC).date(), int(size)))
     return sorted(found, key=lambda item: (item[1], item[0]))
 

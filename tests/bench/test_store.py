@@ -1,0 +1,58 @@
+"""What the benchmark of the store stands on: made-up days are like written ones, and its ingest loses nothing."""
+
+from __future__ import annotations
+
+from datetime import UTC, date, datetime
+
+import numpy as np
+import pytest
+from sqlalchemy import text
+
+from engine.bench import ingest
+from engine.ops import upkeep
+from engine.settings import TelemetrySettings
+from engine.store.database import Database
+from engine.store.repositories import audit, partitions, seeding
+from engine.telemetry.writer import TraceWriter
+
+DAY = date(2026, 3, 1)
+INDEXES = "SELECT count(*) FROM pg_indexes WHERE tablename = :table"
+
+
+def test_a_seeded_day_is_a_partition_like_any_other(db: Database) -> None:
+    until = datetime(2026, 4, 1, tzinfo=UTC)
+    for seed, traces in ((0.1, 300), (0.2, 200)):
+        with db.write() as session:
+            seeding.add_day(session, DAY, 4, traces, until, seed)
+    assert upkeep.rebuild(db, TelemetrySettings(), DAY, DAY, lambda line: None) == 500
+    with db.read() as session:
+        assert audit.traces(session) == 500
+        assert audit.doubled(session) == audit.rollup_differences(session) == 0
+        here, parent = (session.scalar(text(INDEXES), {"table": t}) for t in (partitions.name("traces", DAY), "traces"))
+        assert here == parent
+
+
+def _ingest(db: Database) -> dict[str, float]:
+    figures = ingest.measure(db, 200, 0.5, np.random.default_rng(0), lambda line: None)
+    return {figure.name: figure.value for figure in figures}
+
+
+def test_ingest_counts_what_is_stored(db: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ingest, "PROBES", 2)
+    found = _ingest(db)
+    assert found["ingest_lost"] == 0
+    assert found["ingest_per_s"] > 0
+    assert found["visible_after_s_p95"] > 0
+    monkeypatch.setattr(TraceWriter, "submit", _loses_every_tenth(TraceWriter.submit))
+    assert _ingest(db)["ingest_lost"] > 0
+
+
+def _loses_every_tenth(submit: object) -> object:
+    sent = [0]
+
+    def lossy(writer: TraceWriter, record: object) -> None:
+        sent[0] += 1
+        if sent[0] % 10 or getattr(record, "traffic_class", "").startswith("probe"):
+            submit(writer, record)  # type: ignore[operator]
+
+    return lossy

@@ -78,7 +78,8 @@ def _block(writer: TraceWriter, traffic: Traffic, rate: int, rng: np.random.Gene
         offered.append(record.trace_id)
         writer.submit(record)
 
-    load = threading.Thread(target=ingest.pace, args=(submit, rate, ended.is_set, rng, True), daemon=True)
+    models = [ingest.record(rng, payload=True) for _ in range(200)]
+    load = threading.Thread(target=ingest.pace, args=(submit, rate, lambda _: ended.is_set(), models, rng), daemon=True)
     began, before = time.perf_counter(), traffic.answered
     if rate:
         load.start()

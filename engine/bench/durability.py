@@ -129,7 +129,9 @@ def write_traces(
             Database(url, application="writer"), Spill(room.folder, SPILL_BYTES), TelemetrySettings(), kept=kept
         )
         made.start()
-        ingest.pace(made.submit, rate, ended.is_set, np.random.default_rng(seed), payloads=True)
+        rng = np.random.default_rng(seed)
+        models = [ingest.record(rng, payload=True) for _ in range(500)]
+        ingest.pace(made.submit, rate, lambda _: ended.is_set(), models, rng)
         if not made.flush(PATIENCE_S):
             raise SlipstreamError(f"the writer did not get through: {made.stats()}")
         made.close()

@@ -6,7 +6,7 @@ import contextlib
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -57,23 +57,25 @@ def measure(database: Database, rate: int, seconds: float, rng: np.random.Genera
 
 def _offer(writer: TraceWriter, rate: int, seconds: float, rng: np.random.Generator) -> tuple[int, float]:
     """How many were submitted, and the seconds from the first until all are written."""
+    models = [record(rng) for _ in range(2_000)]
     began = time.perf_counter()
-    sent = pace(writer.submit, rate, lambda: time.perf_counter() - began >= seconds, rng)
+    sent = pace(writer.submit, rate, lambda sent: sent >= rate * seconds, models, rng)
+    offered_s = time.perf_counter() - began
     writer.flush(120.0)
-    return sent, time.perf_counter() - began
+    # The last batch waits for more to come, which is its delay and not the rate.
+    return sent, max(offered_s, time.perf_counter() - began - TelemetrySettings().batch_delay_s)
 
 
 def pace(
     submit: Callable[[TraceRecord], None],
     rate: int,
-    done: Callable[[], bool],
+    done: Callable[[int], bool],
+    models: Sequence[TraceRecord],
     rng: np.random.Generator,
-    payloads: bool = False,
 ) -> int:
-    """Submit at an even pace, in slices of 10 ms, until it is done; how many."""
-    models = [record(rng, payloads) for _ in range(500 if payloads else 2_000)]
+    """Submit copies of the models at an even pace, in slices of 10 ms, until it is done, so many sent; how many."""
     began, sent = time.perf_counter(), 0
-    while not done():
+    while not done(sent):
         due = (time.perf_counter() - began) * rate
         while sent < due:
             one = models[sent % len(models)]

@@ -28,16 +28,16 @@ LATER = END + timedelta(hours=2)
 
 
 class Flaky:
-    """An MLflow that fails every other request: before it took the points, or after."""
+    """An MLflow that fails every third request: before it took the points, or after."""
 
     def __init__(self, client: MlflowClient, after: bool) -> None:
         self.client, self.after, self.asked = client, after, 0
 
     def log_batch(self, run_id: str, metrics: Any) -> None:
         self.asked += 1
-        if self.after or self.asked % 2:
+        if self.after or self.asked % 3:
             self.client.log_batch(run_id, metrics=metrics)
-        if self.asked % 2 == 0:
+        if self.asked % 3 == 0:
             raise MlflowException("connection refused")
 
 
@@ -67,12 +67,13 @@ def runs(db: Database, tmp_path: Path, client: MlflowClient) -> dict[int, str]:
 def send(metrics: ServingMetrics) -> int:
     """Until all is sent; how often MLflow failed."""
     failures = 0
-    while True:
+    for _ in range(200):
         try:
             if not metrics.run_once(LATER):
                 return failures
         except SlipstreamError:
             failures += 1
+    raise AssertionError("it does not come to an end")
 
 
 def assert_every_window_once(db: Database, client: MlflowClient, runs: dict[int, str]) -> None:
@@ -109,7 +110,7 @@ def step(at: Any) -> int:
 def test_an_mlflow_that_fails_loses_nothing(
     db: Database, client: MlflowClient, runs: dict[int, str], after: bool
 ) -> None:
-    assert send(ServingMetrics(db, Flaky(client, after))) > 10  # type: ignore[arg-type]
+    assert send(ServingMetrics(db, Flaky(client, after))) > 5  # type: ignore[arg-type]
     assert_every_window_once(db, client, runs)
 
 

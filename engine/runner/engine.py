@@ -93,7 +93,7 @@ class Engine:
         if proposer is None:
             raise PolicyNotResident(f"Policy version {request.policy_version} is not loaded; {self.resident} are.")
         live = Live(request, proposer, self.target.tokenizer, self.clock())
-        settings = proposer.control  # a policy whose code fails must fail before anything is queued
+        settings = proposer.control  # a policy that fails must do so before anything is queued
         self.scheduler.add(live.seq)
         # Only now: what is refused must not push the experience of others out.
         live.control = self.control.row(request.policy_version, request.traffic_class, settings)

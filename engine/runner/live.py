@@ -51,7 +51,7 @@ class Live:
         self.request = request
         self.sampling = request.sampling
         self.proposer = proposer  # pinned: loading or unloading versions later changes nothing here
-        self._most = proposer.num_speculative_tokens
+        self._most = int(proposer.num_speculative_tokens)  # read once, before anybody shares a step with it
         self.seq = SequenceState(request.request_id, request.prompt_ids, request.sampling.max_tokens, request.client)
         self._rng = np.random.default_rng(request.sampling.seed)
         self._uniforms: list[float] = []  # of the output positions to come

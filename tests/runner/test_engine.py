@@ -292,3 +292,21 @@ def test_the_profile_of_a_slow_target_ends_in_time(tiny: Target) -> None:
     assert list(profile_step_costs(runner, rows, context=16, budget_s=0.0)) == [1, 4], (
         "one count would say rows are free"
     )
+
+
+class Unreadable:
+    """A K that raises when it is read."""
+
+    def __int__(self) -> int:
+        raise RuntimeError("planted")
+
+
+def test_a_policy_that_cannot_be_read_fails_its_own_request_before_it_is_queued(tiny: Target) -> None:
+    """Its neighbours share no step with it, and nothing of it stays."""
+    broken = Scripted(lambda tokens, k: [], num_speculative_tokens=Unreadable())  # type: ignore[arg-type]
+    engine = engine_of(tiny, {7: broken})
+    engine.add(request("good", (1, 2, 3), NGRAM))
+    with pytest.raises(RuntimeError, match="planted"):
+        engine.add(request("bad", (1, 2, 3), 7))
+    engine.check_integrity()
+    assert run(engine).keys() == {"good"}

@@ -7,10 +7,14 @@ from typing import Literal
 
 import streamlit as st
 
+from app.components import new_rollout
+from app.components.context import plain
 from app.queries import ledger
 from app.queries.ledger import Serving
+from app.queries.overview import Slice
 from engine.contracts import RolloutState as State
 from engine.contracts import SlipstreamError
+from engine.rollout.decide import PROMOTED_STATES
 
 ROLL_BACK = "roll_back"
 ASKED = {
@@ -18,18 +22,25 @@ ASKED = {
     "promote": "The controller makes the canary champion, unless a guard fails.",
     "hold": "Keeps the present weights. The guards stay on.",
     "resume": "Lets the rollout go on from where it was held.",
+    "abort": "Ends the rollout for good: the controller gives its traffic back to the champion at its next tick.",
+    "begin": "Starts this draft against what is champion now, under the guards that it was written down with.",
+    "drop": "Cancels this draft. It can never be started.",
 }
-LABELS = {ROLL_BACK: "Roll back", "promote": "Promote", "hold": "Hold", "resume": "Resume"}
+LABELS = {ROLL_BACK: "Roll back", "promote": "Promote", "hold": "Pause", "resume": "Resume", "abort": "Abort"}
+LABELS |= {"begin": "Start", "drop": "Cancel draft"}
 ICONS = {
     ROLL_BACK: ":material/undo:",
     "promote": ":material/trending_up:",
     "hold": ":material/pause:",
     "resume": ":material/play_arrow:",
+    "abort": ":material/block:",
+    "begin": ":material/play_arrow:",
+    "drop": ":material/delete:",
 }
 SEEN, ASKING = "buttons-of", "asking"
 
 
-def buttons(serving: Serving) -> None:
+def buttons(serving: Serving, part: Slice) -> None:
     """Drawn by the page itself, not by a part that refreshes: a refresh must not close the dialog."""
     st.session_state[SEEN] = (_offered(serving), serving.target)
     with st.container(horizontal=True, key="verbs"):
@@ -46,13 +57,25 @@ def buttons(serving: Serving) -> None:
                 on_click=_ask,
                 args=(verb, _subject(verb, serving)),
             )
+        st.button("New rollout", key="new", icon=":material/add:", on_click=new_rollout.ask, help="Try a version")
+    drafts = [one for one in ledger.all_rollouts() if one.state is State.DRAFT][:3]
+    for one in drafts:
+        with st.container(horizontal=True, vertical_alignment="center", key=f"draft-{one.id}"):
+            st.caption(f"Draft {one.id}: v{one.canary}, guards {one.spec_hash[:12]}, by {plain(one.actor)}")
+            for verb in ("begin", "drop"):
+                st.button(
+                    LABELS[verb], key=f"{verb}-{one.id}", icon=ICONS[verb], help=ASKED[verb], on_click=_ask,
+                    args=(verb, one.id), disabled=verb == "begin" and serving.rollout is not None,
+                )  # fmt: skip
     if (asking := st.session_state.get(ASKING)) is not None:
         _confirm(*asking)
+    elif new_rollout.is_asking():
+        new_rollout.form(serving, part)
 
 
 def is_asking() -> bool:
     """Whether a confirmation is open. Panels stand still meanwhile: a press waits for whatever is being drawn."""
-    return ASKING in st.session_state
+    return ASKING in st.session_state or new_rollout.is_asking()
 
 
 def follow(serving: Serving) -> None:
@@ -92,8 +115,10 @@ def _offered(serving: Serving) -> tuple[str, ...]:
     if rollout is not None and plan is not None:
         if plan.canary is not None and plan.canary.policy_version == rollout.canary:
             verbs.append("promote")
-        if rollout.state is not State.ROLLING_BACK:
+        if rollout.state not in PROMOTED_STATES | {State.ROLLING_BACK}:
             verbs.append("resume" if rollout.state is State.HELD else "hold")
+        if rollout.state is not State.ROLLING_BACK:
+            verbs.append("abort")
     return tuple(verbs)
 
 
@@ -117,12 +142,13 @@ def _confirm(verb: str, subject: int) -> None:
     """One key for this dialog: pressing twice, or a repeated request, writes once."""
     key = st.session_state.setdefault(f"intent-{verb}-{subject}", f"dashboard-{uuid.uuid4().hex}")
     st.write((f"**v{subject}** will serve all traffic. " if verb == ROLL_BACK else "") + ASKED[verb])
-    st.text_input("Reason", key="reason", placeholder="It stays in the record", max_chars=200)
+    if verb != "begin":
+        st.text_input("Reason", key="reason", placeholder="It stays in the record", max_chars=200)
     with st.container(horizontal=True):
         sure = st.button(LABELS[verb], key="confirm", type="primary", on_click=_write, args=(verb, subject, key))
         if st.button("Cancel", key="cancel", on_click=_asked):
             st.rerun()
-    if sure and not _reason():
+    if sure and not _reason() and verb != "begin":
         st.warning("Write a reason first.", icon=":material/edit:")
     elif sure:
         st.rerun()
@@ -134,15 +160,19 @@ def _reason() -> str:
 
 def _write(verb: str, subject: int, key: str) -> None:
     """Runs before anything is drawn again, so the page shows what was done."""
-    if not _reason():
+    if not _reason() and verb != "begin":
         return
     st.session_state["problem"] = None
     try:
         if verb == ROLL_BACK:
             st.session_state["rolled_back"] = ledger.roll_back(subject, _reason(), key).generation
+        elif verb == "begin":
+            st.toast(f"Rollout {ledger.begin(subject).id} is ready to start.", icon=ICONS[verb])
+        elif verb == "drop":
+            ledger.command(subject, "abort", _reason(), key)
         else:
             ledger.command(subject, verb, _reason(), key)
-            st.toast(f"Asked the controller to {verb}.", icon=ICONS[verb])
+            st.toast(f"Asked the controller to {LABELS[verb].lower()}.", icon=ICONS[verb])
     except SlipstreamError as error:
         st.session_state["problem"] = str(error)
     st.session_state.pop(f"intent-{verb}-{subject}", None)

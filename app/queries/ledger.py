@@ -11,7 +11,9 @@ import streamlit as st
 
 from app.queries.database import database
 from engine.contracts import ReplicaState, ServingPlan
-from engine.store.repositories import operations, plans, replicas, rollouts, traces
+from engine.rollout import launch as launching
+from engine.rollout.guards import RolloutSpec
+from engine.store.repositories import operations, plans, policies, replicas, rollouts, traces
 from engine.store.repositories.overview import Slice
 from engine.store.repositories.plans import Observation
 from engine.store.repositories.replicas import Effect
@@ -127,12 +129,37 @@ def roll_back(to: int, reason: str, key: str) -> ServingPlan:
     return plan
 
 
+@st.cache_data(ttl=timedelta(seconds=5), show_spinner=False)
+def candidates(champion: int, most: int = 500) -> list[int]:
+    """Versions that could be tried against this champion, newest first."""
+    with database().read() as session:
+        found = policies.all_versions(session, most)
+    return [one.version for one in found if one.retired_at is None and one.version != champion]
+
+
+def launch(version: int, spec: RolloutSpec, draft: bool) -> Rollout:
+    """A rollout of a version under these guards: started, or only written down."""
+    made = launching.launch(database(), canary=version, actor="dashboard", spec=spec, draft=draft)
+    serving.clear()
+    all_rollouts.clear()
+    return made
+
+
+def begin(rollout_id: int) -> Rollout:
+    """Start a draft, against what is champion now."""
+    made = launching.release(database(), rollout_id)
+    serving.clear()
+    all_rollouts.clear()
+    return made
+
+
 def command(rollout_id: int, verb: str, reason: str, key: str) -> None:
     """Ask the controller for something; the same key again does nothing more."""
     with database().write() as session:
         rollouts.command(session, rollout_id, verb, "dashboard", reason, key)
     decisions.clear()
     serving.clear()
+    all_rollouts.clear()
 
 
 def effect(generation: int) -> Effect | None:

@@ -8,7 +8,7 @@ import pandas as pd
 import streamlit as st
 
 from app.charts import latency
-from app.components import context
+from app.components import context, operations
 from app.components.cards import cards, verdict
 from app.components.context import FIXED, few, heading, parameters
 from app.components.drawing import draw, draw_to_traces
@@ -79,6 +79,7 @@ def page() -> None:
     with st.container(border=True):
         heading("Traffic classes", "latency in ms")
         by_class(overview.totals(part, ("traffic_class",)))
+    operations.panel(ledger.operations_record(4), _first(now).get("observed_gain"))
     with st.container(horizontal=True, key="more"):
         asked = urlencode({"metric": "p95", **parameters(part)})
         st.link_button("Why did it change?", f"/explain?{asked}", icon=":material/account_tree:")

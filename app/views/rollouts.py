@@ -9,7 +9,7 @@ import streamlit as st
 from app.charts import latency
 from app.charts import rollout as charts
 from app.charts.theme import CONFIG
-from app.components import context, rollout, verbs
+from app.components import context, operations, rollout, verbs
 from app.components.context import heading, plain
 from app.components.tables import Columns, in_colour, table
 from app.queries import ledger, overview
@@ -63,7 +63,7 @@ def page() -> None:
     with st.container(border=True):
         heading("Rollouts", "newest first; choose one to read its decisions")
         _history()
-    _record()
+    operations.panel(ledger.operations_record())
 
 
 def _sentence(serving: ledger.Serving) -> str:
@@ -174,26 +174,6 @@ def _history() -> None:
         rollout.log(decisions, colours)
 
 
-def _record() -> None:
-    """The price of adaptivity in work."""
-    frame = ledger.operations_record()
-    if frame.empty:
-        return
-    number = st.column_config.NumberColumn
-    with st.container(border=True):
-        heading("Operations", "what changing drafts cost, by week")
-        columns: Columns = {
-            "week": st.column_config.DateColumn("week of", format="MMM D"),
-            "changes": number("changes", help="Rollouts that reached traffic"),
-            "failure_rate": number("change failures", format="percent", help="Rolled back, of those that ended"),
-            "detect_s": number("time to detect, s", format="%.1f", help="Canary traffic to failing verdict, median"),
-            "restore_s": number("time to restore, s", format="%.1f", help="Failing verdict to champion everywhere"),
-            "canary_hours": number("hours in canary", format="%.2f"),
-            "interventions": number("interventions", help="What people asked or wrote into the ledger themselves"),
-        }
-        table(frame[list(columns)], columns, "operations")
-
-
 context.live(head, still=verbs.is_asking())
-verbs.buttons(ledger.serving())
+verbs.buttons(ledger.serving(), current().part)
 context.live(page, still=verbs.is_asking())

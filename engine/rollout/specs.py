@@ -66,6 +66,19 @@ def to_dict(spec: RolloutSpec) -> dict[str, Any]:
     return dict(json.loads(json.dumps(tree)))
 
 
+def to_yaml(spec: RolloutSpec) -> str:
+    """The specification as a file that ``read`` gives back unchanged: one line a key, one line a guard."""
+    tree = to_dict(spec)
+    guards = tree.pop("guards")
+    lines = [
+        f"{name}: {yaml.safe_dump(value, default_flow_style=True).splitlines()[0]}"
+        for name, value in tree.items()
+        if value is not None and value != ""
+    ]
+    lines += ["guards:", *(f"  - {yaml.safe_dump(g, default_flow_style=True, width=1_000).strip()}" for g in guards)]
+    return "\n".join(lines) + "\n"
+
+
 def parse(tree: Mapping[str, Any]) -> RolloutSpec:
     """A specification from JSON or YAML, strictly: an unknown key is an error that names the nearest known one."""
     values = _known(RolloutSpec, tree, "rollout")

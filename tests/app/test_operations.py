@@ -15,8 +15,8 @@ WEEK = {"changes": 3, "failed": 1, "detect_s": 4.0, "restore_s": 0.25, "interven
 @pytest.mark.parametrize(
     ("changed", "gain", "said"),
     [
-        ({}, 1.31, "Drafting brings **1.31 ×** plain decoding. 3 changes this week, 1 rolled back, found after 4.0 s and "
-         "undone 0.2 s later; people stepped in 2 times."),
+        ({}, 1.31, "Drafting brings **1.31 ×** plain decoding. 3 changes this week, 1 rolled back, found after 4.0 s "
+         "and undone 0.2 s later; people stepped in 2 times."),
         ({"changes": 1, "failed": 0, "detect_s": None, "restore_s": None, "interventions": 0}, None,
          "1 change this week, 0 rolled back; people stepped in never."),
         ({"detect_s": 240.0, "restore_s": None, "interventions": 1}, float("nan"),

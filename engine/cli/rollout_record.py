@@ -121,9 +121,9 @@ def explain(context: typer.Context, rollout_id: Id) -> None:
     if judged is None:
         typer.echo(f"rollout {rollout_id} is {found.state}; no guard has had anything to judge yet")
         return
-    shadow = judged.status_before.get("shadow")
-    stages = judged.status_before.get("stages") or ([shadow] if shadow else [])
-    began = datetime.fromisoformat(stages[-1]["began"]) if stages else judged.decided_at
+    before = judged.status_before
+    newest = before.get("watch") or next(reversed(before.get("stages") or ()), None) or before.get("shadow")
+    began = datetime.fromisoformat(newest["began"]) if newest else judged.decided_at
     rate = explaining.per_second(judged.evidence, began, judged.decided_at)
     typer.echo(f"{judged.decided_at:%Y-%m-%d %H:%M:%S}  {judged.verdict}: {judged.reason}")
     table, per_key = explaining.results(judged.evidence), explaining.per_key(judged.evidence)

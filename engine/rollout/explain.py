@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from math import ceil, log
+from math import ceil, exp, log
 from typing import Any
 
 from engine.contracts import CANARY, CONTROL, Verdict
@@ -86,7 +86,7 @@ def _tokens_per_step(spec: RolloutSpec, test: TokensPerStep, guard: GuardResult,
         return Verdict.PASS, 0
     if guard.low is None or guard.high is None or guard.canary is None or guard.control is None or not n:
         return Verdict.PASS, max(0, test.min_requests - n)
-    alpha = spec.guard_alpha()
+    alpha = exp(-guard.limit) if guard.limit else spec.guard_alpha()  # less of it is left after the promotion
     rho = statistics.tuned_rho(test.horizon, alpha)
     deviation = (guard.high - guard.low) / 2.0 / float(statistics.half_width(Difference(0.0, 1.0, n), rho, alpha))
     difference = guard.canary - guard.control

@@ -71,7 +71,7 @@ def to_yaml(spec: RolloutSpec) -> str:
     tree = to_dict(spec)
     guards = tree.pop("guards")
     lines = [
-        f"{name}: {yaml.safe_dump(value, default_flow_style=True).splitlines()[0]}"
+        f"{name}: {yaml.safe_dump(value, default_flow_style=True, width=1_000).splitlines()[0]}"
         for name, value in tree.items()
         if value is not None and value != ""
     ]

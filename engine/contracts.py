@@ -132,10 +132,7 @@ class ServingPlan:
 
     @property
     def rollback_target(self) -> int | None:
-        """Where a rollback goes: the champion recorded when the canary started. None where nothing is to be taken back.
-
-        An earlier champion is never guessed: it may be the very version that was taken back a moment ago.
-        """
+        """The champion recorded when the canary started; None where nothing is to be taken back. It is never guessed."""
         return self.rollback_to or (self.champion if self.arms else None)
 
     @property

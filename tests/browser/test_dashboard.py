@@ -225,6 +225,33 @@ def test_one_click_rollback_with_its_time_to_effect(
         page.context.close()
 
 
+@pytest.mark.parametrize(("scheme", "width"), [("light", 1500), ("dark", 1500), ("light", 900), ("dark", 900)])
+def test_a_rollout_is_made_in_a_form_that_shows_what_it_freezes(
+    browser: playwright.Browser, url: str, scheme: str, width: int
+) -> None:
+    page = open_page(browser, f"{url}/rollouts", scheme, width)
+    page.get_by_role("button", name="New rollout").click()
+    form = page.get_by_test_id("stDialog")
+    form.get_by_text("This is frozen at the start under").wait_for()
+    steps = form.get_by_label("Steps, % of eligible traffic")
+    steps.fill("10, 60")
+    steps.press("Enter")
+    form.get_by_text("at most 0.5").wait_for()
+    assert form.get_by_role("button", name="Write down as a draft").is_disabled()
+    steps.fill("10, 40")
+    steps.press("Enter")
+    form.get_by_text("This is frozen at the start under").wait_for()
+    form.get_by_text("YAML").click()
+    form.get_by_text("steps: [0.1, 0.4]").wait_for()
+    page.wait_for_timeout(400)
+    page.screenshot(path=SHOTS / f"new_rollout_{scheme}_{width}.png")
+    wide = page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
+    assert wide <= 0
+    form.get_by_role("button", name="Cancel").click()
+    form.wait_for(state="detached")
+    page.context.close()
+
+
 def test_a_change_is_explained_by_its_planted_cause(browser: playwright.Browser, url: str) -> None:
     """In the seeded hour better policies came, with the same traffic."""
     page = open_page(browser, f"{url}/explain?metric=acceptance")

@@ -132,7 +132,7 @@ class ServingPlan:
 
     @property
     def rollback_target(self) -> int | None:
-        """The champion recorded when the canary started; None where nothing is to be taken back. It is never guessed."""
+        """The champion recorded when the canary started; None where nothing is to be taken back. Never a guess."""
         return self.rollback_to or (self.champion if self.arms else None)
 
     @property

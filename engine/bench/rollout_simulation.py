@@ -70,14 +70,14 @@ class Simulation:
         """Since the regression began, or the first canary traffic."""
         return (self.now - self.times.get(begins, START)).total_seconds()
 
-    def reaches(self, state: str) -> int:
-        """The look at which a state is reached; one that a person asks for comes at a tenth of the looks."""
+    def reaches(self, state: str) -> int | None:
+        """The look at which a state is reached, None if never; what a person asks for comes at a tenth of the looks."""
         if state == "held":
             return len(self.looks) // 10
         for look in range(len(self.looks)):
             if self.step(look).to_state.value.lower() == state:
                 return look
-        raise RuntimeError(f"this canary was never {state}: it ended as {self.status.state}, {self.status.reason}")
+        return None
 
     def end(self, hold: bool = False) -> tuple[str, int, GuardResult | None]:
         """(how it ended, at which look, the guard that failed). Promoted is what stays champion to the end."""

@@ -46,6 +46,7 @@ SEGMENT = World("one_class_of_10pct", Regression(acceptance=-0.10, only="batch")
 LATER = ("held", "soaking", "promoting", "watching")
 """Regressions that begin when a state is reached: the canary was better by five points of acceptance, and falls to ten
 points below its control."""
+NOT_REACHED = "not reached"
 LATER_LOOK = 20
 """Requests between two looks there at most: what is late in a rollout is looked at as often as what is early."""
 
@@ -90,7 +91,8 @@ def run(quick: bool, seed: int, progress: Callable[[str], None] = lambda _: None
         figures += [*_detection(SEGMENT.name, ends, rng)[:4], share_figure("segment_named", named, len(ends))]
         for until in LATER:
             worse = World(f"begins_{until}", Regression(acceptance=-0.10), before=0.05)
-            figures += _detection(worse.name, runs(worse, late, 6_000, until), rng)[:5]
+            began = [r for r in runs(worse, late, 6_000, until) if r.ended != NOT_REACHED]
+            figures += _detection(worse.name, began, rng)[:5]
     ended, after_hour = no_traffic()
     figures.append(share_figure("no_traffic:promoted_or_blamed_within_the_hour", int(after_hour), 1))
     figures.append(share_figure("no_traffic:inconclusive_at_its_deadline", int(ended == "INCONCLUSIVE"), 1))
@@ -102,7 +104,10 @@ def rollout(world: World, horizon: int, until: str, seed: int) -> Run:
     at = looks(horizon, LATER_LOOK) if until else looks(horizon)
     begins = 0
     if until:
-        begins = int(at[Simulation(replace(world, wrong=Regression(acceptance=world.before)), seed, at).reaches(until)])
+        reached = Simulation(replace(world, wrong=Regression(acceptance=world.before)), seed, at).reaches(until)
+        if reached is None:  # by chance it leaned against a class to the end: nothing began, and nothing could be found
+            return Run(NOT_REACHED, 0, 0.0, "", "", "", None, None)
+        begins = int(at[reached])
     going = Simulation(world, seed, at, begins)
     ended, look, failed = going.end(hold=until == "held")
     window, peek = naive_window(going.arms), naive_peek(going.arms, at)

@@ -105,7 +105,9 @@ def test_a_good_past_hides_no_regression(monkeypatch: pytest.MonkeyPatch, lives_
     """The planted fault counts what came before the promotion as well."""
     better = World("x", Regression(acceptance=-0.10), before=0.05)
     at = looks(6_000, 20)
-    begins = int(at[Simulation(replace(better, wrong=Regression(acceptance=0.05)), 1, at).reaches("watching")])
+    reached = Simulation(replace(better, wrong=Regression(acceptance=0.05)), 1, at).reaches("watching")
+    assert reached is not None
+    begins = int(at[reached])
     going = Simulation(better, 1, at, begins)
     if lives_on_its_past:
         monkeypatch.setattr(

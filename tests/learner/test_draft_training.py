@@ -128,6 +128,16 @@ def test_the_first_rejection_weighs_more(tiny: Target, examples: list[Example]) 
     assert 1.2 * plain.loss < heavy.loss < 2 * plain.loss
 
 
+def test_what_a_verification_discards_weighs_as_much_as_is_asked(tiny: Target, examples: list[Example]) -> None:
+    """The rows behind a first rejection; what was right, and the rejection itself, keep their weight."""
+    whole, tenth, none = (
+        trainer_of(tiny, replace(OPTIONS, first_rejection=1.0, discarded=share)).step(examples).loss
+        for share in (1.0, 0.1, 0.0)
+    )
+    assert none < tenth < whole
+    assert tenth - none == pytest.approx(0.1 * (whole - none))
+
+
 def test_broken_training_is_noticed_and_leaves_the_weights(tiny: Target, examples: list[Example]) -> None:
     trainer = trainer_of(tiny)
     trainer.step(examples)

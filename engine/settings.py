@@ -41,6 +41,9 @@ class EngineSettings(Section):
     )
     device: str = Field("auto", description="auto takes CUDA where there is one, else the CPU")
     threads: int = Field(0, ge=0, description="torch threads; 0 takes every core this process may use")
+    kernels: bool = Field(
+        True, description="bfloat16 on a CPU: compile small kernels at start where there is a C compiler"
+    )
     max_num_seqs: PositiveInt = Field(16, description="requests decoded together in one step")
     max_model_len: PositiveInt = Field(2048, description="longest prompt plus output, tokens")
     kv_tokens: int = Field(

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from engine.bench.serving import Bench
 
 TIMEOUT_S = 600.0
+LEAST_PAIRS = 4
+"""Blocks that an interval is made of at least; the prompts come again where there are too few of them."""
 
 
 def measure(
@@ -97,10 +99,9 @@ def _url(
         ours = Server(system.url)
         for concurrency in bench.options.concurrency:
             pairs = []
-            texts = [text for workload in work for text in workload.texts]
-            order.shuffle(texts)
-            size = max(concurrency, 4)
-            parts = [part for at in range(0, len(texts), size) if len(part := texts[at : at + size]) == size]
+            parts = blocks_of([text for workload in work for text in workload.texts], max(concurrency, 2), order)
+            for server in (ours, peer):  # the first requests set things up
+                server.serve(parts[0], concurrency, bench.options.tokens // 4)
             for number, part in enumerate(parts, 1):
                 servers = {"none": ours, "peer": peer}
                 runs = {
@@ -116,6 +117,17 @@ def _url(
                 *rate_figures(f"url:all:c{concurrency}", [pair[1] for pair in pairs], rng)[:1],
             ]
     return figures
+
+
+def blocks_of(texts: Sequence[str], size: int, order: random.Random) -> list[list[str]]:
+    """``texts`` in blocks of ``size``, at least ``LEAST_PAIRS`` of them: shuffled, and once more where they run out."""
+    if len(texts) < size:
+        raise SlipstreamError(f"{size} prompts make a block against a peer, there are {len(texts)}: raise --prompts.")
+    blocks: list[list[str]] = []
+    while len(blocks) < LEAST_PAIRS:
+        mixed = order.sample(list(texts), len(texts))
+        blocks += [mixed[at : at + size] for at in range(0, len(mixed) - size + 1, size)]
+    return blocks
 
 
 class Server:

@@ -69,12 +69,24 @@ def run(settings: Settings, options: Options, say: Say) -> Report:
     if NONE not in options.policies:
         raise SlipstreamError("Ratios are taken over plain decoding: --policies must name none.")
     chosen, rng = settings.engine, np.random.default_rng(options.seed)
-    target = load_target(chosen.model, settings.dir("models"), chosen.dtype, chosen.device, chosen.threads or None, say)
+    target = load_target(
+        chosen.model,
+        settings.dir("models"),
+        chosen.dtype,
+        chosen.device,
+        chosen.threads or None,
+        say,
+        chosen.kernels,
+    )
     work = workloads(target, options.files, options.classes, options.learn, options.test, options.longest, options.seed)
     bench = Bench(settings, target, options, say)
     figures: list[Figure] = []
     everything: dict[int, list[Block]] = {c: [] for c in options.concurrency}
+    beside_peers = options.peers and options.policies == (NONE,) and not options.artifacts
     for workload in work:
+        bench.policies(workload)
+        if beside_peers:  # plain decoding is measured there
+            continue
         of_class = bench.measure(workload)
         for concurrency, blocks in of_class.items():
             everything[concurrency] += blocks
@@ -82,7 +94,7 @@ def run(settings: Settings, options: Options, say: Say) -> Report:
         for policy in [name for name in bench.policies(workload) if name != NONE]:
             runs = [block[policy] for blocks in of_class.values() for block in blocks]
             figures += speculation_figures(f"{policy}:{workload.traffic_class}", runs, rng)
-    for concurrency, blocks in everything.items():
+    for concurrency, blocks in [] if beside_peers else everything.items():
         figures += rate_figures(f"{NONE}:all:c{concurrency}", [block[NONE] for block in blocks], rng)
     for peer in options.peers:
         figures += peers.measure(peer, settings, bench, work, rng)

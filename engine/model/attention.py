@@ -37,13 +37,15 @@ def attend(layer: int, query: Tensor, batch: Batch, cache: KVCache) -> Tensor:
     decode = batch.decode
     if decode is not None and decode.num_tokens == query.shape[0]:
         return _attend_decode(layer, query, decode, cache)
+    if decode is None and len(batch.lone) == 1 and not batch.prefills:
+        return attend_alone(layer, query, batch.lone[0], cache)
     out = query.new_empty(query.shape[0], query.shape[1] * query.shape[2])
     if decode is not None and decode.tokens is None:
         out[: decode.num_tokens] = _attend_decode(layer, query[: decode.num_tokens], decode, cache)
     elif decode is not None:
         out[decode.tokens] = _attend_decode(layer, query[decode.tokens], decode, cache)
     for group in (*batch.lone, *batch.prefills):
-        out[group.first : group.last] = _attend_alone(layer, query[group.first : group.last], group, cache)
+        out[group.first : group.last] = attend_alone(layer, query[group.first : group.last], group, cache)
     return out
 
 
@@ -52,15 +54,16 @@ def _attend_decode(layer: int, query: Tensor, group: DecodeGroup, cache: KVCache
     key, value = cache.rows(layer, 0, rows, group.length)
     kv_heads, dim = key.shape[1], key.shape[-1]
     g = query.shape[1] // kv_heads
-    if group.pad is not None:
-        query = query.new_zeros(rows * width, kv_heads * g, dim).index_copy_(0, group.pad, query)
+    if group.filled is not None:
+        query = query.index_select(0, group.filled)
     query = query.reshape(rows, width, kv_heads, g, dim).transpose(1, 2).reshape(rows, kv_heads, width * g, dim)
     out = F.scaled_dot_product_attention(query, key, value, attn_mask=group.mask)
     out = out.view(rows, kv_heads, width, g, dim).transpose(1, 2).reshape(rows * width, kv_heads * g * dim)
-    return out if group.pad is None else out[group.pad]
+    return out if group.pad is None else out.index_select(0, group.pad)
 
 
-def _attend_alone(layer: int, query: Tensor, group: LoneGroup, cache: KVCache) -> Tensor:
+def attend_alone(layer: int, query: Tensor, group: LoneGroup, cache: KVCache) -> Tensor:
+    """[count, heads, hd] → [count, heads * hd] of one row."""
     key, value = cache.rows(layer, group.slot, group.slot + 1, group.length)
     kv_heads, dim = key.shape[1], key.shape[-1]
     g, count = query.shape[1] // kv_heads, group.last - group.first

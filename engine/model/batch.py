@@ -15,8 +15,9 @@ class DecodeGroup:
     """The decode rows that attend together, padded to [rows, width].
 
     ``tokens`` [n] are their flat tokens, None where these are the first ``num_tokens``. ``pad`` [n] is the place of
-    each in the padded [rows * width], None where that is the identity; ``mask`` [rows, 1, width * group_size, length],
-    0 or -inf, None where every key counts.
+    each in the padded [rows * width] and ``filled`` [rows * width] the token that stands at each place (anybody's where
+    there is none: nobody reads what comes of it), both None where that is the identity; ``mask``
+    [rows, 1, width * group_size, length], 0 or -inf, None where every key counts.
     """
 
     num_tokens: int
@@ -25,6 +26,7 @@ class DecodeGroup:
     width: int
     length: int
     pad: Tensor | None
+    filled: Tensor | None
     mask: Tensor | None
 
 
@@ -47,6 +49,7 @@ class Batch:
     """``token_ids``, ``positions``, ``places`` [N], int64; ``places`` are flat KV cache places.
 
     The tokens of decode rows come first, ``num_decode`` of them; rows with much longer drafts than others are ``lone``.
+    ``repeated``: a single token is decoded, and stands there ``COPIES`` times, at one place; ``num_decode`` is 1.
     """
 
     token_ids: Tensor
@@ -56,6 +59,7 @@ class Batch:
     decode: DecodeGroup | None
     lone: tuple[LoneGroup, ...]
     prefills: tuple[LoneGroup, ...]
+    repeated: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +79,8 @@ LENGTH_STEP = 64
 """bfloat16 on a CPU: lengths are rounded up to this and rows padded to two tokens. A kernel of its own serves a single
 token, and sums end elsewhere for other lengths; so a row's result hardly ever depends on its neighbours or on how much
 is drafted (docs/log.md)."""
+COPIES = 4
+"""bfloat16 on a CPU: products of four rows take less time than of one or two, and padding each of them takes more."""
 LONE_COST = 4
 
 
@@ -85,14 +91,20 @@ def build_batch(
     group_size: int,
     dtype: torch.dtype,
     device: torch.device,
+    repeat: bool = False,
 ) -> Batch:
-    """Lay out the rows of one pass; ``max_len`` is the cache's, ``group_size`` the query heads per kv head."""
+    """Lay out the rows of one pass; ``max_len`` is the cache's, ``group_size`` the query heads per kv head.
+
+    ``repeat``: a token that is decoded alone may be computed several times over, if that is faster.
+    """
+    rounded = dtype == torch.bfloat16 and device.type == "cpu"
+    if repeat and rounded and not prefills and len(decodes) == 1 and len(decodes[0].token_ids) == 1:
+        return _repeated(decodes[0], max_len, group_size, dtype, device)
     rows = [*decodes, *prefills]
     ids = [token for row in rows for token in row.token_ids]
     positions = [position for row in rows for position in range(row.start, row.end)]
     places = [row.slot * max_len + position for row in rows for position in range(row.start, row.end)]
     flat = torch.tensor([ids, positions, places], dtype=torch.int64, device=device)
-    rounded = dtype == torch.bfloat16 and device.type == "cpu"
 
     def lone(row: Row, first: int, length: int) -> LoneGroup:
         last = first + len(row.token_ids)
@@ -101,7 +113,7 @@ def build_batch(
     firsts = list(accumulate((len(row.token_ids) for row in rows), initial=0))
     num_decode = firsts[len(decodes)]
     width = _shared_width([(row.slot, len(row.token_ids)) for row in decodes], 2 if rounded else 1)
-    ends = [min(-(-row.end // LENGTH_STEP) * LENGTH_STEP, max_len) if rounded else row.end for row in decodes]
+    ends = [_rounded(row.end, max_len) if rounded else row.end for row in decodes]
     wide = [i for i, row in enumerate(decodes) if len(row.token_ids) > width]
     narrow = [i for i, row in enumerate(decodes) if len(row.token_ids) <= width]
     decode = None
@@ -119,6 +131,19 @@ def build_batch(
         tuple(lone(decodes[i], firsts[i], ends[i]) for i in wide),
         tuple(lone(row, first, row.end) for row, first in zip(prefills, firsts[len(decodes) :], strict=False)),
     )
+
+
+def _repeated(row: Row, max_len: int, group_size: int, dtype: torch.dtype, device: torch.device) -> Batch:
+    """A pass over one token."""
+    token, place = row.token_ids[0], row.slot * max_len + row.start
+    flat = torch.tensor([[token] * COPIES, [row.start] * COPIES, [place] * COPIES], dtype=torch.int64, device=device)
+    length = _rounded(row.end, max_len)
+    group = LoneGroup(0, COPIES, row.slot, length, _causal(flat[1], length, group_size, dtype))
+    return Batch(flat[0], flat[1], flat[2], 1, None, (group,), (), repeated=True)
+
+
+def _rounded(length: int, max_len: int) -> int:
+    return min(-(-length // LENGTH_STEP) * LENGTH_STEP, max_len)
 
 
 def _shared_width(rows: Sequence[tuple[int, int]], least: int) -> int:
@@ -153,9 +178,14 @@ def _decode_group(
     if position != [length - 1] * (num_rows * width):
         at = torch.tensor(position, device=device)
         mask = _causal(at, length, group_size, dtype).view(num_rows, 1, width * group_size, length)
-    index = None if pad == list(range(num_rows * width)) else torch.tensor(pad, device=device)
+    index = filled = None
+    if pad != list(range(num_rows * width)):
+        at_place = [0] * (num_rows * width)
+        for token, place in enumerate(pad):
+            at_place[place] = token
+        index, filled = torch.tensor(pad, device=device), torch.tensor(at_place, device=device)
     tokens = None if spans is None else torch.tensor([at for span in spans for at in span], device=device)
-    return DecodeGroup(len(pad), tokens, num_rows, width, length, index, mask)
+    return DecodeGroup(len(pad), tokens, num_rows, width, length, index, filled, mask)
 
 
 def _causal(positions: Tensor, length: int, group_size: int, dtype: torch.dtype) -> Tensor:

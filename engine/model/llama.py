@@ -13,11 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engine.contracts import SlipstreamError
-from engine.model.attention import attend, rope_tables, rotate
+from engine.model.attention import rope_tables
 from engine.model.batch import Batch
 from engine.model.config import LlamaConfig
 from engine.model.kv_cache import KVCache
 from engine.model.linear import linear, pack
+from engine.model.ops import Ops, TorchOps
 
 
 class Layer:
@@ -55,6 +56,7 @@ class Llama:
         self.cos, self.sin = rope_tables(
             config.rope_theta, config.head_dim, config.max_position, self.dtype, self.device
         )
+        self.ops: Ops = TorchOps(config, self.cos, self.sin)
 
     @classmethod
     def from_checkpoint(
@@ -84,29 +86,21 @@ class Llama:
     @torch.inference_mode()
     def forward_with_aux(self, batch: Batch, cache: KVCache, aux_layers: Sequence[int]) -> tuple[Tensor, Tensor | None]:
         """``forward``, and what the layers ``aux_layers`` gave out, [num_tokens, len(aux_layers) * hidden]."""
-        config, eps = self.config, self.config.rms_norm_eps
-        heads, kv_heads, dim = config.num_heads, config.num_kv_heads, config.head_dim
-        num_tokens = batch.token_ids.shape[0]
-        cos, sin = self.cos[batch.positions].unsqueeze(1), self.sin[batch.positions].unsqueeze(1)  # [N, 1, hd]
+        ops, turns, y = self.ops, self.ops.turns(batch.positions), None
         x = F.embedding(batch.token_ids, self.embedding)
         outputs: dict[int, Tensor] = {}
         for i, layer in enumerate(self.layers):
-            h = F.rms_norm(x, (config.hidden_size,), layer.attention_norm, eps)
+            x, h = ops.add_norm(x, y, layer.attention_norm)
+            if i - 1 in aux_layers:
+                outputs[i - 1] = x.clone()
             qkv = linear(h, layer.qkv)
             if layer.qkv_bias is not None:
                 qkv = qkv + layer.qkv_bias
-            qkv = qkv.view(num_tokens, heads + 2 * kv_heads, dim)
-            qk, value = qkv[:, : heads + kv_heads], qkv[:, heads + kv_heads :]
-            if layer.qk_norm is not None:
-                qk = F.rms_norm(qk, (dim,), None, eps) * layer.qk_norm
-            qk = rotate(qk, cos, sin)  # query and key together
-            cache.write(i, batch.places, qk[:, heads:], value)
-            x = x + linear(attend(i, qk[:, :heads], batch, cache), layer.out)
-            h = F.rms_norm(x, (config.hidden_size,), layer.mlp_norm, eps)
-            gate, up = linear(h, layer.gate_up).chunk(2, -1)
-            x = x + linear(F.silu(gate).mul_(up), layer.down)
-            if i in aux_layers:
-                outputs[i] = x
+            attended = ops.attend(i, qkv, layer.qk_norm, turns, batch, cache)
+            x, h = ops.add_norm(x, linear(attended, layer.out), layer.mlp_norm)
+            y = linear(ops.silu_mul(linear(h, layer.gate_up)), layer.down)
+        x = x if y is None else x + y
+        outputs[len(self.layers) - 1] = x
         return x, torch.cat([outputs[i] for i in aux_layers], -1) if aux_layers else None
 
     @torch.inference_mode()

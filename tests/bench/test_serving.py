@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import torch
 
 from engine.bench import serving
 from engine.bench.blocks import NONE, Block, Run, best_figure, ratio_figure
+from engine.bench.peers import blocks_of
 from engine.bench.serving import Options
 from engine.contracts import ProposerKind, SlipstreamError
 from engine.learner.trainer import fresh_weights
@@ -145,3 +147,13 @@ def test_a_hybrid_is_memory_beside_a_given_draft(settings: Settings, prompts: Pa
         (tmp_path / "draft" / name).write_bytes(data)
     report = serving.run(settings, replace(chosen, draft=tmp_path / "draft"), lambda _: None)
     assert "acceptance_length:hybrid:a" in {figure.name for figure in report.figures}
+
+
+def test_blocks_against_a_peer_are_full_and_enough() -> None:
+    texts, order = [str(i) for i in range(21)], random.Random(0)
+    for size, count in ((2, 10), (16, 4)):
+        blocks = blocks_of(texts, size, order)
+        assert len(blocks) == count
+        assert all(len(set(block)) == size for block in blocks)
+    with pytest.raises(SlipstreamError, match="raise --prompts"):
+        blocks_of(texts, 22, order)

@@ -61,7 +61,15 @@ class Material:
 
 def prepare(settings: Settings, options: Options, say: Say) -> Material:
     chosen = settings.engine
-    target = load_target(chosen.model, settings.dir("models"), chosen.dtype, chosen.device, chosen.threads or None, say)
+    target = load_target(
+        chosen.model,
+        settings.dir("models"),
+        chosen.dtype,
+        chosen.device,
+        chosen.threads or None,
+        say,
+        chosen.kernels,
+    )
     wanted = _prompts(target, options)
     corpus = _corpus(target, options.corpus) if options.corpus is not None else []
     longest = max(len(ids) for found in wanted.values() for ids in found) + options.tokens

@@ -202,13 +202,13 @@ class _Call:
 
     async def _whole(self, running: Running, shape: Shape) -> Response:
         gone = asyncio.ensure_future(_disconnected(self.request))
-        collect = asyncio.ensure_future(self._collect(running))
+        collect = asyncio.ensure_future(self.service.next(running))
         try:
             await asyncio.wait({gone, collect}, return_when=asyncio.FIRST_COMPLETED)
             if not collect.done():
                 self.service.cancel(running)
                 return Response(status_code=CLIENT_CLOSED)
-            text, last = collect.result()
+            last = collect.result()
         except ApiError as error:
             return error.response(running.headers)
         finally:
@@ -218,15 +218,7 @@ class _Call:
         assert result is not None
         assert last.finish_reason is not None
         usage = token_usage(result.prompt_tokens, result.output_tokens)
-        return JSONResponse(shape.whole(text, last.finish_reason, usage), headers=running.headers)
-
-    async def _collect(self, running: Running) -> tuple[str, Output]:
-        text = ""
-        while True:
-            output = await self.service.next(running)
-            text += output.text
-            if output.finished:
-                return text, output
+        return JSONResponse(shape.whole(result.text, last.finish_reason, usage), headers=running.headers)
 
     async def _stream(self, running: Running, shape: Shape, include_usage: bool) -> Response:
         """The status is decided by the first output: what fails before it gets a status of its own."""

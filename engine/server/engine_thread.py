@@ -10,6 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
+from dataclasses import dataclass
 from typing import TypeVar
 
 from engine.contracts import SlipstreamError, Status
@@ -24,6 +25,13 @@ T = TypeVar("T")
 
 class EngineFailure(SlipstreamError):
     """The engine failed on a request in a way it does not know (HTTP 500)."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Waiting:
+    deliver: Deliver
+    deadline: float
+    streams: bool
 
 
 class EngineThread:
@@ -46,7 +54,7 @@ class EngineThread:
         self._notes: deque[Callable[[], None]] = deque()
         self._wake = threading.Condition()
         self._stopping = self._ended = False
-        self._waiting: dict[str, tuple[Deliver, float]] = {}  # request id → (callback, deadline)
+        self._waiting: dict[str, _Waiting] = {}  # by request id
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
@@ -54,9 +62,13 @@ class EngineThread:
         self._loop = loop
         self._thread.start()
 
-    def submit(self, request: EngineRequest, deliver: Deliver) -> None:
-        """Queue a request; EngineFailure when the thread has ended, as from ``call``."""
-        self._leave(lambda: self._add(request, deliver))
+    def submit(self, request: EngineRequest, deliver: Deliver, streams: bool = True) -> None:
+        """Queue a request; EngineFailure when the thread has ended, as from ``call``.
+
+        Where nobody ``streams`` only the last output is delivered, whose result has all: waking the event loop in every
+        step takes the interpreter, and on few cores a core, from the next step.
+        """
+        self._leave(lambda: self._add(request, deliver, streams))
 
     def cancel(self, request_id: str) -> None:
         """End a request because nobody waits for it any more; its last output is delivered like any other."""
@@ -116,7 +128,7 @@ class EngineThread:
             _run_guarded(note)  # requests among them are refused or, where the engine still took them, join the rest
         failure = EngineFailure("The engine's thread has ended; restart this replica.")
         if self._waiting:
-            self._post([(deliver, failure) for deliver, _ in self._waiting.values()])
+            self._post([(waiting.deliver, failure) for waiting in self._waiting.values()])
             self._waiting.clear()
 
     def _work(self) -> None:
@@ -154,7 +166,7 @@ class EngineThread:
             return
         self._deliver(outputs)
 
-    def _add(self, request: EngineRequest, deliver: Deliver) -> None:
+    def _add(self, request: EngineRequest, deliver: Deliver, streams: bool) -> None:
         try:
             self.engine.add(request)
         except SlipstreamError as error:
@@ -163,7 +175,7 @@ class EngineThread:
             log.exception("request %s could not be queued", request.request_id)
             self._post([(deliver, EngineFailure(f"{type(error).__name__}: {error}"))])
         else:
-            self._waiting[request.request_id] = (deliver, self._clock() + self._timeout_s)
+            self._waiting[request.request_id] = _Waiting(deliver, self._clock() + self._timeout_s, streams)
 
     def _end(self, request_id: str, status: Status) -> None:
         output = self.engine.cancel(request_id, status)
@@ -172,7 +184,7 @@ class EngineThread:
 
     def _end_overdue(self) -> None:
         now = self._clock()
-        for request_id in [r for r, (_, deadline) in self._waiting.items() if deadline < now]:
+        for request_id in [r for r, waiting in self._waiting.items() if waiting.deadline < now]:
             self._end(request_id, Status.TIMEOUT)
 
     def _deliver(self, outputs: list[Output]) -> None:
@@ -184,7 +196,8 @@ class EngineThread:
             if entry is None:
                 log.error("the engine gave an output of %s, which nobody waits for", output.request_id)
                 continue
-            posts.append((entry[0], output))
+            if entry.streams or output.finished:
+                posts.append((entry.deliver, output))
         if posts:
             self._post(posts)
 

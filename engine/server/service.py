@@ -125,7 +125,10 @@ class Service:
         return running
 
     async def next(self, running: Running) -> Output:
-        """The next output; an ApiError where the engine would not take the request or failed on it."""
+        """The next output, the only one unless it streams.
+
+        An ApiError where the engine would not take the request or failed on it.
+        """
         return self._checked(running, await running.outputs.get())
 
     def cancel(self, running: Running) -> None:
@@ -170,7 +173,7 @@ class Service:
     def _submit(self, running: Running) -> None:
         running.submitted = self.clock()
         try:
-            self._thread.submit(running.request, lambda what: self._arrive(running, what))
+            self._thread.submit(running.request, lambda what: self._arrive(running, what), running.stream)
         except EngineFailure as error:
             self._arrive(running, error)
 

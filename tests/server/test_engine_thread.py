@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 from sqlalchemy import select
 
+from engine.contracts import SlipstreamError
 from engine.runner.engine import EngineRequest, Output
 from engine.server.engine_thread import EngineFailure
+from engine.server.service import Running
 from engine.store.models import TraceRow
 from tests.server.conftest import Served
 from tests.waiting import until
@@ -75,3 +77,24 @@ def test_a_dead_thread_is_not_ready(served: Served) -> None:
     answer = served.http.get("/readyz")
     assert answer.status_code == 503
     assert "thread has ended" in answer.text
+
+
+def test_who_does_not_stream_is_called_once_with_the_whole(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every call takes the interpreter from the next step."""
+    arrived: list[tuple[bool, bool]] = []
+    service = served.server.service
+    arrive = service._arrive
+
+    def watch(running: Running, what: Output | SlipstreamError) -> None:
+        assert isinstance(what, Output)
+        arrived.append((running.stream, what.finished))
+        arrive(running, what)
+
+    monkeypatch.setattr(service, "_arrive", watch)
+    whole = served.completion(ignore_eos=True).json()["choices"][0]
+    stream = served.openai.completions.create(
+        model=served.model, prompt="hello", max_tokens=8, temperature=0.0, stream=True, extra_body={"ignore_eos": True}
+    )
+    assert "".join(piece.choices[0].text for piece in stream) == whole["text"]
+    assert [finished for streams, finished in arrived if not streams] == [True]
+    assert [finished for streams, finished in arrived if streams] == [False] * 7 + [True]

@@ -233,7 +233,7 @@ def test_a_rollout_is_made_in_a_form_that_shows_what_it_freezes(
     page.get_by_role("button", name="New rollout").click()
     form = page.get_by_test_id("stDialog")
     form.get_by_text("This is frozen at the start under").wait_for()
-    steps = form.get_by_label("Steps, % of eligible traffic")
+    steps = form.get_by_role("textbox", name="Steps, % of eligible traffic")
     steps.fill("10, 60")
     steps.press("Enter")
     form.get_by_text("at most 0.5").wait_for()

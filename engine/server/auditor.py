@@ -7,7 +7,6 @@ back at the first. Everything that the evidence needs is kept here and written b
 from __future__ import annotations
 
 import logging
-import threading
 from collections.abc import Callable
 
 from engine.contracts import Status, TraceRecord
@@ -28,22 +27,20 @@ class Auditor:
     def __init__(self, engine: Engine, findings: Findings, tokens_per_minute: int, clock: Callable[[], float]) -> None:
         self._engine, self._findings = engine, findings
         self._allowance = Allowance(tokens_per_minute, clock)
-        self._pool, self._lock = SamplePool(), threading.Lock()
+        self._pool = SamplePool()
         self._at_work: tuple[TraceRecord, Rescoring] | None = None
 
     def offer(self, record: TraceRecord) -> None:
         """A request has ended. One that was sampled has no single right answer, and one without tokens none to see."""
         if record.status is Status.OK and record.temperature == 0 and record.payload is not None:
-            with self._lock:
-                self._pool.offer(record)
+            self._pool.offer(record)
 
     def due_in(self) -> float | None:
         return self._allowance.due_in() if self._at_work is not None or len(self._pool) else None
 
     def piece(self) -> None:
         if self._at_work is None:
-            with self._lock:
-                record = self._pool.take(self._engine.resident)
+            record = self._pool.take(self._engine.resident)
             if record is None or record.payload is None:
                 return
             self._at_work = (record, self._engine.rescore(record.payload.prompt_ids, record.payload.output_ids))

@@ -6,7 +6,6 @@ takes from a busy engine is a hundredth of its time at most, so it comes to an e
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -40,7 +39,7 @@ class Shadow:
         self, engine: Engine, findings: Findings, plan: Callable[[], ServingPlan | None], clock: Callable[[], float]
     ) -> None:
         self._engine, self._findings, self._plan, self._clock = engine, findings, plan, clock
-        self._pool, self._lock = SamplePool(), threading.Lock()
+        self._pool = SamplePool()
         self._at_work: _AtWork | None = None
         self._seen = (0, 0)  # generation, requests replayed under it
 
@@ -50,8 +49,7 @@ class Shadow:
         if plan is None or record.payload is None or record.status is not Status.OK or record.output_tokens < 2:
             return
         if plan.takes(record.traffic_class, record.tenant, slice_name):
-            with self._lock:
-                self._pool.offer(record)
+            self._pool.offer(record)
 
     def due_in(self) -> float | None:
         plan = self._shadowing()
@@ -83,8 +81,7 @@ class Shadow:
             self._seen = (plan.generation, seen + 1 if generation == plan.generation else 1)
 
     def _begin(self, plan: ServingPlan) -> _AtWork | None:
-        with self._lock:
-            record = self._pool.take(self._engine.resident)
+        record = self._pool.take(self._engine.resident)
         shadow = plan.arm(SHADOW)
         if record is None or shadow is None:
             return None

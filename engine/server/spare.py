@@ -55,7 +55,7 @@ class SpareTime:
 
     def due_in(self) -> float | None:
         """Seconds until a piece should be done, if nothing comes; None: nothing to wait for."""
-        due = min((due for work in self._works if (due := work.due_in()) is not None), default=None)
+        due = min((due for work in self._works if (due := _due_in(work)) is not None), default=None)
         if self._idle_since is None:
             self._idle_since, self._step_began = self._clock(), None
         return None if due is None else max(due, self._idle_since + SETTLED_S - self._clock(), 0.0)
@@ -67,7 +67,7 @@ class SpareTime:
     def _do(self, works: Sequence[SpareWork]) -> bool:
         """Whether there was a piece to do. What fails in it is its own affair, not the engine's."""
         for work in works:
-            due = work.due_in()
+            due = _due_in(work)
             if due is not None and due <= 0:
                 try:
                     work.piece()
@@ -75,6 +75,15 @@ class SpareTime:
                     log.exception("%s failed in spare time", type(work).__name__)
                 return True
         return False
+
+
+def _due_in(work: SpareWork) -> float | None:
+    """Asked on the thread that serves: what fails there has nothing to do, and ends nobody's requests."""
+    try:
+        return work.due_in()
+    except Exception:
+        log.exception("%s cannot say what is due", type(work).__name__)
+        return None
 
 
 class Allowance:

@@ -29,6 +29,8 @@ RETRY_S = 2.0
 MOST_MISMATCHES = 20
 """Kept as evidence per generation, arm and class; all are counted."""
 MOST_COUNTS = 2_000
+SLICE = 1_000
+"""Rows of one statement: Postgres takes 65,535 values, and after an outage more than that may wait."""
 log = logging.getLogger(__name__)
 Key = tuple[int, int, str, str]
 T = TypeVar("T")
@@ -119,16 +121,20 @@ class Findings:
         with self._lock:
             keys, mismatches = set(self._unwritten), list(self._mismatches)
             counts = [self._counts[key] for key in keys if key in self._counts]
-            shadowed = list(self._shadowed)
-        if not counts and not mismatches and not shadowed:
-            return
-        with self._database.write() as session:
-            correctness.write(session, self._writer_id, self._replica_id, counts, mismatches)
-            shadow.write(session, shadowed)
+        if counts or mismatches:  # first, and by themselves: nothing that a shadow says may hold up a rollback
+            with self._database.write() as session:
+                correctness.write(session, self._writer_id, self._replica_id, counts, mismatches)
+            with self._lock:
+                self._unwritten -= {key for key in keys if self._counts.get(key) in counts}
+                _strike(self._mismatches, mismatches)
         with self._lock:
-            self._unwritten -= {key for key in keys if self._counts.get(key) in counts}
-            _strike(self._mismatches, mismatches)
-            _strike(self._shadowed, shadowed)
+            shadowed = list(self._shadowed)
+        for first in range(0, len(shadowed), SLICE):
+            part = shadowed[first : first + SLICE]
+            with self._database.write() as session:
+                shadow.write(session, part)
+            with self._lock:
+                _strike(self._shadowed, part)
 
     def _forget_old(self) -> None:
         """Requests of a generation that is so long ago have all been looked at."""

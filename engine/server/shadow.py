@@ -6,6 +6,7 @@ takes from a busy engine is a hundredth of its time at most, so it comes to an e
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -39,7 +40,7 @@ class Shadow:
         self, engine: Engine, findings: Findings, plan: Callable[[], ServingPlan | None], clock: Callable[[], float]
     ) -> None:
         self._engine, self._findings, self._plan, self._clock = engine, findings, plan, clock
-        self._pool = SamplePool()
+        self._lock, self._pools = threading.Lock(), (0, SamplePool())  # generation, its requests
         self._at_work: _AtWork | None = None
         self._seen = (0, 0)  # generation, requests replayed under it
 
@@ -49,7 +50,7 @@ class Shadow:
         if plan is None or record.payload is None or record.status is not Status.OK or record.output_tokens < 2:
             return
         if plan.takes(record.traffic_class, record.tenant, slice_name):
-            self._pool.offer(record)
+            self._pool(plan).offer(record)
 
     def due_in(self) -> float | None:
         plan = self._shadowing()
@@ -57,7 +58,7 @@ class Shadow:
             return None if self._at_work is None else 0.0
         if self._seen[0] == plan.generation and self._seen[1] >= MOST_REQUESTS:
             return None
-        return 0.0 if self._at_work is not None or len(self._pool) else None
+        return 0.0 if self._at_work is not None or len(self._pool(plan)) else None
 
     def piece(self) -> None:
         plan, work = self._shadowing(), self._at_work
@@ -81,7 +82,7 @@ class Shadow:
             self._seen = (plan.generation, seen + 1 if generation == plan.generation else 1)
 
     def _begin(self, plan: ServingPlan) -> _AtWork | None:
-        record = self._pool.take(self._engine.resident)
+        record = self._pool(plan).take(self._engine.resident)
         shadow = plan.arm(SHADOW)
         if record is None or shadow is None:
             return None
@@ -96,6 +97,13 @@ class Shadow:
             self._findings.shadowed(work.plan.generation, work.record, arm, version, work.replay)
             _end(work)
             del work.left[0]
+
+    def _pool(self, plan: ServingPlan) -> SamplePool:
+        """The requests served under this plan: those before it may have taught its canary, or not be its to see."""
+        with self._lock:
+            if self._pools[0] != plan.generation:
+                self._pools = (plan.generation, SamplePool())
+            return self._pools[1]
 
     def _shadowing(self) -> ServingPlan | None:
         plan = self._plan()

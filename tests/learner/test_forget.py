@@ -20,8 +20,9 @@ from engine.registry.publish import publish
 from engine.speculation.artifact import build_artifact
 from engine.store.database import Database
 from engine.store.members import Members
-from engine.store.models import LearningIntakeRow, PolicyLineageRow, TracePayloadRow, TraceRow
-from engine.store.repositories import learning, plans, policies, tenants
+from engine.store.models import LearningIntakeRow, PolicyLineageRow, ShadowRequestRow, TracePayloadRow, TraceRow
+from engine.store.repositories import learning, plans, policies, shadow, tenants
+from engine.store.repositories.shadow import ShadowRequest
 from tests.learner.test_learner import NOW, World
 from tests.rollout import database_world as world
 from tests.waiting import until
@@ -71,6 +72,12 @@ def test_the_command_line_rebuilds_and_shows_what_was_learned(w: World, database
 
 def test_a_forgotten_tenant_leaves_no_token_and_what_it_taught_is_known(w: World) -> None:
     version = learned(w)
+    with w.db.write() as session:
+        ids = {tenant: session.scalars(select(TraceRow.trace_id).where(TraceRow.tenant == tenant)).all()[0]
+               for tenant in ("acme", "other")}  # fmt: skip
+        shadow.write(
+            session, [ShadowRequest(1, one, "canary", version, "chat", "k", 4, 8, 2, 0.0) for one in ids.values()]
+        )
     done = forget(w.db, "acme", retire=False, actor="t", now=w.now)
     assert (done.traces, done.influenced, done.retired, done.plan) == (60, (version,), (), None)
     with w.db.read() as session:
@@ -78,6 +85,7 @@ def test_a_forgotten_tenant_leaves_no_token_and_what_it_taught_is_known(w: World
         assert session.scalar(select(func.count()).select_from(TracePayloadRow)) == 60
         assert policies.influenced_by_any(session, tenants.ordinals(session, "acme")) == [version]
         assert policies.influenced_by_any(session, []) == []
+        assert session.scalars(select(ShadowRequestRow.trace_id)).all() == [ids["other"]]
     with pytest.raises(NotRebuilt, match="no tokens any more"):
         rebuild(w.db, version)
     assert forget(w.db, "acme", retire=False, actor="t", now=w.now).traces == 0  # again: nothing more

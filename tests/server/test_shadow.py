@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from datetime import UTC, datetime
+from typing import Any, cast
 
 import numpy as np
 from sqlalchemy import func, select
 
-from engine.contracts import SHADOW, ProposerKind, RolloutState
+from engine.contracts import SHADOW, Arm, ProposerKind, RolloutState, ServingPlan, Status
 from engine.demo.garbage import spoil
 from engine.registry.artifacts import ArtifactStore
 from engine.registry.publish import publish
@@ -16,12 +18,14 @@ from engine.rollout.controller import Controller
 from engine.rollout.guards import Shadow
 from engine.rollout.launch import launch
 from engine.rollout.replay import replay
+from engine.server import shadow as server_shadow
 from engine.speculation.artifact import build_artifact
 from engine.speculation.memory import MEMORY_FILE, TraceMemoryBuilder
 from engine.store.models import ShadowRequestRow, TraceRow
 from engine.store.repositories import plans, rollouts
 from engine.store.repositories.rollouts import Rollout
 from tests.server.conftest import Served, Start
+from tests.telemetry.records import record
 from tests.waiting import until
 
 WANTED = 30
@@ -103,3 +107,14 @@ def test_garbage_is_found_in_its_shadow_and_serves_nobody(start: Start) -> None:
     found = shadowed(served, spoil(good, np.random.default_rng(0)), RolloutState.ROLLED_BACK)
     assert found.status["reason"].startswith("in shadow: tokens_per_step")
     assert not found.status["stages"]
+
+
+def test_what_was_served_under_an_earlier_plan_is_not_replayed_for_a_later_one() -> None:
+    """It may have taught the later canary, or be of traffic that its rollout is not to see."""
+    first = ServingPlan(3, 1, 1, (Arm(SHADOW, 2, 0.0),), "", "t", "t", datetime(2026, 3, 1, tzinfo=UTC))
+    now = [first]
+    shadow = server_shadow.Shadow(cast(Any, None), cast(Any, None), lambda: now[0], lambda: 0.0)
+    shadow.offer(record(1, status=Status.OK, output_tokens=8), None)
+    assert shadow.due_in() == 0.0
+    now[0] = replace(first, generation=4, arms=(Arm(SHADOW, 9, 0.0),))
+    assert shadow.due_in() is None

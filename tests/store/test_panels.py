@@ -163,7 +163,8 @@ def _slowest(db: Database, part: Slice, chosen: Filter = ALL) -> None:
 def test_the_slowest_are_those_of_every_class(db: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Those that failed too, though histograms do not know them, and those of a class that only failed."""
     deltas_only(db, tmp_path)
-    slow = [record(n, 9, started_at=START, status=Status.ERROR, traffic_class="odd", e2e_s=900.0 + n) for n in range(3)]
+    later = START + timedelta(seconds=20)
+    slow = [record(n, 9, started_at=later, status=Status.ERROR, traffic_class="odd", e2e_s=900.0 + n) for n in range(3)]
     write(db, tmp_path, slow)
     for part in (
         Slice(START, END),
@@ -173,6 +174,7 @@ def test_the_slowest_are_those_of_every_class(db: Database, tmp_path: Path, monk
     ):
         _slowest(db, part)
     _slowest(db, Slice(START, END), Filter(min_s=1.0))
+    _slowest(db, Slice(later, later + timedelta(seconds=20)), Filter(min_s=1.0))  # no minute begins in it
     monkeypatch.setattr(overview, "known", lambda session, part: {"classes": ["chat", "code"]})
     with pytest.raises(AssertionError):
         _slowest(db, Slice(START, END))

@@ -4,11 +4,18 @@ from __future__ import annotations
 
 from datetime import datetime
 
-from sqlalchemy import delete, select, update
+from sqlalchemy import delete, func, select, update
 from sqlalchemy.dialects.postgresql import insert
 
 from engine.store.database import ReadSession, WriteSession
-from engine.store.models import LearningIntakeRow, TenantSettingRow, TracePayloadRow, TraceRow
+from engine.store.models import (
+    LearningIntakeRow,
+    OutputMismatchRow,
+    ShadowRequestRow,
+    TenantSettingRow,
+    TracePayloadRow,
+    TraceRow,
+)
 
 
 def allow_training(session: WriteSession, tenant: str, train: bool, actor: str, now: datetime) -> None:
@@ -37,6 +44,9 @@ def forget(session: WriteSession, tenant: str, now: datetime) -> int:
         )
     )
     gone = session.execute(delete(TraceRow).where(TraceRow.tenant == tenant).returning(TraceRow.trace_id)).all()
+    ids = [trace_id for (trace_id,) in gone]
+    for found in (ShadowRequestRow, OutputMismatchRow):  # what spare time found out about them
+        session.execute(delete(found).where(found.trace_id == func.any(ids)))
     session.execute(
         update(LearningIntakeRow)
         .where(LearningIntakeRow.tenant == tenant, LearningIntakeRow.forgotten_at.is_(None))

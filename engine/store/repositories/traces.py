@@ -179,7 +179,9 @@ def _of_every_class(session: ReadSession, part: Slice) -> list[ColumnElement[boo
     index of each, and look at no request that is faster."""
     if part.traffic_class is not None:
         return []
-    return [TraceRow.traffic_class.in_(overview.known(session, part)["classes"])]
+    # A rollup lies at the start of its minute, which may be before the slice begins.
+    whole = replace(part, since=part.since.replace(second=0, microsecond=0))
+    return [TraceRow.traffic_class.in_(overview.known(session, whole)["classes"])]
 
 
 def _beyond(key: InstrumentedAttribute[Any], place: Place | None) -> list[ColumnElement[bool]]:

@@ -31,10 +31,10 @@ RESAMPLES, BEYOND = 5_000, 10
 MIN_HELD_OUT = 8
 """Fewer held-out requests than this prove nothing, whatever they say."""
 MIN_CLASS = 3
+"""A class with fewer held-out requests is shown but does not refuse."""
 MAX_LOOKS = 10
 """Refused candidates that may look at the same held-out requests. The next ones are judged on later requests: the
 bounds of an eleventh would lie so far out that resampling says nothing of them."""
-"""A class with fewer held-out requests is shown but does not refuse."""
 
 Replayer = Callable[[Proposer, TrainableTrace, KController | None], tuple[SpecCounts, float]]
 """What a policy earns on one held-out request, under K control or with whole drafts, and the seconds it takes. The

@@ -20,7 +20,7 @@ from engine.model.llama import Llama
 TIES = {torch.float64: 1e-9, torch.float32: 1e-2}
 """Logits that are nearer than this are equal: kernels differ by the number of rows, and sums end elsewhere."""
 COARSE_TIE = 0.5
-"""The same in 16 bits, where a logit of 20 is known to ± 0.06 before anything is summed (docs/log.md)."""
+"""The same in 16 bits, where a logit of 20 is known to ± 0.06 before anything is summed."""
 
 
 class Prefill:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 PIECE_TOKENS = 8
-"""Tokens of one piece: about twice what a step of one row takes (docs/log.md)."""
+"""Tokens of one piece: few, for a request that arrives meanwhile waits for it."""
 IN_LINE = 0.01
 """Share of a busy engine's time that work in line may take."""
 SETTLED_S = 0.1

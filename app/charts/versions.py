@@ -89,17 +89,17 @@ def family(nodes: Sequence[Node], taught: Mapping[tuple[int, int], float], chose
     places = _places(nodes)
     rows = max(y for _, y in places.values()) + 1
     made = figure(colours, int(max(3, rows) * ROW + 40))
-    made.add_scatter(**_lines([(places[n.parent], places[n.version]) for n in nodes if n.parent in places]),
+    made.add_scatter(**_strokes([_edge(places[n.parent], places[n.version]) for n in nodes if n.parent in places]),
                      line={"width": 1.4, "color": colours.muted, "shape": "spline"})  # fmt: skip
-    arcs = [(places[a], places[b], share, a, b) for (a, b), share in taught.items() if a in places and b in places]
-    made.add_scatter(**_arcs(arcs), line={"width": 1.6, "color": colours.quantiles[1], "dash": "dot"})
-    middle = [_curve(a, b)[CURVE // 2] for a, b, *_ in arcs]
+    arcs = {(a, b): _curve(places[a], places[b]) for a, b in taught if a in places and b in places}
+    made.add_scatter(**_strokes(list(arcs.values())), line={"width": 1.6, "color": colours.quantiles[1], "dash": "dot"})
+    middle = [arc[CURVE // 2] for arc in arcs.values()]
     made.add_scatter(
         x=[x for x, _ in middle],
         y=[y for _, y in middle],
         mode="markers",
         marker={"size": 7, "color": colours.quantiles[1]},
-        text=[f"{share:.0%} of v{b}'s training traffic was served by v{a}" for _, _, share, a, b in arcs],
+        text=[f"{taught[a, b]:.0%} of v{b}'s training traffic was served by v{a}" for a, b in arcs],
         hovertemplate="%{text}<extra></extra>",
         showlegend=False,
     )
@@ -184,24 +184,15 @@ def _words(
 Point = tuple[float, float]
 
 
-def _lines(pairs: Sequence[tuple[Point, Point]]) -> dict[str, object]:
-    x: list[float | None] = []
-    y: list[float | None] = []
-    for (x0, y0), (x1, y1) in pairs:
-        x += [x0, x0 + 0.3 * (x1 - x0), x0 + 0.7 * (x1 - x0), x1, None]
-        y += [y0, y0, y1, y1, None]
-    return {"x": x, "y": y, "mode": "lines", "hoverinfo": "skip", "showlegend": False}
+def _edge(a: Point, b: Point) -> list[Point]:
+    """From parent to child."""
+    return [a, (a[0] + 0.3 * (b[0] - a[0]), a[1]), (a[0] + 0.7 * (b[0] - a[0]), b[1]), b]
 
 
-def _arcs(arcs: Sequence[tuple[Point, Point, float, int, int]]) -> dict[str, object]:
-    x: list[float | None] = []
-    y: list[float | None] = []
-    for a, b, *_ in arcs:
-        for px, py in _curve(a, b):
-            x.append(px)
-            y.append(py)
-        x.append(None)
-        y.append(None)
+def _strokes(paths: Sequence[Sequence[Point]]) -> dict[str, object]:
+    """All paths as one trace, a gap behind each."""
+    points = [point for path in paths for point in (*path, (None, None))]
+    x, y = ([point[axis] for point in points] for axis in (0, 1))
     return {"x": x, "y": y, "mode": "lines", "hoverinfo": "skip", "showlegend": False}
 
 

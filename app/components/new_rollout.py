@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import streamlit as st
@@ -63,9 +63,8 @@ def specification(wishes: Wishes) -> RolloutSpec:
         "slices": _names(wishes.slices),
         **{name: round(60.0 * minutes, 3) for name, minutes in wishes.minutes.items()},
     }
-    if specs.parse(tree) != preset:
-        tree["preset"] = ""
-    return specs.parse(tree)
+    wanted = specs.parse(tree)
+    return wanted if wanted == preset else replace(wanted, preset="")
 
 
 def _weights(text: str) -> list[float]:

@@ -12,7 +12,7 @@ import pandas as pd
 import streamlit as st
 
 from app.charts.theme import Palette
-from app.components.tables import Columns, in_colour, table
+from app.components.tables import NUMBER, Columns, in_colour, table
 from app.queries.traces import PAGE
 from engine.contracts import Status
 from engine.store.repositories.overview import Slice
@@ -147,7 +147,6 @@ def name_of(part: Slice, chosen: Filter, order: str) -> str:
 
 def rows(frame: pd.DataFrame, colours: Palette) -> None:
     """The page; a row that is chosen opens its trace."""
-    number = st.column_config.NumberColumn
     frame = frame.assign(version=[f"v{version}" for version in frame["policy_version"]])
     columns: Columns = {
         "started_at": st.column_config.DatetimeColumn("began", format="MMM D, HH:mm:ss.SSS"),
@@ -155,16 +154,16 @@ def rows(frame: pd.DataFrame, colours: Palette) -> None:
         "arm": "arm",
         "version": st.column_config.TextColumn("version", width=70),
         "status": "status",
-        "e2e_ms": number("e2e, ms", format="%.0f"),
-        "ttft_ms": number("TTFT, ms", format="%.0f"),
-        "tpot_ms": number("TPOT, ms", format="%.1f"),
-        "queue_ms": number("queue, ms", format="%.0f"),
-        "prompt_tokens": number("prompt", help="tokens"),
-        "output_tokens": number("output", help="tokens"),
-        "drafted": number("drafted", help="tokens"),
-        "accepted": number("accepted", help="tokens"),
-        "acceptance_length": number("length", format="%.2f", help="acceptance length: 1 + accepted / verify steps"),
-        "retry": number("retry", width=60),
+        "e2e_ms": NUMBER("e2e, ms", format="%.0f"),
+        "ttft_ms": NUMBER("TTFT, ms", format="%.0f"),
+        "tpot_ms": NUMBER("TPOT, ms", format="%.1f"),
+        "queue_ms": NUMBER("queue, ms", format="%.0f"),
+        "prompt_tokens": NUMBER("prompt", help="tokens"),
+        "output_tokens": NUMBER("output", help="tokens"),
+        "drafted": NUMBER("drafted", help="tokens"),
+        "accepted": NUMBER("accepted", help="tokens"),
+        "acceptance_length": NUMBER("length", format="%.2f", help="acceptance length: 1 + accepted / verify steps"),
+        "retry": NUMBER("retry", width=60),
         "tenant": "tenant",
         "trace_id": "trace",
     }

@@ -12,7 +12,7 @@ import numpy as np
 
 from engine.bench.report import Figure, Report
 from engine.bench.workload import Responses
-from engine.contracts import SamplingParams, SlipstreamError
+from engine.contracts import SlipstreamError
 from engine.demo import prompts
 from engine.learner.evaluate import acceptance
 from engine.learner.feature_cache import Conversation, cached_examples
@@ -21,9 +21,9 @@ from engine.learner.neural import TuneRecipe
 from engine.learner.shipped import shipped_draft
 from engine.learner.trainer import Trainer, TrainOptions
 from engine.model.draft import DraftNetwork
-from engine.model.loading import Target, load_target
+from engine.model.loading import Target, configured_target
 from engine.ops.supervisor import Say
-from engine.runner.engine import Engine, EngineRequest
+from engine.runner.engine import Engine
 from engine.settings import Settings
 from engine.speculation.artifact import read_artifact
 from engine.speculation.neural_file import DraftFile, unpack
@@ -56,12 +56,11 @@ class Options:
 
 
 def run(settings: Settings, options: Options, say: Say) -> Report:
-    chosen = settings.engine
-    target = load_target(chosen.model, settings.dir("models"), "float32", chosen.device, chosen.threads or None, say)
+    target = configured_target(settings, say, "float32")
     files = read_artifact(options.static) if options.static is not None else shipped_draft(target.fingerprint)
     if files is None:
         raise SlipstreamError(f"No draft comes with the project for {target.name}: name one with --static.")
-    draft = unpack({name: files[name] for name in files if name.startswith("draft.")})
+    draft = unpack(files)
     examples = _examples(target, settings, options, draft, say)
     before = DraftNetwork(draft.config, draft.weights, draft.vocabulary, target.model)
     lengths: dict[str, list[float]] = {name: [] for name in ("before", *VARIANTS)}
@@ -87,17 +86,10 @@ def _examples(target: Target, settings: Settings, options: Options, draft: Draft
             f"{len(wanted)} prompts, {options.learn} to learn from and {options.tested} others to test on are needed."
         )
     responses = Responses(target, options.tokens, settings.dir("bench"))
-    if missing := responses.missing(wanted):
-        say(f"generating {len(missing)} responses")
+    if responses.missing(wanted):
         engine = Engine(target, max_num_seqs=16, max_model_len=max(map(len, wanted)) + options.tokens, max_queue=10_000)
         engine.load(0, NoneProposer())
-        for n, ids in enumerate(missing):
-            engine.add(EngineRequest(f"{n}", ids, SamplingParams(options.tokens), 0))
-        while engine.has_work:
-            for output in engine.step():
-                if output.result is not None:
-                    payload = output.result.payload
-                    responses.add({payload.prompt_ids: payload.output_ids})
+        responses.make(engine, wanted, say)
     found = [Conversation(p, o, "all") for p, o in responses.of(wanted) if can_teach(p, o)]
     key = f"{target.fingerprint} {draft.config.aux_layers} {[(c.prompt_ids, c.output_ids) for c in found]}"
     folder = settings.dir("bench") / f"features-{hashlib.sha256(key.encode()).hexdigest()[:16]}"

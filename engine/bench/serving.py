@@ -21,7 +21,7 @@ from engine.bench.report import Figure, Report
 from engine.bench.workload import Ids, Responses, Workload, workloads
 from engine.contracts import ProposerKind, SamplingParams, SlipstreamError, artifact_digest
 from engine.learner.memory import MIN_CONFIDENCE
-from engine.model.loading import Target, load_target
+from engine.model.loading import Target, configured_target
 from engine.ops.supervisor import Say
 from engine.runner.engine import Engine, EngineRequest
 from engine.runner.profile import profile_step_costs
@@ -29,11 +29,10 @@ from engine.runner.request import RequestResult
 from engine.settings import Settings
 from engine.speculation.artifact import build_artifact, load_proposer, read_artifact
 from engine.speculation.memory import MEMORY_FILE, TraceMemoryBuilder
-from engine.speculation.neural_file import SHAPE_FILE, WEIGHTS_FILE
+from engine.speculation.neural_file import draft_files
 from engine.speculation.proposer import Proposer
 from engine.speculation.step_costs import StepCosts
 
-DRAFT_FILES = (SHAPE_FILE, WEIGHTS_FILE)
 LEARN_AT = 16
 """Requests at a time while the responses that the memory learns from are made."""
 
@@ -68,16 +67,8 @@ class Options:
 def run(settings: Settings, options: Options, say: Say) -> Report:
     if NONE not in options.policies:
         raise SlipstreamError("Ratios are taken over plain decoding: --policies must name none.")
-    chosen, rng = settings.engine, np.random.default_rng(options.seed)
-    target = load_target(
-        chosen.model,
-        settings.dir("models"),
-        chosen.dtype,
-        chosen.device,
-        chosen.threads or None,
-        say,
-        chosen.kernels,
-    )
+    rng = np.random.default_rng(options.seed)
+    target = configured_target(settings, say)
     work = workloads(target, options.files, options.classes, options.learn, options.test, options.longest, options.seed)
     bench = Bench(settings, target, options, say)
     figures: list[Figure] = []
@@ -225,7 +216,7 @@ class Bench:
     def _draft(self) -> dict[str, bytes]:
         if self.options.draft is None:
             raise SlipstreamError("The policy hybrid needs --draft FOLDER, a neural policy (policy train-static).")
-        return {name: data for name, data in read_artifact(self.options.draft).items() if name in DRAFT_FILES}
+        return draft_files(read_artifact(self.options.draft))
 
     def _memory(self, workload: Workload) -> dict[str, bytes]:
         """A trace memory of the target's own responses to the prompts that are not tested."""

@@ -9,9 +9,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from engine.contracts import SlipstreamError
+from engine.contracts import SamplingParams, SlipstreamError
 from engine.demo import prompts
 from engine.model.loading import Target
+from engine.ops.supervisor import Say
+from engine.runner.engine import Engine, EngineRequest
 
 Ids = tuple[int, ...]
 
@@ -65,6 +67,7 @@ class Responses:
     """Greedy responses of the target to prompts, kept in ``folder`` so that a second run need not make them again."""
 
     def __init__(self, target: Target, max_tokens: int, folder: Path) -> None:
+        self._max_tokens = max_tokens
         key = f"{target.fingerprint} {target.model.dtype} {max_tokens}"
         self._path = folder / f"responses-{hashlib.sha256(key.encode()).hexdigest()[:16]}.jsonl"
         self._known: dict[Ids, Ids] = {}
@@ -84,3 +87,21 @@ class Responses:
         with self._path.open("a") as file:
             for prompt, response in made.items():
                 file.write(json.dumps([prompt, response]) + "\n")
+
+    def make(self, engine: Engine, wanted: Sequence[Ids], say: Say) -> None:
+        """Those that are not known yet, by version 0 of an engine, many at a time; kept as they come."""
+        missing = self.missing(wanted)
+        if missing:
+            say(f"generating {len(missing)} of {len(wanted)} responses")
+        for n, ids in enumerate(missing):
+            engine.add(EngineRequest(f"response-{n}", ids, SamplingParams(self._max_tokens), 0))
+        done = 0
+        while engine.has_work:
+            for output in engine.step():
+                if output.result is None:
+                    continue
+                payload = output.result.payload
+                self.add({payload.prompt_ids: payload.output_ids})
+                done += 1
+                if done % 50 == 0:
+                    say(f"{done} of {len(missing)} responses")

@@ -32,12 +32,9 @@ def train_static(
     from dataclasses import replace
 
     from engine.learner import static
-    from engine.model.loading import load_target
+    from engine.model.loading import configured_target
 
-    chosen = settings(context).engine
-    target = load_target(
-        chosen.model, settings(context).dir("models"), "float32", chosen.device, chosen.threads or None, typer.echo
-    )
+    target = configured_target(settings(context), typer.echo, "float32")
     options = replace(static.FROM_SCRATCH, loss=loss)
     plan = static.StaticPlan(vocabulary, epochs, seed, float("inf") if minutes is None else minutes, options)
     done = static.train_static(target, static.read_conversations(data, target), out, plan, typer.echo)

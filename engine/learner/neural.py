@@ -37,7 +37,7 @@ from engine.speculation.draft_pool import DraftPool, Want
 from engine.speculation.hybrid import BoundHybrid, HybridProposer
 from engine.speculation.memory import MEMORY_FILE
 from engine.speculation.neural import BoundNeural, NeuralProposer, make_pool
-from engine.speculation.neural_file import SHAPE_FILE, WEIGHTS_FILE, DraftFile, pack, unpack
+from engine.speculation.neural_file import DraftFile, pack, unpack
 from engine.speculation.proposer import Proposer
 from engine.speculation.rehearsal import Rehearsing, rehearse
 from engine.speculation.replay import replay, replay_controlled
@@ -115,8 +115,7 @@ class HybridMaker:
         return {MEMORY_FILE: rebuild_memory(train, manifest), **tuned}
 
     def _draft(self, digest: str) -> DraftFile:
-        files = self.store.files(digest)
-        return unpack({name: files[name] for name in (SHAPE_FILE, WEIGHTS_FILE)})
+        return unpack(self.store.files(digest))
 
     def _model(self, target: ServedTarget, alive: Callable[[], None] = lambda: None) -> Llama:
         if self._target is None:

@@ -15,6 +15,7 @@ from engine.model.linear import packs_bfloat16
 from engine.model.llama import Llama
 from engine.model.tokenizer import Tokenizer
 from engine.model.weights import fingerprint, read_llama, resolve_model, tokenizer_fingerprint
+from engine.settings import Settings
 
 AUTO = "auto"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
@@ -70,6 +71,20 @@ def load_target(
         tokenizer_fingerprint=tokenizer_fingerprint(folder),
         name=name,
         folder=folder,
+    )
+
+
+def configured_target(settings: Settings, progress: Callable[[str], None], dtype: str | None = None) -> Target:
+    """The target that these settings name; ``dtype`` in place of theirs."""
+    chosen = settings.engine
+    return load_target(
+        chosen.model,
+        settings.dir("models"),
+        dtype or chosen.dtype,
+        chosen.device,
+        chosen.threads,
+        progress,
+        chosen.kernels,
     )
 
 

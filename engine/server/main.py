@@ -18,7 +18,7 @@ import uvicorn
 from starlette.applications import Starlette
 
 from engine.contracts import SlipstreamError, TraceRecord
-from engine.model.loading import Target, load_target
+from engine.model.loading import Target, configured_target
 from engine.registry.artifacts import ArtifactStore
 from engine.runner.engine import Engine
 from engine.runner.profile import profile_step_costs
@@ -51,15 +51,7 @@ class EngineServer:
             raise SlipstreamError("The engine needs a database_url; `slipstream engine` finds the embedded one.")
         self.settings = settings
         chosen = settings.engine
-        self.target = target or load_target(
-            chosen.model,
-            settings.dir("models"),
-            chosen.dtype,
-            chosen.device,
-            chosen.threads or None,
-            log.info,
-            chosen.kernels,
-        )
+        self.target = target or configured_target(settings, log.info)
         self.engine = Engine(
             self.target,
             max_num_seqs=chosen.max_num_seqs,

@@ -137,6 +137,6 @@ def load(num_speculative_tokens: int, settings: Mapping[str, Any], files: Mappin
     return HybridProposer(
         num_speculative_tokens,
         TraceMemoryProposer(num_speculative_tokens, TraceMemory.parse(files[MEMORY_FILE]), **remembered),
-        unpack({name: files[name] for name in (SHAPE_FILE, WEIGHTS_FILE)}),
+        unpack(files),
         **own,
     )

@@ -40,8 +40,16 @@ def pack(config: DraftConfig, weights: Mapping[str, Tensor], vocabulary: Tensor)
     return {SHAPE_FILE: shape.encode(), WEIGHTS_FILE: save(tensors)}
 
 
+def draft_files(policy: Mapping[str, bytes]) -> dict[str, bytes]:
+    """The files of the draft in a neural or hybrid policy; nothing in one without a draft."""
+    return {name: policy[name] for name in (SHAPE_FILE, WEIGHTS_FILE) if name in policy}
+
+
 def unpack(files: Mapping[str, bytes]) -> DraftFile:
-    """Strict: a tensor that is missing, unknown, misshapen or not finite is a PolicyError with its name."""
+    """The draft of a policy, whose other files are left alone.
+
+    Strict: a tensor that is missing, unknown, misshapen or not finite is a PolicyError with its name.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import load
 

@@ -17,20 +17,22 @@ from sqlalchemy.orm import Session
 from engine.store.connection import STATEMENT_TIMEOUT_S, arguments
 
 
-class ReadSession(Session):
+class _Session(Session):
+    def rows(self, statement: LiteralString, **values: Any) -> Sequence[Any]:
+        """``engine.store.connection.Reads``: what the session was given before is in the database first."""
+        self.flush()
+        found = self.connection().exec_driver_sql(statement, values)
+        return found.all() if found.returns_rows else ()
+
+
+class ReadSession(_Session):
     """A session whose transaction Postgres refuses to write in."""
 
-    def rows(self, statement: LiteralString, **values: Any) -> Sequence[Any]:
-        return _rows(self, statement, values)
 
-
-class WriteSession(Session):
+class WriteSession(_Session):
     """A session that commits once, at the end of its block, or not at all."""
 
-    def rows(self, statement: LiteralString, **values: Any) -> Sequence[Any]:
-        return _rows(self, statement, values)
-
-    change = rows
+    change = _Session.rows
 
 
 class Database:
@@ -95,10 +97,3 @@ def sqlalchemy_url(url: str) -> str:
 def without_password(url: str) -> str:
     """The address as it may be shown."""
     return make_url(url).render_as_string(hide_password=True)
-
-
-def _rows(session: Session, statement: str, values: dict[str, Any]) -> Sequence[Any]:
-    """``engine.store.connection.Reads`` by a session: what it was given before is in the database first."""
-    session.flush()
-    found = session.connection().exec_driver_sql(statement, values)
-    return found.all() if found.returns_rows else ()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,6 +21,7 @@ def dashboard(database_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
     Whatever else the caller's environment sets (SLIPSTREAM_HOME, say) is no setting of this dashboard.
     """
+    monkeypatch.setitem(sys.modules, "__main__", sys.modules["__main__"])  # AppTest leaves its page there
     for name in [name for name in os.environ if name.startswith(ENV_PREFIX)]:
         monkeypatch.delenv(name)
     monkeypatch.setenv(environment_name("database_url"), database_url)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -17,12 +15,6 @@ from engine.store.repositories import audit
 from engine.telemetry.writer import TraceWriter
 from tests.store.test_rollups import compacted, late_and_half
 from tests.telemetry.records import record
-
-
-@pytest.fixture(autouse=True)
-def _plain_main(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A process that is spawned reads the main module again, and AppTest leaves a page in its place."""
-    monkeypatch.setitem(sys.modules, "__main__", ModuleType("__main__"))
 
 
 class AcknowledgesAtOnce(TraceWriter):

@@ -14,7 +14,6 @@ from uuid import UUID
 
 import numpy as np
 
-from engine.bench.adaptation.drafts import draft_files
 from engine.bench.adaptation.streams import Response
 from engine.contracts import SpecCounts, artifact_digest
 from engine.learner import gate
@@ -25,7 +24,7 @@ from engine.model.llama import Llama
 from engine.settings import LearnerSettings
 from engine.speculation.artifact import load_proposer
 from engine.speculation.control import KController
-from engine.speculation.neural_file import unpack
+from engine.speculation.neural_file import draft_files, unpack
 from engine.speculation.proposer import Proposer
 from engine.speculation.replay import replay_controlled
 from engine.speculation.step_costs import StepCosts

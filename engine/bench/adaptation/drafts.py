@@ -14,7 +14,7 @@ from engine.model.draft import DraftNetwork
 from engine.speculation.artifact import build_artifact
 from engine.speculation.memory import MEMORY_FILE
 from engine.speculation.memory_build import MAX_ORDER, MIN_ORDER, write_memory
-from engine.speculation.neural_file import SHAPE_FILE, WEIGHTS_FILE
+from engine.speculation.neural_file import draft_files
 from engine.speculation.rehearsal import Rehearsal, rehearse
 
 
@@ -59,11 +59,6 @@ class Rehearsals:
                 digest.update(network.weights[name].detach().contiguous().numpy().tobytes())
             self._names = {**dict(list(self._names.items())[-15:]), id(network): (network, digest.hexdigest())}
         return self._names[id(network)][1]
-
-
-def draft_files(policy: Mapping[str, bytes]) -> dict[str, bytes]:
-    """The files of the draft in a neural or hybrid policy."""
-    return {name: policy[name] for name in (SHAPE_FILE, WEIGHTS_FILE)}
 
 
 def beside_own_context(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,22 +12,23 @@ import numpy as np
 from scipy.optimize import isotonic_regression
 
 from engine.bench.adaptation.arms import NeuralPart, World, offline
-from engine.bench.adaptation.drafts import Rehearsals, beside_own_context, draft_files
+from engine.bench.adaptation.drafts import Rehearsals, beside_own_context
 from engine.bench.adaptation.streams import Ids, Response
 from engine.bench.workload import Responses
-from engine.contracts import ProposerKind, SamplingParams, SlipstreamError, artifact_digest
+from engine.contracts import ProposerKind, SlipstreamError, artifact_digest
 from engine.demo import prompts
 from engine.learner.neural import TargetReplayer
 from engine.learner.shipped import shipped_draft
 from engine.learner.traces import ServedTarget
-from engine.model.loading import Target, load_target
+from engine.model.loading import Target, configured_target
 from engine.ops.supervisor import Say
-from engine.runner.engine import Engine, EngineRequest
+from engine.runner.engine import Engine
 from engine.runner.profile import profile_step_costs
 from engine.settings import Settings
 from engine.speculation.artifact import read_artifact, read_manifest
 from engine.speculation.hybrid import BoundHybrid
 from engine.speculation.neural import BoundNeural
+from engine.speculation.neural_file import draft_files
 from engine.speculation.none import NoneProposer
 from engine.speculation.proposer import Proposer
 
@@ -60,16 +60,7 @@ class Material:
 
 
 def prepare(settings: Settings, options: Options, say: Say) -> Material:
-    chosen = settings.engine
-    target = load_target(
-        chosen.model,
-        settings.dir("models"),
-        chosen.dtype,
-        chosen.device,
-        chosen.threads or None,
-        say,
-        chosen.kernels,
-    )
+    target = configured_target(settings, say)
     wanted = _prompts(target, options)
     corpus = _corpus(target, options.corpus) if options.corpus is not None else []
     longest = max(len(ids) for found in wanted.values() for ids in found) + options.tokens
@@ -78,7 +69,7 @@ def prepare(settings: Settings, options: Options, say: Say) -> Material:
     costs = _costs(engine, options.busy)
     say("milliseconds of a target pass by rows: " + ", ".join(f"{n}: {ms:.0f}" for n, ms in costs.items()))
     responses = Responses(target, options.tokens, settings.dir("bench"))
-    _generate(engine, responses, [ids for found in wanted.values() for ids in found], options.tokens, say)
+    responses.make(engine, [ids for found in wanted.values() for ids in found], say)
     classes = {
         name: tuple(Response(name, ids, output) for ids, output in responses.of(found))
         for name, found in sorted(wanted.items())
@@ -162,22 +153,3 @@ def _corpus(target: Target, path: Path) -> list[Response]:
         ids = target.tokenizer.apply_chat_template([{"role": "user", "content": row["prompt"]}])
         found.append(Response(CORPUS, tuple(ids), tuple(row["response_token_ids"])))
     return found
-
-
-def _generate(engine: Engine, responses: Responses, wanted: Sequence[Ids], tokens: int, say: Say) -> None:
-    """Greedy responses to what is not known yet, many at a time; kept as they come."""
-    missing = responses.missing(wanted)
-    if missing:
-        say(f"generating {len(missing)} of {len(wanted)} responses")
-    for n, ids in enumerate(missing):
-        engine.add(EngineRequest(f"response-{n}", ids, SamplingParams(tokens), 0))
-    done = 0
-    while engine.has_work:
-        for output in engine.step():
-            if output.result is None:
-                continue
-            payload = output.result.payload
-            responses.add({payload.prompt_ids: payload.output_ids})
-            done += 1
-            if done % 50 == 0:
-                say(f"{done} of {len(missing)} responses")

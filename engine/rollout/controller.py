@@ -8,10 +8,7 @@ there or none, and the next tick starts from what is there.
 from __future__ import annotations
 
 import logging
-import os
-import socket
 import threading
-import uuid
 from collections.abc import Callable
 from datetime import datetime, timedelta
 
@@ -48,7 +45,7 @@ Clock = Callable[[], datetime]
 def run(settings: Settings, db: Database, stop: threading.Event, clock: Clock | None = None) -> None:
     """Tick until ``stop`` is set, by the database's clock unless another is given. What fails is tried again."""
     clock = clock or db.now
-    holder = f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:6]}"
+    holder = leases.new_holder()
     controller = Controller(db, holder, settings.rollout.lease_s)
     telling = threading.Thread(
         target=notify.run, args=(settings.rollout, db, holder, stop, clock), name="notify", daemon=True

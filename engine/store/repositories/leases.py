@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import socket
+import uuid
 from datetime import datetime, timedelta
 
 from sqlalchemy import case, or_, select
@@ -14,6 +17,11 @@ from engine.store.models import LeaseRow
 
 class LeaseLost(SlipstreamError):
     """Somebody else holds the lease now: what was decided under it must not be applied."""
+
+
+def new_holder() -> str:
+    """A holder's name that tells people which process it is, and is no other's."""
+    return f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:6]}"
 
 
 def acquire(session: WriteSession, name: str, holder: str, now: datetime, lease_s: float) -> int | None:

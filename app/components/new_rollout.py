@@ -111,14 +111,17 @@ def form(serving: ledger.Serving, part: Slice) -> None:
     with right:
         kept, margins = _guards(preset)
     made = None
-    try:
-        made = specification(Wishes(**wishes, kept=kept, margins=margins))
-    except SpecError as error:
-        st.error(str(error), icon=":material/error:")
-    if made is not None:
-        st.caption(f"This is frozen at the start under **{specs.spec_hash(made)[:12]}**; nobody can change it after.")
-        with st.expander("YAML", expanded=False):
-            st.code(specs.to_yaml(made), language="yaml")
+    with st.container():  # one place, whatever it says: the buttons below stay where they are
+        try:
+            made = specification(Wishes(**wishes, kept=kept, margins=margins))
+        except SpecError as error:
+            st.error(str(error), icon=":material/error:")
+        if made is not None:
+            st.caption(
+                f"This is frozen at the start under **{specs.spec_hash(made)[:12]}**; nobody can change it after."
+            )
+            with st.expander("YAML", expanded=False):
+                st.code(specs.to_yaml(made), language="yaml")
     _buttons(version, made, serving)
 
 

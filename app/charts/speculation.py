@@ -55,7 +55,12 @@ def share_by_class(frame: pd.DataFrame, plans: pd.DataFrame, window: Window, col
             name=str(name),
             marker={
                 "color": colours.quantiles[place % 3],
-                "pattern": {"shape": PATTERNS[place // 3 % len(PATTERNS)], "solidity": 0.4, "fgcolor": colours.card},
+                "pattern": {
+                    "shape": PATTERNS[place // 3 % len(PATTERNS)],
+                    "solidity": 0.4,
+                    "fgcolor": colours.card,
+                    "fillmode": "overlay",  # on the colour, not in its place
+                },
             },
             hovertemplate="%{y:.0f} %",
         )

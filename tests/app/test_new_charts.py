@@ -48,6 +48,7 @@ def test_shares_add_up_and_a_gap_is_no_bar() -> None:
     made = speculation.share_by_class(data, NO_PLANS, WINDOW, LIGHT)
     assert [bar.y[0] for bar in made.data] == [75.0, 25.0]
     assert all(pd.isna(bar.y[1]) for bar in made.data)
+    assert {bar.marker.pattern.fillmode for bar in made.data} == {"overlay"}, "a fourth class would be white on white"
 
 
 def test_every_time_chart_marks_what_the_ledger_changed() -> None:

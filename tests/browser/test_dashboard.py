@@ -169,6 +169,7 @@ def test_a_deep_link_opens_one_trace_with_its_tokens(browser: playwright.Browser
 def test_a_row_of_the_list_opens_its_trace_and_the_way_back_is_there(browser: playwright.Browser, url: str) -> None:
     page = open_page(browser, f"{url}/traces?class=code")
     settled(page, "traces")
+    assert page.get_by_text("Rows of a download").count() == 0, "a page showed the documentation in its script"
     box = page.get_by_test_id("stDataFrame").bounding_box()
     assert box is not None
     page.mouse.click(box["x"] + 22, box["y"] + 54)  # the mark of the first row; the table is one canvas

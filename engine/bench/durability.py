@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import multiprocessing
 import signal
-import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,9 +21,10 @@ import numpy as np
 
 from engine.bench import ingest
 from engine.bench.report import Figure, Report, count_figure
-from engine.bench.rig import wait_until
+from engine.bench.rig import own_home, wait_until
 from engine.contracts import SlipstreamError, TraceRecord
 from engine.ops import postgres, upkeep
+from engine.ops.interruption import held
 from engine.ops.supervisor import Say
 from engine.settings import TelemetrySettings
 from engine.store import migrate
@@ -60,10 +60,11 @@ class Drill:
     def load(self) -> None:
         """Start the writing process."""
         self.starts += 1
-        self.process = multiprocessing.get_context("spawn").Process(
-            target=write_traces, args=(self.url, self.home, self.rate, self.starts, self.writer)
-        )
-        self.process.start()
+        with held():
+            self.process = multiprocessing.get_context("spawn").Process(
+                target=write_traces, args=(self.url, self.home, self.rate, self.starts, self.writer)
+            )
+            self.process.start()
 
     def more(self, count: int) -> None:
         """Wait until so many more traces are acknowledged."""
@@ -154,19 +155,14 @@ def _noted(home: Path) -> list[UUID]:
 
 @contextmanager
 def _drill(rate: int, writer: Callable[..., TraceWriter], say: Say) -> Iterator[Drill]:
-    with tempfile.TemporaryDirectory(prefix="slipstream-bench-") as folder:
-        home = Path(folder)
-        home.chmod(0o755)  # the embedded server runs as another user when we are root
+    with own_home() as home:
         say("starting Postgres")
+        url = postgres.start(home)
+        migrate.upgrade(url)
+        drill = Drill(home, url, rate, writer)
         try:
-            url = postgres.start(home)
-            migrate.upgrade(url)
-            drill = Drill(home, url, rate, writer)
-            try:
-                yield drill
-            finally:
-                if drill.process is not None:
-                    drill.process.kill()
-                    drill.process.join()
+            yield drill
         finally:
-            postgres.stop(home)
+            if drill.process is not None:
+                drill.process.kill()
+                drill.process.join()

@@ -32,9 +32,7 @@ class Rig:
 def rig(settings: Settings, say: Say) -> Iterator[Rig]:
     """Postgres and an engine in a temporary data directory; the model of the usual one is used."""
     model = resolve_model(settings.engine.model, settings.dir("models"), say)
-    with tempfile.TemporaryDirectory(prefix="slipstream-bench-") as folder:
-        home = Path(folder)
-        home.chmod(0o755)  # the embedded server runs as another user when we are root
+    with own_home() as home:
         own = settings.model_copy(
             update={
                 "home": home,
@@ -54,6 +52,17 @@ def rig(settings: Settings, say: Say) -> Iterator[Rig]:
             database.close()
         finally:
             supervisor.stop()
+
+
+@contextmanager
+def own_home() -> Iterator[Path]:
+    """A temporary data directory. The Postgres that is started in it ends with it, whatever ends the run."""
+    with tempfile.TemporaryDirectory(prefix="slipstream-bench-") as folder:
+        home = Path(folder)
+        home.chmod(0o755)  # the embedded server runs as another user when we are root
+        try:
+            yield home
+        finally:
             postgres.stop(home)
 
 

@@ -6,19 +6,18 @@ run. Everything happens in a database of its own, which is thrown away.
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 
 import numpy as np
 
 from engine.bench import ingest
 from engine.bench.report import Figure, Report, quantile_figure
+from engine.bench.rig import own_home
 from engine.ops import postgres, upkeep
 from engine.ops.supervisor import Say
 from engine.settings import Settings, TelemetrySettings
@@ -97,7 +96,8 @@ def time_panels(database: Database, end: datetime) -> list[Timing]:
 def _seed(database: Database, telemetry: TelemetrySettings, traces: int, end: datetime, seed: int, say: Say) -> None:
     began = time.monotonic()
     first = (end - timedelta(days=DAYS)).date()
-    with ThreadPoolExecutor(1) as beside:
+    with ThreadPoolExecutor(1) as beside, ExitStack() as ending:
+        ending.callback(beside.shutdown, wait=False, cancel_futures=True)  # an interrupted run makes no more of them
         rolled_up = []
         for number in range(DAYS + 1):
             day = first + timedelta(days=number)
@@ -167,15 +167,10 @@ def _tell(timings: Sequence[Timing], say: Say) -> None:
 
 @contextmanager
 def _database(say: Say) -> Iterator[Database]:
-    with tempfile.TemporaryDirectory(prefix="slipstream-bench-") as folder:
-        home = Path(folder)
-        home.chmod(0o755)  # the embedded server runs as another user when we are root
-        try:
-            say("starting Postgres")
-            url = postgres.start(home)
-            migrate.upgrade(url)
-            database = Database(url, application="slipstream bench", statement_timeout_s=1_800)
-            yield database
-            database.close()
-        finally:
-            postgres.stop(home)
+    with own_home() as home:
+        say("starting Postgres")
+        url = postgres.start(home)
+        migrate.upgrade(url)
+        database = Database(url, application="slipstream bench", statement_timeout_s=1_800)
+        yield database
+        database.close()

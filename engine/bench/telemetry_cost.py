@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import random
-import tempfile
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from engine.bench.blocks import Run, ratio_figure
 from engine.bench.report import Figure
-from engine.bench.rig import wait_until
+from engine.bench.rig import own_home, wait_until
 from engine.bench.workload import Workload
 from engine.contracts import SlipstreamError
 from engine.model.loading import Target
-from engine.ops import postgres, system
+from engine.ops import system
 from engine.ops.supervisor import Say
 from engine.server.main import EngineServer, ServerThread
 from engine.settings import Settings
@@ -46,9 +44,7 @@ def measure(
 
     texts = [text for workload in work for text in workload.texts]
     order = random.Random(int(rng.integers(1 << 30)))
-    with tempfile.TemporaryDirectory(prefix="slipstream-bench-") as folder:
-        home = Path(folder)
-        home.chmod(0o755)  # the embedded server runs as another user when we are root
+    with own_home() as home:
         engine = settings.engine.model_copy(update={"port": 0})
         own = settings.model_copy(update={"home": home, "database_url": None, "engine": engine})
         thread = None
@@ -72,7 +68,6 @@ def measure(
         finally:
             if thread is not None:
                 thread.stop()
-            postgres.stop(home)
     kept = ratio_figure("", pairs, rng)
     return [Figure("telemetry_cost", 1 - kept.value, 1 - kept.high, 1 - kept.low, kept.n, "share")]
 

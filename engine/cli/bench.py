@@ -13,7 +13,7 @@ from engine.cli.context import settings
 if TYPE_CHECKING:
     from engine.bench.report import Report
 
-bench = typer.Typer(help="Measure what is claimed. Each prints figures with their intervals.", no_args_is_help=True)
+bench = typer.Typer(no_args_is_help=True)
 
 Json = Annotated[bool, typer.Option("--json", help="one JSON object on standard output")]
 Seed = Annotated[int, typer.Option(help="seed of traffic and resampling")]
@@ -21,6 +21,14 @@ Seed = Annotated[int, typer.Option(help="seed of traffic and resampling")]
 
 def add(app: typer.Typer) -> None:
     app.add_typer(bench, name="bench")
+
+
+@bench.callback()
+def group(context: typer.Context) -> None:
+    """Measure what is claimed. Each prints figures with their intervals."""
+    from engine.ops.interruption import interruptible
+
+    context.with_resource(interruptible())
 
 
 @bench.command()

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import signal
 import time
 from datetime import datetime
 from pathlib import Path
-from types import FrameType
 from typing import Annotated, Any
 
 import typer
@@ -15,6 +13,7 @@ import typer
 from engine.cli.context import settings
 from engine.contracts import SlipstreamError
 from engine.ops import postgres
+from engine.ops.interruption import interruptible
 from engine.ops.supervisor import Supervisor, is_running, log_file, read_state
 from engine.settings import Settings
 
@@ -30,7 +29,7 @@ def up(context: typer.Context) -> None:
 
     chosen = settings(context)
     system.refuse_a_second(chosen)
-    with _Interruptible():
+    with interruptible():
         supervisor = Supervisor(chosen.home_path, say)
         try:
             system.start(chosen, supervisor, say)
@@ -63,7 +62,7 @@ def demo(
 
     chosen = system.free_ports(story.settings(settings(context)))
     system.refuse_a_second(chosen)
-    with _Interruptible():
+    with interruptible():
         supervisor = Supervisor(chosen.home_path, say)
         try:
             running = system.start(chosen, supervisor, say)
@@ -107,22 +106,6 @@ def logs(
 def say(line: str) -> None:
     """One line of narration, with the time of day."""
     typer.echo(f"{datetime.now():%H:%M:%S}  {line}")
-
-
-class _Interruptible:
-    """SIGTERM and SIGHUP mean what Ctrl-C means: `slipstream down`, a container's stop, a terminal that is closed."""
-
-    _SIGNALS = (signal.SIGTERM, signal.SIGHUP)
-
-    def __enter__(self) -> None:
-        def interrupt(_signal: int, _frame: FrameType | None) -> None:
-            raise KeyboardInterrupt
-
-        self._before = [signal.signal(number, interrupt) for number in self._SIGNALS]
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in zip(self._SIGNALS, self._before, strict=True):
-            signal.signal(number, handler)
 
 
 def _status(chosen: Settings) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from typing import Any
 import psutil
 
 from engine.contracts import SlipstreamError
+from engine.ops.interruption import held
 from engine.ops.supervisor import is_alive
 from engine.settings import Settings
 
@@ -27,6 +28,7 @@ DATABASE = "slipstream"
 MLFLOW_DATABASE = "mlflow"
 ROOT_DATA = Path("/var/lib/slipstream")
 CHILDREN_TRIES, CHILDREN_PAUSE_S = 100, 0.1
+STOP_S = 10.0
 RECOVERY_TRIES, RECOVERY_PAUSE_S = 1_200, 0.5
 
 
@@ -81,11 +83,12 @@ def postmaster_pid(home: Path) -> int | None:
 
 
 def stop(home: Path) -> bool:
-    """Stop the embedded server; False when none runs."""
-    if _postmaster(home) is None:
-        return False
-    _library().get_server(data_directory(home), cleanup_mode=None).stop()
-    return True
+    """Stop the embedded server, be it still on its way up; False when none runs."""
+    with held():
+        if _postmaster(home) is not None:
+            _library().get_server(data_directory(home), cleanup_mode=None).stop()
+            return True
+        return _stop_unready(data_directory(home))
 
 
 def kill(home: Path) -> None:
@@ -120,7 +123,8 @@ def _start(pgdata: Path) -> Any:
     server = _library().get_server(pgdata, cleanup_mode=None, start=False)
     for _ in range(RECOVERY_TRIES):
         try:
-            server.start()
+            with held():
+                server.start()
         except (subprocess.TimeoutExpired, AssertionError):
             if not _servers_in(pgdata):
                 raise
@@ -128,6 +132,21 @@ def _start(pgdata: Path) -> Any:
         else:
             return server
     raise SlipstreamError(f"it is still recovering after {RECOVERY_TRIES * RECOVERY_PAUSE_S:.0f} s")
+
+
+def _stop_unready(pgdata: Path) -> bool:
+    """End a server that starts or recovers: whoever started it was interrupted, and nobody else knows of it."""
+    lock = pgdata / "postmaster.pid"
+    servers = _servers_in(pgdata) if lock.exists() else []
+    if not servers:
+        return False
+    postmaster = psutil.Process(int(lock.read_text().split()[0]))
+    postmaster.send_signal(signal.SIGINT)  # Postgres's fast shutdown
+    try:
+        postmaster.wait(STOP_S)
+    except psutil.TimeoutExpired:
+        postmaster.kill()
+    return True
 
 
 def _clear_after_kill(pgdata: Path) -> None:

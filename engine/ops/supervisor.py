@@ -22,6 +22,7 @@ from typing import Any
 import psutil
 
 from engine.contracts import SlipstreamError
+from engine.ops.interruption import held
 
 Say = Callable[[str], None]
 GRACE_S = 15.0
@@ -70,8 +71,9 @@ class Supervisor:
     _running: dict[str, _Running] = field(default_factory=dict)
 
     def start(self, component: Component) -> None:
-        self._running[component.name] = _Running(component, self._spawn(component), self.clock())
-        self._write_state()
+        with held():
+            self._running[component.name] = _Running(component, self._spawn(component), self.clock())
+            self._write_state()
 
     def wait_ready(self, name: str, timeout_s: float) -> None:
         """Wait until a component says it is ready; SlipstreamError with the end of its log when it does not."""
@@ -98,7 +100,8 @@ class Supervisor:
             elif now >= running.restart_at:
                 end_group(running.process.pid, grace_s=0.0)  # children it left behind
                 try:
-                    running.process = self._spawn(running.component)
+                    with held():
+                        running.process = self._spawn(running.component)
                     running.started, running.restart_at = now, None
                     running.restarts += 1
                     self._write_state()
@@ -113,11 +116,12 @@ class Supervisor:
 
     def stop(self) -> None:
         """End every component and all their children: together, but for those that outlive the others."""
-        for outlives in (False, True):
-            self._stop_together([r for r in self._running.values() if r.component.outlives is outlives])
-        self._running.clear()
-        with contextlib.suppress(FileNotFoundError):
-            state_file(self.home).unlink()
+        with held():
+            for outlives in (False, True):
+                self._stop_together([r for r in self._running.values() if r.component.outlives is outlives])
+            self._running.clear()
+            with contextlib.suppress(FileNotFoundError):
+                state_file(self.home).unlink()
 
     def pid(self, name: str) -> int:
         return self._running[name].process.pid

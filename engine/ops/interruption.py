@@ -1,0 +1,63 @@
+"""How a command that owns processes ends: once, and with all it has started.
+
+SIGTERM (`slipstream down`, a container's stop, `timeout`), SIGHUP (a terminal that is closed) and Ctrl-C are one and
+the same: the first of them raises KeyboardInterrupt in the main thread, so what was started is ended by the ``finally``
+that would end it after any other error. Later ones are heard no more: whoever presses Ctrl-C twice must not break off
+the ending and leave an engine or a Postgres behind.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
+
+
+class _Moment:
+    """What this process has heard, and how many steps are under way that must not be cut in two."""
+
+    interrupted = False
+    raised = False
+    held = 0
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Within it the first signal raises KeyboardInterrupt, and only the first. In the main thread, not nested."""
+    _Moment.interrupted = _Moment.raised = False
+    before = {number: signal.signal(number, _interrupt) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def held() -> Iterator[None]:
+    """Put an interruption off until this step is done: a process that has started and is not yet noted would be left
+    behind, and so would one whose ending is broken off."""
+    if threading.current_thread() is not threading.main_thread():  # signals are the main thread's alone
+        yield
+        return
+    _Moment.held += 1
+    try:
+        yield
+    finally:
+        _Moment.held -= 1
+    _raise_if_due()
+
+
+def _interrupt(_signal: int, _frame: FrameType | None) -> None:
+    _Moment.interrupted = True
+    _raise_if_due()
+
+
+def _raise_if_due() -> None:
+    if _Moment.interrupted and not _Moment.raised and not _Moment.held:
+        _Moment.raised = True
+        raise KeyboardInterrupt

@@ -30,7 +30,7 @@ CARDS = (
     Card("TTFT p50", "ttft_p50", "{:,.0f} ms"),
     Card("TPOT p50", "tpot_p50", "{:,.1f} ms"),
     Card("Output tokens / s", "tokens_s", "{:,.1f}", better="higher"),
-    Card("Acceptance length", "acceptance_length", "{:.2f}", better="higher"),
+    Card("Accept. length", "acceptance_length", "{:.2f}", better="higher"),
     Card("Goodput", "goodput_share", "{:.1f} %", scale=100.0, better="higher"),
     Card("Errors", "error_rate", "{:.2f} %", scale=100.0),
     Card("Retries", "retry_rate", "{:.2f} %", scale=100.0),
@@ -55,13 +55,22 @@ def _card(card: Card, value: float | None, before: float | None, trend: pd.DataF
         delta = 0 if float(shown.replace(",", "")) == 0 else f"{'+' if change > 0 else ''}{shown}"
     st.metric(
         card.label,
-        card.form.format(value * card.scale) if _is_number(value) and value is not None else "–",
+        _written(card, value),
         delta,
         delta_color="inverse" if card.better == "lower" else "normal",
         border=True,
         height="stretch",
         chart_data=[round(float(v), 4) for v in series] if len(series) > 1 else None,
     )
+
+
+def _written(card: Card, value: float | None) -> str:
+    """The value as a card has room for: seconds from ten seconds on."""
+    if value is None or not _is_number(value):
+        return "–"
+    if card.form.endswith(" ms") and value >= 10_000:
+        return f"{value / 1e3:,.1f} s"
+    return card.form.format(value * card.scale)
 
 
 def verdict(serving: Serving, now: pd.Series, before: pd.Series, window: str) -> str:

@@ -128,7 +128,7 @@ def explain(
         levels[0],
         levels[1],
         (len(before), len(after)),
-        _sentence(chosen, found, levels, names, before, after),
+        sentence(chosen, found, levels, names, before, after),
         None if isinstance(found, str) else found.verdict,
         None if isinstance(found, str) else _scaled(found.total, chosen.scale),
         () if isinstance(found, str) else tuple(_scaled(part, chosen.scale) for part in found.parts),
@@ -205,7 +205,7 @@ WORDS = {
 }
 
 
-def _sentence(
+def sentence(
     metric: Metric,
     found: Decomposition | str,
     levels: tuple[float | None, float | None],
@@ -213,6 +213,7 @@ def _sentence(
     before: Requests,
     after: Requests,
 ) -> str:
+    """The answer: where the metric went, and by what. A change that may be chance gets no share of it named."""
     form = "{:,.2f}" if metric.name == "acceptance" else "{:,.1f}" if metric.name in ("tpot", "tokens_s") else "{:,.0f}"
     unit = "" if metric.name == "acceptance" else " tokens/s" if metric.name == "tokens_s" else " ms"
     if isinstance(found, str) or levels[0] is None or levels[1] is None:
@@ -222,21 +223,24 @@ def _sentence(
     if found.verdict is None:
         return f"{went}. Cannot tell why: {found.reason}."
     part = next(part for part in found.parts if part.factor == found.verdict)
-    bounds = f"{part.effect * metric.scale:+.2g} {metric.unit}, {part.low * metric.scale:+.2g} to "
-    bounds += f"{part.high * metric.scale:+.2g}"
+    effect = f"{part.effect * metric.scale:+.2g} {metric.unit}"
+    bounds = f"{part.low * metric.scale:+.2g} to {part.high * metric.scale:+.2g}"
     detail = ""
     if found.verdict == "mix":
         cell = int(np.argmax(np.abs(found.by_cell)))
-        detail = f": {names[cell][0]} with {band_title(names[cell][1])} most of all"
+        detail = f" ({names[cell][0]} with {band_title(names[cell][1])} most of all)"
     elif found.verdict == "load":
-        detail = f": {before.in_flight.mean():.1f} → {after.in_flight.mean():.1f} requests in flight"
+        detail = f" ({before.in_flight.mean():.1f} → {after.in_flight.mean():.1f} requests in flight)"
     elif found.verdict == "policy":
-        detail = f": {_main(before)} → {_main(after)}"
+        detail = f" ({_main(before)} → {_main(after)})"
     close = f" {found.reason[0].upper()}{found.reason[1:]}." if found.reason else ""
-    if not _same_sign(part, found.total):
-        return f"{went}, although {WORDS[found.verdict]}{detail} worked the other way ({bounds}).{close}"
+    cause = f"{WORDS[found.verdict]}{detail}"
+    chance = found.total.low <= 0 <= found.total.high
+    if chance or not _same_sign(part, found.total):  # a share of what may be nothing says nothing
+        went += ", which may be chance" if chance else ""
+        return f"{went}. By itself {cause} would have moved it by {effect} ({bounds}).{close}"
     share = f", {part.effect / found.total.effect * 100:.0f} % of the change"
-    return f"{went}, by {WORDS[found.verdict]}{detail} ({bounds}{share}).{close}"
+    return f"{went}, by {cause}: {effect} ({bounds}{share}).{close}"
 
 
 def _same_sign(part: Part, total: Part) -> bool:

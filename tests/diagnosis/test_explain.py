@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 
 from engine.diagnosis import decompose
 from engine.diagnosis.decompose import Decomposition
-from engine.diagnosis.explain import METRICS, compare
+from engine.diagnosis.explain import METRICS, compare, sentence
 from tests.diagnosis.planted import requests
 
 RUNS = 100
@@ -84,6 +85,23 @@ def test_too_little_traffic_is_said() -> None:
     found, _ = compare(requests(rng, conversations=20), requests(rng), METRICS["p95"], rng)
     assert isinstance(found, str)
     assert "20 conversations" in found
+
+
+def test_the_sentence_names_a_share_only_of_a_change_that_is_certain() -> None:
+    rng = np.random.default_rng(0)
+    before, after = requests(rng), requests(rng, load=7.0)
+    found, names = compare(before, after, METRICS["p95"], rng, RESAMPLES)
+    assert isinstance(found, Decomposition)
+
+    def said(total: float, low: float, high: float) -> str:
+        whole = replace(found, total=replace(found.total, effect=total, low=low, high=high))
+        return sentence(METRICS["p95"], whole, (1.0, 2.0), names, before, after)
+
+    assert ", by the load (" in said(0.2, 0.1, 0.3)
+    assert "% of the change" in said(0.2, 0.1, 0.3)
+    assert ", which may be chance. By itself the load (" in said(0.2, -0.1, 0.3)
+    assert ". By itself the load (" in said(-0.2, -0.3, -0.1)
+    assert "of the change" not in said(0.2, -0.1, 0.3) + said(-0.2, -0.3, -0.1)
 
 
 def _mix_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:

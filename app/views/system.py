@@ -55,8 +55,8 @@ def _verdict(writers: pd.DataFrame, exporter: pd.DataFrame, waiting: pd.DataFram
             problems.append(f"{files:,} batches wait in spill folders")
         behind = writers[writers["observed_generation"].fillna(0) < writers["newest_generation"].fillna(0)]
         problems += [f"{name} does not route by the newest plan" for name in behind["replica"]]
-    if len(exporter) and exporter["error"].notna().any():
-        problems.append("MLflow does not take traces")
+    if len(exporter):
+        problems += [f"MLflow does not take all {what}" for what in exporter[exporter["error"].notna()]["what"]]
     if len(waiting) and float(waiting["oldest_age_s"].iloc[0]) > LATE_S:
         problems.append("rollups are not compacted, so housekeeping does not run")
     if not problems:
@@ -95,12 +95,13 @@ def _parts(exporter: pd.DataFrame, waiting: pd.DataFrame, learning: pd.DataFrame
     if exporter.empty:
         rows.append(("export to MLflow", "has not run on this database"))
     else:
-        one = exporter.iloc[0]
-        counts = ((name, int(one[name])) for name in ("exported", "skipped", "refused", "waiting"))
-        said = ", ".join(f"{count:,} {name}" for name, count in counts)
-        rows.append(("export to MLflow", f"{said}, {one['lag_s']:.0f} s behind"))
-        if isinstance(one["error"], str):
-            rows.append(("its last error", one["error"]))
+        for one in exporter.to_dict("records"):
+            counts = ((name, one[name]) for name in ("exported", "skipped", "refused", "waiting"))
+            said = [f"{int(count):,} {name}" for name, count in counts if pd.notna(count)]
+            said += [f"{one['lag_s']:.0f} s behind"] if pd.notna(one["lag_s"]) else []
+            rows.append((f"to MLflow: {one['what']}", ", ".join(said)))
+            if isinstance(one["error"], str):
+                rows.append(("its last error", one["error"]))
     age = float(waiting["oldest_age_s"].iloc[0]) if len(waiting) else 0.0
     count = int(waiting["deltas_waiting"].iloc[0]) if len(waiting) else 0
     rows.append(("rollups", f"{count:,} deltas not compacted yet, the oldest {age:.0f} s old; panels count them all"))

@@ -12,15 +12,19 @@ import json
 import logging
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
-from engine.contracts import PolicyVersion, ServingPlan
+from engine.contracts import PolicyVersion, SlipstreamError
+from engine.registry import serving_metrics
+from engine.registry.aliases import aliases, reconcile
 from engine.registry.artifacts import ArtifactError, ArtifactStore
 from engine.store.database import Database
-from engine.store.repositories import learning, plans, policies
+from engine.store.repositories import export, learning, plans, policies
 from engine.store.repositories.learning import Attempt
 from engine.store.repositories.policies import Lineage
 
@@ -28,6 +32,11 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 MODEL = "slipstream-draft"
+CURSOR = "mlflow-registry"
+"""Its row among the exporters: how much was shown, what is refused."""
+ATTEMPT, VERSION = "attempt", "version"
+Thing = tuple[str, int]
+"""What MLflow is shown: one of the two words above, and its number."""
 ATTEMPT_TAG = "slipstream.attempt"
 DIGEST_TAG = "slipstream.digest"
 ARTIFACT_PATH = "policy"
@@ -48,34 +57,25 @@ def connect(tracking_uri: str, experiment: str) -> MlflowRegistry:
 class MlflowRegistry:
     def __init__(self, client: MlflowClient, experiment: str) -> None:
         self.client, self.experiment = client, experiment
-        self._rejected: set[int] = set()
-        """Attempts that MLflow would not have; they are offered again by the next process."""
+        self._refused: dict[Thing, str] = {}
+        """What could not be shown, and why; MLflow is offered it again by the next process."""
+        self._lost: set[Thing] = set()
+        """Those of them whose files are missing here: they are looked for again."""
 
     def sync(self, db: Database, store: ArtifactStore) -> int:
         """Show in MLflow what it lacks, then point its aliases where the ledger points; how many things were made.
 
-        Attempts that were refused are runs as well; only versions are registered.
+        Attempts that were refused by the gate are runs as well; only versions are registered. What MLflow will not have
+        keeps nothing else from being shown; SlipstreamError at the end where there was trouble that may pass.
         """
         if not self.client.search_registered_models(f"name = '{MODEL}'", max_results=1):
             with db.write() as session:  # an MLflow that is new, or has lost what it had: it is shown all of it
                 learning.clear_runs(session)
                 policies.clear_mlflow(session)
+                export.remove_cursors(session, serving_metrics.CURSOR)
             self._make_model()
-        with db.read() as session:
-            attempts = learning.without_run(session, self._rejected)
-            missing = [v for v in reversed(policies.all_versions(session)) if v.mlflow_version is None]
-        made = 0
-        if attempts or missing:
-            experiment_id = self._experiment()
-            for attempt in attempts:
-                made += self._mirror(db, experiment_id, attempt)
-            for version in missing:
-                try:
-                    self._register(db, store, experiment_id, version)
-                except ArtifactError as error:  # its files are lost here; the others need not wait for them
-                    log.error("v%d is not registered in MLflow: %s", version.version, error)
-                    continue
-                made += 1
+        before, troubles = dict(self._refused), list[str]()
+        made = self._show(db, store, troubles)
         with db.read() as session:
             plan = plans.latest(session)
             wanted = aliases(plan, plans.previous_champion(session, plan)) if plan is not None else {}
@@ -83,24 +83,63 @@ class MlflowRegistry:
         # A version that MLflow lacks yet leaves its alias where it is.
         known = {alias: numbers.get(v) if v else None for alias, v in wanted.items() if not v or numbers.get(v)}
         if known:
-            reconcile_aliases(self.client, known)
+            reconcile(self.client, MODEL, known)
+        if made or troubles or before != self._refused:
+            self._report(db, made, troubles)
+        if troubles:
+            raise SlipstreamError(f"MLflow did not take {'; '.join(troubles)}")
         return made
 
-    def _mirror(self, db: Database, experiment_id: str, attempt: Attempt) -> bool:
-        """One attempt as a run. What MLflow will not have keeps no other from being shown."""
+    def _show(self, db: Database, store: ArtifactStore, troubles: list[str]) -> int:
+        """Every attempt and version that it lacks, oldest first; how many it has now that it had not."""
         from mlflow.exceptions import MlflowException
 
-        try:
-            run_id = self._attempt_run(experiment_id, attempt)
-        except MlflowException as error:
-            if error.error_code not in REFUSALS:
-                raise
-            log.error("attempt %s is not shown in MLflow, which refuses it: %s", attempt.id, error)
-            self._rejected.add(attempt.id or 0)
-            return False
+        refused = [number for kind, number in self._refused if kind == ATTEMPT]
+        with db.read() as session:
+            attempts = learning.without_run(session, refused)
+            missing = [v for v in reversed(policies.all_versions(session)) if v.mlflow_version is None]
+        experiment_id = self._experiment()
+        steps: list[tuple[Thing, Callable[[], None]]] = [
+            *(((ATTEMPT, a.id or 0), partial(self._mirror, db, experiment_id, a)) for a in attempts),
+            *(((VERSION, v.version), partial(self._register, db, store, experiment_id, v)) for v in missing),
+        ]
+        made = 0
+        for thing, show in steps:
+            if thing in self._refused and thing not in self._lost:
+                continue
+            try:
+                show()
+            except ArtifactError as error:  # its files are missing here; they may come back
+                self._lost.add(thing)
+                self._refuse(thing, error)
+            except MlflowException as error:
+                if error.error_code in REFUSALS:
+                    self._lost.discard(thing)
+                    self._refuse(thing, error)
+                else:
+                    troubles.append(f"{' '.join(map(str, thing))}: {error}")
+            else:
+                self._refused.pop(thing, None)
+                made += 1
+        return made
+
+    def _refuse(self, thing: Thing, error: Exception) -> None:
+        if thing not in self._refused:
+            log.error("%s %d is not shown in MLflow: %s", *thing, error)
+        self._refused[thing] = str(error)
+
+    def _report(self, db: Database, made: int, troubles: Sequence[str]) -> None:
+        """For the dashboard: how much was shown, and what was not."""
+        with db.write() as session:
+            at = export.cursor(session, CURSOR)
+            said = [*troubles, *(f"{kind} {n}: {why}" for (kind, n), why in self._refused.items())]
+            moved = replace(at, exported=at.exported + made, refused=len(self._refused), error="; ".join(said) or None)
+            export.save_cursor(session, moved, db.now())
+
+    def _mirror(self, db: Database, experiment_id: str, attempt: Attempt) -> None:
+        run_id = self._attempt_run(experiment_id, attempt)
         with db.write() as session:
             learning.set_run(session, attempt.id or 0, run_id)
-        return True
 
     def _register(self, db: Database, store: ArtifactStore, experiment_id: str, version: PolicyVersion) -> None:
         """One version, found by its digest where an earlier try got as far as registering it."""
@@ -132,7 +171,7 @@ class MlflowRegistry:
             lineage = [
                 (part, policies.trace_ids(session, part.members)) for part in policies.lineage(session, version.version)
             ]
-        if attempt is not None:
+        if attempt is not None and (ATTEMPT, attempt.id) not in self._refused:
             run_id = attempt.mlflow_run_id or self._attempt_run(experiment_id, attempt)
         else:
             tags = {DIGEST_TAG: version.digest}
@@ -209,8 +248,14 @@ class MlflowRegistry:
         self.client.set_terminated(run_id, status, ended)
 
     def _experiment(self) -> str:
+        """The experiment's id; one that was deleted is restored, for nothing can be shown in it otherwise."""
         found = self.client.get_experiment_by_name(self.experiment)
-        return str(found.experiment_id if found is not None else self.client.create_experiment(self.experiment))
+        if found is None:
+            return str(self.client.create_experiment(self.experiment))
+        if found.lifecycle_stage == "deleted":
+            self.client.restore_experiment(found.experiment_id)
+            log.warning("experiment %r had been deleted in MLflow and is restored", self.experiment)
+        return str(found.experiment_id)
 
     def _make_model(self) -> None:
         from mlflow.exceptions import MlflowException
@@ -222,38 +267,6 @@ class MlflowRegistry:
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":  # another process was faster
                 raise
-
-
-def aliases(plan: ServingPlan, previous: int | None) -> dict[str, int | None]:
-    """Where the three aliases belong, by policy version; None means that the alias points nowhere."""
-    canary = plan.canary
-    return {"champion": plan.champion, "canary": canary.policy_version if canary else None, "previous": previous}
-
-
-def reconcile_aliases(client: MlflowClient, wanted: Mapping[str, str | None]) -> list[str]:
-    """Move every alias that is not where it belongs; says which. None: it points nowhere; one that is not named stays.
-
-    A model version that somebody deleted in MLflow keeps its alias from moving, and no other.
-    """
-    from mlflow.exceptions import MlflowException
-
-    found = {str(k): str(v) for k, v in client.get_registered_model(MODEL).aliases.items()}
-    moved = []
-    for alias, number in wanted.items():
-        if found.get(alias) == number:
-            continue
-        try:
-            if number is None:
-                client.delete_registered_model_alias(MODEL, alias)
-            else:
-                client.set_registered_model_alias(MODEL, alias, number)
-        except MlflowException as error:
-            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-                raise
-            log.error("alias %s stays where it is, MLflow has lost version %s of %s", alias, number, MODEL)
-            continue
-        moved.append(alias)
-    return moved
 
 
 def metrics(attempt: Attempt) -> dict[str, float]:

@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 from unittest.mock import Mock
 from uuid import uuid4
 
@@ -13,7 +14,7 @@ import pytest
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
 
-from engine.contracts import CANARY, Arm, ProposerKind
+from engine.contracts import CANARY, Arm, ProposerKind, SlipstreamError
 from engine.registry import mlflow_registry
 from engine.registry.artifacts import ArtifactStore
 from engine.registry.mlflow_registry import MODEL, MlflowRegistry
@@ -21,7 +22,7 @@ from engine.registry.publish import ensure_version, publish
 from engine.speculation.artifact import build_artifact
 from engine.store.database import Database
 from engine.store.members import Members
-from engine.store.repositories import learning, plans, policies
+from engine.store.repositories import export, learning, plans, policies
 from engine.store.repositories.learning import Attempt
 from engine.store.repositories.policies import Lineage
 from tests.rollout.database_world import take_in
@@ -191,9 +192,51 @@ def test_a_trouble_that_may_pass_is_no_refusal(
 ) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(registry, "_log", Mock(side_effect=MlflowException("overloaded")))
-        with pytest.raises(MlflowException, match="overloaded"):
+        with pytest.raises(SlipstreamError, match=r"attempt \d+: overloaded"):
             registry.sync(db, store)
+    assert alias_versions(registry) == {"champion": learned - 1}  # the others did not wait
+    assert registry.sync(db, store) == 3
+    with db.read() as session:
+        assert export.cursor(session, mlflow_registry.CURSOR).error is None
+
+
+def test_a_version_that_mlflow_refuses_keeps_no_other_and_no_alias_waiting(
+    db: Database, store: ArtifactStore, registry: MlflowRegistry, learned: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    create = registry.client.create_model_version
+
+    def refuses(*given: Any, tags: dict[str, str], **named: Any) -> Any:
+        if tags["slipstream.version"] == str(learned - 2):
+            raise MlflowException("no such source", INVALID_PARAMETER_VALUE)
+        return create(*given, tags=tags, **named)
+
+    monkeypatch.setattr(registry.client, "create_model_version", refuses)
+    assert registry.sync(db, store) == 4
+    assert alias_versions(registry) == {"champion": learned - 1}
+    assert registry.sync(db, store) == 0  # it is not offered again and again
+    with db.read() as session:
+        said = export.cursor(session, mlflow_registry.CURSOR)
+    assert said.exported == 4
+    assert said.refused == 1
+    assert said.error == f"version {learned - 2}: no such source"
+
+
+def test_a_version_whose_attempt_is_refused_gets_a_run_of_its_own(
+    db: Database, store: ArtifactStore, registry: MlflowRegistry, learned: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(registry, "_log", Mock(side_effect=MlflowException("not like this", INVALID_PARAMETER_VALUE)))
+    assert registry.sync(db, store) == 3
+    assert len(registry.client.search_model_versions(f"name = '{MODEL}'")) == 3
+
+
+def test_an_experiment_that_was_deleted_is_restored(
+    db: Database, store: ArtifactStore, registry: MlflowRegistry, learned: int
+) -> None:
+    experiment = registry.client.get_experiment_by_name(registry.experiment)
+    assert experiment is not None
+    registry.client.delete_experiment(experiment.experiment_id)
     assert registry.sync(db, store) == 5
+    assert alias_versions(registry) == {"champion": learned - 1}
 
 
 def test_a_new_mlflow_is_shown_everything(

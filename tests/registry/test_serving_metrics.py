@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -12,7 +12,7 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
 from engine.contracts import ProposerKind, SlipstreamError
-from engine.registry import serving_metrics
+from engine.registry import mlflow_registry, serving_metrics
 from engine.registry.artifacts import ArtifactStore
 from engine.registry.publish import ensure_version
 from engine.registry.serving_metrics import CURSOR, WINDOW, ServingMetrics
@@ -64,12 +64,12 @@ def runs(db: Database, tmp_path: Path, client: MlflowClient) -> dict[int, str]:
     return made
 
 
-def send(metrics: ServingMetrics) -> int:
+def send(metrics: ServingMetrics, now: datetime = LATER) -> int:
     """Until all is sent; how often MLflow failed."""
     failures = 0
     for _ in range(200):
         try:
-            if not metrics.run_once(LATER):
+            if not metrics.run_once(now):
                 return failures
         except SlipstreamError:
             failures += 1
@@ -121,8 +121,9 @@ def test_a_cursor_that_moves_first_loses_windows(
     right = ServingMetrics._save
 
     def moves(self: ServingMetrics, moved: Any, now: Any) -> None:
-        begin = moved.written_at or START - timedelta(minutes=9)
-        right(self, serving_metrics.replace(moved, written_at=begin + WINDOW * (moved.error is not None)), now)
+        begin = moved[0].written_at or START - timedelta(minutes=9)
+        on = serving_metrics.replace(moved[0], written_at=begin + WINDOW * (moved[0].error is not None))
+        right(self, [on], now)
 
     monkeypatch.setattr(ServingMetrics, "_save", moves)
     send(ServingMetrics(db, Flaky(client, False)))  # type: ignore[arg-type]
@@ -130,18 +131,49 @@ def test_a_cursor_that_moves_first_loses_windows(
         assert_every_window_once(db, client, runs)
 
 
-def test_a_version_without_a_run_is_waited_for_and_not_for_ever(
+def test_a_version_without_a_run_keeps_no_other_waiting_and_is_sent_all_it_missed(
     db: Database, client: MlflowClient, runs: dict[int, str]
 ) -> None:
+    """It was made while MLflow was away: days later its windows are as good as the others'."""
     with db.write() as session:
         policies.set_mlflow(session, 2, "2", None)
-    soon = START + timedelta(minutes=20)
     metrics = ServingMetrics(db, client)
-    with pytest.raises(SlipstreamError, match="not registered"):
-        all(metrics.run_once(soon) for _ in range(10))
-    assert send(ServingMetrics(db, client)) == 0
+    assert send(metrics, LATER + timedelta(days=2)) == 0
+    assert client.get_metric_history(runs[1], "serving/requests")
+    assert not client.get_metric_history(runs[2], "serving/requests")
+    with db.write() as session:
+        policies.set_mlflow(session, 2, "2", runs[2])
+    assert send(ServingMetrics(db, Flaky(client, False)), LATER + timedelta(days=3)) > 0  # type: ignore[arg-type]
+    assert_every_window_once(db, client, runs)
     with db.read() as session:
-        assert export.cursor(session, CURSOR).skipped > 0
+        assert export.cursors(session, serving_metrics.OWED) == []
+        sent = export.cursor(session, CURSOR)
+    assert sent.exported == sum(len(client.get_metric_history(run, "serving/requests")) for run in runs.values())
+
+
+def test_runs_that_mlflow_lost_are_sent_everything_again(
+    db: Database, client: MlflowClient, runs: dict[int, str], tmp_path: Path
+) -> None:
+    assert send(ServingMetrics(db, client)) == 0
+    fresh = mlflow_registry.connect(f"sqlite:///{tmp_path / 'new.db'}", "again")
+    fresh.client.create_experiment("again", artifact_location=(tmp_path / "again").as_uri())
+    fresh.sync(db, ArtifactStore(tmp_path / "policies"))
+    with db.read() as session:
+        made = {v.version: v.mlflow_run_id or "" for v in policies.all_versions(session)}
+    assert send(ServingMetrics(db, fresh.client)) == 0
+    assert_every_window_once(db, fresh.client, made)
+
+
+def test_an_experiment_that_was_put_away_is_waited_for(
+    db: Database, client: MlflowClient, runs: dict[int, str]
+) -> None:
+    experiment = client.get_run(runs[1]).info.experiment_id
+    client.delete_experiment(experiment)
+    with pytest.raises(SlipstreamError, match="did not take the metrics"):
+        ServingMetrics(db, client).run_once(LATER)
+    client.restore_experiment(experiment)
+    assert send(ServingMetrics(db, client)) == 0
+    assert_every_window_once(db, client, runs)
 
 
 def test_a_deleted_run_keeps_no_other_waiting(db: Database, client: MlflowClient, runs: dict[int, str]) -> None:

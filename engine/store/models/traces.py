@@ -115,7 +115,7 @@ class TraceBatchRow(Base):
 
 
 class ExportCursorRow(Base):
-    """How far an exporter has come. Writer: engine.ops."""
+    """How far an exporter has come. Writer: housekeeping (engine.ops, engine.registry)."""
 
     __tablename__ = "export_cursors"
     name: Mapped[str] = mapped_column(primary_key=True)

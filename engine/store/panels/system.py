@@ -7,11 +7,14 @@ from datetime import UTC, datetime, timedelta
 from engine.store.database import ReadSession
 from engine.store.panels.traffic import Rows
 from engine.store.repositories import export, learning, partitions, plans, replicas, rollups
+from engine.store.repositories.export import Cursor
 from engine.store.repositories.overview import Slice
 
 SEEN = timedelta(minutes=10)
 """Replicas are shown this long after their last heartbeat."""
-EXPORTER = "mlflow"
+TRACES = "mlflow"
+EXPORTERS = {TRACES: "traces", "mlflow-serving": "metrics of serving versions", "mlflow-registry": "runs and versions"}
+"""Cursors of ``engine.ops`` and ``engine.registry``, and what they send."""
 
 
 def writers(session: ReadSession, part: Slice) -> Rows:
@@ -44,20 +47,22 @@ def writers(session: ReadSession, part: Slice) -> Rows:
 
 
 def exporter(session: ReadSession, part: Slice) -> Rows:
-    """How far the exporter to MLflow is, and what waits for it; nothing where it has never run."""
-    at = export.cursor(session, EXPORTER)
-    if at.written_at is None and at.error is None:
-        return []
-    lag = export.lag(session, at)
-    age = (datetime.now(UTC) - lag["oldest"]).total_seconds() if lag["oldest"] is not None else 0.0
-    counts = {
-        "exported": at.exported,
-        "skipped": at.skipped,
-        "refused": at.refused,
-        "waiting": lag["waiting"],
-        "lag_s": age,
-    }
-    return [{"exporter": at.name, **counts, "error": at.error}]
+    """What goes to MLflow, one row each: how far the traces are and what waits of them; the metrics of versions that
+    serve; runs and versions. Nothing of what has never run."""
+    return [
+        _exporter(session, at, what)
+        for name, what in EXPORTERS.items()
+        if (at := export.cursor(session, name)) != Cursor(name)
+    ]
+
+
+def _exporter(session: ReadSession, at: Cursor, what: str) -> dict[str, object]:
+    lag = export.lag(session, at) if at.name == TRACES else {"waiting": None, "oldest": None}
+    age = None if lag["waiting"] is None else 0.0
+    if lag["oldest"] is not None:
+        age = (datetime.now(UTC) - lag["oldest"]).total_seconds()
+    counts = {"exported": at.exported, "skipped": at.skipped, "refused": at.refused}
+    return {"exporter": at.name, "what": what, **counts, "waiting": lag["waiting"], "lag_s": age, "error": at.error}
 
 
 def stored(session: ReadSession, part: Slice) -> Rows:

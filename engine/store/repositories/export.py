@@ -7,7 +7,7 @@ from datetime import datetime
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import func, select, text, tuple_
+from sqlalchemy import delete, func, select, text, tuple_
 from sqlalchemy.dialects.postgresql import insert
 
 from engine.store.database import ReadSession, WriteSession
@@ -37,8 +37,27 @@ class Cursor:
 
 def cursor(session: ReadSession | WriteSession, name: str) -> Cursor:
     row = session.get(ExportCursorRow, name)
-    if row is None:
-        return Cursor(name)
+    return Cursor(name) if row is None else _cursor(row)
+
+
+def cursors(session: ReadSession | WriteSession, prefix: str) -> list[Cursor]:
+    """Those whose name begins so, by name."""
+    begin = ExportCursorRow.name.startswith(prefix, autoescape=True)
+    return [
+        _cursor(row) for row in session.scalars(select(ExportCursorRow).where(begin).order_by(ExportCursorRow.name))
+    ]
+
+
+def remove_cursor(session: WriteSession, name: str) -> None:
+    session.execute(delete(ExportCursorRow).where(ExportCursorRow.name == name))
+
+
+def remove_cursors(session: WriteSession, prefix: str) -> None:
+    """What they had sent is lost there: it is sent again."""
+    session.execute(delete(ExportCursorRow).where(ExportCursorRow.name.startswith(prefix, autoescape=True)))
+
+
+def _cursor(row: ExportCursorRow) -> Cursor:
     return Cursor(row.name, row.written_at, row.trace_id, row.exported, row.skipped, row.refused, row.error)
 
 

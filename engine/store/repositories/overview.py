@@ -213,14 +213,19 @@ def leading(session: ReadSession, part: Slice, most: int) -> list[tuple[int, int
     return [(version, requests) for version, requests in rows]
 
 
-def first_window(session: ReadSession, since: datetime | None, width: timedelta) -> datetime | None:
-    """The start of the first window of ``width`` (whole ten minutes) with traffic, at ``since`` or later."""
-    query = """
+def first_window(
+    session: ReadSession, since: datetime | None, width: timedelta, version: int | None = None
+) -> datetime | None:
+    """The start of the first window of ``width`` (whole ten minutes) with traffic (of a version), at ``since`` or
+    later."""
+    part = "WHERE at >= coalesce(:since, timestamptz '-infinity')"
+    part += "" if version is None else " AND policy_version = :version"
+    query = f"""
         SELECT date_bin(:width, min(at), timestamptz '2000-01-01 00:00:00Z') FROM (
-            SELECT min(at) AS at FROM rollups_ten_minutes WHERE at >= coalesce(:since, timestamptz '-infinity')
-            UNION ALL SELECT min(at) FROM rollup_deltas WHERE at >= coalesce(:since, timestamptz '-infinity')
+            SELECT min(at) AS at FROM rollups_ten_minutes {part} UNION ALL SELECT min(at) FROM rollup_deltas {part}
         ) AS first"""
-    return session.scalar(text(query), {"width": width, "since": since})
+    values = {"width": width, "since": since} | ({} if version is None else {"version": version})
+    return session.scalar(text(query), values)
 
 
 def newest(session: ReadSession) -> datetime | None:

@@ -156,7 +156,7 @@ def adaptation(
         Path | None, typer.Option(help="JSONL of prompt and response_token_ids whose memory is static")
     ] = None,
     static: Annotated[Path | None, typer.Option(help="folder of a policy artifact to take for static")] = None,
-    streams: Annotated[str, typer.Option(help="streams, by commas")] = "mixed,shift,recurring,gradual",
+    streams: Annotated[str, typer.Option(help="streams, by commas")] = "mixed,shift,recurring,gradual,planted",
     seeds: Annotated[int, typer.Option(help="how many orders of the same requests")] = 3,
     tokens: Annotated[int, typer.Option(help="output tokens at most")] = 128,
     every: Annotated[int, typer.Option(help="requests between two candidates")] = 16,

@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from engine.contracts import PolicyVersion, ProposerKind, SlipstreamError, SpecCounts
+from engine.contracts import PolicyVersion, ProposerKind, SlipstreamError, SpecCounts, artifact_digest
+from engine.learner import soundness
 from engine.learner.evaluate import acceptance
 from engine.learner.features import KEPT, Example, can_teach, example
 from engine.learner.gate import Replayer
@@ -29,9 +30,8 @@ from engine.learner.trainer import Trainer, TrainOptions
 from engine.model.llama import Llama
 from engine.model.loading import load_target
 from engine.registry.artifacts import ArtifactStore
-from engine.registry.publish import publish
 from engine.settings import LearnerSettings, Settings
-from engine.speculation.artifact import build_artifact
+from engine.speculation.artifact import build_artifact, load_proposer
 from engine.speculation.control import KController
 from engine.speculation.draft_pool import DraftPool, Want
 from engine.speculation.hybrid import BoundHybrid, HybridProposer
@@ -39,7 +39,7 @@ from engine.speculation.memory import MEMORY_FILE
 from engine.speculation.neural import BoundNeural, NeuralProposer, make_pool
 from engine.speculation.neural_file import DraftFile, pack, unpack
 from engine.speculation.proposer import Proposer
-from engine.speculation.rehearsal import Rehearsing, rehearse
+from engine.speculation.rehearsal import Rehearsals, Rehearsing
 from engine.speculation.replay import replay, replay_controlled
 from engine.store.database import Database
 from engine.store.repositories import eligibility, policies
@@ -97,9 +97,9 @@ class HybridMaker:
                 "There is no trace to learn from: no trainable request with its tokens in the window."
             )
         model = self._model(target, alive)
-        parent = self._parent(target, champion)
-        tuned, curve = tune(model, self._draft(parent.digest), train, self.recipe, alive)
-        lineage = {"draft": parent.digest, "tuning": asdict(self.recipe), "curve": curve}
+        digest = self.starting_draft(target, champion)
+        tuned, curve = tune(model, self._draft(digest, target), train, self.recipe, alive)
+        lineage = {"draft": digest, "tuning": asdict(self.recipe), "curve": curve}
         before = champion.digest if champion is not None else None
         return build_hybrid(train, target, self.settings.learner, tuned, lineage, before, self._memory)
 
@@ -110,12 +110,14 @@ class HybridMaker:
         """
         target = ServedTarget("", manifest["target_fingerprint"], manifest["tokenizer_fingerprint"], {})
         lineage = manifest["lineage"]
-        draft = self._draft(lineage["draft"])
+        draft = self._draft(lineage["draft"], target)
         tuned, _ = tune(self._model(target), draft, train, TuneRecipe(**lineage["tuning"]))
         return {MEMORY_FILE: rebuild_memory(train, manifest), **tuned}
 
-    def _draft(self, digest: str) -> DraftFile:
-        return unpack(self.store.files(digest))
+    def _draft(self, digest: str, target: ServedTarget) -> DraftFile:
+        shipped = shipped_draft(target.fingerprint)
+        known = shipped is not None and artifact_digest(shipped) == digest
+        return unpack(shipped if shipped is not None and known else self.store.files(digest))
 
     def _model(self, target: ServedTarget, alive: Callable[[], None] = lambda: None) -> Llama:
         if self._target is None:
@@ -136,20 +138,26 @@ class HybridMaker:
         self._replayer = self._replayer or TargetReplayer(self._target)
         return self._target
 
-    def _parent(self, target: ServedTarget, champion: PolicyVersion | None) -> PolicyVersion:
-        """Whose draft is tuned: the champion's, else the newest for this target that no rollout has taken back, else
-        the one that comes with the project."""
+    def starting_draft(self, target: ServedTarget, champion: PolicyVersion | None) -> str:
+        """The digest of the policy whose draft is tuned: the champion, else the newest version for this target that no
+        rollout has taken back, else what comes with the project. That is no version: only what passed the gate is one.
+        """
         with self.db.read() as session:
             bad = eligibility.rolled_back(session)
-            others = [v for v in policies.all_versions(session) if v.version not in bad]
-        for version in [*([champion] if champion is not None else []), *others]:
+            versions = policies.all_versions(session)
+        for version in [*([champion] if champion is not None else []), *versions]:
             fits = version.manifest.get("target_fingerprint") == target.fingerprint
-            if version.kind in WITH_DRAFT and fits and version.retired_at is None:
-                return version
-        if (files := shipped_draft(target.fingerprint)) is not None:
-            made = publish(self.db, self.store, files, note="the static draft that comes with the project, not gated")
-            if made.version not in bad and made.retired_at is None:
-                return made
+            withdrawn = version.retired_at is not None or (version.version in bad and version != champion)
+            if version.kind in WITH_DRAFT and fits and not withdrawn:
+                return version.digest
+        files = shipped_draft(target.fingerprint)
+        if files is not None and artifact_digest(files) not in {v.digest for v in versions}:
+            if faults := soundness.faults(files):
+                raise SlipstreamError(
+                    f"The static draft that comes with the project is damaged: {'; '.join(faults)}. Install it again."
+                )
+            load_proposer(files, artifact_digest(files), target.fingerprint, target.tokenizer_fingerprint)
+            return artifact_digest(files)
         raise SlipstreamError(
             "There is no neural draft to start from for this target. Make one: "
             "`slipstream policy train-static --data conversations.jsonl --out DIR --register`."
@@ -227,17 +235,19 @@ def choose(train: Sequence[TrainableTrace], recipe: TuneRecipe) -> list[Trainabl
 class TargetReplayer:
     """The gate's replay for policies that draft from hidden states: by this process' own target.
 
-    A draft pass is charged with what it costs here, measured once per policy, or with ``pass_s``.
+    A draft pass is charged with what it costs here, measured once per policy, or with ``pass_s``. ``rehearsing`` is the
+    learner's own memory by default: each held-out request goes through the target once for every draft.
     """
 
     def __init__(
         self,
         target: Llama,
         clock: Callable[[], float] = time.perf_counter,
-        rehearsing: Rehearsing = rehearse,
+        rehearsing: Rehearsing | None = None,
         pass_s: float | None = None,
     ) -> None:
-        self._target, self._clock, self._rehearsing, self._pass_s = target, clock, rehearsing, pass_s
+        self._target, self._clock, self._pass_s = target, clock, pass_s
+        self._rehearsing = rehearsing or Rehearsals()
         self._bound: dict[int, tuple[Proposer, Proposer, float]] = {}  # by id; the policy itself keeps the id taken
 
     def __call__(

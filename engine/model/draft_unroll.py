@@ -1,4 +1,4 @@
-"""What the draft says from every position of known sequences at once: for training and for replay.
+"""What the draft says from every position of known sequences at once, chains going on with the known tokens: training.
 
 A chain that starts at slot m drafts x[m+2] from the target's own hidden state, then x[m+3] from its own output at m,
 and so on. Step s computes, for every slot i, the member of the chain that started at i - (s - 1): it attends to the
@@ -8,7 +8,7 @@ target-fed keys up to the chain's start and to the chain's own keys since (train
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -39,27 +39,22 @@ def unroll(
     fused: Tensor,
     segments: Sequence[Segment],
     steps: int,
-    choose: Callable[[Tensor], Tensor] | None = None,
 ) -> list[Tensor]:
     """Outputs [M, hidden] of each step for the M slots [begin, last) of all segments, one segment after the other.
 
-    ``token_ids`` [N]: x[i+1] of every slot, ``fused`` [N, hidden] from ``DraftNetwork.fuse``. ``choose`` gives the
-    tokens that a chain itself drafted, [M] target ids from outputs [M, hidden]; without it chains go on with the known
-    tokens, as in training. The row of slot i in step s means something only where i - (s - 1) >= begin.
+    ``token_ids`` [N]: x[i+1] of every slot, ``fused`` [N, hidden] from ``DraftNetwork.fuse``. The row of slot i in step
+    s means something only where i - (s - 1) >= begin.
     """
     device = token_ids.device
     positions = torch.cat([torch.arange(s.last - s.first, device=device) for s in segments])
     late = torch.cat([torch.arange(s.begin, s.last, device=device) for s in segments])
     query, key, value = network.project(token_ids, fused, positions)
     chains = [_Step(query[late], key[late], value[late])]
-    tokens, outputs = token_ids[late], list[Tensor]()
-    hidden = fused[late]
+    outputs, hidden = list[Tensor](), fused[late]
     for step in range(1, steps + 1):
         if step > 1:
-            if choose is not None:
-                tokens = _shift(choose(outputs[-1]), 1)
             hidden = _shift(outputs[-1], 1)
-            chains.append(_Step(*network.project(tokens, hidden, positions[late])))
+            chains.append(_Step(*network.project(token_ids[late], hidden, positions[late])))
         parts, row = [], 0
         for segment in segments:
             rows = slice(row, row + segment.last - segment.begin)
@@ -71,22 +66,31 @@ def unroll(
 
 
 def _attend(chain: Sequence[_Step], key: Tensor, value: Tensor, segment: Segment) -> Tensor:
-    """[R, heads * hd] of the last step of ``chain``, over target-fed keys [T, kv_heads, hd] and the chain's own."""
-    step = len(chain)
-    count, kv_heads, dim = chain[0].key.shape
-    group = chain[0].query.shape[1] // kv_heads
-    query = chain[-1].query.view(count, kv_heads, group, dim).permute(1, 2, 0, 3) * dim**-0.5  # [kv, g, R, hd]
+    """Of the last step of ``chain``, which holds one row per slot: what a chain said earlier lies some rows above."""
+    step, own = len(chain), chain[1:]
     place = torch.arange(segment.begin - segment.first, segment.last - segment.first, device=key.device)
-    seen = torch.arange(key.shape[0], device=key.device) <= (place - (step - 1))[:, None]  # [R, T]
+    keys = [_shift(c.key, step - t) for t, c in enumerate(own, 2)]
+    values = [_shift(c.value, step - t) for t, c in enumerate(own, 2)]
+    return attend_chains(chain[-1].query, key, value, place - (step - 1), keys, values)
+
+
+def attend_chains(
+    query: Tensor, key: Tensor, value: Tensor, starts: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor]
+) -> Tensor:
+    """[R, heads * hd] for ``query`` [R, heads, hd] of R chains: over the target-fed ``key`` and ``value``
+    [T, kv_heads, hd] up to each chain's start (``starts`` [R]), and over its own since (``keys`` and ``values``,
+    [R, kv_heads, hd] for each step)."""
+    count, heads, dim = query.shape
+    kv_heads = key.shape[1]
+    query = query.view(count, kv_heads, heads // kv_heads, dim).permute(1, 2, 0, 3) * dim**-0.5  # [kv, g, R, hd]
+    seen = torch.arange(key.shape[0], device=key.device) <= starts[:, None]  # [R, T]
     scores = (query @ key.permute(1, 2, 0).unsqueeze(1)).masked_fill(~seen, float("-inf"))
-    own = chain[1:]
-    keys = [_shift(c.key, step - t).transpose(0, 1).unsqueeze(1) for t, c in enumerate(own, 2)]  # [kv, 1, R, hd] each
-    values = [_shift(c.value, step - t).transpose(0, 1).unsqueeze(1) for t, c in enumerate(own, 2)]
-    weights = torch.cat([scores, *((query * k).sum(-1, keepdim=True) for k in keys)], -1).softmax(-1)
+    own = [(query * k.transpose(0, 1).unsqueeze(1)).sum(-1, keepdim=True) for k in keys]
+    weights = torch.cat([scores, *own], -1).softmax(-1)
     out = weights[..., : key.shape[0]] @ value.transpose(0, 1).unsqueeze(1)
     for i, v in enumerate(values):
-        out = out + weights[..., key.shape[0] + i, None] * v
-    return out.permute(2, 0, 1, 3).reshape(count, kv_heads * group * dim)
+        out = out + weights[..., key.shape[0] + i, None] * v.transpose(0, 1).unsqueeze(1)
+    return out.permute(2, 0, 1, 3).reshape(count, heads * dim)
 
 
 def _shift(x: Tensor, by: int) -> Tensor:

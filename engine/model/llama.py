@@ -84,12 +84,18 @@ class Llama:
         return self.forward_with_aux(batch, cache, ())[0]
 
     @torch.inference_mode()
-    def forward_with_aux(self, batch: Batch, cache: KVCache, aux_layers: Sequence[int]) -> tuple[Tensor, Tensor | None]:
-        """``forward``, and what the layers ``aux_layers`` gave out, [num_tokens, len(aux_layers) * hidden]."""
+    def forward_with_aux(
+        self, batch: Batch, cache: KVCache, aux_layers: Sequence[int], depth: int | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """``forward``, and what the layers ``aux_layers`` gave out, [num_tokens, len(aux_layers) * hidden].
+
+        ``depth``: layers that are computed, the first ones; the hidden states are then those after the last of them.
+        """
         ops, turns, y = self.ops, self.ops.turns(batch.positions), None
         x = F.embedding(batch.token_ids, self.embedding)
         outputs: dict[int, Tensor] = {}
-        for i, layer in enumerate(self.layers):
+        layers = self.layers[:depth]
+        for i, layer in enumerate(layers):
             x, h = ops.add_norm(x, y, layer.attention_norm)
             if i - 1 in aux_layers:
                 outputs[i - 1] = x.clone()
@@ -100,7 +106,7 @@ class Llama:
             x, h = ops.add_norm(x, linear(attended, layer.out), layer.mlp_norm)
             y = linear(ops.silu_mul(linear(h, layer.gate_up)), layer.down)
         x = x if y is None else x + y
-        outputs[len(self.layers) - 1] = x
+        outputs[len(layers) - 1] = x
         return x, torch.cat([outputs[i] for i in aux_layers], -1) if aux_layers else None
 
     @torch.inference_mode()

@@ -15,9 +15,18 @@ from engine.model.llama import Llama
 CHUNK = 512
 
 
-@torch.inference_mode()
 def hidden_states(model: Llama, token_ids: Sequence[int], aux_layers: Sequence[int]) -> tuple[Tensor, Tensor]:
     """(last hidden states [n, hidden] before the norm, outputs of ``aux_layers`` [n, len * hidden])."""
+    return _prefill(model, token_ids, aux_layers, len(model.layers))
+
+
+def aux_states(model: Llama, token_ids: Sequence[int], aux_layers: Sequence[int]) -> Tensor:
+    """Outputs of ``aux_layers`` [n, len * hidden]; layers above the last of them are not computed."""
+    return _prefill(model, token_ids, aux_layers, 1 + max(aux_layers))[1]
+
+
+@torch.inference_mode()
+def _prefill(model: Llama, token_ids: Sequence[int], aux_layers: Sequence[int], depth: int) -> tuple[Tensor, Tensor]:
     n = len(token_ids)
     if n > model.config.max_position:
         raise SlipstreamError(f"A sequence of {n} tokens is longer than the target's {model.config.max_position}.")
@@ -26,7 +35,7 @@ def hidden_states(model: Llama, token_ids: Sequence[int], aux_layers: Sequence[i
     for start in range(0, n, CHUNK):
         row = Row(0, start, token_ids[start : start + CHUNK])
         batch = build_batch([], [row], n, model.config.group_size, model.dtype, model.device)
-        x, states = model.forward_with_aux(batch, cache, aux_layers)
+        x, states = model.forward_with_aux(batch, cache, aux_layers, depth)
         assert states is not None
         last.append(x)
         aux.append(states)

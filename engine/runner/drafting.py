@@ -17,23 +17,30 @@ from engine.speculation.proposer import HiddenReader
 def draft_together(
     lives: Sequence[Live], limits: Sequence[int], vocab_size: int, clock: Callable[[], float]
 ) -> tuple[list[Draft], list[float]]:
-    """(a draft of at most so many tokens for each, seconds each took). Shared passes are split by tokens asked for."""
+    """(a draft of at most so many tokens for each, seconds each took). Shared passes are split by tokens asked for.
+
+    ``limits`` bound what takes time; a part of a policy that takes none may always say all it knows.
+    """
     drafts, took = [Draft(0, [])] * len(lives), [0.0] * len(lives)
-    asked = [i for i in range(len(lives)) if limits[i] > 0]
+    mosts = [live.most_asked(limit) for live, limit in zip(lives, limits, strict=True)]
+    asked = [i for i in range(len(lives)) if mosts[i] > 0]
     groups = list(_by_reader(asked, lives))
     alone = sorted(set(range(len(lives))) - {i for _, members in groups for i in members})
     for reader, members in groups:
         began = clock()
         try:
-            made = reader.propose([(lives[i].drafter, limits[i]) for i in members])
+            made = reader.propose([(lives[i].drafter, mosts[i], limits[i]) for i in members])
         except Exception:  # somebody's state is wrong: let each try by itself, so that only that one is without
             alone += members
             continue
         for i, tokens in zip(members, made, strict=True):
             drafts[i] = lives[i].drafted(limits[i], tokens, vocab_size)
-        seconds, tokens_asked = clock() - began, sum(limits[i] for i in members)
-        for i in members:
-            took[i] = seconds * limits[i] / tokens_asked
+        seconds = clock() - began
+        shares = [limits[i] if drafts[i].part == reader.parts - 1 else 0 for i in members]
+        if not sum(shares):  # nobody made a pass
+            shares = [1] * len(members)
+        for i, share in zip(members, shares, strict=True):
+            took[i] = seconds * share / sum(shares)
     for i in alone:
         began = clock()
         drafts[i] = lives[i].draft(limits[i], vocab_size)

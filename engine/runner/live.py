@@ -14,7 +14,7 @@ from engine.runner.request import EngineRequest, Output, RequestResult
 from engine.runner.stopping import StopText
 from engine.scheduler.sequence import Sequence as SequenceState
 from engine.speculation.control import RowControl
-from engine.speculation.proposer import Drafter, HiddenReader, Proposer
+from engine.speculation.proposer import Drafter, HiddenReader, InTurn, Proposer, parts
 from engine.speculation.verify import VerifyOutcome
 
 log = logging.getLogger(__name__)
@@ -37,15 +37,19 @@ class Times:
 
 @dataclass(frozen=True, slots=True)
 class Draft:
-    """What a drafter answered when ``asked`` for so many tokens; K control decides how many of them are verified."""
+    """What a drafter answered when ``asked`` for so many tokens; K control decides how many of them are verified.
+
+    ``part``: which of the policy's drafters it was.
+    """
 
     asked: int
     tokens: list[int]
     confidence: Sequence[float] = ()
+    part: int = 0
 
 
 class Live:
-    control: RowControl  # given once the request is queued
+    controls: Sequence[RowControl]  # one for each part of the policy; given once the request is queued
 
     def __init__(self, request: EngineRequest, proposer: Proposer, tokenizer: Tokenizer, now: float) -> None:
         self.request = request
@@ -63,6 +67,7 @@ class Live:
         self._eos = frozenset() if request.sampling.ignore_eos else tokenizer.eos_ids
         self._drafter: Drafter | None = None
         self.reader = proposer if isinstance(proposer, HiddenReader) else None
+        self.parts = parts(proposer)
 
     @property
     def most_drafts(self) -> int:
@@ -75,8 +80,14 @@ class Live:
             self._uniforms += self._rng.random(more).tolist()
         return self._uniforms[:count]
 
-    def draft(self, k: int, vocab_size: int) -> Draft:
-        """At most ``k`` tokens. A proposer's failure costs its draft, not the request: there is plain decoding."""
+    def most_asked(self, limit: int) -> int:
+        """Tokens to ask for where those that take time are limited: the parts before the last take none."""
+        return self.most_drafts if self.parts > 1 else limit
+
+    def draft(self, limit: int, vocab_size: int) -> Draft:
+        """At most ``limit`` tokens that take time. A proposer's failure costs its draft, not the request: there is
+        plain decoding."""
+        k = self.most_asked(limit)
         if k <= 0:
             return Draft(0, [])
         try:
@@ -85,21 +96,24 @@ class Live:
                 self._drafter.observe(self._output_ids)
             if self._drafter is None:  # it has missed hidden states, and nobody has them any more
                 return Draft(0, [])
-            return self.drafted(k, self._drafter.propose(k), vocab_size)
+            if self.reader is not None and isinstance(self._drafter, InTurn):
+                return self.drafted(limit, self._drafter.propose(k, limit), vocab_size)
+            return self.drafted(limit, self._drafter.propose(k), vocab_size)
         except Exception:
             self.draft_failed()
             return Draft(0, [])
 
-    def drafted(self, k: int, tokens: list[int], vocab_size: int) -> Draft:
-        """What the drafter proposed when asked for ``k``, checked."""
+    def drafted(self, limit: int, tokens: list[int], vocab_size: int) -> Draft:
+        """What the drafter proposed when what takes time was limited so, checked."""
         assert self._drafter is not None
-        confidence = self._drafter.confidence
+        confidence, part = self._drafter.confidence, int(getattr(self._drafter, "part", 0))
+        k = limit if part == self.parts - 1 else self.most_drafts
         try:
             if len(tokens) > k or not all(0 <= token < vocab_size for token in tokens):
                 raise ValueError(f"proposed {tokens!r} for k = {k}, vocabulary {vocab_size}")
             if confidence and len(confidence) != len(tokens):
                 raise ValueError(f"proposed {len(tokens)} tokens with {len(confidence)} confidences")
-            return Draft(k, tokens, confidence)
+            return Draft(k, tokens, confidence, part)
         except Exception:
             self.draft_failed()
             return Draft(0, [])
@@ -121,7 +135,7 @@ class Live:
         else:
             step = VerifyStep(tuple(draft.tokens[:verified]), outcome.accepted, emitted)
         if draft.asked:
-            self.control.observe(draft.asked, draft.tokens, draft.confidence, kept)
+            self.controls[draft.part].observe(draft.asked, draft.tokens, draft.confidence, kept)
         self.counts.add(step)
         self.steps.append(step)
         if reason is None and self._drafter is not None:

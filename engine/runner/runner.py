@@ -82,13 +82,15 @@ class Runner:
         self, decoding: Sequence[Live], base_rows: int, base_tokens: int
     ) -> tuple[list[Draft], list[float], Choice]:
         """(drafts, seconds each took, how many tokens of each are verified)."""
-        controls = [live.control for live in decoding]
-        limits = self.control.limits(controls, [live.most_drafts for live in decoding], base_rows, base_tokens)
+        dear = [live.controls[-1] for live in decoding]
+        limits = self.control.limits(dear, [live.most_drafts for live in decoding], base_rows, base_tokens)
         drafts, drafting = draft_together(decoding, limits, self.model.config.vocab_size, self.clock)
-        for live, limit, took in zip(decoding, limits, drafting, strict=True):
-            if limit:
-                live.control.acceptance.took(took, limit)
-        offers = [Offer(c, len(d.tokens), d.confidence) for c, d in zip(controls, drafts, strict=True)]
+        for live, draft, took in zip(decoding, drafts, drafting, strict=True):
+            if draft.asked and draft.part == live.parts - 1:
+                live.controls[-1].acceptance.took(took, draft.asked)
+        offers = [
+            Offer(live.controls[d.part], len(d.tokens), d.confidence) for live, d in zip(decoding, drafts, strict=True)
+        ]
         return drafts, drafting, self.control.choose(offers, base_rows, base_tokens)
 
     def _account(

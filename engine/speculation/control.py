@@ -197,11 +197,15 @@ class KController:
 
     def __init__(self, costs: StepCosts | None = None) -> None:
         self.costs = costs
-        self._acceptance = OrderedDict[tuple[int, str], Acceptance]()  # the last used last
+        self._acceptance = OrderedDict[tuple[int, str, int], Acceptance]()  # the last used last
 
-    def row(self, version: int, traffic_class: str, settings: ControlSettings) -> RowControl:
-        """The controller of a request that begins; it shares the experience of its version and class."""
-        key = (version, traffic_class)
+    def row(self, version: int, traffic_class: str, settings: ControlSettings, part: int = 0) -> RowControl:
+        """The controller of a request that begins; it shares the experience of its version and class.
+
+        ``part``: which of a policy's drafters, where it asks several in turn. What one of them is sure of says nothing
+        of what another's confidence is worth.
+        """
+        key = (version, traffic_class, part)
         acceptance = self._acceptance.setdefault(key, Acceptance(settings))
         self._acceptance.move_to_end(key)
         if len(self._acceptance) > MOST_KEPT:
@@ -213,7 +217,10 @@ class KController:
             del self._acceptance[key]
 
     def limits(self, rows: Sequence[RowControl], ks: Sequence[int], base_rows: int, base_tokens: int) -> list[int]:
-        """How many tokens to ask of each drafter, at most ``ks``. Only a drafter that costs time is ever not asked."""
+        """How many tokens to ask of each drafter, at most ``ks``. Only a drafter that costs time is ever not asked.
+
+        ``rows``: of those parts that may cost time.
+        """
         if self.costs is None:
             return list(ks)
         free = FREE_SHARE * self.costs(base_rows)

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from engine.model.llama import Llama
     from engine.speculation.draft_pool import DraftPool
 
+REMEMBERED, DRAFTED = 0, 1
+"""The parts of a hybrid, in the order in which they are asked."""
 DEFAULTS: dict[str, int | float] = memory.DEFAULTS | neural.DEFAULTS
 
 
@@ -51,9 +53,10 @@ class HybridDrafter:
     def __init__(self, remembering: TraceMemoryDrafter, drafting: NeuralDrafter) -> None:
         self.remembering, self.drafting = remembering, drafting
         self.confidence: Sequence[float] = ()
+        self.part = REMEMBERED
 
-    def propose(self, k: int) -> list[int]:
-        return _propose(self.drafting.pool, [(self, k)])[0]
+    def propose(self, k: int, limit: int | None = None) -> list[int]:
+        return _propose(self.drafting.pool, [(self, k, k if limit is None else limit)])[0]
 
     def observe(self, tokens: Sequence[int]) -> None:
         self.remembering.observe(tokens)
@@ -62,6 +65,8 @@ class HybridDrafter:
 
 class BoundHybrid:
     """A hybrid policy in one engine."""
+
+    parts = 2
 
     def __init__(self, policy: HybridProposer, pool: DraftPool, rehearsing: Rehearsing = rehearse) -> None:
         self.policy, self.pool, self._rehearsing = policy, pool, rehearsing
@@ -72,7 +77,7 @@ class BoundHybrid:
     def start(self, prompt_ids: Sequence[int], traffic_class: str) -> HybridDrafter:
         return HybridDrafter(self.policy.memory.start(prompt_ids, traffic_class), NeuralDrafter(self.pool, prompt_ids))
 
-    def propose(self, wants: Sequence[tuple[HybridDrafter, int]]) -> list[list[int]]:
+    def propose(self, wants: Sequence[tuple[HybridDrafter, int, int]]) -> list[list[int]]:
         return _propose(self.pool, wants)
 
     def feed(self, fed: Sequence[tuple[HybridDrafter, int, Tensor]]) -> None:
@@ -82,7 +87,9 @@ class BoundHybrid:
         self.pool.end(drafter.drafting.state)
 
     def rehearse(self, prompt_ids: Sequence[int], output_ids: Sequence[int], traffic_class: str) -> RehearsedHybrid:
-        rehearsal = self._rehearsing(self.pool.network, prompt_ids, output_ids, self.num_speculative_tokens)
+        rehearsal = self._rehearsing(
+            self.pool.network, prompt_ids, output_ids, self.num_speculative_tokens, self.pool.min_survival
+        )
         return RehearsedHybrid(
             self.policy.memory.start(prompt_ids, traffic_class), RehearsedDrafter(rehearsal, self.pool.min_survival)
         )
@@ -98,14 +105,15 @@ class RehearsedHybrid:
     def __init__(self, remembering: TraceMemoryDrafter, rehearsed: RehearsedDrafter) -> None:
         self.remembering, self.rehearsed = remembering, rehearsed
         self.confidence: Sequence[float] = ()
+        self.part = REMEMBERED
 
-    def propose(self, k: int) -> list[int]:
-        for drafter in (self.remembering, self.rehearsed):
-            if draft := drafter.propose(k):
-                self.confidence = drafter.confidence
-                return draft
-        self.confidence = ()
-        return []
+    def propose(self, k: int, limit: int | None = None) -> list[int]:
+        if draft := self.remembering.propose(k):
+            self.part, self.confidence = REMEMBERED, self.remembering.confidence
+            return draft
+        draft = self.rehearsed.propose(k, limit)
+        self.part, self.confidence = DRAFTED, self.rehearsed.confidence
+        return draft
 
     @property
     def passes(self) -> int:
@@ -116,14 +124,16 @@ class RehearsedHybrid:
         self.rehearsed.observe(tokens)
 
 
-def _propose(pool: DraftPool, wants: Sequence[tuple[HybridDrafter, int]]) -> list[list[int]]:
-    drafts = [drafter.remembering.propose(k) for drafter, k in wants]
+def _propose(pool: DraftPool, wants: Sequence[tuple[HybridDrafter, int, int]]) -> list[list[int]]:
+    """Memory costs nothing, so only the draft's passes are limited."""
+    drafts = [drafter.remembering.propose(k) for drafter, k, _ in wants]
+    for drafter, _, _ in wants:
+        drafter.part, drafter.confidence = REMEMBERED, drafter.remembering.confidence
     silent = [i for i, draft in enumerate(drafts) if not draft]
-    made = propose_together(pool, [(wants[i][0].drafting, wants[i][1]) for i in silent])
-    for drafter, _ in wants:
-        drafter.confidence = drafter.remembering.confidence
+    made = propose_together(pool, [(wants[i][0].drafting, *wants[i][1:]) for i in silent])
     for i, draft in zip(silent, made, strict=True):
-        drafts[i], wants[i][0].confidence = draft, wants[i][0].drafting.confidence
+        drafter = wants[i][0]
+        drafts[i], drafter.part, drafter.confidence = draft, DRAFTED, drafter.drafting.confidence
     return drafts
 
 

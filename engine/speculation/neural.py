@@ -50,9 +50,10 @@ class NeuralDrafter:
     def __init__(self, pool: DraftPool, prompt_ids: Sequence[int]) -> None:
         self.pool, self.state = pool, pool.start(prompt_ids)
         self.confidence: list[float] = []
+        self.part = 0
 
-    def propose(self, k: int) -> list[int]:
-        return propose_together(self.pool, [(self, k)])[0]
+    def propose(self, k: int, limit: int | None = None) -> list[int]:
+        return propose_together(self.pool, [(self, k, k if limit is None else limit)])[0]
 
     def observe(self, tokens: Sequence[int]) -> None:
         self.state.tokens.extend(tokens)
@@ -60,6 +61,8 @@ class NeuralDrafter:
 
 class BoundNeural:
     """A neural policy in one engine."""
+
+    parts = 1
 
     def __init__(self, policy: NeuralProposer, pool: DraftPool, rehearsing: Rehearsing = rehearse) -> None:
         self.policy, self.pool, self._rehearsing = policy, pool, rehearsing
@@ -70,7 +73,7 @@ class BoundNeural:
     def start(self, prompt_ids: Sequence[int], traffic_class: str) -> NeuralDrafter:
         return NeuralDrafter(self.pool, prompt_ids)
 
-    def propose(self, wants: Sequence[tuple[NeuralDrafter, int]]) -> list[list[int]]:
+    def propose(self, wants: Sequence[tuple[NeuralDrafter, int, int]]) -> list[list[int]]:
         return propose_together(self.pool, wants)
 
     def feed(self, fed: Sequence[tuple[NeuralDrafter, int, Tensor]]) -> None:
@@ -80,7 +83,9 @@ class BoundNeural:
         self.pool.end(drafter.state)
 
     def rehearse(self, prompt_ids: Sequence[int], output_ids: Sequence[int], traffic_class: str) -> RehearsedDrafter:
-        rehearsal = self._rehearsing(self.pool.network, prompt_ids, output_ids, self.num_speculative_tokens)
+        rehearsal = self._rehearsing(
+            self.pool.network, prompt_ids, output_ids, self.num_speculative_tokens, self.pool.min_survival
+        )
         return RehearsedDrafter(rehearsal, self.pool.min_survival)
 
     @property
@@ -88,12 +93,16 @@ class BoundNeural:
         return self.pool.in_use
 
 
-def propose_together(pool: DraftPool, wants: Sequence[tuple[NeuralDrafter, int]]) -> list[list[int]]:
-    """One draft each; each drafter keeps its confidence."""
-    proposals = pool.propose([Want(drafter.state, k) for drafter, k in wants])
-    for (drafter, _), proposal in zip(wants, proposals, strict=True):
+def propose_together(pool: DraftPool, wants: Sequence[tuple[NeuralDrafter, int, int]]) -> list[list[int]]:
+    """One draft each, for (drafter, k, limit); each drafter keeps its confidence."""
+    asked = [(drafter, min(k, limit)) for drafter, k, limit in wants if min(k, limit) > 0]
+    proposals = pool.propose([Want(drafter.state, k) for drafter, k in asked])
+    for drafter, _, _ in wants:
+        drafter.confidence = []
+    for (drafter, _), proposal in zip(asked, proposals, strict=True):
         drafter.confidence = proposal.confidence
-    return [proposal.tokens for proposal in proposals]
+    made = {id(drafter): proposal.tokens for (drafter, _), proposal in zip(asked, proposals, strict=True)}
+    return [made.get(id(drafter), []) for drafter, _, _ in wants]
 
 
 def make_pool(draft: DraftFile, target: Llama, num_seqs: int, max_len: int, min_survival: float) -> DraftPool:

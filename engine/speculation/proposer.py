@@ -58,6 +58,20 @@ class NeedsTarget(Protocol):
 
 
 @runtime_checkable
+class InTurn(Drafter, Protocol):
+    """A drafter of a policy that reads hidden states: it asks its ``parts`` in turn, the last of which makes passes.
+
+    ``part``: which of them made the last proposal.
+    """
+
+    @property
+    def part(self) -> int: ...
+
+    def propose(self, k: int, limit: int | None = None) -> list[int]:
+        """At most ``k`` token ids, and at most ``limit`` where they take passes."""
+
+
+@runtime_checkable
 class HiddenReader(Protocol):
     """A bound policy: a proposer whose requests are drafted for together. The runner hands it what the target said.
 
@@ -68,23 +82,31 @@ class HiddenReader(Protocol):
     num_speculative_tokens: int
     control: ControlSettings
     aux_layers: tuple[int, ...]
+    parts: int
+    """Drafters that a request of it asks in turn; only the last one makes passes."""
 
     def start(self, prompt_ids: Sequence[int], traffic_class: str) -> Any: ...
 
-    def propose(self, wants: Sequence[tuple[Any, int]]) -> list[list[int]]:
-        """A draft of at most k tokens for every (drafter, k); each is what the drafter would propose alone."""
+    def propose(self, wants: Sequence[tuple[Any, int, int]]) -> list[list[int]]:
+        """A draft of at most k tokens for every (drafter, k, limit), of at most limit <= k where it takes passes; each
+        is what the drafter would propose alone. Its ``part`` then says who spoke."""
 
     def feed(self, fed: Sequence[tuple[Any, int, Tensor]]) -> None:
         """(drafter, first position, aux states [n, len(aux_layers) * hidden]) of tokens that the request has."""
 
     def end(self, drafter: Any) -> None: ...
 
-    def rehearse(self, prompt_ids: Sequence[int], output_ids: Sequence[int], traffic_class: str) -> Drafter:
+    def rehearse(self, prompt_ids: Sequence[int], output_ids: Sequence[int], traffic_class: str) -> InTurn:
         """A drafter for the replay of a stored response, which needs no states: it has computed them."""
 
     @property
     def in_use(self) -> int:
         """Requests that hold a place."""
+
+
+def parts(proposer: Proposer) -> int:
+    """Drafters that a request of a policy asks in turn."""
+    return proposer.parts if isinstance(proposer, HiddenReader) else 1
 
 
 class Loader(Protocol):

@@ -1,54 +1,74 @@
 """What a neural draft would have proposed at every place of a stored response, computed at once.
 
-One prefill of the target gives the hidden states, one ``unroll`` the chains from all places; the drafter then only
-looks up. With its drafts the stored response can be replayed as for any other proposer (``replay``).
+One prefill of the target gives the hidden states, then the chains from all places go on together, each as long as it
+would in serving; the drafter then only looks up. With its drafts the stored response can be replayed as for any other
+proposer (``replay``). The prefill is nearly all of the cost, so ``Rehearsals`` remembers what came of it.
 """
 
 from __future__ import annotations
 
+import hashlib
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from engine.model.draft import DraftNetwork
-from engine.model.draft_unroll import Segment, unroll
-from engine.model.states import hidden_states
+from engine.model.draft_unroll import attend_chains
+from engine.model.states import aux_states
+
+MOST_REMEMBERED = 1_024
+"""Responses, some 30 kB each: twice what one gate looks at under two drafts."""
 
 
 @dataclass(frozen=True, slots=True)
 class Rehearsal:
-    """``tokens`` and ``chances`` [places][K] of the chains that start after 1, 2, … committed output tokens."""
+    """``tokens`` and ``chances`` of the chains that start after 1, 2, … committed output tokens, at most K each."""
 
     tokens: list[list[int]]
     chances: list[list[float]]
 
 
-Rehearsing = Callable[[DraftNetwork, Sequence[int], Sequence[int], int], Rehearsal]
+Rehearsing = Callable[[DraftNetwork, Sequence[int], Sequence[int], int, float], Rehearsal]
 """``rehearse``, or what remembers its answers."""
 
 
 @torch.inference_mode()
-def rehearse(network: DraftNetwork, prompt_ids: Sequence[int], output_ids: Sequence[int], k: int) -> Rehearsal:
-    """Chains of ``k`` tokens; nothing where the response is too short to draft in."""
+def rehearse(
+    network: DraftNetwork, prompt_ids: Sequence[int], output_ids: Sequence[int], k: int, min_survival: float
+) -> Rehearsal:
+    """Chains of at most ``k`` tokens, each up to the token with which it is less likely than ``min_survival`` that all
+    are accepted; nothing where the response is too short to draft in."""
     ids = [*prompt_ids, *output_ids]
     begin, last = len(prompt_ids) - 1, len(ids) - 2
     if last <= begin:
         return Rehearsal([], [])
-    _, aux = hidden_states(network.target, ids[:last], network.config.aux_layers)
-    # Chains at the end go on over slots that no state is known of: they imagine theirs, as everywhere.
-    fused = F.pad(network.fuse(aux), (0, 0, 0, k - 1))
-    following = torch.tensor([*ids[1 : last + 1], *[0] * (k - 1)], device=fused.device)
-    outputs = unroll(
-        network, following, fused, [Segment(0, begin, last + k - 1)], k, lambda out: _best(network, out)[0]
+    fused = network.fuse(aux_states(network.target, ids[:last], network.config.aux_layers))
+    device, room = fused.device, network.target.config.max_position
+    query, key, value = network.project(
+        torch.tensor(ids[1 : last + 1], device=device), fused, torch.arange(last, device=device)
     )
-    found = [_best(network, output) for output in outputs]
-    count = last - begin
-    tokens = torch.stack([found[s][0][s : s + count] for s in range(k)], 1)
-    chances = torch.stack([found[s][1][s : s + count] for s in range(k)], 1)
-    return Rehearsal(tokens.tolist(), chances.tolist())
+    starts, hidden, query = torch.arange(begin, last, device=device), fused[begin:], query[begin:]
+    survival = torch.ones(last - begin, device=device)
+    keys, values = list[Tensor](), list[Tensor]()  # of the chains that go on, their own since the start
+    found = Rehearsal([[] for _ in range(begin, last)], [[] for _ in range(begin, last)])
+    for step in range(1, k + 1):
+        hidden = network.finish(hidden, attend_chains(query, key, value, starts, keys, values))
+        tokens, chances = _best(network, hidden)
+        survival = survival * chances
+        for start, token, chance in zip(starts.tolist(), tokens.tolist(), chances.tolist(), strict=True):
+            found.tokens[start - begin].append(token)
+            found.chances[start - begin].append(chance)
+        going = (survival >= min_survival) & (starts + step < room)
+        if step == k or not bool(going.any()):
+            break
+        starts, hidden, survival = starts[going], hidden[going], survival[going]
+        query, own_key, own_value = network.project(tokens[going], hidden, starts + step)
+        keys = [*(one[going] for one in keys), own_key]
+        values = [*(one[going] for one in values), own_value]
+    return found
 
 
 def _best(network: DraftNetwork, output: Tensor) -> tuple[Tensor, Tensor]:
@@ -58,19 +78,58 @@ def _best(network: DraftNetwork, output: Tensor) -> tuple[Tensor, Tensor]:
     return network.vocabulary[at], (best - logits.logsumexp(-1)).exp()
 
 
+class Rehearsals:
+    """``rehearse``, remembered by the draft's weights and the response: a gate replays the same requests under
+    candidate and champion, whole and under K control, and looks at them again for the next candidate."""
+
+    def __init__(self, most: int = MOST_REMEMBERED) -> None:
+        self.most = most
+        self.known = OrderedDict[tuple[str, str], Rehearsal]()  # by draft and request, the last used last
+        self._names: dict[int, tuple[DraftNetwork, str]] = {}  # by id; the network itself keeps the id taken
+
+    def __call__(
+        self, network: DraftNetwork, prompt_ids: Sequence[int], output_ids: Sequence[int], k: int, min_survival: float
+    ) -> Rehearsal:
+        asked = repr((list(prompt_ids), list(output_ids), k, min_survival))
+        key = (self.name(network), hashlib.sha256(asked.encode()).hexdigest()[:32])
+        if key not in self.known:
+            self.known[key] = self.make(key, network, prompt_ids, output_ids, k, min_survival)
+            if len(self.known) > self.most:
+                self.known.popitem(last=False)
+        self.known.move_to_end(key)
+        return self.known[key]
+
+    def make(
+        self, key: tuple[str, str], network: DraftNetwork, prompt_ids: Sequence[int], output_ids: Sequence[int],
+        k: int, min_survival: float,
+    ) -> Rehearsal:  # fmt: skip
+        """What is not remembered; ``key`` names draft and request."""
+        return rehearse(network, prompt_ids, output_ids, k, min_survival)
+
+    def name(self, network: DraftNetwork) -> str:
+        """The sha256 of a draft's weights, vocabulary and dtype."""
+        if id(network) not in self._names:
+            digest = hashlib.sha256(str(network.target.dtype).encode())
+            for tensor in (network.vocabulary, *(network.weights[name] for name in sorted(network.weights))):
+                digest.update(tensor.detach().contiguous().cpu().view(torch.uint8).numpy().tobytes())
+            self._names = {**dict(list(self._names.items())[-15:]), id(network): (network, digest.hexdigest())}
+        return self._names[id(network)][1]
+
+
 class RehearsedDrafter:
     """Proposes what was rehearsed, as long as what is observed is the stored response."""
 
     def __init__(self, rehearsal: Rehearsal, min_survival: float) -> None:
         self.rehearsal, self.min_survival = rehearsal, min_survival
         self.confidence: list[float] = []
+        self.part = 0
         self.passes = 0  # that the draft itself would have made for what it was asked
         self._observed = 0
 
-    def propose(self, k: int) -> list[int]:
+    def propose(self, k: int, limit: int | None = None) -> list[int]:
         self.confidence, survival = [], 1.0
         place = self._observed - 1
-        for chance in self.rehearsal.chances[place][:k]:
+        for chance in self.rehearsal.chances[place][: k if limit is None else min(k, limit)]:
             survival *= chance
             self.confidence.append(chance)
             if survival < self.min_survival:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from engine.contracts import SpecCounts, VerifyStep
 from engine.speculation.control import KController, Offer
-from engine.speculation.proposer import Drafter, HiddenReader, Proposer
+from engine.speculation.proposer import Drafter, HiddenReader, InTurn, Proposer, parts
 
 
 def replay(
@@ -56,15 +56,23 @@ def replay_controlled(
     seconds are those costs, not measured here, and ``draft_pass_s`` for each pass that a neural draft makes.
     """
     assert controller.costs is not None
-    row, counts, seconds = controller.row(version, traffic_class, proposer.control), SpecCounts(), 0.0
+    counts, seconds, last = SpecCounts(), 0.0, parts(proposer) - 1
+    rows = [controller.row(version, traffic_class, proposer.control, part) for part in range(last + 1)]
     drafter = _drafter(proposer, prompt_ids, output_ids, traffic_class)
+    in_turn = drafter if isinstance(drafter, InTurn) else None
     drafter.observe(output_ids[:1])
     done = 1
     while done < len(output_ids):
         most, before = max(0, min(proposer.num_speculative_tokens, max_tokens - done - 1)), _passes(drafter)
-        (asked,) = controller.limits([row], [most], 1, 1)
-        draft = drafter.propose(asked) if asked else []
-        if asked:
+        (asked,) = controller.limits([rows[last]], [most], 1, 1)
+        limit, part = asked, last
+        if most and in_turn is not None:
+            draft, part = in_turn.propose(most, limit), in_turn.part
+            asked = limit if part == last else most
+        else:
+            draft = drafter.propose(asked) if asked else []
+        row = rows[part]
+        if asked and part == last:
             row.acceptance.took((_passes(drafter) - before) * draft_pass_s, asked)
         confidence = drafter.confidence if asked else ()
         k = controller.choose([Offer(row, len(draft), confidence)], 1, 1).ks[0]

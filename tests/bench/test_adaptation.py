@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 
 from engine.bench.adaptation import figures
-from engine.bench.adaptation.arms import AdaptiveArm, Arm, Served, World, offline
+from engine.bench.adaptation.arms import AdaptiveArm, Arm, Served, offline
 from engine.bench.adaptation.figures import Run
+from engine.bench.adaptation.run import prevented
 from engine.bench.adaptation.sabotage import sabotaged
 from engine.bench.adaptation.streams import STREAMS, Response, stream
+from engine.bench.adaptation.world import World
 from engine.contracts import SpecCounts
 from engine.learner.memory import MemoryLearner
 from engine.settings import LearnerSettings
@@ -96,20 +99,28 @@ def test_the_gated_arm_refuses_what_the_ungated_one_serves(world: World) -> None
     assert all(not a.reason.startswith("not gated") and a.version is None for a in gated.attempts)
 
 
-def test_every_planted_bad_update_is_refused_in_the_middle_of_a_stream(world: World) -> None:
-    arm = AdaptiveArm("gated", world, offline(world, responses(12, 6)), (), gated=True)
-    passed: list[str] = []
-
-    def offer(good: dict[str, bytes]) -> None:
-        passed.extend(
-            kind for kind, files in sabotaged(good, np.random.default_rng(0)).items() if arm.judge(files).passed
-        )
-
-    arm.on_candidate = offer
-    for response in responses(64, 5):
-        arm.serve(response)
-    assert arm.attempts
-    assert passed == []
+def test_bad_updates_in_the_middle_of_a_stream_are_served_without_a_gate_only(world: World) -> None:
+    gated, ungated = (
+        AdaptiveArm("x", world, offline(world, responses(12, 6)), (), gated=wanted) for wanted in (True, False)
+    )
+    requests = responses(96, 5)
+    arms = {"gated": gated, "ungated": ungated}
+    served = dict[str, list[Served]]()
+    for name, arm in arms.items():
+        arm.saboteur = partial(sabotaged, rng=np.random.default_rng(0))
+        served[name] = [arm.serve(response) for response in requests]
+    planted = {name: [a for a in arm.attempts if a.planted] for name, arm in arms.items()}
+    assert len({a.planted for a in planted["gated"]}) == 6
+    assert all(a.version is None and a.reason for a in planted["gated"])
+    assert any(a.version is not None for a in planted["ungated"])
+    assert all(not a.learn_s and not a.gate_s for a in planted["gated"])
+    run = Run(stream("planted", {"a": requests}, 0), 0, served, {})
+    run = replace(run, stream=replace(run.stream, requests=tuple(requests)))
+    found = {f.name: f.value for f in prevented([run], {0: arms})}
+    assert found["bad_updates_served"] == found["worse_versions_served"] == 0
+    assert found["bad_updates_served:ungated"] > 0
+    assert found["worse_versions_served:ungated"] > 0
+    assert found["worst_class_loss:ungated"] > 0.02 > found["worst_class_loss"]
 
 
 def test_offline_training_is_never_taught_what_another_call_was(world: World) -> None:

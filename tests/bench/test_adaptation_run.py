@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 from engine.bench.adaptation import Options, run
+from engine.bench.adaptation.streams import STREAMS
 from engine.contracts import ProposerKind
 from engine.learner.trainer import choose_vocabulary, fresh_weights
 from engine.model.draft import DraftConfig
@@ -79,7 +80,7 @@ def test_from_prompts_to_report(tmp_path: Path) -> None:
     with (out / "requests.csv").open() as file:
         served = list(csv.DictReader(file))
     assert {row["arm"] for row in served} == {"none", "ngram", "static", "ungated", "gated"}
-    assert len({row["stream"] for row in served}) == 4
+    assert {row["stream"] for row in served} == set(STREAMS)
     again: list[str] = []
     run(
         chosen, Options(prompts=(prompts,), seeds=1, tokens=12, streams=("gradual",), verify=0, busy=True), again.append

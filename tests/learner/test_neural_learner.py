@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -10,7 +11,9 @@ from uuid import UUID
 
 import numpy as np
 import pytest
+from safetensors import numpy as safetensors
 
+from engine.bench.adaptation.drafts import Charged, KeptRehearsals
 from engine.contracts import ProposerKind, RolloutState, SlipstreamError, artifact_digest
 from engine.learner import neural, shipped, soundness
 from engine.learner.features import can_teach
@@ -18,7 +21,10 @@ from engine.learner.neural import HybridMaker, TargetReplayer, TuneRecipe, choos
 from engine.learner.rebuild import NotRebuilt, rebuild
 from engine.learner.traces import ServedTarget
 from engine.learner.trainer import choose_vocabulary, fresh_weights
+from engine.model.batch import Batch
 from engine.model.draft import DraftConfig
+from engine.model.kv_cache import KVCache
+from engine.model.llama import Llama
 from engine.model.loading import Target, load_target
 from engine.registry.publish import publish
 from engine.rollout.launch import launch
@@ -106,6 +112,41 @@ def test_a_draft_pass_is_charged_where_it_is_made(tiny: Target, draft: DraftFile
     assert 0.5 <= seconds < 0.5 * controlled.steps
 
 
+def test_a_held_out_request_goes_through_the_target_once_for_every_draft(
+    tiny: Target, draft: DraftFile, said: list[TrainableTrace], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tuned, _ = tune(tiny.model, draft, said, TuneRecipe(requests=6))
+    made = [
+        build_artifact(ProposerKind.NEURAL, 3, files=weights, target_fingerprint=FINGERPRINT)
+        for weights in (pack_again(draft), pack_again(draft), tuned)
+    ]
+    old, same, new = (load_proposer(files, artifact_digest(files), FINGERPRINT) for files in made)
+    asked, depths, forward = 0, list[int](), type(tiny.model).forward_with_aux
+
+    def counted(model: Llama, batch: Batch, cache: KVCache, layers: Sequence[int], depth: int | None = None) -> object:
+        nonlocal asked
+        asked += 1
+        depths.append(depth or 0)
+        return forward(model, batch, cache, layers, depth)
+
+    monkeypatch.setattr(type(tiny.model), "forward_with_aux", counted)
+    replayer, costs = TargetReplayer(tiny.model), StepCosts({r: ms / 1e3 for r, ms in COSTS.items()})
+    for policy, passes in ((old, 4), (same, 4), (old, 4), (new, 8)):
+        for trace in said[:4]:
+            whole, _ = replayer(policy, trace, None)
+            replayer(policy, trace, KController(costs))
+            assert replayer(policy, trace, None)[0] == whole
+        assert asked == passes
+    assert set(depths) == {1 + max(draft.config.aux_layers)}  # no layer above those that a draft reads
+
+    charged = Charged(replayer, KeptRehearsals(Path(), lambda: 0.0), 0.001)
+    for policy, times in ((old, 1), (same, 1), (new, 2)):
+        for trace in said[:4]:
+            charged(policy, trace, None)
+        tokens = sum(len(t.prompt_ids) + len(t.output_ids) for t in said[:4])
+        assert charged.owed == pytest.approx(0.001 * times * tokens)
+
+
 def pack_again(draft: DraftFile) -> dict[str, bytes]:
     return pack(draft.config, draft.weights, draft.vocabulary)
 
@@ -181,14 +222,14 @@ def test_tuning_starts_from_no_draft_that_was_taken_back(
     )  # fmt: skip
     maker, target = w.learner._maker, ServedTarget("tiny", FINGERPRINT, None, {})
     assert isinstance(maker, HybridMaker)
-    assert maker._parent(target, None).version == bad.version
+    assert maker.starting_draft(target, None) == bad.digest
     tried = launch(w.db, canary=bad.version, actor="t", preset="fast", now=w.now)
     with w.db.write() as session:
         rollouts.apply(
             session, tried.id, expected=tried.state, state=RolloutState.ROLLED_BACK, status=tried.status,
             decision=None, now=w.now,
         )  # fmt: skip
-    assert maker._parent(target, None).version == good.version
+    assert maker.starting_draft(target, None) == good.digest
 
 
 def test_without_any_draft_tuning_starts_from_the_one_that_comes_with_the_project(
@@ -198,16 +239,31 @@ def test_without_any_draft_tuning_starts_from_the_one_that_comes_with_the_projec
     maker = w.learner._maker
     assert isinstance(maker, HybridMaker)
     with pytest.raises(SlipstreamError, match="train-static"):  # what is shipped fits another target
-        maker._parent(target, None)
+        maker.starting_draft(target, None)
     ours = build_artifact(ProposerKind.NEURAL, 4, files=pack_again(draft), target_fingerprint=FINGERPRINT)
-    monkeypatch.setattr(neural, "shipped_draft", lambda fingerprint: ours if fingerprint == FINGERPRINT else None)
-    first = maker._parent(target, None)
-    assert first.digest == artifact_digest(ours)
-    assert maker._parent(target, None) == first
+    torn = {**ours, "draft.safetensors": safetensors.save({"weight": np.array([np.nan], np.float32)})}
+    shipped_files = [torn]
+    monkeypatch.setattr(neural, "shipped_draft", lambda fingerprint: shipped_files[-1])
+    with pytest.raises(SlipstreamError, match="damaged"):
+        maker.starting_draft(target, None)
+    shipped_files.append(ours)
+    assert maker.starting_draft(target, None) == artifact_digest(ours)
+    w.serve(100)
+    attempt = w.learner.attempt_if_due()
+    assert attempt is not None
+    assert attempt.outcome == learning.REGISTERED, attempt.reason
+    with db.read() as session:
+        made = policies.all_versions(session)
+    assert artifact_digest(ours) not in {v.digest for v in made}  # what the gate did not pass is no version
+    hybrid = next(v for v in made if v.version == attempt.version)
+    assert hybrid.manifest["lineage"]["draft"] == artifact_digest(ours)
+    again = HybridMaker(w.settings, w.db, w.store, tiny.model)
+    assert artifact_digest(rebuild(db, hybrid.version, {ProposerKind.HYBRID: again.rebuild})) == hybrid.digest
+    static = publish(w.db, w.store, ours)
     with db.write() as session:
-        policies.retire(session, [first.version], "t", w.now)
-    with pytest.raises(SlipstreamError, match="train-static"):
-        maker._parent(target, None)
+        policies.retire(session, [static.version, hybrid.version], "t", w.now)
+    with pytest.raises(SlipstreamError, match="train-static"):  # nobody starts from what was withdrawn
+        maker.starting_draft(target, None)
 
 
 def test_the_shipped_draft_is_sound_and_of_the_default_model() -> None:

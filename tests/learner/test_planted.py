@@ -65,7 +65,7 @@ def test_the_good_update_that_they_spoil_passes(good: Files, champion: Files, he
 def test_a_planted_bad_update_is_refused(
     kind: str, reason: str, good: Files, champion: Files, held_out: list[TrainableTrace]
 ) -> None:
-    report = judged(sabotaged(good, np.random.default_rng(4))[kind], champion, held_out)
+    report = judged(dict(sabotaged(good, np.random.default_rng(4)))[kind], champion, held_out)
     assert not report.passed
     assert any(reason in said for said in report.reasons), report.reasons
 

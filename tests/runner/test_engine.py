@@ -250,7 +250,7 @@ def test_what_cannot_run_is_refused_before_it_is_queued(tiny: Target) -> None:
         engine.add(request("x", PROMPT))
     with pytest.raises(QueueFull):
         engine.add(request("y", PROMPT, traffic_class="refused"))
-    assert [name for _, name in engine.control._acceptance] == ["chat"]
+    assert [name for _, name, _ in engine.control._acceptance] == ["chat"]
     engine.check_integrity()
     stats = engine.stats()
     assert (stats["running"], stats["waiting"], stats["draft_errors"], stats["step_errors"]) == (0, 1, 0, 0)

@@ -12,7 +12,7 @@ from engine.model.loading import Target
 from engine.runner.engine import RequestResult
 from engine.speculation.control import KController
 from engine.speculation.draft_pool import DraftPool
-from engine.speculation.hybrid import HybridProposer
+from engine.speculation.hybrid import HybridProposer, RehearsedHybrid
 from engine.speculation.neural_file import DraftFile
 from engine.speculation.proposer import Proposer
 from engine.speculation.replay import replay, replay_controlled
@@ -168,6 +168,32 @@ def test_replay_under_k_control_asks_for_what_the_engine_asks_for(
             engine._proposers[version], controller, version, "chat", *ids, LONG, draft_pass_s=pass_s
         )
         assert counts == result.counts, i
+
+
+def test_a_dear_draft_does_not_silence_the_memory_beside_it(
+    tiny: Target, plain: list[RequestResult], proposers: dict[int, Proposer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Passes of the draft never pay here; what memory knows costs nothing and is proposed all the same."""
+    bound = engine_of(tiny, proposers)._proposers
+
+    def accepted(version: int) -> int:
+        controller = KController(Known({1: 0.023, 2: 0.024, 4: 0.032, 8: 0.051}))
+        return sum(
+            replay_controlled(
+                bound[version], controller, version, "chat", p.payload.prompt_ids, p.payload.output_ids, LONG, 1.0
+            )[0].accepted
+            for p in plain
+        )
+
+    alone = accepted(MEMORY)
+    assert accepted(HYBRID) > 0.9 * alone > 0
+    propose = RehearsedHybrid.propose
+
+    def limited(self: RehearsedHybrid, k: int, limit: int | None = None) -> list[int]:
+        return propose(self, k if limit is None else min(k, limit), limit)
+
+    monkeypatch.setattr(RehearsedHybrid, "propose", limited)  # the fault: the draft's price limits memory too
+    assert accepted(HYBRID) < 0.5 * alone
 
 
 def test_places_are_given_back(tiny: Target, proposers: dict[int, Proposer]) -> None:

@@ -194,6 +194,17 @@ def test_experience_is_kept_of_the_classes_used_last_only() -> None:
     assert len(controller._acceptance) == MOST_KEPT
 
 
+def test_what_one_part_of_a_policy_is_sure_of_says_nothing_of_another() -> None:
+    controller, settings = KController(StepCosts({1: 1.0, 2: 1.01})), ControlSettings()
+    first, second = (controller.row(1, "chat", settings, part) for part in (0, 1))
+    for _ in range(200):
+        first.observe(1, [0], [0.5], [0, 0])
+        second.observe(1, [0], [0.5], [1])
+    assert first.survivals(1, [0.5])[0] > 0.8 > 0.2 > second.survivals(1, [0.5])[0]
+    controller.forget(1)
+    assert controller.row(1, "chat", settings, 1).acceptance is not second.acceptance
+
+
 def test_a_dear_drafter_is_never_slower_either() -> None:
     for right in (0.0, 0.4, 0.8):
         assert World(MEASURED, lambda i, p=right: p, draft_s=0.003).run(1500)[0] > 0.97  # type: ignore[misc]

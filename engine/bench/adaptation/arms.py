@@ -6,65 +6,27 @@ out, so a version that passes its gate serves from the next request on. Learning
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
-from uuid import UUID
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from engine.bench.adaptation.streams import Response
-from engine.contracts import SpecCounts, artifact_digest
+from engine.bench.adaptation.world import Traffic, World
+from engine.contracts import SpecCounts
 from engine.learner import gate
 from engine.learner.memory import MemoryLearner, MemoryRecipe, build_memory
-from engine.learner.neural import TargetReplayer, TuneRecipe, build_hybrid, tune
-from engine.learner.traces import ServedTarget, is_held_out, request_hash
-from engine.model.llama import Llama
-from engine.settings import LearnerSettings
-from engine.speculation.artifact import load_proposer
+from engine.learner.neural import build_hybrid
+from engine.speculation.artifact import read_manifest
 from engine.speculation.control import KController
-from engine.speculation.neural_file import draft_files, unpack
-from engine.speculation.proposer import Proposer
+from engine.speculation.neural_file import draft_files
+from engine.speculation.proposer import PolicyError, Proposer
 from engine.speculation.replay import replay_controlled
 from engine.speculation.step_costs import StepCosts
 from engine.store.repositories.intake import TrainableTrace
 
-START = datetime(2026, 1, 1, tzinfo=UTC)
-
-
-@dataclass(frozen=True, slots=True)
-class NeuralPart:
-    """``draft``: the files of the draft that hybrids start with. Tuned on ``learner.tune_requests`` requests with every
-    ``tune_every``-th candidate."""
-
-    model: Llama
-    replayer: TargetReplayer
-    draft: dict[str, bytes]
-    tune_every: int
-
-
-@dataclass(frozen=True, slots=True)
-class World:
-    """What all arms share. ``cpu``: CPU seconds of this process. ``neural``: there when static is a neural draft."""
-
-    target: ServedTarget
-    settings: LearnerSettings
-    max_tokens: int
-    seed: int
-    cpu: Callable[[], float] = time.process_time
-    neural: NeuralPart | None = None
-
-    @property
-    def replayer(self) -> gate.Replayer | None:
-        return self.neural.replayer if self.neural is not None else None
-
-    def bound(self, proposer: Proposer) -> tuple[Proposer, float]:
-        """What is replayed for a policy, and the seconds that one pass of its draft costs."""
-        return self.neural.replayer.bound(proposer) if self.neural is not None else (proposer, 0.0)
-
-    def load(self, files: dict[str, bytes]) -> Proposer:
-        return load_proposer(files, artifact_digest(files), self.target.fingerprint, self.target.tokenizer_fingerprint)
+Saboteur = Callable[[dict[str, bytes]], Iterable[tuple[str, dict[str, bytes]]]]
+"""(way, bad version) of a good candidate, in the order in which they are offered."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,44 +69,17 @@ class Arm:
         return 0.0
 
 
-@dataclass(slots=True)
-class Traffic:
-    """What the learner has taken in: the offline corpus first, then the stream as it comes."""
-
-    share: float
-    train: list[TrainableTrace] = field(default_factory=list)
-    held_out: list[TrainableTrace] = field(default_factory=list)
-    positions: dict[tuple[str, bool], int] = field(default_factory=dict)
-    ordinal: int = 0
-
-    def take(self, response: Response, max_tokens: int, teach: bool = False) -> None:
-        """``teach`` puts it on the training side whatever its hash says: the corpus never judges."""
-        held = not teach and is_held_out(request_hash(response.prompt_ids), self.share)
-        place = (response.traffic_class, held)
-        self.positions[place] = self.positions.get(place, 0) + 1
-        self.ordinal += 1
-        trace = TrainableTrace(
-            self.ordinal,
-            UUID(int=self.ordinal),
-            START + timedelta(seconds=self.ordinal),
-            response.traffic_class,
-            self.positions[place],
-            response.prompt_ids,
-            response.output_ids,
-            max_tokens,
-        )
-        (self.held_out if held else self.train).append(trace)
-
-
 @dataclass(frozen=True, slots=True)
 class Attempt:
-    """``at``: requests served before it. ``gate_s``: CPU seconds of the gate, ``learn_s`` of making the candidate."""
+    """``at``: requests served before it; ``version``: what is served since, None where it was refused. ``gate_s``: CPU
+    seconds of the gate, ``learn_s`` of making the candidate. ``planted``: in which way it was bad on purpose."""
 
     at: int
     version: int | None
     reason: str
-    learn_s: float
-    gate_s: float
+    learn_s: float = 0.0
+    gate_s: float = 0.0
+    planted: str = ""
 
 
 class AdaptiveArm(Arm):
@@ -158,52 +93,80 @@ class AdaptiveArm(Arm):
         for response in corpus:
             self.traffic.take(response, world.max_tokens, teach=True)
         if self.traffic.train:
-            self.memory.learn(self.traffic.train, _recipe(world))  # counted offline: not charged
+            self.memory.learn(self.traffic.train, MemoryRecipe.of(world.settings))  # counted offline: not charged
         self.served: dict[int, Proposer] = {1: start}
         self.attempts: list[Attempt] = []
-        self.files: dict[str, bytes] = {}
         self.draft = world.neural.draft if world.neural is not None else None
-        self.on_candidate: Callable[[dict[str, bytes]], None] | None = None
-        self._judged = self._looked = 0
+        self.saboteur: Saboteur | None = None
+        self._judged = self._looked = self._due = 0
+        self._charged = world.charged()
 
     def learn(self, response: Response) -> float:
-        world, began = self.world, self.world.cpu()
+        world, began = self.world, self._spent()
         self.traffic.take(response, world.max_tokens)
         self.seen += 1
-        fresh = self.fresh
         if self.seen % world.settings.every_requests or not self.traffic.train:
             return 0.0
-        if self.gated and len(fresh) < gate.MIN_HELD_OUT:
+        if self.gated and len(self.fresh) < gate.MIN_HELD_OUT:
             return 0.0
         files = self._candidate()
-        made = world.cpu()
+        made = self._spent()
+        if self._spoiled(files):
+            return made - began
         reason, passed = "not gated", True
         if self.gated:
-            if self.on_candidate is not None:
-                self.on_candidate(files)
-                began, made = began + world.cpu() - made, world.cpu()  # not this arm's doing
-            report = self.judge(files)
+            report, seen = self.judge(files, self._charged), self.fresh[-1].ordinal
             reason, passed = "; ".join(report.reasons), report.passed
             self._looked = 0 if passed else self._looked + (report.overall is not None)
             if passed or self._looked == gate.MAX_LOOKS:  # these requests are spent
-                self._judged, self._looked = fresh[-1].ordinal, 0
+                self._judged, self._looked = seen, 0
         if passed:
-            self.version += 1
-            self.proposer, self.files = world.load(files), files
-            self.draft = draft_files(files) if self.draft is not None else None
-            self.served[self.version] = self.proposer
-        ended = world.cpu()
+            self._take(files)
+        ended = self._spent()
         self.attempts.append(Attempt(self.seen, self.version if passed else None, reason, made - began, ended - made))
         return ended - began
+
+    def _take(self, files: dict[str, bytes]) -> None:
+        """Serve it from the next request on."""
+        self.proposer, self.version = self.world.load(files), self.version + 1
+        self.draft = draft_files(files) if self.draft is not None else None
+        self.served[self.version] = self.proposer
+
+    def _spoiled(self, good: dict[str, bytes]) -> bool:
+        """Whether this candidate, as every other one, was bad on purpose: all kinds of bad are offered in its place,
+        and without a gate the first that loads is served. What the gate takes for them is not charged.
+
+        The first policy of its kind is left alone: what is bad for its successors may be better than what was there.
+        """
+        if self.saboteur is None or self.proposer.kind != read_manifest(good).kind:
+            return False
+        self._due += 1
+        if self._due % 2:
+            return False
+        for kind, files in self.saboteur(good):
+            report = self.judge(files, self.world.replayer) if self.gated else self._loads(files)
+            if report.passed:
+                self._take(files)
+            version = self.version if report.passed else None
+            self.attempts.append(Attempt(self.seen, version, "; ".join(report.reasons), planted=kind))
+            if report.passed and not self.gated:
+                break
+        return True
+
+    def _loads(self, files: dict[str, bytes]) -> gate.GateReport:
+        try:
+            self.world.load(files)
+        except PolicyError as error:
+            return gate.GateReport(False, (f"it does not load: {error}",))
+        return gate.GateReport(True, ("not gated",))
 
     def _candidate(self) -> dict[str, bytes]:
         world, train = self.world, self.traffic.train
         if self.draft is None or world.neural is None:
             return build_memory(train, world.target, world.settings, learner=self.memory)
-        draft, neural = self.draft, world.neural
-        if world.settings.tune_requests and (len(self.attempts) + 1) % neural.tune_every == 0:
-            recipe = TuneRecipe(requests=world.settings.tune_requests)
-            draft, _ = tune(neural.model, unpack(draft), train, recipe)
+        draft = self.draft
+        if (len(self.attempts) + 1) % world.neural.tune_every == 0:
+            draft = world.tuned(draft, train)
         return build_hybrid(train, world.target, world.settings, draft, {}, learner=self.memory)
 
     @property
@@ -211,7 +174,13 @@ class AdaptiveArm(Arm):
         """Held-out requests on which no version has passed yet."""
         return [trace for trace in self.traffic.held_out if trace.ordinal > self._judged]
 
-    def judge(self, files: dict[str, bytes]) -> gate.GateReport:
+    def _spent(self) -> float:
+        """CPU seconds so far; rehearsals count what they cost this arm, not what they took here."""
+        neural, charged = self.world.neural, self._charged
+        rehearsed = charged.owed - neural.rehearsals.seconds if neural is not None and charged is not None else 0.0
+        return self.world.cpu() + rehearsed
+
+    def judge(self, files: dict[str, bytes], replayer: gate.Replayer | None) -> gate.GateReport:
         """What the gate says of a candidate now."""
         world = self.world
         return gate.examine(
@@ -222,7 +191,7 @@ class AdaptiveArm(Arm):
             world.settings.worst_class_drop,
             self.rng,
             gate.level(self._looked),
-            world.replayer,
+            replayer,
         )
 
 
@@ -233,7 +202,7 @@ def offline(
     learner: MemoryLearner | None = None,
     after: int = 0,
 ) -> Proposer:
-    """The policy that learning from all of these at once gives.
+    """The policy that learning from all of these at once gives, its draft tuned on ``taught`` where arms tune theirs.
 
     ``learner`` remembers what it has counted by ordinal: ``after`` gives ``taught`` ordinals that no other call gave.
     """
@@ -245,9 +214,7 @@ def offline(
         traffic.take(response, world.max_tokens, teach=True)
     if world.neural is None:
         return world.load(build_memory(traffic.train, world.target, world.settings, learner=learner))
-    made = build_hybrid(traffic.train, world.target, world.settings, world.neural.draft, {}, learner=learner)
-    return world.load(made)
-
-
-def _recipe(world: World) -> MemoryRecipe:
-    return MemoryRecipe.of(world.settings)
+    draft = world.neural.draft
+    if taught:
+        draft = world.tuned(draft, traffic.train[len(corpus) :])
+    return world.load(build_hybrid(traffic.train, world.target, world.settings, draft, {}, learner=learner))

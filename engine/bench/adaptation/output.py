@@ -27,17 +27,16 @@ def write(
     report: Report,
     runs: Mapping[str, Sequence[Run]],
     arms: Mapping[tuple[str, int], Mapping[str, Arm]],
-    refused: Mapping[str, str],
 ) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "figures.json").write_text(report.to_json())
     _requests(folder / "requests.csv", runs)
     _attempts(folder / "attempts.csv", arms)
-    (folder / "page.html").write_text(page(report, runs, refused))
+    (folder / "page.html").write_text(page(report, runs, arms))
 
 
-def page(report: Report, runs: Mapping[str, Sequence[Run]], refused: Mapping[str, str]) -> str:
-    """One self-contained file: figures, the curves of the first seed of every stream, what the gate refused."""
+def page(report: Report, runs: Mapping[str, Sequence[Run]], arms: Mapping[tuple[str, int], Mapping[str, Arm]]) -> str:
+    """One self-contained file: figures, the curves of the first seed of every stream, what was planted and why not."""
     from plotly.offline import get_plotlyjs
 
     charts = "".join(_chart(name, done[0]) for name, done in runs.items() if done)
@@ -46,7 +45,16 @@ def page(report: Report, runs: Mapping[str, Sequence[Run]], refused: Mapping[str
         f"<td>{escape(f.unit)}</td></tr>"
         for f in report.figures
     )
-    said = "".join(f"<tr><td>{escape(kind)}</td><td>{escape(reason)}</td></tr>" for kind, reason in refused.items())
+    planted = {
+        (name, a.planted): ("SERVED: " if a.version is not None else "refused: ") + a.reason
+        for used in arms.values()
+        for name, arm in used.items()
+        for a in (arm.attempts if isinstance(arm, AdaptiveArm) else ())
+        if a.planted
+    }
+    said = "".join(
+        f"<tr>{''.join(f'<td>{escape(t)}</td>' for t in (*key, planted[key]))}</tr>" for key in sorted(planted)
+    )
     return (
         "<!doctype html><meta charset='utf-8'><title>Adaptation</title>"
         f"<script>{get_plotlyjs()}</script>"
@@ -121,10 +129,11 @@ def _requests(path: Path, runs: Mapping[str, Sequence[Run]]) -> None:
 def _attempts(path: Path, arms: Mapping[tuple[str, int], Mapping[str, Arm]]) -> None:
     with path.open("w", newline="") as file:
         out = csv.writer(file)
-        out.writerow(["stream", "seed", "arm", "after_requests", "version", "learn_cpu_s", "gate_cpu_s", "reason"])
+        out.writerow(
+            ["stream", "seed", "arm", "after_requests", "version", "planted", "learn_cpu_s", "gate_cpu_s", "reason"]
+        )
         for (stream, seed), used in arms.items():
             for name, arm in used.items():
                 for a in arm.attempts if isinstance(arm, AdaptiveArm) else ():
-                    out.writerow(
-                        [stream, seed, name, a.at, a.version or "", f"{a.learn_s:.3f}", f"{a.gate_s:.3f}", a.reason]
-                    )
+                    cost = (f"{a.learn_s:.3f}", f"{a.gate_s:.3f}")
+                    out.writerow([stream, seed, name, a.at, a.version or "", a.planted, *cost, a.reason])

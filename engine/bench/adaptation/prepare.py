@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,9 +12,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 from scipy.optimize import isotonic_regression
 
-from engine.bench.adaptation.arms import NeuralPart, World, offline
-from engine.bench.adaptation.drafts import Rehearsals, beside_own_context
+from engine.bench.adaptation.arms import offline
+from engine.bench.adaptation.drafts import KeptRehearsals, beside_own_context, rehearsal_token_s
 from engine.bench.adaptation.streams import Ids, Response
+from engine.bench.adaptation.world import NeuralPart, World
 from engine.bench.workload import Responses
 from engine.contracts import ProposerKind, SlipstreamError, artifact_digest
 from engine.demo import prompts
@@ -39,6 +41,8 @@ CORPUS = "offline"
 """The traffic class of what static was trained on: only the pooled table of a memory knows it."""
 TOGETHER = 16
 PROFILED = 15
+REHEARSED = 9
+"""Responses on which the price of a rehearsal is measured."""
 REPLAYED = (ProposerKind.NONE, ProposerKind.NGRAM, ProposerKind.TRACE_MEMORY)
 """They need tokens only."""
 LEAST = 16
@@ -92,7 +96,8 @@ def prepare(settings: Settings, options: Options, say: Say) -> Material:
     say(f"static: a {kind} policy, {artifact_digest(files)[:12]}")
     if kind in REPLAYED:
         return Material(target, engine, world, classes, tuple(corpus), world.load(files))
-    neural = _neural(target, world.load(files), files, options, settings.dir("bench"), say)
+    sample = [r for found in classes.values() for r in found[: 1 + REHEARSED // len(classes)]]
+    neural = _neural(target, world, files, sample, options, settings.dir("bench"), say)
     world = replace(world, neural=neural)
     alone = world.load(beside_own_context(files, served, settings.learner.num_speculative_tokens))
     return Material(target, engine, world, classes, tuple(corpus), world.load(files), alone)
@@ -106,16 +111,25 @@ def _static_files(options: Options, target: Target) -> dict[str, bytes] | None:
 
 
 def _neural(
-    target: Target, static: Proposer, files: dict[str, bytes], options: Options, folder: Path, say: Say
+    target: Target,
+    world: World,
+    files: dict[str, bytes],
+    sample: Sequence[Response],
+    options: Options,
+    folder: Path,
+    say: Say,
 ) -> NeuralPart:
-    """One price for a draft pass of every arm, whoever tuned it: they have one shape."""
-    rehearsals, clock = Rehearsals(folder), time.thread_time if options.busy else time.perf_counter
-    bound, pass_s = TargetReplayer(target.model, clock, rehearsals).bound(static)
-    say(f"milliseconds of a draft pass: {1e3 * pass_s:.1f}")
-    if isinstance(bound, BoundNeural | BoundHybrid):
-        rehearsals.keep(bound.pool.network)
+    """One price for a draft pass and a rehearsal of every arm, whoever tuned its draft: they have one shape."""
+    clock = time.thread_time if options.busy else time.perf_counter
+    rehearsals = KeptRehearsals(folder, world.cpu)
+    bound, pass_s = TargetReplayer(target.model, clock, rehearsals).bound(world.load(files))
+    assert isinstance(bound, BoundNeural | BoundHybrid)  # the other kinds need tokens only
+    network = bound.pool.network
+    token_s = rehearsal_token_s(network, sample, bound.num_speculative_tokens, bound.pool.min_survival, world.cpu)
+    say(f"milliseconds of a draft pass: {1e3 * pass_s:.1f}, of the target's states a token: {1e3 * token_s:.2f}")
+    rehearsals.keep(network)
     replayer = TargetReplayer(target.model, clock, rehearsals, pass_s)
-    return NeuralPart(target.model, replayer, draft_files(files), options.tune_every)
+    return NeuralPart(target.model, replayer, rehearsals, token_s, draft_files(files), options.tune_every)
 
 
 def _costs(engine: Engine, busy: bool) -> dict[int, float]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,11 +20,13 @@ from engine.bench.report import Figure, Report, count_figure
 from engine.learner.memory import MemoryLearner
 from engine.ops.supervisor import Say
 from engine.settings import Settings
-from engine.speculation.artifact import read_manifest
 from engine.speculation.ngram import NgramProposer
 from engine.speculation.none import NoneProposer
 from engine.speculation.proposer import Proposer
 
+AHEAD, ENOUGH = 200, 16
+"""Requests on which a served version is held against the one before, and how many of a class say something of it."""
+WORSE = 0.02
 CONTEXT = "static+context"
 """Static, a neural draft, beside the request's own context: what of the gain is learned shows against this one."""
 
@@ -53,55 +56,30 @@ class Options:
     out: Path | None = None
 
 
-@dataclass(slots=True)
-class Prevented:
-    """Planted bad updates that the gate was offered, how many it let through, and the last reason by kind."""
-
-    candidates: int = 0
-    offered: int = 0
-    passed: int = 0
-    reasons: dict[str, str] = field(default_factory=dict)
-
-    def offer(self, arm: AdaptiveArm, good: dict[str, bytes], rng: np.random.Generator) -> None:
-        """Bad versions of a candidate that is about to be judged, judged on the same requests; every other time."""
-        if arm.proposer.kind != read_manifest(good).kind:
-            return  # the first of its kind: what is bad for its successors may be better than what is there
-        self.candidates += 1
-        if self.candidates % 2:
-            return
-        for kind, files in sabotaged(good, rng).items():
-            report = arm.judge(files)
-            self.offered += 1
-            self.passed += report.passed
-            self.reasons[kind] = ("PASSED: " if report.passed else "") + "; ".join(report.reasons)
-
-
 def run(settings: Settings, options: Options, say: Say) -> Report:
     wanted = replace_learner(settings, options.every, options.tune)
     material = prepare(wanted, options, say)
     rng = np.random.default_rng(options.seed)
     runs: dict[str, list[Run]] = {name: [] for name in options.streams}
     arms: dict[tuple[str, int], dict[str, Arm]] = {}
-    prevented = Prevented()
     for seed in range(options.seed, options.seed + options.seeds):
         for name in options.streams:
             began = time.monotonic()
             one = stream(name, material.classes, seed)
-            done, used = _play(one, material, seed, prevented if name == "mixed" else None, rng)
+            done, used = _play(one, material, seed, rng)
             runs[name].append(done)
             arms[name, seed] = used
             say(f"{name}, seed {seed}: {len(one.requests)} requests under {len(used)} arms, "
                 f"{time.monotonic() - began:.0f} s")  # fmt: skip
     found = _figures(runs, arms, material, rng)
     found.append(_day0(material, options, rng))
-    found.append(count_figure("bad_updates_served", prevented.passed, prevented.offered, "updates"))
     if options.verify and "shift" in runs:
         gated = arms["shift", options.seed]["gated"].proposer
         say("decoding a subsample for real")
         found += live.verify(material, gated, options.verify, rng)
     report = Report("adaptation", options.seed, found)
     if options.out is not None:
-        output.write(options.out, report, runs, arms, prevented.reasons)
+        output.write(options.out, report, runs, arms)
         say(f"{options.out}: figures.json, requests.csv, attempts.csv, page.html")
     return report
 
@@ -124,16 +102,14 @@ def _arms(material: Material, seed: int) -> dict[str, Arm]:
     }
 
 
-def _play(
-    one: Stream, material: Material, seed: int, prevented: Prevented | None, rng: np.random.Generator
-) -> tuple[Run, dict[str, Arm]]:
-    """Every arm serves a request before the next one comes. ``prevented`` offers bad updates to the gate meanwhile."""
+def _play(one: Stream, material: Material, seed: int, rng: np.random.Generator) -> tuple[Run, dict[str, Arm]]:
+    """Every arm serves a request before the next one comes."""
     arms = _arms(material, seed)
     served: dict[str, list[Served]] = {name: [] for name in arms}
-    gated = arms["gated"]
-    assert isinstance(gated, AdaptiveArm)
-    if prevented is not None:
-        gated.on_candidate = lambda files: prevented.offer(gated, files, rng)
+    if one.name == "planted":
+        for arm in arms.values():
+            if isinstance(arm, AdaptiveArm):
+                arm.saboteur = partial(sabotaged, rng=rng)
     for response in one.requests:
         for name, arm in arms.items():
             served[name].append(arm.serve(response))
@@ -165,7 +141,9 @@ def _figures(
 ) -> list[Figure]:
     found: list[Figure] = []
     for name, done in runs.items():
-        for first, second in _pairs(material, ("ungated", "static"), ("gated", "none"), ("static", "none")):
+        for first, second in _pairs(
+            material, ("gated", "ungated"), ("ungated", "static"), ("gated", "none"), ("static", "none")
+        ):
             rows = [row for r in done for row in figures.pairs(r, first, second, range(len(r.stream.requests)), True)]
             found.append(figures.ratio(f"ratio:{first}/{second}:{name}:all", rows, rng))
     for traffic_class in sorted(material.classes):
@@ -186,10 +164,45 @@ def _figures(
     if "shift" in runs:
         found += [figures.regret(runs["shift"], name) for name in runs["shift"][0].arms]
         found += _reachable(runs["shift"], rng)
+    if "planted" in runs:
+        found += prevented(runs["planted"], {r.seed: arms["planted", r.seed] for r in runs["planted"]})
     if "recurring" in runs:
         rows = [row for r in runs["recurring"] for row in _returns(r, arms["recurring", r.seed]["gated"])]
         found.append(figures.forgetting(rows, rng))
     return found
+
+
+def prevented(runs: Sequence[Run], arms: Mapping[int, Mapping[str, Arm]]) -> list[Figure]:
+    """Bad updates that came to be served, and served versions worse than the one before: with the gate and without.
+
+    ``arms``: by seed and name, those that served ``runs``.
+    """
+    found = []
+    for name, suffix in (("gated", ""), ("ungated", ":ungated")):
+        planted, losses = list[bool](), list[float]()
+        for run in runs:
+            arm = arms[run.seed][name]
+            assert isinstance(arm, AdaptiveArm)
+            planted += [a.version is not None for a in arm.attempts if a.planted]
+            losses += [_worst_class(run, arm, a.at, a.version) for a in arm.attempts if a.version is not None]
+        worse = sum(loss > WORSE for loss in losses)
+        found.append(count_figure(f"bad_updates_served{suffix}", sum(planted), len(planted), "updates"))
+        found.append(count_figure(f"worse_versions_served{suffix}", worse, len(losses), "versions"))
+        if losses:
+            worst = max(losses)
+            found.append(Figure(f"worst_class_loss{suffix}", worst, min(losses), worst, len(losses), "share"))
+    return found
+
+
+def _worst_class(run: Run, arm: AdaptiveArm, at: int, version: int) -> float:
+    """Share of acceptance length that a version loses against the one before it, in the class that loses most, over
+    the ``AHEAD`` requests that come next (all of a class that has ``ENOUGH``)."""
+    sums: dict[str, list[tuple[float, float, float, float]]] = {}
+    for response in run.stream.requests[at : at + AHEAD]:
+        new, old = (_alone(arm, arm.served[v], response) for v in (version, version - 1))
+        sums.setdefault(response.traffic_class, []).append((*new, *old))
+    found = [np.array(rows).sum(0) for rows in sums.values() if len(rows) >= ENOUGH]
+    return max((float(1 - (a / b) / (c / d)) for a, b, c, d in found), default=0.0)
 
 
 def _pairs(material: Material, *more: tuple[str, str]) -> list[tuple[str, str]]:

@@ -14,8 +14,8 @@ from engine.speculation.memory_build import POOLED
 Files = dict[str, bytes]
 
 
-def sabotaged(good: Mapping[str, bytes], rng: np.random.Generator) -> dict[str, Files]:
-    """Name → a bad version of a good trace memory or hybrid."""
+def sabotaged(good: Mapping[str, bytes], rng: np.random.Generator) -> list[tuple[str, Files]]:
+    """(name, a bad version) of a good trace memory or hybrid, in random order."""
     arrays = safetensors.load(good[MEMORY_FILE])
     tables = sorted({name.rpartition("/")[0] for name in arrays})
     classes = [name for name in tables if name != POOLED] or tables
@@ -30,7 +30,7 @@ def sabotaged(good: Mapping[str, bytes], rng: np.random.Generator) -> dict[str, 
         sure[f"{name}/count"] = arrays[f"{name}/total"].copy()
     for name in {classes[int(rng.integers(len(classes)))], POOLED} & set(tables):
         ruined[f"{name}/token"] = rng.permutation(arrays[f"{name}/token"])
-    return {
+    found = {
         "shuffled vocabulary": _again(good, shuffled),
         "learning rate x100": _again(good, sure),
         "one class ruined": _again(good, ruined),
@@ -38,6 +38,7 @@ def sabotaged(good: Mapping[str, bytes], rng: np.random.Generator) -> dict[str, 
         "stale fingerprint": _again(good, arrays, fingerprint="0" * 64),
         "cut short": {**good, MEMORY_FILE: good[MEMORY_FILE][:-64]},
     }
+    return [(name, found[name]) for name in rng.permutation(sorted(found)).tolist()]
 
 
 def _again(good: Mapping[str, bytes], arrays: Mapping[str, np.ndarray], fingerprint: str | None = None) -> Files:

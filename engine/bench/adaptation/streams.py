@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 Ids = tuple[int, ...]
-STREAMS = ("mixed", "shift", "recurring", "gradual")
+STREAMS = ("mixed", "shift", "recurring", "gradual", "planted")
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,13 +46,13 @@ def stream(name: str, classes: Mapping[str, Sequence[Response]], seed: int) -> S
     """``seed`` shuffles the requests of each class and the order in which classes come.
 
     mixed: all at once. shift: one class after the other. recurring: the first half of A, of B, the rest of A, of B.
-    gradual: from A to B with a share that grows linearly.
+    gradual: from A to B with a share that grows linearly. planted: all at once, while every other update is bad.
     """
     rng = random.Random(f"{name} {seed}")
     order = sorted(classes)
     rng.shuffle(order)
     own = {name: rng.sample(list(classes[name]), len(classes[name])) for name in order}
-    if name == "mixed":
+    if name in ("mixed", "planted"):
         requests = [response for found in own.values() for response in found]
         rng.shuffle(requests)
         return Stream(name, tuple(requests), (Phase("", 0, len(requests)),))

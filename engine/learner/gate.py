@@ -2,15 +2,15 @@
 
 Static checks first (``soundness``), then candidate and champion draft the same held-out responses
 (``speculation.replay``), so the comparison is paired and needs no target. The change in tokens per verify step is
-resampled over requests (percentile bootstrap, Efron 1979), in all and per class. What both earn is priced by the
-engine's measured costs, under its own K control.
+resampled over requests (percentile bootstrap, Efron 1979), in all and per class. Where that refuses nothing, what both
+earn is priced by the engine's measured costs, under its own K control.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -46,7 +46,7 @@ states brings its own, and adds what its drafting costs."""
 class Comparison:
     """Tokens per verify step of both over the same ``n`` requests; ``low`` and ``high`` bound the change, one-sided.
 
-    ``champion_ms`` and ``candidate_ms`` are milliseconds of target passes per token, None without measured costs.
+    ``champion_ms`` and ``candidate_ms`` are milliseconds of target passes per token, None where they were not asked.
     """
 
     n: int
@@ -67,7 +67,8 @@ class Comparison:
 @dataclass(frozen=True, slots=True)
 class GateReport:
     """``speedup`` is predicted over plain decoding, ``net`` over the champion: one request at a time, both under K
-    control with the measured costs. ``alpha`` is the level of the bounds.
+    control with the measured costs, None where there are none or the counts refuse already. ``alpha`` is the level of
+    the bounds.
     """
 
     passed: bool
@@ -132,24 +133,29 @@ def compare(
     alpha: float = ALPHA,
     replayer: Replayer | None = None,
 ) -> GateReport:
-    """Paired replay over ``held_out``; passes when every rule holds, else names each that does not."""
+    """Paired replay over ``held_out``; passes when every rule holds, else names each that does not.
+
+    Replay under K control doubles the work, so it is asked only of a candidate that the counts do not refuse.
+    """
     if len(held_out) < MIN_HELD_OUT:
         return GateReport(False, (f"only {len(held_out)} held-out requests, {MIN_HELD_OUT} are needed",), alpha=alpha)
     replayer = replayer or stored
-    old = _earned(champion, held_out, step_cost_ms, replayer)
-    new = _earned(candidate, held_out, step_cost_ms, replayer)
+    old, new = (_Earned([replayer(p, trace, None)[0] for trace in held_out]) for p in (champion, candidate))
     if not sum(counts.drafted for counts in new.full):
         reason = f"it drafted nothing on {len(held_out)} held-out requests: it is empty"
         return GateReport(False, (reason,), alpha=alpha)
     names = [trace.traffic_class for trace in held_out]
-    classes = {name: _compare(old, new, [n == name for n in names], rng, alpha) for name in sorted(set(names))}
+    chosen = {name: [n == name for n in names] for name in sorted(set(names))}
+    classes = {name: _compare(old, new, wanted, rng, alpha) for name, wanted in chosen.items()}
     overall = _compare(old, new, [True] * len(names), rng, alpha)
     report = GateReport(True, (), overall, classes, alpha=alpha)
-    if step_cost_ms:
-        plain = step_cost_ms[min(step_cost_ms)]
-        before, after = overall.champion_ms or plain, overall.candidate_ms or plain
-        report = replace(report, speedup=plain / after, net=before / after)
-    reasons = _refusals(report, worst_class_drop)
+    reasons = _worse(report, worst_class_drop)
+    if step_cost_ms and not reasons:
+        old, new = (
+            _priced(earned, p, held_out, step_cost_ms, replayer) for earned, p in ((old, champion), (new, candidate))
+        )
+        report = _in_time(report, old, new, chosen, step_cost_ms[min(step_cost_ms)])
+        reasons = _too_dear(report)
     return replace(report, passed=not reasons, reasons=tuple(reasons) or (_praise(overall),))
 
 
@@ -166,30 +172,44 @@ class _Earned:
     """Per held-out request: counts with whole drafts and, where costs are known, tokens and seconds under K control."""
 
     full: list[SpecCounts]
-    tokens: list[int]
-    seconds: list[float]
+    tokens: list[int] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
 
-    def ms_per_token(self, chosen: Sequence[bool]) -> float | None:
-        if not self.seconds:
-            return None
+    def ms_per_token(self, chosen: Sequence[bool]) -> float:
         tokens = sum(n for n, wanted in zip(self.tokens, chosen, strict=True) if wanted)
         return 1e3 * sum(s for s, wanted in zip(self.seconds, chosen, strict=True) if wanted) / max(1, tokens)
 
 
-def _earned(
-    proposer: Proposer, held_out: Sequence[TrainableTrace], step_cost_ms: Mapping[int, float], replayer: Replayer
+def _priced(
+    earned: _Earned,
+    proposer: Proposer,
+    held_out: Sequence[TrainableTrace],
+    step_cost_ms: Mapping[int, float],
+    replayer: Replayer,
 ) -> _Earned:
-    earned = _Earned([replayer(proposer, trace, None)[0] for trace in held_out], [], [])
-    if step_cost_ms:
-        controller = KController(StepCosts({rows: ms / 1e3 for rows, ms in step_cost_ms.items()}))
-        for trace in held_out:
-            counts, seconds = replayer(proposer, trace, controller)
-            earned.tokens.append(counts.steps + counts.accepted)
-            earned.seconds.append(seconds)
-    return earned
+    controller = KController(StepCosts({rows: ms / 1e3 for rows, ms in step_cost_ms.items()}))
+    found = [replayer(proposer, trace, controller) for trace in held_out]
+    return replace(earned, tokens=[c.steps + c.accepted for c, _ in found], seconds=[s for _, s in found])
 
 
-def _refusals(report: GateReport, worst_class_drop: float) -> list[str]:
+def _in_time(
+    report: GateReport, old: _Earned, new: _Earned, chosen: Mapping[str, Sequence[bool]], plain_ms: float
+) -> GateReport:
+    """The report with milliseconds per token; ``plain_ms`` is a pass of one row."""
+    assert report.overall is not None
+    assert report.classes is not None
+    everywhere = [True] * report.overall.n
+
+    def timed(one: Comparison, wanted: Sequence[bool]) -> Comparison:
+        return replace(one, champion_ms=old.ms_per_token(wanted), candidate_ms=new.ms_per_token(wanted))
+
+    overall = timed(report.overall, everywhere)
+    classes = {name: timed(one, chosen[name]) for name, one in report.classes.items()}
+    before, after = overall.champion_ms or plain_ms, overall.candidate_ms or plain_ms
+    return replace(report, overall=overall, classes=classes, speedup=plain_ms / after, net=before / after)
+
+
+def _worse(report: GateReport, worst_class_drop: float) -> list[str]:
     overall, reasons = report.overall, []
     assert overall is not None
     if not overall.low > 0:
@@ -203,6 +223,11 @@ def _refusals(report: GateReport, worst_class_drop: float) -> list[str]:
                 f"class {name} loses {-one.change:.1%} (allowed {worst_class_drop:.0%}): {one.candidate:.3f} tokens "
                 f"per verify step against {one.champion:.3f} on {one.n} requests"
             )
+    return reasons
+
+
+def _too_dear(report: GateReport) -> list[str]:
+    reasons = []
     if report.speedup is not None and not report.speedup > 1.0:
         reasons.append(
             f"predicted speed-up over plain decoding is {report.speedup:.2f}, not above 1, with the measured costs"
@@ -234,9 +259,7 @@ def _compare(old: _Earned, new: _Earned, chosen: Sequence[bool], rng: np.random.
     a, b, c, d = table.sum(0)
     before, after = float(_ratio(a, b)), float(_ratio(c, d))
     low, high = np.quantile(deltas, [alpha, 1 - alpha])
-    return Comparison(
-        n, before, after, after - before, float(low), float(high), old.ms_per_token(chosen), new.ms_per_token(chosen)
-    )
+    return Comparison(n, before, after, after - before, float(low), float(high))
 
 
 def _ratio(x: Any, y: Any) -> Any:

@@ -44,6 +44,9 @@ class EngineSettings(Section):
     kernels: bool = Field(
         True, description="bfloat16 on a CPU: compile small kernels at start where there is a C compiler"
     )
+    cuda_graphs: bool = Field(
+        True, description="on CUDA: capture the passes of each batch size once and replay them; off: call each kernel"
+    )
     max_num_seqs: PositiveInt = Field(16, description="requests decoded together in one step")
     max_model_len: PositiveInt = Field(2048, description="longest prompt plus output, tokens")
     kv_tokens: int = Field(

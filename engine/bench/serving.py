@@ -21,6 +21,7 @@ from engine.bench.report import Figure, Report
 from engine.bench.workload import Ids, Responses, Workload, workloads
 from engine.contracts import ProposerKind, SamplingParams, SlipstreamError, artifact_digest
 from engine.learner.memory import MIN_CONFIDENCE
+from engine.model.graphs import graphs_on, no_graphs_on
 from engine.model.loading import Target, configured_target
 from engine.ops.supervisor import Say
 from engine.runner.engine import Engine, EngineRequest
@@ -117,6 +118,7 @@ class Bench:
             max_model_len=options.longest + options.tokens,
             prefill_chunk=settings.engine.prefill_chunk,
             clock=time.perf_counter,
+            capture_on=graphs_on if settings.engine.cuda_graphs else no_graphs_on,
         )
         self._responses = Responses(target, options.tokens, settings.dir("bench"))
         self._versions: dict[tuple[str, str], int] = {}  # (policy, class) → version
@@ -124,6 +126,7 @@ class Bench:
         profile = profile_step_costs(self.engine.runner)
         say("milliseconds of a target pass by rows: " + ", ".join(f"{r}: {ms:.0f}" for r, ms in profile.items()))
         self.engine.control.costs = StepCosts({rows: ms / 1e3 for rows, ms in profile.items()})
+        self.engine.runner.target_pass.prepare(settings.learner.num_speculative_tokens)
 
     def measure(self, workload: Workload) -> dict[int, list[Block]]:
         """Concurrency → blocks, after a first one that warms every policy up and is forgotten."""

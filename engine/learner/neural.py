@@ -34,9 +34,10 @@ from engine.settings import LearnerSettings, Settings
 from engine.speculation.artifact import build_artifact, load_proposer
 from engine.speculation.control import KController
 from engine.speculation.draft_pool import DraftPool, Want
+from engine.speculation.draft_pools import DraftPools
 from engine.speculation.hybrid import BoundHybrid, HybridProposer
 from engine.speculation.memory import MEMORY_FILE
-from engine.speculation.neural import BoundNeural, NeuralProposer, make_pool
+from engine.speculation.neural import BoundNeural, NeuralProposer
 from engine.speculation.neural_file import DraftFile, pack, unpack
 from engine.speculation.proposer import Proposer
 from engine.speculation.rehearsal import Rehearsals, Rehearsing
@@ -264,9 +265,8 @@ class TargetReplayer:
         if id(proposer) not in self._bound:
             bound, pass_s = proposer, 0.0
             if isinstance(proposer, NeuralProposer | HybridProposer):
-                pool = make_pool(
-                    proposer.draft, self._target, 1, self._target.config.max_position, proposer.min_survival
-                )
+                pools = DraftPools(self._target, 1, self._target.config.max_position)
+                pool = pools.take(proposer.draft, proposer.min_survival)
                 if isinstance(proposer, NeuralProposer):
                     bound = BoundNeural(proposer, pool, self._rehearsing)
                 else:
@@ -279,7 +279,8 @@ class TargetReplayer:
 
 def draft_pass_s(pool: DraftPool, clock: Callable[[], float], repeats: int = 9, context: int = 64) -> float:
     """Median seconds of one draft pass for one request."""
-    aux = torch.zeros(1, 3 * pool.network.config.hidden_size, dtype=pool.network.target.dtype)
+    target = pool.network.target
+    aux = torch.zeros(1, 3 * target.config.hidden_size, dtype=target.dtype, device=target.device)
     state = pool.start([0] * context)
     pool.feed([(state, 0, aux.expand(context - 1, -1))])
     took = []

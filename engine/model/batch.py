@@ -9,6 +9,8 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from engine.model.staged import upload
+
 
 @dataclass(frozen=True, slots=True)
 class DecodeGroup:
@@ -104,11 +106,11 @@ def build_batch(
     ids = [token for row in rows for token in row.token_ids]
     positions = [position for row in rows for position in range(row.start, row.end)]
     places = [row.slot * max_len + position for row in rows for position in range(row.start, row.end)]
-    flat = torch.tensor([ids, positions, places], dtype=torch.int64, device=device)
+    flat = upload([ids, positions, places], torch.int64, device)
 
     def lone(row: Row, first: int, length: int) -> LoneGroup:
         last = first + len(row.token_ids)
-        return LoneGroup(first, last, row.slot, length, _causal(flat[1, first:last], length, group_size, dtype))
+        return LoneGroup(first, last, row.slot, length, causal_mask(flat[1, first:last], length, group_size, dtype))
 
     firsts = list(accumulate((len(row.token_ids) for row in rows), initial=0))
     num_decode = firsts[len(decodes)]
@@ -136,9 +138,9 @@ def build_batch(
 def _repeated(row: Row, max_len: int, group_size: int, dtype: torch.dtype, device: torch.device) -> Batch:
     """A pass over one token."""
     token, place = row.token_ids[0], row.slot * max_len + row.start
-    flat = torch.tensor([[token] * COPIES, [row.start] * COPIES, [place] * COPIES], dtype=torch.int64, device=device)
+    flat = upload([[token] * COPIES, [row.start] * COPIES, [place] * COPIES], torch.int64, device)
     length = _rounded(row.end, max_len)
-    group = LoneGroup(0, COPIES, row.slot, length, _causal(flat[1], length, group_size, dtype))
+    group = LoneGroup(0, COPIES, row.slot, length, causal_mask(flat[1], length, group_size, dtype))
     return Batch(flat[0], flat[1], flat[2], 1, None, (group,), (), repeated=True)
 
 
@@ -176,19 +178,20 @@ def _decode_group(
         position[row.slot * width : row.slot * width + len(row.token_ids)] = range(row.start, row.end)
     mask = None
     if position != [length - 1] * (num_rows * width):
-        at = torch.tensor(position, device=device)
-        mask = _causal(at, length, group_size, dtype).view(num_rows, 1, width * group_size, length)
+        at = upload(position, torch.int64, device)
+        mask = causal_mask(at, length, group_size, dtype).view(num_rows, 1, width * group_size, length)
     index = filled = None
     if pad != list(range(num_rows * width)):
         at_place = [0] * (num_rows * width)
         for token, place in enumerate(pad):
             at_place[place] = token
-        index, filled = torch.tensor(pad, device=device), torch.tensor(at_place, device=device)
-    tokens = None if spans is None else torch.tensor([at for span in spans for at in span], device=device)
+        index, filled = upload(pad, torch.int64, device), upload(at_place, torch.int64, device)
+    tokens = None if spans is None else upload([at for span in spans for at in span], torch.int64, device)
     return DecodeGroup(len(pad), tokens, num_rows, width, length, index, filled, mask)
 
 
-def _causal(positions: Tensor, length: int, group_size: int, dtype: torch.dtype) -> Tensor:
+def causal_mask(positions: Tensor, length: int, group_size: int, dtype: torch.dtype) -> Tensor:
     """[T * group_size, length]: 0 where a key is at or before the query's position, -inf after it."""
-    hidden = torch.arange(length, device=positions.device) > positions.repeat_interleave(group_size)[:, None]
+    at = positions[:, None].expand(-1, group_size).reshape(-1, 1)
+    hidden = torch.arange(length, device=positions.device) > at
     return torch.zeros(hidden.shape, dtype=dtype, device=positions.device).masked_fill_(hidden, float("-inf"))

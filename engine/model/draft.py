@@ -24,7 +24,7 @@ from engine.model.attention import attend, rotate
 from engine.model.batch import Batch
 from engine.model.config import LlamaConfig
 from engine.model.kv_cache import KVCache
-from engine.model.linear import linear, pack
+from engine.model.linear import copy_in_place, linear, pack
 from engine.model.llama import Llama
 
 NUM_AUX = 3
@@ -114,6 +114,16 @@ class DraftNetwork:
         self._matrices = {name: pack(tensor) for name, tensor in self.weights.items() if tensor.ndim == 2}
         self._head = pack(self.head)
         self.eps = target.config.rms_norm_eps
+
+    @torch.inference_mode()
+    def copy_weights(self, weights: Mapping[str, Tensor], vocabulary: Tensor) -> None:
+        """Become another draft of this shape, in the same storage: what was captured with it drafts by the new one.
+
+        SlipstreamError, and nothing changed, where names or shapes differ.
+        """
+        own = {**self.weights, **self._matrices, "vocabulary": self.vocabulary}
+        copy_in_place(own, {**weights, "vocabulary": vocabulary}, "A draft")
+        self.head.copy_(self.target.head[self.vocabulary])
 
     def cache(self, num_slots: int, max_len: int) -> KVCache:
         """Room for the draft's own keys and values."""

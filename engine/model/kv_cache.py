@@ -14,6 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+_SPARE = 16
+"""Places beyond the slots. One is used; so many keep every layer's storage aligned."""
+
 
 class CacheShape(Protocol):
     """What of a model's configuration decides the size of its cache."""
@@ -31,11 +34,14 @@ class KVCache:
         self, config: CacheShape, num_slots: int, max_len: int, dtype: torch.dtype, device: torch.device | str = "cpu"
     ) -> None:
         self.num_slots, self.max_len = num_slots, max_len
-        shape = (2, config.num_layers, num_slots, max_len, config.num_kv_heads, config.head_dim)
+        self.nowhere = num_slots * max_len
+        """A place that belongs to no slot and that nobody reads: padding is written there."""
+        slots = (num_slots, max_len, config.num_kv_heads, config.head_dim)
+        shape = (2, config.num_layers, self.nowhere + _SPARE, config.num_kv_heads, config.head_dim)
         storage = _zeros(shape, dtype, torch.device(device))
-        self.keys, self.values = storage[0].unbind(0), storage[1].unbind(0)  # per layer [slots, max_len, kv_heads, hd]
-        flat = storage.view(2, config.num_layers, num_slots * max_len, config.num_kv_heads, config.head_dim)
-        self.flat_keys, self.flat_values = flat[0].unbind(0), flat[1].unbind(0)
+        self.flat_keys, self.flat_values = storage[0].unbind(0), storage[1].unbind(0)
+        self.keys = [flat[: self.nowhere].view(slots) for flat in self.flat_keys]  # per layer
+        self.values = [flat[: self.nowhere].view(slots) for flat in self.flat_values]
 
     def write(self, layer: int, places: Tensor, key: Tensor, value: Tensor) -> None:
         """Store ``key`` and ``value`` [N, kv_heads, head_dim] at ``places`` [N] = slot * max_len + position."""

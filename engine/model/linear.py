@@ -17,11 +17,14 @@ many rows there are.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from engine.contracts import SlipstreamError
 
 _MOST_ROWS = 64
 _FILL = {1: 2} | dict.fromkeys(range(10, 16), 16)
@@ -49,6 +52,28 @@ def pack(weight: Tensor) -> Weight:
 def dense(weight: Weight) -> Tensor:
     """[out, in] as an ordinary tensor."""
     return weight.opaque.to_dense() if isinstance(weight, Packed) else weight
+
+
+def copy_in_place(own: Mapping[str, Weight], given: Mapping[str, Weight], what: str) -> None:
+    """Copy ``given`` into the storage of ``own``. SlipstreamError, before anything is copied, where they differ.
+
+    Weights in oneDNN's layout are refused: they are nobody's to write, and no graph holds them.
+    """
+    problems = [f"{name} is missing" for name in sorted(own.keys() - given.keys())]
+    problems += [f"{name} is unknown" for name in sorted(given.keys() - own.keys())]
+    pairs: list[tuple[Tensor, Tensor]] = []
+    for name in sorted(own.keys() & given.keys()):
+        old, new = own[name], given[name]
+        if isinstance(old, Packed) or isinstance(new, Packed):
+            problems.append(f"{name} is in oneDNN's layout")
+        elif old.shape != new.shape:
+            problems.append(f"{name} has shape {list(new.shape)}, not {list(old.shape)}")
+        else:
+            pairs.append((old, new))
+    if problems:
+        raise SlipstreamError(f"{what} cannot take these weights in place: {'; '.join(problems)}. Load it anew.")
+    for old, new in pairs:
+        old.copy_(new)
 
 
 def linear(x: Tensor, weight: Weight) -> Tensor:

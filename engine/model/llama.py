@@ -17,7 +17,7 @@ from engine.model.attention import rope_tables
 from engine.model.batch import Batch
 from engine.model.config import LlamaConfig
 from engine.model.kv_cache import KVCache
-from engine.model.linear import linear, pack
+from engine.model.linear import Weight, copy_in_place, linear, pack
 from engine.model.ops import Ops, TorchOps
 
 
@@ -42,6 +42,9 @@ class Layer:
         self.gate_up = pack(torch.cat([take[f"{prefix}mlp.{x}_proj.weight"] for x in ("gate", "up")]))
         self.down = pack(take[prefix + "mlp.down_proj.weight"])
 
+    def weights(self) -> dict[str, Weight]:
+        return {name: weight for name in self.__slots__ if (weight := getattr(self, name)) is not None}
+
 
 class Llama:
     def __init__(self, config: LlamaConfig, tensors: Mapping[str, Tensor]) -> None:
@@ -63,21 +66,29 @@ class Llama:
         cls, config: LlamaConfig, tensors: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device
     ) -> Llama:
         """Strict: a missing, unexpected or misshapen tensor is an error with its name."""
-        shapes = tensor_shapes(config)
-        # Tied checkpoints may carry the head again, and old ones the rotary frequencies; both are derived data.
-        derived = {"lm_head.weight"} if config.tie_embeddings else set()
-        found = {n: t for n, t in tensors.items() if n not in derived and not n.endswith("rotary_emb.inv_freq")}
-        problems = [f"missing {name}" for name in sorted(set(shapes) - set(found))]
-        problems += [f"unexpected {name}" for name in sorted(set(found) - set(shapes))]
-        problems += [
-            f"{name} has shape {list(found[name].shape)}, not {list(shapes[name])}"
-            for name in sorted(set(found) & set(shapes))
-            if tuple(found[name].shape) != shapes[name]
-        ]
-        if problems:
-            more = f" and {len(problems) - 8} more" if len(problems) > 8 else ""
-            raise SlipstreamError(f"The weights do not fit config.json: {'; '.join(problems[:8])}{more}.")
+        found = _fitting(config, tensors)
         return cls(config, {name: tensor.to(device, dtype) for name, tensor in found.items()})
+
+    @torch.inference_mode()
+    def copy_weights(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take another checkpoint of this shape, in the same storage: what was captured goes on with the new weights.
+
+        Strict as ``from_checkpoint``, and nothing is changed where something does not fit. Keys and values computed
+        before are the old weights', and drafts keep the head's rows they took: begin both anew.
+        """
+        found = _fitting(self.config, tensors)
+
+        def here(prefix: str) -> dict[str, Tensor]:
+            """A part at a time, so that no second model lies beside this one."""
+            return {n: t.to(self.device, self.dtype) for n, t in found.items() if n.startswith(prefix)}
+
+        embedding = here("model.embed_tokens.weight")["model.embed_tokens.weight"]
+        head = embedding if self.config.tie_embeddings else here("lm_head.weight")["lm_head.weight"]
+        own: dict[str, Weight] = {"head": self._head, "embedding": self.embedding, "norm": self.norm}
+        given = {"head": head, "embedding": embedding, "norm": found["model.norm.weight"]}
+        copy_in_place(own, given, "The target")
+        for i, layer in enumerate(self.layers):
+            copy_in_place(layer.weights(), Layer(self.config, here(f"model.layers.{i}."), i).weights(), "The target")
 
     def forward(self, batch: Batch, cache: KVCache) -> Tensor:
         """Hidden states [num_tokens, hidden] before the last norm; keys and values go into ``cache``."""
@@ -117,6 +128,25 @@ class Llama:
     def normed(self, hidden: Tensor) -> Tensor:
         """What the head is applied to, [rows, hidden]."""
         return F.rms_norm(hidden, (self.config.hidden_size,), self.norm, self.config.rms_norm_eps)
+
+
+def _fitting(config: LlamaConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Those of ``tensors`` that the model is made of; a SlipstreamError with the names of all that do not fit."""
+    shapes = tensor_shapes(config)
+    # Tied checkpoints may carry the head again, and old ones the rotary frequencies; both are derived data.
+    derived = {"lm_head.weight"} if config.tie_embeddings else set()
+    found = {n: t for n, t in tensors.items() if n not in derived and not n.endswith("rotary_emb.inv_freq")}
+    problems = [f"missing {name}" for name in sorted(set(shapes) - set(found))]
+    problems += [f"unexpected {name}" for name in sorted(set(found) - set(shapes))]
+    problems += [
+        f"{name} has shape {list(found[name].shape)}, not {list(shapes[name])}"
+        for name in sorted(set(found) & set(shapes))
+        if tuple(found[name].shape) != shapes[name]
+    ]
+    if problems:
+        more = f" and {len(problems) - 8} more" if len(problems) > 8 else ""
+        raise SlipstreamError(f"The weights do not fit config.json: {'; '.join(problems[:8])}{more}.")
+    return found
 
 
 def tensor_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:

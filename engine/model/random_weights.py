@@ -21,15 +21,17 @@ TINY = LlamaConfig(
 )
 
 
-def random_tensors(config: LlamaConfig, seed: int, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
+def random_tensors(
+    config: LlamaConfig, seed: int, dtype: torch.dtype = torch.float64, device: str = "cpu"
+) -> dict[str, Tensor]:
     """A checkpoint under Hugging Face names; norms near 1, the rest normal with deviation 1/sqrt(fan-in).
 
     Untied configs make the livelier models: tied to random embeddings, a model mostly repeats its input.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed)
     tensors = {}
     for name, shape in tensor_shapes(config).items():
-        noise = torch.randn(shape, generator=generator, dtype=torch.float64)
+        noise = torch.randn(shape, generator=generator, dtype=torch.float64, device=device)
         if name.endswith("norm.weight"):
             tensors[name] = (1 + 0.1 * noise).to(dtype)
         else:
@@ -40,4 +42,4 @@ def random_tensors(config: LlamaConfig, seed: int, dtype: torch.dtype = torch.fl
 def random_llama(
     config: LlamaConfig = TINY, seed: int = 0, dtype: torch.dtype = torch.float64, device: str = "cpu"
 ) -> Llama:
-    return Llama.from_checkpoint(config, random_tensors(config, seed, dtype), dtype, torch.device(device))
+    return Llama.from_checkpoint(config, random_tensors(config, seed, dtype, device), dtype, torch.device(device))

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from engine.runner.live import Draft, Live
@@ -63,7 +64,7 @@ def feed_together(heard: Sequence[Heard], layers: Sequence[int], aux: Tensor) ->
     states = aux.view(aux.shape[0], len(layers), -1)
     for reader, members in _by_reader(range(len(heard)), [h.live for h in heard]):
         wanted = [layers.index(layer) for layer in reader.aux_layers]
-        own = aux if wanted == list(range(len(layers))) else states[:, wanted].flatten(1)
+        own = aux if wanted == list(range(len(layers))) else torch.cat([states[:, i] for i in wanted], -1)
         fed = [(heard[i].live.drafter, heard[i].start, own[heard[i].first : heard[i].last]) for i in members]
         try:
             reader.feed(fed)

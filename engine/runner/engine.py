@@ -6,7 +6,10 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 
+import torch
+
 from engine.contracts import FinishReason, SlipstreamError, Status, TraceRecord
+from engine.model.graphs import Capture, graphs_on
 from engine.model.kv_cache import KVCache
 from engine.model.loading import Target
 from engine.runner.live import Live
@@ -16,6 +19,7 @@ from engine.runner.runner import Runner
 from engine.runner.shadowing import ShadowReplay
 from engine.scheduler.scheduler import Scheduler
 from engine.speculation.control import KController
+from engine.speculation.draft_pools import DraftPools
 from engine.speculation.proposer import HiddenReader, NeedsTarget, Proposer
 
 __all__ = ["Engine", "EngineRequest", "InvalidRequest", "Output", "PolicyNotResident", "RequestResult"]
@@ -42,18 +46,25 @@ class Engine:
         max_queue: int = 256,
         kv_tokens: int | None = None,
         clock: Callable[[], float] = time.monotonic,
+        capture_on: Callable[[torch.device], Capture | None] = graphs_on,
     ) -> None:
-        """``max_model_len`` is cut to what the model's positions allow; ``kv_tokens``: of all that run together."""
+        """``max_model_len`` is cut to what the model's positions allow; ``kv_tokens``: of all that run together.
+
+        ``capture_on``: how passes of fixed shapes run on a device (``graphs_on``, ``no_graphs_on``).
+        """
         self.target, self.clock = target, clock
         self.max_model_len = min(max_model_len, target.config.max_position)
         self.scheduler = Scheduler(max_num_seqs, self.max_model_len, prefill_chunk, max_queue, kv_tokens=kv_tokens)
         self.draft_errors = 0  # of requests that ended
         self.step_errors = 0
         self.control = KController()  # verifies whole drafts until it is given step costs
-        self.runner = Runner(target.model, self.control, max_num_seqs, self.max_model_len, clock)
+        capture = capture_on(target.model.device)
+        self.runner = Runner(target.model, self.control, max_num_seqs, self.max_model_len, clock, capture)
         self._loaded: dict[int, Proposer] = {}
         self._proposers: dict[int, Proposer] = {}  # the same, bound to this target where they need one
         self._lives: dict[str, Live] = {}
+        self._leaving: list[HiddenReader] = []  # unloaded, with requests that began with them
+        self._pools = DraftPools(target.model, max_num_seqs, self.max_model_len, capture)
         self._shadows: dict[int, Proposer] = {}  # bound once more, for one request that nobody waits for
         self._scratch: dict[str, KVCache] = {}
 
@@ -65,13 +76,16 @@ class Engine:
             return
         bound: Proposer = proposer
         if isinstance(proposer, NeedsTarget):
-            bound = proposer.bind(self.target.model, self.scheduler.max_num_seqs, self.max_model_len)
+            bound = proposer.bind(self._pools)
         self._loaded[version], self._proposers[version] = proposer, bound
 
     def unload(self, version: int) -> None:
         """Forget a policy; requests that began with it keep it to their end."""
         self._loaded.pop(version, None)
-        self._proposers.pop(version, None)
+        bound = self._proposers.pop(version, None)
+        if isinstance(bound, HiddenReader):
+            self._leaving.append(bound)
+            self._let_go()
         self._shadows.pop(version, None)
         self.control.forget(version)
 
@@ -144,7 +158,7 @@ class Engine:
             ids = [*payload.prompt_ids, *payload.output_ids[:-1]]
             prefill = Prefill(self.target.model, self._cache("shadow"), ids)
             if version not in self._shadows:
-                self._shadows[version] = proposer.bind(self.target.model, 1, self.max_model_len)
+                self._shadows[version] = proposer.bind(DraftPools(self.target.model, 1, self.max_model_len))
             bound = self._shadows[version]
         return ShadowReplay(
             bound, prefill, record.traffic_class, payload.prompt_ids, payload.output_ids, record.max_tokens, self.clock
@@ -181,4 +195,11 @@ class Engine:
         live = self._lives.pop(request_id)
         live.leave()
         self.draft_errors += live.draft_errors
+        self._let_go()
         return live
+
+    def _let_go(self) -> None:
+        """Give the pools of unloaded policies back once their last request, waiting ones included, is gone."""
+        for bound in [b for b in self._leaving if all(live.reader is not b for live in self._lives.values())]:
+            self._leaving.remove(bound)
+            self._pools.give_back(bound.pool)

@@ -7,8 +7,6 @@ from statistics import median
 
 import torch
 
-from engine.model.batch import Row, build_batch
-from engine.model.kv_cache import KVCache
 from engine.runner.runner import Runner
 
 ROWS = (1, 8, 4, 16, 2, 32, 3, 5, 6, 12, 24, 48, 64)
@@ -25,17 +23,13 @@ def profile_step_costs(
     """Rows in one target pass (tokens of one sequence after ``context`` others) → median milliseconds.
 
     No pass begins after ``budget_s`` but those of the first ``LEAST`` row counts; what there was no time for is left
-    out, and a count that there was time for only once is worth that one pass. Uses a cache of its own, so running
-    requests are not disturbed.
+    out, and a count that there was time for only once is worth that one pass. Running requests are not disturbed.
     """
-    model, length = runner.model, context + max(rows)
-    cache = KVCache(model.config, 1, length, model.dtype, model.device)
+    one_pass = runner.target_pass.trial(context, max(rows))
 
     def seconds(count: int) -> float:
         began = runner.clock()
-        row, group = Row(0, context, [0] * count), model.config.group_size
-        batch = build_batch([row], [], length, group, model.dtype, model.device, repeat=True)
-        model.logits(model.forward(batch, cache)).max(-1).indices.tolist()
+        one_pass(count)
         return runner.clock() - began
 
     deadline = runner.clock() + budget_s

@@ -10,26 +10,36 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import torch
-from torch import Tensor
 
-from engine.model.batch import Batch, Row, build_batch
+from engine.model.graphs import Capture
 from engine.model.kv_cache import KVCache
 from engine.model.llama import Llama
+from engine.runner.captured_pass import CapturedPass
 from engine.runner.drafting import Heard, draft_together, feed_together
 from engine.runner.live import Draft, Live
 from engine.runner.request import Output
+from engine.runner.target_pass import EagerPass, Passed, TargetPass
 from engine.scheduler.scheduler import ScheduledStep
 from engine.scheduler.sequence import NO_SLOT
 from engine.speculation.control import Choice, KController, Offer
-from engine.speculation.verify import VerifyOutcome, target_probabilities, verify_greedy, verify_one_hot
 
 
 class Runner:
     def __init__(
-        self, model: Llama, control: KController, max_num_seqs: int, max_model_len: int, clock: Callable[[], float]
+        self,
+        model: Llama,
+        control: KController,
+        max_num_seqs: int,
+        max_model_len: int,
+        clock: Callable[[], float],
+        capture: Capture | None = None,
     ) -> None:
+        """``capture``: how passes of fixed shapes run; None lays every step out anew."""
         self.model, self.control, self.clock = model, control, clock
         self.cache = KVCache(model.config, max_num_seqs, max_model_len, model.dtype, model.device)
+        self.target_pass: TargetPass = (
+            EagerPass(model, self.cache) if capture is None else CapturedPass(model, self.cache, capture)
+        )
         self._committing = 0.0  # seconds that the last step took after its pass
 
     @torch.inference_mode()
@@ -49,11 +59,9 @@ class Runner:
         for chunk in scheduled.prefills:
             if chunk.start == 0:
                 lives[chunk.seq.request_id].begin(began)
-        batch = self._batch(scheduled, verified)
         layers = _aux_layers(scheduled, lives)
-        hidden, aux = self.model.forward_with_aux(batch, self.cache, layers)
-        logits = self.model.logits(hidden[self._wanted(batch, scheduled)])
-        outcomes = _verify([*decoding, *ending], [*verified, *([] for _ in ending)], logits)
+        passed = self.target_pass(scheduled, verified, lives, layers)
+        outcomes = passed.outcomes
         now = self.clock()
 
         for chunk in scheduled.prefills:
@@ -68,10 +76,10 @@ class Runner:
             live.seq.num_computed = len(live.seq.token_ids) - 1
         for live, outcome in zip(ending, outcomes[len(decoding) :], strict=True):
             outputs.append(live.guarded(partial(live.commit_first, outcome.tokens[0], now), now))
-        if aux is not None:
+        if passed.aux is not None:
             going = [live for live, output in zip([*decoding, *ending], outputs, strict=True) if not output.finished]
-            heard, feeding = _heard(scheduled, lives, verified, outcomes, going), self.clock()
-            feed_together(heard, layers, aux)
+            heard, feeding = _heard(scheduled, lives, passed, going), self.clock()
+            feed_together(heard, layers, passed.aux)
             fed = self.clock()
             _charge(heard, fed - feeding)
             now += fed - feeding  # whoever listens pays for it, and it teaches nothing about passes
@@ -115,23 +123,6 @@ class Runner:
         if self.control.costs is not None and base_rows == len(decoding):  # prompts cost otherwise
             self.control.costs.observe(rows, pass_s + other)
 
-    def _batch(self, scheduled: ScheduledStep, drafts: list[list[int]]) -> Batch:
-        decodes = [
-            Row(seq.slot, seq.num_computed, [seq.token_ids[-1], *draft])
-            for seq, draft in zip(scheduled.decodes, drafts, strict=True)
-        ]
-        prefills = [Row(c.seq.slot, c.start, c.seq.token_ids[c.start : c.start + c.count]) for c in scheduled.prefills]
-        model, length = self.model, self.cache.max_len
-        return build_batch(decodes, prefills, length, model.config.group_size, model.dtype, model.device, repeat=True)
-
-    def _wanted(self, batch: Batch, scheduled: ScheduledStep) -> Tensor | slice:
-        """The rows whose logits are needed: every decode token, and the last token of a prompt."""
-        if not batch.prefills:
-            return slice(None)
-        chunks = zip(batch.prefills, scheduled.prefills, strict=True)
-        rows = [*range(batch.num_decode), *(group.last - 1 for group, chunk in chunks if chunk.gives_first_token)]
-        return torch.tensor(rows, dtype=torch.int64, device=self.model.device)
-
 
 def _charge(heard: Sequence[Heard], seconds: float) -> None:
     """Reading hidden states is drafting: those who read pay, by rows."""
@@ -151,36 +142,18 @@ def _aux_layers(scheduled: ScheduledStep, lives: Mapping[str, Live]) -> tuple[in
 def _heard(
     scheduled: ScheduledStep,
     lives: Mapping[str, Live],
-    verified: Sequence[Sequence[int]],
-    outcomes: Sequence[VerifyOutcome],
+    passed: Passed,
     going: Sequence[Live],
 ) -> list[Heard]:
     """Which rows of the pass hold tokens that stay, of the requests that go on; after the step was committed."""
-    found, first = [], 0
-    for seq, draft, outcome in zip(scheduled.decodes, verified, outcomes, strict=False):
+    found = []
+    decodes = len(scheduled.decodes)
+    for seq, outcome, first in zip(scheduled.decodes, passed.outcomes, passed.firsts, strict=False):
         live, count = lives[seq.request_id], len(outcome.tokens)
         if live.reader is not None and live in going:
             found.append(Heard(live, seq.num_computed - count, first, first + count))
-        first += 1 + len(draft)
-    for chunk in scheduled.prefills:
+    for chunk, first in zip(scheduled.prefills, passed.firsts[decodes:], strict=True):
         live = lives[chunk.seq.request_id]
         if live.reader is not None and (not chunk.gives_first_token or live in going):
             found.append(Heard(live, chunk.start, first, first + chunk.count))
-        first += chunk.count
     return found
-
-
-def _verify(lives: list[Live], drafts: list[list[int]], logits: Tensor) -> list[VerifyOutcome]:
-    """One outcome per request; ``logits`` [sum of (len(draft) + 1), vocab] lie one request after the other."""
-    choices = logits.max(-1).indices.tolist()  # the first of equals, as argmax, in a quarter of its time on a CPU
-    outcomes, first = [], 0
-    for live, draft in zip(lives, drafts, strict=True):
-        last = first + len(draft) + 1
-        sampling = live.sampling
-        if sampling.temperature == 0:
-            outcomes.append(verify_greedy(choices[first:last], draft))
-        else:
-            p = target_probabilities(logits[first:last], sampling.temperature, sampling.top_k, sampling.top_p)
-            outcomes.append(verify_one_hot(p, draft, live.uniforms(len(draft) + 1)))
-        first = last
-    return outcomes

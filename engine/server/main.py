@@ -18,6 +18,7 @@ import uvicorn
 from starlette.applications import Starlette
 
 from engine.contracts import SlipstreamError, TraceRecord
+from engine.model.graphs import graphs_on, no_graphs_on
 from engine.model.loading import Target, configured_target
 from engine.registry.artifacts import ArtifactStore
 from engine.runner.engine import Engine
@@ -59,6 +60,7 @@ class EngineServer:
             prefill_chunk=chosen.prefill_chunk,
             max_queue=chosen.max_queue,
             kv_tokens=chosen.kv_tokens or None,
+            capture_on=graphs_on if chosen.cuda_graphs else no_graphs_on,
         )
         self.database = Database(settings.database_url, application=f"slipstream {chosen.replica_id}")
         store = ArtifactStore(settings.dir("policies"))
@@ -103,6 +105,8 @@ class EngineServer:
         profile = self.thread.call(lambda: profile_step_costs(self.engine.runner), timeout_s=None)
         log.info("milliseconds of a target pass by rows: %s", {k: round(v, 1) for k, v in profile.items()})
         self.engine.control.costs = StepCosts({rows: ms / 1e3 for rows, ms in profile.items()})
+        most = self.settings.learner.num_speculative_tokens
+        self.thread.call(lambda: self.engine.runner.target_pass.prepare(most), timeout_s=None)
         self.residency.start()
         self.writer.start()
         self.findings.start()

@@ -110,13 +110,19 @@ class DraftPool:
                     "a draft needs those of all tokens but the last."
                 )
         rows = [Row(w.state.place, w.state.stored, w.state.tokens[w.state.stored + 1 :]) for w in wants]
-        output = self._forward(rows, torch.cat([states for w in wants for states in w.state.waiting]))
+        hidden = torch.cat([states for w in wants for states in w.state.waiting])
+        proposals = self._draft(wants, rows, hidden)
         for want in wants:
             want.state.stored, want.state.waiting, want.state.num_waiting = len(want.state.tokens) - 1, [], 0
-        ends = torch.tensor([len(row.token_ids) for row in rows]).cumsum(0) - 1
-        return self._chain(wants, output[ends.to(output.device)])
+        return proposals
 
-    def _chain(self, wants: Sequence[Want], output: Tensor) -> list[Proposal]:
+    def _draft(self, wants: Sequence[Want], rows: Sequence[Row], hidden: Tensor) -> list[Proposal]:
+        """``rows``: the slots of ``wants`` that wait; ``hidden`` [all their tokens, hidden]: their fused states."""
+        output = self._forward(rows, hidden)
+        ends = torch.tensor([len(row.token_ids) for row in rows]).cumsum(0) - 1
+        return self._chain(wants, rows, output[ends.to(output.device)])
+
+    def _chain(self, wants: Sequence[Want], slots: Sequence[Row], output: Tensor) -> list[Proposal]:
         """Draft on from each request's last true slot, whose outputs are ``output`` [rows, hidden]."""
         network = self.network
         proposals = [Proposal([], []) for _ in wants]
@@ -137,7 +143,7 @@ class DraftPool:
                     kept.append(row)
             if not going:
                 break
-            rows = [Row(wants[i].state.place, wants[i].state.stored + step, proposals[i].tokens[-1:]) for i in going]
+            rows = [Row(slots[i].slot, slots[i].end + step, proposals[i].tokens[-1:]) for i in going]
             hidden = output if len(kept) == output.shape[0] else output[torch.tensor(kept, device=output.device)]
             output, active, step = self._forward(rows, hidden), going, step + 1
         return proposals

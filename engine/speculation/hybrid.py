@@ -14,7 +14,7 @@ from engine.contracts import ProposerKind
 from engine.speculation import memory, neural
 from engine.speculation.control import DEFAULT_CONTROL, ControlSettings
 from engine.speculation.memory import MEMORY_FILE, TraceMemory, TraceMemoryDrafter, TraceMemoryProposer
-from engine.speculation.neural import NeuralDrafter, check_survival, make_pool, propose_together
+from engine.speculation.neural import NeuralDrafter, check_survival, propose_together
 from engine.speculation.neural_file import SHAPE_FILE, WEIGHTS_FILE, DraftFile, unpack
 from engine.speculation.proposer import PolicyError, read_settings, unbound
 from engine.speculation.rehearsal import RehearsedDrafter, Rehearsing, rehearse
@@ -22,8 +22,8 @@ from engine.speculation.rehearsal import RehearsedDrafter, Rehearsing, rehearse
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from engine.model.llama import Llama
     from engine.speculation.draft_pool import DraftPool
+    from engine.speculation.draft_pools import DraftPools
 
 REMEMBERED, DRAFTED = 0, 1
 """The parts of a hybrid, in the order in which they are asked."""
@@ -45,8 +45,8 @@ class HybridProposer:
     def start(self, prompt_ids: Sequence[int], traffic_class: str) -> HybridDrafter:
         raise unbound(self.kind)
 
-    def bind(self, target: Llama, num_seqs: int, max_len: int) -> BoundHybrid:
-        return BoundHybrid(self, make_pool(self.draft, target, num_seqs, max_len, self.min_survival))
+    def bind(self, pools: DraftPools) -> BoundHybrid:
+        return BoundHybrid(self, pools.take(self.draft, self.min_survival))
 
 
 class HybridDrafter:

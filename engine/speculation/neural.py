@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from engine.contracts import ProposerKind, SlipstreamError
+from engine.contracts import ProposerKind
 from engine.speculation.control import DEFAULT_CONTROL, ControlSettings
 from engine.speculation.draft_pool import DraftPool, Want
 from engine.speculation.neural_file import SHAPE_FILE, WEIGHTS_FILE, DraftFile, unpack
@@ -20,7 +20,7 @@ from engine.speculation.rehearsal import RehearsedDrafter, Rehearsing, rehearse
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from engine.model.llama import Llama
+    from engine.speculation.draft_pools import DraftPools
 
 DEFAULTS: dict[str, int | float] = {"min_survival": 0.2}
 """A draft goes on while the probability that all of it is accepted, as the draft sees it, is at least this."""
@@ -40,8 +40,8 @@ class NeuralProposer:
     def start(self, prompt_ids: Sequence[int], traffic_class: str) -> NeuralDrafter:
         raise unbound(self.kind)
 
-    def bind(self, target: Llama, num_seqs: int, max_len: int) -> BoundNeural:
-        return BoundNeural(self, make_pool(self.draft, target, num_seqs, max_len, self.min_survival))
+    def bind(self, pools: DraftPools) -> BoundNeural:
+        return BoundNeural(self, pools.take(self.draft, self.min_survival))
 
 
 class NeuralDrafter:
@@ -103,17 +103,6 @@ def propose_together(pool: DraftPool, wants: Sequence[tuple[NeuralDrafter, int, 
         drafter.confidence = proposal.confidence
     made = {id(drafter): proposal.tokens for (drafter, _), proposal in zip(asked, proposals, strict=True)}
     return [made.get(id(drafter), []) for drafter, _, _ in wants]
-
-
-def make_pool(draft: DraftFile, target: Llama, num_seqs: int, max_len: int, min_survival: float) -> DraftPool:
-    """Room for ``num_seqs`` requests of ``max_len`` tokens; a PolicyError where the draft does not fit the target."""
-    from engine.model.draft import DraftNetwork
-
-    try:
-        network = DraftNetwork(draft.config, draft.weights, draft.vocabulary, target)
-    except SlipstreamError as error:
-        raise PolicyError(f"This draft cannot stand on the target: {error}") from None
-    return DraftPool(network, num_seqs, max_len, min_survival)
 
 
 def check_survival(kind: ProposerKind, min_survival: float) -> None:

@@ -11,7 +11,8 @@ from engine.speculation.control import ControlSettings
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from engine.model.llama import Llama
+    from engine.speculation.draft_pool import DraftPool
+    from engine.speculation.draft_pools import DraftPools
 
 
 class PolicyError(SlipstreamError):
@@ -54,7 +55,7 @@ class Proposer(Protocol):
 class NeedsTarget(Protocol):
     """A policy that drafts from the target's hidden states: the engine binds it to its own target when it loads it."""
 
-    def bind(self, target: Llama, num_seqs: int, max_len: int) -> HiddenReader: ...
+    def bind(self, pools: DraftPools) -> HiddenReader: ...
 
 
 @runtime_checkable
@@ -75,13 +76,15 @@ class InTurn(Drafter, Protocol):
 class HiddenReader(Protocol):
     """A bound policy: a proposer whose requests are drafted for together. The runner hands it what the target said.
 
-    ``aux_layers``: the layers whose outputs it reads. Its drafters come from ``start`` and hold a place until ``end``.
+    ``aux_layers``: the layers whose outputs it reads. Its drafters come from ``start`` and hold a place in ``pool``
+    until ``end``.
     """
 
     kind: ProposerKind
     num_speculative_tokens: int
     control: ControlSettings
     aux_layers: tuple[int, ...]
+    pool: DraftPool
     parts: int
     """Drafters that a request of it asks in turn; only the last one makes passes."""
 

@@ -99,3 +99,35 @@ def target_probabilities(logits: Tensor, temperature: float, top_k: int = 0, top
         probs = torch.zeros_like(probs).scatter_(-1, at, ordered)
         probs = probs / probs.sum(-1, keepdim=True)
     return probs
+
+
+def draw_tokens(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, uniforms: Tensor) -> Tensor:
+    """[N] tokens drawn on the device: row for row ``sample(target_probabilities(…), uniform)``.
+
+    ``logits`` [N, vocab]; ``temperature`` [N], ``top_p`` [N] and ``uniforms`` [N] float64, ``top_k`` [N] int64.
+    """
+    vocab = logits.shape[-1]
+    logits = logits.float()
+    divisor = temperature.clamp(min=COLDEST).float()[:, None]
+    scaled = (logits - logits.amax(-1, keepdim=True)) / divisor
+    ordered, at = scaled.sort(dim=-1, descending=True, stable=True)
+    kept = top_k.masked_fill(top_k <= 0, vocab)[:, None]
+    ordered = ordered.masked_fill(torch.arange(vocab, device=logits.device) >= kept, float("-inf")).softmax(-1)
+    before = ordered.cumsum(-1) - ordered
+    cut = (top_p < 1.0)[:, None] & (before >= top_p.float()[:, None])
+    weights = torch.zeros_like(ordered).scatter_(-1, at, ordered.masked_fill(cut, 0.0)).double()
+    cdf = weights.cumsum(-1)
+    index = torch.searchsorted(cdf, (uniforms * cdf[:, -1])[:, None], right=True)[:, 0]
+    last = vocab - 1 - (weights > 0).flip(-1).int().argmax(-1)  # of those that can be drawn
+    return torch.minimum(index, last)
+
+
+def accepted_counts(choices: Tensor, tokens: Tensor, counts: Tensor) -> Tensor:
+    """[rows] drafts that the target keeps, on the device: ``verify_greedy``, and ``verify_one_hot`` of drawn choices.
+
+    ``choices`` [rows, width]: the target's token after each place; ``tokens`` [rows, width]: an input and its drafts;
+    ``counts`` [rows]: how many of them there are.
+    """
+    place = torch.arange(1, tokens.shape[1], device=tokens.device)
+    kept = (choices[:, :-1] == tokens[:, 1:]) & (place < counts[:, None])
+    return kept.long().cumprod(1).sum(1)

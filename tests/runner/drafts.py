@@ -14,10 +14,10 @@ from engine.learner.trainer import Trainer, TrainOptions, choose_vocabulary, fre
 from engine.model.batch import Row, build_batch
 from engine.model.draft import DraftConfig, DraftNetwork
 from engine.model.kv_cache import KVCache
-from engine.model.llama import Llama
 from engine.model.loading import Target
 from engine.speculation.control import DEFAULT_CONTROL, ControlSettings
 from engine.speculation.draft_pool import DraftPool, DraftState
+from engine.speculation.draft_pools import DraftPools
 from engine.speculation.neural import BoundNeural, NeuralProposer
 from engine.speculation.neural_file import DraftFile, pack, unpack
 
@@ -56,10 +56,12 @@ class Neural:
     def start(self, prompt_ids: Sequence[int], traffic_class: str) -> object:
         raise AssertionError("not bound")
 
-    def bind(self, target: Llama, num_seqs: int, max_len: int) -> BoundNeural:
-        draft = self.proposer.draft
-        network = DraftNetwork(draft.config, draft.weights, draft.vocabulary, target)
-        return BoundNeural(self.proposer, self.make(network, num_seqs, max_len, self.proposer.min_survival))
+    def bind(self, pools: DraftPools) -> BoundNeural:
+        draft, survival = self.proposer.draft, self.proposer.min_survival
+        if self.make is DraftPool:
+            return BoundNeural(self.proposer, pools.take(draft, survival))
+        network = DraftNetwork(draft.config, draft.weights, draft.vocabulary, pools.target)
+        return BoundNeural(self.proposer, self.make(network, pools.num_seqs, pools.max_len, survival))
 
 
 def neural(draft: DraftFile, make: type[DraftPool] = DraftPool, k: int = 4, min_survival: float = 0.0) -> Neural:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from uuid import uuid4
 
@@ -12,8 +13,8 @@ from torch import Tensor
 from engine.contracts import CANARY, CHAMPION, CONTROL, RolloutState, Status, TracePayload, TraceRecord
 from engine.rollout.controller import Controller
 from engine.rollout.launch import launch
-from engine.runner import runner
 from engine.runner.live import Live
+from engine.runner.target_pass import EagerPass
 from engine.server.samples import KEPT, SamplePool
 from engine.server.spare import IN_LINE, PIECE_TOKENS, SETTLED_S, Allowance, SpareTime
 from engine.speculation.verify import VerifyOutcome
@@ -148,16 +149,20 @@ def test_a_verify_step_that_accepts_a_wrong_token_is_rolled_back(start: Start, m
     monkeypatch.setattr(served.server.engine.control, "costs", None)  # whatever is drafted is verified
     said = served.completion(max_tokens=12, ignore_eos=True).json()["choices"][0]["text"]
     version = memory_version(served, said)
-    verify = runner._verify
+    target_pass = served.server.engine.runner.target_pass
+    assert isinstance(target_pass, EagerPass)
+    verify = target_pass.verify
 
-    def accepting_a_wrong_one(lives: list[Live], drafts: list[list[int]], logits: Tensor) -> list[VerifyOutcome]:
+    def accepting_a_wrong_one(
+        lives: Sequence[Live], drafts: Sequence[Sequence[int]], logits: Tensor
+    ) -> list[VerifyOutcome]:
         outcomes = verify(lives, drafts, logits)
         for i, (live, draft) in enumerate(zip(lives, drafts, strict=True)):
             if live.request.policy_version == version and draft:
                 outcomes[i] = VerifyOutcome(1, ((draft[0] + 1) % 256, outcomes[i].tokens[-1]))
         return outcomes
 
-    monkeypatch.setattr(runner, "_verify", accepting_a_wrong_one)
+    monkeypatch.setattr(target_pass, "verify", accepting_a_wrong_one)
     made = launch(served.db, canary=version, actor="ann", preset="fast")
     controller = Controller(served.db, "c", 15.0)
     controller.tick(served.db.now())

@@ -15,6 +15,7 @@ from engine.model.draft import DraftConfig
 from engine.model.random_weights import TINY, random_llama
 from engine.speculation import neural
 from engine.speculation.artifact import build_artifact, load_proposer
+from engine.speculation.draft_pools import DraftPools
 from engine.speculation.neural_file import SHAPE_FILE, VOCABULARY, WEIGHTS_FILE, pack, unpack
 from engine.speculation.proposer import PolicyError
 
@@ -85,6 +86,6 @@ def test_a_draft_stands_on_its_own_target_only() -> None:
     with pytest.raises(PolicyError, match="bind it"):
         policy.start([1, 2], "chat")
     with pytest.raises(PolicyError, match="cannot stand"):
-        policy.bind(random_llama(replace(TINY, num_layers=1)), 1, 64)
+        policy.bind(DraftPools(random_llama(replace(TINY, num_layers=1)), 1, 64))
     with pytest.raises(PolicyError, match="min_survival"):
         build_artifact(ProposerKind.NEURAL, 4, files=files(), target_fingerprint="t", settings={"min_survival": 1.0})

@@ -147,6 +147,26 @@ def serving(
 
 
 @bench.command()
+def step(
+    context: typer.Context,
+    shapes: Annotated[
+        str, typer.Option(help="models, by commas: own is the one served, others have random weights")
+    ] = "own,1b,8b",
+    rows: Annotated[str, typer.Option(help="sequences in a step, by commas")] = "1,4,16",
+    drafted: Annotated[str, typer.Option(help="drafted tokens of each, by commas")] = "0,4,8",
+    keys: Annotated[int, typer.Option(help="tokens of each sequence before the step")] = 240,
+    repeats: Annotated[int, typer.Option(help="steps of each kind")] = 50,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """One verify step against the memory bandwidth that its weights need, captured and not; and swaps of weights."""
+    from engine.bench.step import Options, run
+
+    sizes = tuple(int(n) for n in _names(rows)), tuple(int(n) for n in _names(drafted))
+    _show(run(settings(context), Options(_names(shapes), *sizes, keys, repeats, seed), _progress), as_json)
+
+
+@bench.command()
 def adaptation(
     context: typer.Context,
     prompts: Annotated[

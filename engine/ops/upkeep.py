@@ -10,7 +10,7 @@ from sqlalchemy.exc import DBAPIError
 
 from engine.settings import TelemetrySettings
 from engine.store.database import Database
-from engine.store.repositories import drift, partitions, rollups, shadow
+from engine.store.repositories import correctness, drift, partitions, rollups, shadow
 
 DAYS_AHEAD = 3
 CLOSED_AFTER = timedelta(seconds=75)
@@ -49,6 +49,7 @@ def keep_partitions(database: Database, settings: TelemetrySettings, now: dateti
         for tier in ("hour", "day"):
             rollups.forget(session, tier, old)
         drift.forget(session, old)
+        correctness.forget(session, old)
         rollups.forget_batches(session, now - timedelta(days=settings.retention_days))
         shadow.forget(session, now - timedelta(days=settings.retention_days))
     return False

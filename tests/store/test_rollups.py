@@ -12,6 +12,7 @@ from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 import pytest
@@ -19,13 +20,13 @@ from ddsketch import DDSketch
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 
-from engine.contracts import Status, TraceRecord
+from engine.contracts import ProposerKind, RolloutState, Status, TraceRecord
 from engine.ops import upkeep
 from engine.settings import TelemetrySettings
 from engine.store import histogram
 from engine.store.database import Database
 from engine.store.panels import traffic
-from engine.store.repositories import audit, drift, overview, rollups, traces
+from engine.store.repositories import audit, correctness, drift, overview, policies, rollouts, rollups, traces
 from engine.store.repositories.overview import Slice
 from engine.store.repositories.traces import Filter
 from engine.telemetry.spill import Batch, Spill
@@ -353,3 +354,30 @@ def test_findings_that_ended_long_ago_are_forgotten_and_what_is_still_true_is_no
     with db.read() as session:
         (left,) = drift.findings(session, START, END + timedelta(days=9))
     assert left["kind"] == "slow_slide"
+
+
+def test_audits_and_their_evidence_are_kept_as_long_as_the_longest_rollups(db: Database) -> None:
+    counts = correctness.AuditCounts(1, 2, "canary", "chat", 9, 90, 0, 1)
+    evidence = correctness.Mismatch(uuid4(), START, "replica-0", 2, "canary", 1, "chat", 3, 7, 8, 1.0, 0.1)
+    with db.write() as session:
+        correctness.write(session, uuid4(), "replica-0", [counts], [evidence])
+    for days, left in ((4, 1), (6, 0)):
+        now = datetime.now(UTC) + timedelta(days=days)
+        upkeep.keep_partitions(db, TelemetrySettings(rollup_retention_days=5), now)
+        with db.read() as session:
+            for table in ("output_audits", "output_mismatches"):
+                assert session.scalar(text(f"SELECT count(*) FROM {table}")) == left
+
+
+def test_a_rebuild_keeps_no_rollout_from_starting(db: Database) -> None:
+    """Both take an advisory lock, and the two must not be the same."""
+    with rollups.turn(db), db.write() as session:
+        session.execute(text("SET LOCAL lock_timeout = '1ms'"))
+        made = [
+            policies.register(session, digest=kind, kind=ProposerKind.NGRAM, num_speculative_tokens=4, manifest={})
+            for kind in ("a", "b")
+        ]
+        rollouts.create(
+            session, name="n", spec={}, spec_hash="h", canary=made[1].version, champion=made[0].version, actor="t",
+            state=RolloutState.READY, status={}, created_at=START,
+        )  # fmt: skip

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from datetime import datetime
 from uuid import UUID
 
-from sqlalchemy import select
+from sqlalchemy import delete, select
 from sqlalchemy.dialects.postgresql import insert
 
 from engine.contracts import CANARY
@@ -86,3 +86,9 @@ def mismatches(session: ReadSession | WriteSession, rollout_id: int, limit: int 
     )
     names = Mismatch.__dataclass_fields__
     return [Mismatch(**{name: getattr(found, name) for name in names}) for found in session.scalars(query)]
+
+
+def forget(session: WriteSession, before: datetime) -> None:
+    """Counts that were last brought up to date before then, and evidence found before then, go."""
+    session.execute(delete(OutputAuditRow).where(OutputAuditRow.updated_at < before))
+    session.execute(delete(OutputMismatchRow).where(OutputMismatchRow.found_at < before))

@@ -31,11 +31,11 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import insert
 
 from engine.contracts import Status
+from engine.store import locks
 from engine.store.database import ReadSession, WriteSession
 from engine.store.models import LearningCursorRow, LearningIntakeRow, TenantSettingRow, TracePayloadRow, TraceRow
 from engine.store.repositories.export import settled_before
 
-_LOCK = 0x51195_0004  # one intake at a time: ordinals are contiguous
 Hash = Callable[[Sequence[int]], int]
 Row = LearningIntakeRow
 
@@ -63,7 +63,7 @@ def take_in(session: WriteSession, request_hash: Hash, held_out: Callable[[int],
     ``request_hash`` of the prompt (64 bits, signed) decides by ``held_out`` on which side a trace lies, unless the same
     request has been seen before: then it goes where that one went, whatever the share has become.
     """
-    session.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _LOCK})
+    session.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": locks.INTAKE})
     cursor, before = session.get(LearningCursorRow, True), settled_before(session)
     found = session.execute(_next(cursor, before, limit)).all()
     # The end of what was looked through: where it was cut off, else all there is, of which the rest is passed over.

@@ -7,11 +7,11 @@ from datetime import UTC, date, datetime, timedelta
 
 from sqlalchemy import text
 
+from engine.store import locks
 from engine.store.database import ReadSession, WriteSession
 
 PARTITIONED = ("traces", "trace_payloads", "rollups_minute", "rollup_histograms_minute")
 PARTITION_NAME = re.compile(rf"^({'|'.join(PARTITIONED)})_p(\d{{8}})$")
-_DDL_LOCK = 0x51195_0002  # two writers that meet the same new day wait for each other instead of failing
 
 
 def ensure(session: WriteSession, day: date) -> None:
@@ -21,7 +21,7 @@ def ensure(session: WriteSession, day: date) -> None:
     """
     if not _missing(session, day):
         return
-    session.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _DDL_LOCK})
+    session.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": locks.PARTITIONS})
     for table in _missing(session, day):
         session.execute(text(create_beside(table, name(table, day))))
         session.execute(text(attach(table, day)))

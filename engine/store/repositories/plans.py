@@ -12,13 +12,12 @@ from datetime import datetime
 from typing import Any
 
 from engine.contracts import SHADOW, Arm, ServingPlan, SlipstreamError
+from engine.store import locks
 from engine.store.connection import Reads, Writes
 from engine.store.repositories import eligibility
 
 CHANNEL = "serving_plans"
 """NOTIFY channel; the payload is the new generation."""
-
-_LEDGER_LOCK = 0x51195_0001  # advisory lock: generations are handed out one at a time
 
 
 class StalePlan(SlipstreamError):
@@ -42,7 +41,7 @@ class Observation:
 
 def lock(session: Writes) -> None:
     """Until this transaction ends nobody else changes the ledger, so what is read of it stays true."""
-    session.change("SELECT pg_advisory_xact_lock(%(key)s)", key=_LEDGER_LOCK)
+    session.change("SELECT pg_advisory_xact_lock(%(key)s)", key=locks.LEDGER)
 
 
 def append(

@@ -10,11 +10,11 @@ from sqlalchemy import func, select, text, update
 from sqlalchemy.dialects.postgresql import insert
 
 from engine.contracts import TERMINAL_STATES, RolloutState, SlipstreamError, Verdict
+from engine.store import locks
 from engine.store.database import ReadSession, WriteSession, server_clock
 from engine.store.models import RolloutCommandRow, RolloutDecisionRow, RolloutRow
 
 VERBS = ("hold", "resume", "promote", "abort")
-_CREATE_LOCK = 0x51195_0003  # two launches at once must not both find that nothing is active
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +116,7 @@ def release(
 
 
 def _alone(session: WriteSession) -> None:
-    session.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _CREATE_LOCK})
+    session.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": locks.ROLLOUTS})
     running = active(session)
     if running is not None:
         raise SlipstreamError(

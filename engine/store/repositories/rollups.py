@@ -16,7 +16,7 @@ from typing import Any
 from sqlalchemy import text
 
 from engine.contracts import Objectives
-from engine.store import histogram
+from engine.store import histogram, locks
 from engine.store.database import Database, ReadSession, WriteSession
 from engine.store.repositories import partitions
 
@@ -39,7 +39,6 @@ METRICS = ("ttft", "tpot", "e2e", "queue", "acceptance_length")
 """What has a histogram: four durations in seconds, and the acceptance length of one request."""
 PIECE = timedelta(hours=1)
 """What one compaction takes at most, so that the backlog of a day ends in bounded statements, not in a timeout."""
-_COMPACTOR_LOCK = 0x51195_0003
 _PATIENCE = {"lock_timeout": "10min", "statement_timeout": "0", "idle_in_transaction_session_timeout": "0"}
 TABLES = (
     *("rollup_deltas", "rollup_delta_histograms"),
@@ -64,7 +63,7 @@ def compact(session: WriteSession, closed: datetime) -> bool:
 
     ``Busy`` when another process is at it.
     """
-    if not session.scalar(text("SELECT pg_try_advisory_xact_lock(:key)"), {"key": _COMPACTOR_LOCK}):
+    if not session.scalar(text("SELECT pg_try_advisory_xact_lock(:key)"), {"key": locks.COMPACTOR}):
         raise Busy("another process compacts or rebuilds the rollups")
     oldest = session.scalar(text("SELECT min(at) FROM rollup_deltas WHERE at < :closed"), {"closed": closed})
     if oldest is None:
@@ -86,8 +85,13 @@ def turn(database: Database) -> Iterator[None]:
     """
     with database.write() as session:
         _take_time(session)
-        session.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _COMPACTOR_LOCK})
+        take_turn(session)
         yield
+
+
+def take_turn(session: WriteSession) -> None:
+    """Wait until nobody compacts or rebuilds; nobody does until this transaction ends."""
+    session.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": locks.COMPACTOR})
 
 
 def rebuild(session: WriteSession, day: date, objectives: Objectives) -> int:

@@ -28,6 +28,10 @@ SHOWN: Columns = {
 }
 
 
+GROUPS = {"traffic_class": "class", "arm": "arm", "policy_version": "version", "replica_id": "replica"}
+"""What traffic is told apart by, and its word."""
+
+
 def table(data: pd.DataFrame | Styler, columns: Columns, key: str, **more: Any) -> Any:
     """A table as all of them are: no index, a dash where there is no value."""
     if isinstance(data, pd.DataFrame):
@@ -35,12 +39,27 @@ def table(data: pd.DataFrame | Styler, columns: Columns, key: str, **more: Any) 
     return st.dataframe(data, column_config=columns, hide_index=True, placeholder="–", key=key, **more)
 
 
-def by_class(frame: pd.DataFrame) -> None:
-    """One row a traffic class."""
+def breakdown(frame: pd.DataFrame, by: str, metric: str) -> None:
+    """One row a class, arm, version or replica: every percentile of one latency (ms), and how its requests went."""
     frame = _in_percent(frame.sort_values("requests", ascending=False))
     frame["share"] = 100 * frame["requests"] / frame["requests"].sum()
-    columns: Columns = {"traffic_class": "class", "share": SHARE, **SHOWN}
-    table(frame[list(columns)], columns, "classes")
+    frame["goodput_share"] = 100 * frame["goodput_share"]
+    if by == "policy_version":
+        frame[by] = [f"v{number}" for number in frame[by]]
+    form = "%.1f" if metric in ("tpot", "queue") else "%.0f"
+    columns: Columns = {
+        by: GROUPS[by],
+        "share": SHARE,
+        "requests": NUMBER("requests", format="localized"),
+        **{f"{metric}_{q}": NUMBER(f"{q}, ms", format=form) for q in ("p50", "p90", "p95", "p99", "p99.9")},
+        "tokens_s": NUMBER("output tokens / s", format="%.1f"),
+        "acceptance_length": SHOWN["acceptance_length"],
+        "goodput_share": NUMBER("goodput, %", format="%.1f", help="requests within the objectives"),
+        "error_rate": SHOWN["error_rate"],
+        "retry_rate": SHOWN["retry_rate"],
+        "preemptions": NUMBER("preemptions", format="localized"),
+    }
+    table(frame[list(columns)], columns, f"by-{by}")
 
 
 def by_version(frame: pd.DataFrame, trend: pd.DataFrame, serving: Serving, colours: Palette) -> None:

@@ -39,11 +39,11 @@ def timings() -> deque[tuple[str, float]]:
 
 
 @st.cache_data(ttl=TTL, max_entries=ENTRIES, show_spinner=False)
-def totals(part: Slice, by: tuple[str, ...] = ()) -> pd.DataFrame:
-    """One row a group: sums, the ratios made of them, and the percentiles of e2e, TTFT and TPOT (ms)."""
+def totals(part: Slice, by: tuple[str, ...] = (), latencies: tuple[str, ...] = LATENCIES) -> pd.DataFrame:
+    """One row a group: sums, the ratios made of them, and the percentiles of each latency (ms)."""
     began = time.perf_counter()
     with database().read() as session:
-        frame = numbers(pd.DataFrame(traffic.totals(session, part, by, LATENCIES)), by)
+        frame = numbers(pd.DataFrame(traffic.totals(session, part, by, latencies)), by)
     timings().append((f"totals by {', '.join(by) or 'nothing'}", (time.perf_counter() - began) * 1e3))
     return frame
 

@@ -13,7 +13,7 @@ from app.components.cards import cards, verdict
 from app.components.context import FIXED, few, heading, parameters
 from app.components.drawing import draw, draw_to_traces
 from app.components.export import export
-from app.components.tables import by_class, by_version
+from app.components.tables import GROUPS, breakdown, by_version
 from app.queries import ledger, overview
 from app.queries.database import settings
 from engine.contracts import CANARY
@@ -77,8 +77,12 @@ def page() -> None:
         heading("Versions", f"that served in this window{few(part, rows)}; latency in ms")
         by_version(overview.totals(rows, ("policy_version",)), versions, serving, colours)
     with st.container(border=True):
-        heading("Traffic classes", "latency in ms")
-        by_class(overview.totals(part, ("traffic_class",)))
+        with st.container(horizontal=True, vertical_alignment="center", key="traffic-by"):
+            goal = settings().telemetry.objectives
+            said = f"goodput: TTFT up to {goal.ttft_s:g} s, TPOT up to {goal.tpot_s * 1e3:g} ms"
+            heading("Traffic", f"{NAMES[metric]} as chosen above; {said}")
+            by = _by()
+        breakdown(overview.totals(rows if by == "policy_version" else part, (by,), (metric,)), by, metric)
     operations.panel(ledger.operations_record(4), _first(now).get("observed_gain"))
     with st.container(horizontal=True, key="more"):
         asked = urlencode({"metric": "p95", **parameters(part)})
@@ -87,6 +91,15 @@ def page() -> None:
 
 
 NAMES = {"e2e": "end-to-end latency", "ttft": "TTFT", "tpot": "TPOT", "queue": "queue time"}
+
+
+def _by() -> str:
+    """What the table of the traffic is told apart by."""
+    words = {word: name for name, word in GROUPS.items()}
+    chosen = st.segmented_control(
+        "By", list(words), default="class", key="by", bind="query-params", required=True, label_visibility="collapsed"
+    )
+    return words[str(chosen or "class")]
 
 
 def _metric() -> str:

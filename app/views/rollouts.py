@@ -11,6 +11,7 @@ from app.charts import rollout as charts
 from app.charts.theme import CONFIG
 from app.components import context, operations, rollout, verbs
 from app.components.context import heading, plain
+from app.components.export import export
 from app.components.tables import Columns, in_colour, table
 from app.queries import ledger, overview
 from engine.contracts import CANARY, CONTROL, RolloutState
@@ -64,6 +65,7 @@ def page() -> None:
         heading("Rollouts", "newest first; choose one to read its decisions")
         _history()
     operations.panel(ledger.operations_record())
+    export("rollouts", here.part)
 
 
 def _sentence(serving: ledger.Serving) -> str:

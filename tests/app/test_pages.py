@@ -14,7 +14,9 @@ from app.components.context import plain
 from app.components.export import command
 from engine.contracts import Status
 from engine.settings import TelemetrySettings
+from engine.store import frames
 from engine.store.database import Database
+from engine.store.panels import PANELS
 from engine.store.repositories import drift, plans, rollouts, traces
 from engine.store.repositories.overview import Slice
 from engine.telemetry.spill import Batch, Spill
@@ -63,6 +65,34 @@ def test_the_verdict_comes_first(seeded: Database) -> None:
     assert first.startswith("**v3** serves as champion: p95 ")
     assert "Canary **v5** takes 30 %: " in first
     assert len(test.metric) == 10
+
+
+@pytest.mark.parametrize("by", ["class", "arm", "version", "replica"])
+@pytest.mark.parametrize("metric", ["e2e", "queue"])
+def test_every_percentile_is_told_by_class_arm_version_and_replica(seeded: Database, by: str, metric: str) -> None:
+    test = page("overview", by=by, latency=metric)
+    assert not test.exception
+    shown = next(frame.value for frame in test.dataframe if "preemptions" in frame.value.columns)
+    names = [f"{metric}_{q}" for q in ("p50", "p90", "p95", "p99", "p99.9")]
+    assert len(shown) > (by != "replica")
+    assert (shown[names].diff(axis=1).iloc[:, 1:] >= 0).all(axis=None)
+    assert {"goodput_share", "error_rate", "retry_rate"} <= set(shown.columns)
+    assert "TTFT up to 1 s, TPOT up to 100 ms" in text(test)
+
+
+def test_the_panels_of_rollouts_say_what_their_page_does(seeded: Database) -> None:
+    part = Slice(datetime.now(UTC) - timedelta(days=30), datetime.now(UTC) + timedelta(minutes=1))
+    names = [name for name in PANELS if name.startswith("rollouts.")]
+    with seeded.read() as session:
+        found = {name: PANELS[name].read(session, part) for name in names}
+        known = rollouts.list_rollouts(session)
+    assert [row["id"] for row in found["rollouts.tried"]] == [one.id for one in known]
+    assert {row["rollout"] for row in found["rollouts.decisions"]} <= {one.id for one in known}
+    assert any(row["guards"] for row in found["rollouts.decisions"])
+    assert all(found.values()), names
+    for name, rows in found.items():
+        for form in frames.FORMATS:
+            assert frames.encode(rows, form, {"panel": name})
 
 
 def test_filters_come_from_the_url(seeded: Database) -> None:

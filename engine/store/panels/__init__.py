@@ -3,13 +3,13 @@ benchmark of the store all use, so that they cannot differ."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 
 from engine.store.database import ReadSession
-from engine.store.panels import speculation, system, traffic, versions
+from engine.store.panels import rollouts, speculation, system, traffic, versions
 from engine.store.panels.traffic import Rows
 from engine.store.repositories import drift, learning, overview, plans, traces
 from engine.store.repositories.overview import Slice
@@ -60,9 +60,18 @@ def _findings(session: ReadSession, part: Slice) -> Rows:
     attempts = learning.finished(session, min(times), max(times) + REACTION)
     for row in rows:
         after = [a for a in attempts if row["found_at"] <= a.finished_at <= row["found_at"] + REACTION]
-        made = [f"v{a.version}" for a in after if a.version is not None]
-        row["learner"] = f"made {', '.join(reversed(made))}" if made else f"{len(after)} refused" if after else ""
+        row["learner"] = _reaction(after)
     return rows
+
+
+def _reaction(after: Sequence[learning.Attempt]) -> str:
+    """What the attempts of the learner came to, the oldest first; none is an answer too."""
+    made = [f"v{a.version}" for a in reversed(after) if a.version is not None]
+    failed = sum(a.outcome == learning.ERROR for a in after)
+    refused = len(after) - len(made) - failed
+    said = [f"made {', '.join(made)}"] if made else []
+    said += [f"{n} {word}" for n, word in ((refused, "refused"), (failed, "failed")) if n and not made]
+    return ", ".join(said) or "no attempt"
 
 
 def _failed(session: ReadSession, part: Slice) -> Rows:
@@ -119,6 +128,10 @@ PANELS: dict[str, Panel] = {
         Panel("speculation.cost", "Step time (ms) against acceptance length, by version and class", speculation.cost),
         Panel("drift.findings", "What drifted: when, where, how large, how sure", _findings),
         Panel("drift.mix", "Requests over time by class", partial(traffic.over_time, by=CLASS, latencies=())),
+        Panel("rollouts.tried", "Rollouts at work in the window, as they stand", rollouts.tried),
+        Panel("rollouts.decisions", "Decisions of the window, with their guards", rollouts.decisions),
+        Panel("rollouts.counts", "Counts by arm and class behind the last decision of each rollout", rollouts.counts),
+        Panel("rollouts.weeks", "What changing drafts cost, by week: seconds and hours", rollouts.weeks),
         Panel(
             "versions.measured",
             "What each version did: rates and percentiles (ms) with 95 % intervals",

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 
 from sqlalchemy import text
 
 from engine.store.database import ReadSession, WriteSession
+
+WEEK = timedelta(weeks=1)
 
 
 @dataclass(frozen=True, slots=True)

@@ -259,6 +259,7 @@ class TraceRecord:
     expected_accepted: float = 0.0
     retry: int = 0
     preemptions: int = 0
+    draft_errors: int = 0
     trainable: bool = True
     payload: TracePayload | None = None
 

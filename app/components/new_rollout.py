@@ -20,6 +20,7 @@ MARGINS = {
     "tokens_per_step": ("max_drop", 100.0, "% worse at most"),
     "latency": ("margin", 100.0, "% slower at most"),
     "fuse_p95": ("ratio", 1.0, "× the control's p95 at most"),
+    "fuse_cost": ("ratio", 1.0, "× the control's cost of a token at most"),
     "fuse_restarts": ("restarts", 1.0, "restarts at most"),
 }
 """What of a guard may be set here: its field, what one unit of it is in, and what the number says."""

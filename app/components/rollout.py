@@ -24,6 +24,7 @@ NAMES = {
     "fuse_mismatch": "outputs",
     "fuse_restarts": "restarts",
     "fuse_p95": "p95 fuse",
+    "fuse_cost": "cost fuse",
     "srm": "even split",
 }
 PERCENT = "%.0f %%"
@@ -106,7 +107,7 @@ def guard_rows(guards: list[dict[str, Any]], specs: Sequence[Mapping[str, Any]] 
         form = _milliseconds if relative else _FORMS.get(guard["guard"], "{:.3g}".format)
         low, high = guard["low"], guard["high"]
         evidence, limit = guard["log_e"], guard["limit"]
-        if guard["guard"] == "fuse_p95" and guard["canary"] and guard["control"]:
+        if guard["guard"] in ("fuse_p95", "fuse_cost") and guard["canary"] and guard["control"]:
             evidence = guard["canary"] / guard["control"]
         near = 100 * min(max(evidence / limit, 0.0), 1.0) if evidence is not None and limit else None
         rows.append(
@@ -137,8 +138,9 @@ _FORMS: dict[str, Callable[[float], str]] = {
     "tokens_per_step": "{:.2f}".format,
     "errors": "{:.0f}".format,
     "fuse_p95": _milliseconds,
+    "fuse_cost": _milliseconds,
 }
-METRICS = {"e2e": "e2e", "ttft": "TTFT", "tpot": "TPOT"}
+METRICS = {"e2e": "e2e", "ttft": "TTFT", "tpot": "TPOT", "cost": "cost of a token"}
 
 
 def guard_table(decision: DecisionRecord, rollout: Rollout, colours: Palette) -> None:

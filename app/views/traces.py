@@ -170,6 +170,7 @@ def _fields(row: TraceRow) -> None:
         "temperature": row.temperature,
         "retry": row.retry,
         "preemptions": row.preemptions,
+        "failed drafts": row.draft_errors,
     }
     for column, chunk in zip(st.columns(3), range(3), strict=True):
         items = list(fields.items())[chunk::3]

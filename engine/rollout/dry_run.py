@@ -12,7 +12,7 @@ import numpy as np
 
 from engine.contracts import CANARY, CONTROL, Verdict
 from engine.rollout.evaluate import evaluate
-from engine.rollout.guards import RolloutSpec, TokensPerStep
+from engine.rollout.guards import METRICS, RolloutSpec, TokensPerStep
 from engine.rollout.records import evidence_from_json
 from engine.store import histogram
 from engine.store.repositories.evidence import PastRequest, Segment
@@ -158,7 +158,8 @@ def _segment(arm: str, name: str | None, requests: Sequence[PastRequest]) -> Seg
         requests=len(requests),
         stage_requests=len(requests),
         keys=len({r.assignment_key for r in requests}),
-        error_keys=len({r.assignment_key for r in requests if r.status == "error"}),
+        error_keys=len({r.assignment_key for r in requests if r.status == "error" or r.draft_errors}),
+        draft_error_keys=len({r.assignment_key for r in requests if r.draft_errors}),
         timeout_keys=len({r.assignment_key for r in requests if r.status == "timeout"}),
         retry_keys=len({r.assignment_key for r in requests if r.retry > 0}),
         n=len(sums),
@@ -167,7 +168,7 @@ def _segment(arm: str, name: str | None, requests: Sequence[PastRequest]) -> Seg
         xx=float((x * x).sum()),
         yy=float((y * y).sum()),
         xy=float((x * y).sum()),
-        latencies={metric: _weighed(fine, f"{metric}_s") for metric in ("e2e", "ttft", "tpot")},
+        latencies={metric: _weighed(fine, f"{metric}_s") for metric in METRICS},
     )
 
 

@@ -16,6 +16,7 @@ import numpy as np
 from engine.contracts import CANARY, CONTROL, Verdict
 from engine.rollout import quantiles, statistics
 from engine.rollout.guards import (
+    CostFuse,
     Errors,
     Guard,
     Latency,
@@ -89,7 +90,7 @@ def _judged(
             return _latency(guard, spec, alpha, arms)
         case Errors() | Timeouts() | Retries() | Mismatches():
             return _events(guard, spec, alpha, arms)
-        case LatencyFuse():
+        case LatencyFuse() | CostFuse():
             return _fuse(guard, arms)
         case MismatchFuse():
             return _mismatch(guard, arms)
@@ -215,22 +216,25 @@ def _events(
     if failed:
         reason = f"{_where(line.segment)}{met[at]} keys met {guard.name} in {canary.requests} requests of the canary, "
         reason += f"{usual[at]} in {control.requests} of the control"
+        if isinstance(guard, Errors) and canary.draft_error_keys:
+            reason += f"; of the canary's {canary.draft_error_keys} were of its draft"
         return replace(line, verdict=Verdict.FAIL, reason=reason + _worst_said(line))
     if min(arms.canary[0].requests, arms.control[0].requests) < spec.min_requests:
         return replace(line, verdict=Verdict.INSUFFICIENT, reason=f"needs {spec.min_requests} requests per arm")
     return line
 
 
-def _fuse(guard: LatencyFuse, arms: Arms) -> GuardResult:
+def _fuse(guard: LatencyFuse | CostFuse, arms: Arms) -> GuardResult:
     n = [round(sum(arm[0].latencies.get(guard.metric, ((), ()))[1])) for arm in (arms.canary, arms.control)]
-    slow, usual = (arm[0].quantile(guard.metric, 0.95) for arm in (arms.canary, arms.control))
+    q, what = (0.95, f"p95 of {guard.metric}") if isinstance(guard, LatencyFuse) else (0.5, "median cost of a token")
+    slow, usual = (arm[0].quantile(guard.metric, q) for arm in (arms.canary, arms.control))
     line = GuardResult(guard.name, Verdict.INSUFFICIENT, "", ALL, n[0], n[1], slow, usual, limit=guard.ratio)
     if min(n) < guard.min_requests or slow is None or not usual:
         return replace(line, reason=f"needs {guard.min_requests} keys per arm")
     if slow > guard.ratio * usual:
-        reason = f"p95 of {guard.metric} is {slow:.3g} s on the canary, more than {guard.ratio:g} × the {usual:.3g} s"
-        return replace(line, verdict=Verdict.FAIL, reason=reason + " of the control")
-    return replace(line, verdict=Verdict.PASS, reason=f"p95 of {guard.metric} within {guard.ratio:g} × the control")
+        reason = f"{what} is {slow:.3g} s on the canary, more than {guard.ratio:g} × the {usual:.3g} s of the control"
+        return replace(line, verdict=Verdict.FAIL, reason=reason)
+    return replace(line, verdict=Verdict.PASS, reason=f"{what} within {guard.ratio:g} × the control")
 
 
 def _mismatch(guard: MismatchFuse, arms: Arms) -> GuardResult:

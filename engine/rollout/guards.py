@@ -7,10 +7,11 @@ from typing import ClassVar
 
 from engine.contracts import SlipstreamError
 
-METRICS = ("e2e", "ttft", "tpot")
+METRICS = ("e2e", "ttft", "tpot", "cost")
+"""Latencies, and ``cost``: what a token committed by verify steps took of the engine, seconds. A request is charged for
+its own drafting and for its share of the passes, so requests of one batch, which all wait for the slowest draft in it,
+differ here where their latencies do not."""
 METHODS = ("fast", "certified")
-WATCHED = 0.2
-"""Share of the false rollbacks allowed that is kept for the time after the promotion."""
 
 
 class SpecError(SlipstreamError):
@@ -101,7 +102,8 @@ class _Events(_Guard):
 
 @dataclass(frozen=True, slots=True)
 class Errors(_Events):
-    """Requests that ended in an error."""
+    """Requests that ended in an error, or whose draft failed: the engine goes on without it, and it is an error of the
+    policy all the same. In shadow only the draft can fail."""
 
     kind: ClassVar[str] = "errors"
     counted: ClassVar[str] = "error_keys"
@@ -146,6 +148,17 @@ class LatencyFuse(_Guard):
 
 
 @dataclass(frozen=True, slots=True)
+class CostFuse(_Guard):
+    """Absolute: FAIL when the canary's median cost of a token exceeds ``ratio`` times the control's, over
+    ``min_requests`` assignment keys of each arm: a draft that is slow shows here, however it slows everybody."""
+
+    kind: ClassVar[str] = "fuse_cost"
+    metric: ClassVar[str] = "cost"
+    ratio: float = 1.5
+    min_requests: int = 200
+
+
+@dataclass(frozen=True, slots=True)
 class MismatchFuse(_Guard):
     """Absolute: FAIL at the first output of the canary that is not the target's own. Drafts never change an output."""
 
@@ -180,19 +193,20 @@ class SampleRatio(_Guard):
 class Shadow:
     """Before the first weight: the canary drafts on copies of this many served requests and serves none.
 
-    It goes on when the guard ``tokens_per_step`` does not fail on them, champion against canary over the same requests.
+    It goes on when neither ``tokens_per_step`` nor ``errors`` fails on them, champion against canary over the same
+    requests.
     """
 
     requests: int = 200
 
 
 Events = Errors | Timeouts | Retries | Mismatches
-Guard = TokensPerStep | Latency | Events | LatencyFuse | MismatchFuse | RestartFuse | SampleRatio
+Guard = TokensPerStep | Latency | Events | LatencyFuse | CostFuse | MismatchFuse | RestartFuse | SampleRatio
 KINDS: dict[str, type[Guard]] = {
     kind.kind: kind
     for kind in (
         *(TokensPerStep, Latency, Errors, Timeouts, Retries, Mismatches),
-        *(LatencyFuse, MismatchFuse, RestartFuse, SampleRatio),
+        *(LatencyFuse, CostFuse, MismatchFuse, RestartFuse, SampleRatio),
     )
 }
 
@@ -205,8 +219,9 @@ class RolloutSpec:
     evenly over the statistical guards. ``deadline_s`` counts from the first canary traffic. ``blind_s`` is how long a
     canary may serve while its traffic cannot be measured, ``promote_s`` how long a promotion may wait for replicas to
     follow; beyond either the champion is back and nobody is blamed. While a new champion is watched, the one before
-    keeps the share ``holdback`` as its control. ``traffic_classes``,
-    ``tenants`` and ``slices`` (the header X-Slice) say whose requests may be tried at all; None is everybody's.
+    keeps the share ``holdback`` as its control, and ``watch_share`` of ``alpha`` is kept for that time.
+    ``traffic_classes``, ``tenants`` and ``slices`` (the header X-Slice) say whose requests may be tried at all; None is
+    everybody's.
     ``shadow`` comes before the first step, and has ``deadline_s`` of its own.
     """
 
@@ -222,6 +237,7 @@ class RolloutSpec:
     promote_s: float = 600.0
     holdback: float = 0.1
     alpha: float = 0.01
+    watch_share: float = 0.2  # of every rollout that was frozen before this could be set
     traffic_classes: tuple[str, ...] | None = None
     tenants: tuple[str, ...] | None = None
     slices: tuple[str, ...] | None = None
@@ -237,7 +253,7 @@ class RolloutSpec:
 
         Watching is a comparison of its own: a canary that was better for an hour must not live on its past.
         """
-        share = WATCHED if watching else 1.0 - WATCHED
+        share = self.watch_share if watching else 1.0 - self.watch_share
         return share * self.alpha / max(1, sum(guard.statistical for guard in self.guards))
 
     def tokens_per_step(self) -> TokensPerStep | None:
@@ -245,4 +261,6 @@ class RolloutSpec:
 
     def metrics(self) -> tuple[str, ...]:
         """The latencies that some guard looks at."""
-        return tuple(sorted({guard.metric for guard in self.guards if isinstance(guard, Latency | LatencyFuse)}))
+        return tuple(
+            sorted({guard.metric for guard in self.guards if isinstance(guard, Latency | LatencyFuse | CostFuse)})
+        )

@@ -12,9 +12,12 @@ from typing import Protocol
 
 from engine.contracts import CANARY, RolloutState, Verdict
 from engine.rollout.evaluate import evaluate
-from engine.rollout.guards import RolloutSpec, Shadow, TokensPerStep
+from engine.rollout.guards import Errors, RolloutSpec, Shadow, TokensPerStep
 from engine.rollout.records import Action, Decision, Evidence, GuardResult, RolloutStatus, consuming
 from engine.store.repositories.rollouts import Command
+
+JUDGED = (TokensPerStep.kind, Errors.kind)
+"""The guards that can say something of a canary that serves nobody."""
 
 
 def begin(shadow: Shadow, status: RolloutStatus, command: Command | None, now: datetime) -> Decision:
@@ -29,7 +32,7 @@ def decide(
 ) -> Decision:
     """Stay, go on to the first weight, or end. Enough requests without a FAIL go on; a PASS needs no proof here."""
     assert status.shadow is not None
-    guards = tuple(g for g in evaluate(spec, evidence.segments) if g.guard == TokensPerStep.kind)
+    guards = tuple(g for g in evaluate(spec, evidence.segments) if g.guard in JUDGED)
     verdict, why, enough = _judge(spec, status, evidence, guards)
 
     def to(state: RolloutState, reason: str, action: Action = Action.NONE, **changes: object) -> Decision:
@@ -100,7 +103,7 @@ def _judge(
     earned = "".join(
         f", {g.canary:.3f} tokens per verify step against {g.control:.3f}"
         for g in guards
-        if g.canary is not None and g.control is not None and requests
+        if g.guard == TokensPerStep.kind and g.canary is not None and g.control is not None and requests
     )
     enough = requests >= spec.shadow.requests
     why = f"{requests} of {spec.shadow.requests} requests drafted in shadow, none served{earned}"

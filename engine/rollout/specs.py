@@ -119,6 +119,8 @@ def validate(spec: RolloutSpec) -> RolloutSpec:
         )
     if spec.holdback > 0.5:
         raise SpecError(f"rollout.holdback is at most 0.5, the weight of a control; got {spec.holdback:g}.")
+    if not 0 < spec.watch_share < 1:
+        raise SpecError(f"rollout.watch_share lies between 0 and 1, a share of alpha; got {spec.watch_share:g}.")
     if spec.shadow is not None and not (type(spec.shadow.requests) is int and spec.shadow.requests >= 1):
         raise SpecError(f"rollout.shadow.requests must be a whole number of at least 1, got {spec.shadow.requests!r}.")
     if not any(guard.rolls_back for guard in spec.guards):

@@ -161,7 +161,14 @@ class Engine:
                 self._shadows[version] = proposer.bind(DraftPools(self.target.model, 1, self.max_model_len))
             bound = self._shadows[version]
         return ShadowReplay(
-            bound, prefill, record.traffic_class, payload.prompt_ids, payload.output_ids, record.max_tokens, self.clock
+            bound,
+            prefill,
+            record.traffic_class,
+            payload.prompt_ids,
+            payload.output_ids,
+            record.max_tokens,
+            self.target.config.vocab_size,
+            self.clock,
         )
 
     def stats(self) -> dict[str, int]:

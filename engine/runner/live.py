@@ -14,7 +14,7 @@ from engine.runner.request import EngineRequest, Output, RequestResult
 from engine.runner.stopping import StopText
 from engine.scheduler.sequence import Sequence as SequenceState
 from engine.speculation.control import RowControl
-from engine.speculation.proposer import Drafter, HiddenReader, InTurn, Proposer, parts
+from engine.speculation.proposer import Drafter, HiddenReader, InTurn, Proposer, checked, parts
 from engine.speculation.verify import VerifyOutcome
 
 log = logging.getLogger(__name__)
@@ -106,14 +106,10 @@ class Live:
     def drafted(self, limit: int, tokens: list[int], vocab_size: int) -> Draft:
         """What the drafter proposed when what takes time was limited so, checked."""
         assert self._drafter is not None
-        confidence, part = self._drafter.confidence, int(getattr(self._drafter, "part", 0))
-        k = limit if part == self.parts - 1 else self.most_drafts
         try:
-            if len(tokens) > k or not all(0 <= token < vocab_size for token in tokens):
-                raise ValueError(f"proposed {tokens!r} for k = {k}, vocabulary {vocab_size}")
-            if confidence and len(confidence) != len(tokens):
-                raise ValueError(f"proposed {len(tokens)} tokens with {len(confidence)} confidences")
-            return Draft(k, tokens, confidence, part)
+            part = int(getattr(self._drafter, "part", 0))
+            k = limit if part == self.parts - 1 else self.most_drafts
+            return Draft(k, checked(self._drafter, k, tokens, vocab_size), self._drafter.confidence, part)
         except Exception:
             self.draft_failed()
             return Draft(0, [])

@@ -111,6 +111,7 @@ class Findings:
             drafted=counts.drafted,
             accepted=counts.accepted,
             draft_s=seen.draft_s,
+            draft_errors=seen.draft_errors,
         )
         with self._lock:
             self._shadowed.append(row)

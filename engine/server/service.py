@@ -260,6 +260,7 @@ class Service:
             expected_accepted=result.expected_accepted if result is not None else 0.0,
             retry=caller.retry,
             preemptions=result.preemptions if result is not None else 0,
+            draft_errors=result.draft_errors if result is not None else 0,
             trainable=caller.trainable and keep,
             payload=result.payload if keep and result is not None else None,
         )

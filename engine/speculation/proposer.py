@@ -36,6 +36,15 @@ class Drafter(Protocol):
         """The target committed these tokens."""
 
 
+def checked(drafter: Drafter, k: int, tokens: list[int], vocab_size: int) -> list[int]:
+    """``tokens``, which ``drafter`` proposed when asked for ``k``; ValueError where they cannot be verified."""
+    if len(tokens) > k or not all(0 <= token < vocab_size for token in tokens):
+        raise ValueError(f"proposed {tokens!r} for k = {k}, vocabulary {vocab_size}")
+    if drafter.confidence and len(drafter.confidence) != len(tokens):
+        raise ValueError(f"proposed {len(tokens)} tokens with {len(drafter.confidence)} confidences")
+    return tokens
+
+
 class Proposer(Protocol):
     """A resident policy: immutable, shared by all its requests."""
 

@@ -76,6 +76,7 @@ def serve(
                 "steps": steps,
                 "drafted": 4 * steps,
                 "accepted": accepted,
+                "cost_s": 0.02 * steps,
             }
         )
     _write(db, began, rows, [])
@@ -124,7 +125,8 @@ def _trace(trace_id: UUID, at: datetime, version: int, traffic_class: str) -> di
         "prompt_tokens": 8, "output_tokens": 40, "steps": 0, "drafted": 0, "accepted": 0,
         "drafted_per_pos": [], "accepted_per_pos": [],
         "prefill_s": 0.0, "draft_s": 0.0, "verify_s": 0.0, "other_s": 0.0,
-        "cost_s": 0.0, "plain_s": 0.0, "expected_accepted": 0.0, "retry": 0, "preemptions": 0, "trainable": True,
+        "cost_s": 0.0, "plain_s": 0.0, "expected_accepted": 0.0, "retry": 0, "preemptions": 0, "draft_errors": 0,
+        "trainable": True,
     }  # fmt: skip
 
 

@@ -11,6 +11,7 @@ from engine.contracts import CANARY, CONTROL, RolloutState, Verdict
 from engine.rollout import specs
 from engine.rollout.decide import decide
 from engine.rollout.records import Action, Replica
+from engine.store import histogram
 from tests.rollout.world import CANARY_VERSION, CHAMPION, FALLBACK, World, ramping, segment
 
 
@@ -103,6 +104,20 @@ def test_the_latency_fuse_blows_without_statistics() -> None:
     world = ramping()
     world.traffic(segment(CANARY, 100, p95=4.0), segment(CONTROL, 100, p95=1.0))
     assert "fuse_p95" in world.tick(10).reason
+
+
+@pytest.mark.parametrize(("cost", "fails"), [(0.010, False), (0.019, False), (0.021, True)])
+def test_a_draft_that_slows_its_whole_batch_shows_in_what_it_costs(cost: float, fails: bool) -> None:
+    """Latencies and tokens per step are equal: whoever shares a batch waits for the slowest draft in it."""
+    world, levels = ramping(), {CANARY: cost, CONTROL: 0.010}
+    world.traffic(
+        *(replace(one, latencies=one.latencies | {"cost": ([histogram.bucket(levels[one.arm])], [60.0])})
+          for one in (segment(CANARY, 60), segment(CONTROL, 60)))
+    )  # fmt: skip
+    decision = world.tick(10)
+    assert (decision.verdict is Verdict.FAIL) is fails
+    assert ("fuse_cost: median cost of a token is 0.02" in decision.reason) is fails
+    assert world.spec.metrics() == ("cost", "tpot")
 
 
 def test_a_broken_split_holds_and_blames_nobody() -> None:

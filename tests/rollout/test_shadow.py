@@ -62,6 +62,20 @@ def test_a_draft_that_earns_less_is_rolled_back_without_having_served() -> None:
     assert not world.status.stages
 
 
+def test_a_draft_that_fails_is_rolled_back_without_having_served() -> None:
+    """Against plain decoding it earns no less, so its errors must speak."""
+    world = shadowing()
+    drafted(world, 60, canary=1.0, control=1.0)
+    failed = [replace(s, error_keys=40, draft_error_keys=40) if s.arm == CANARY else s for s in world.segments]
+    assert world.tick().verdict is Verdict.INSUFFICIENT
+    world.traffic(*failed)
+    decision = world.tick()
+    assert (decision.verdict, decision.action) == (Verdict.FAIL, Action.ROLL_BACK)
+    assert decision.reason.startswith("in shadow: errors: 40 keys met errors in 60 requests of the canary")
+    assert "40 were of its draft" in decision.reason
+    assert {guard.guard for guard in decision.guards} == {"tokens_per_step", "errors"}
+
+
 def test_what_people_ask_of_a_shadow() -> None:
     world = shadowing()
     world.ask("promote")

@@ -60,6 +60,18 @@ def test_both_comparisons_together_spend_no_more_than_was_allowed() -> None:
     assert guards * (spec.guard_alpha() + spec.guard_alpha(watching=True)) == pytest.approx(spec.alpha)
     with pytest.raises(SpecError, match=r"holdback is at most 0.5"):
         specs.validate(replace(spec, holdback=0.7))
+    with pytest.raises(SpecError, match=r"watch_share lies between 0 and 1"):
+        specs.validate(replace(spec, watch_share=1.0))
+
+
+def test_how_evidence_is_shared_out_is_frozen_and_old_rollouts_keep_theirs() -> None:
+    """A replay must not depend on a constant of today's code."""
+    spec = replace(specs.preset("fast"), watch_share=0.5)
+    tree = specs.to_dict(spec)
+    assert specs.parse(tree).guard_alpha() == spec.guard_alpha() == spec.guard_alpha(watching=True)
+    assert specs.spec_hash(spec) != specs.spec_hash(specs.preset("fast"))
+    old = {name: value for name, value in tree.items() if name != "watch_share"}
+    assert specs.parse(old).guard_alpha(watching=True) == pytest.approx(0.2 * spec.alpha / 4)
 
 
 def test_the_ledger_keeps_the_control_and_only_what_came_after_is_counted(db: Database) -> None:

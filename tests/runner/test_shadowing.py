@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from uuid import uuid4
@@ -11,11 +12,12 @@ import pytest
 from engine.contracts import SpecCounts, Status, TraceRecord
 from engine.model.loading import Target
 from engine.runner.engine import RequestResult
+from engine.speculation.draft_pool import DraftPool, Proposal, Want
 from engine.speculation.proposer import Proposer
 from tests.runner.drafts import neural, trained_draft
-from tests.runner.driving import MEMORY, NGRAM, NONE, alone, engine_of, memory_of, request
+from tests.runner.driving import MEMORY, NGRAM, NONE, Scripted, alone, engine_of, memory_of, request
 
-NEURAL = 4
+NEURAL, SPECIAL = 4, 9
 PROMPTS = [(5, 9, 5, 9, 5, 9, 30, 31), (40, 41, 42, 40, 41), (7,) * 12]
 
 
@@ -53,6 +55,59 @@ def test_a_shadow_counts_what_serving_counts(
         engine.check_integrity()  # the places of requests are nobody else's
     if version != NONE and temperature == 0:
         assert replay.counts.drafted
+
+
+def moody(tokens: Sequence[int], k: int) -> list[int]:
+    if len(tokens) % 3:
+        raise RuntimeError("not now")
+    return list(tokens[-k:])
+
+
+class FailingPool(DraftPool):
+    """Drafts twice, and never again."""
+
+    made = 0
+
+    def propose(self, wants: Sequence[Want]) -> list[Proposal]:
+        self.made += bool(wants)
+        if self.made > 2:
+            raise RuntimeError("broken draft")
+        return super().propose(wants)
+
+
+class DeafPool(DraftPool):
+    def feed(self, fed: object) -> None:
+        raise RuntimeError("broken draft")
+
+
+@pytest.mark.parametrize(
+    "think", [moody, lambda t, k: 1 // 0, lambda t, k: [1] * (k + 1), lambda t, k: [10**6]], ids=str
+)
+def test_a_draft_that_fails_counts_in_shadow_as_in_serving(tiny: Target, think: object) -> None:
+    """It drops out of no sample: its request is there, with the plain steps that serving would have made."""
+    policies: dict[int, Proposer] = {SPECIAL: Scripted(think)}
+    same_as_served(tiny, policies, SPECIAL)
+
+
+@pytest.mark.parametrize("pool", [FailingPool, DeafPool])
+def test_so_does_one_that_reads_hidden_states(
+    tiny: Target, policies: dict[int, Proposer], pool: type[DraftPool]
+) -> None:
+    same_as_served(tiny, {NEURAL: neural(policies[NEURAL].proposer.draft, pool)}, NEURAL)  # type: ignore[attr-defined]
+
+
+def same_as_served(tiny: Target, policies: dict[int, Proposer], version: int) -> None:
+    for prompt in PROMPTS:
+        engine = engine_of(tiny, policies)
+        plain = alone(tiny, request("plain", prompt, NONE))
+        served = alone(tiny, request("served", prompt, version), policies)
+        replay = engine.shadow(version, finished(plain))
+        while not replay.is_done:
+            replay.advance(5)
+        replay.end()
+        assert asdict(replay.counts) == asdict(served.counts)
+        assert replay.draft_errors == served.draft_errors > 0
+        engine.check_integrity()
 
 
 def test_a_shadow_that_is_given_up_leaves_room_for_the_next(tiny: Target, policies: dict[int, Proposer]) -> None:

@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 from typing import Any, cast
 
 import numpy as np
+import pytest
 from sqlalchemy import func, select
 
 from engine.contracts import SHADOW, Arm, ProposerKind, RolloutState, ServingPlan, Status
@@ -20,7 +21,7 @@ from engine.rollout.launch import launch
 from engine.rollout.replay import replay
 from engine.server import shadow as server_shadow
 from engine.speculation.artifact import build_artifact
-from engine.speculation.memory import MEMORY_FILE, TraceMemoryBuilder
+from engine.speculation.memory import MEMORY_FILE, TraceMemoryBuilder, TraceMemoryDrafter
 from engine.store.models import ShadowRequestRow, TraceRow
 from engine.store.repositories import plans, rollouts
 from engine.store.repositories.rollouts import Rollout
@@ -106,6 +107,21 @@ def test_garbage_is_found_in_its_shadow_and_serves_nobody(start: Start) -> None:
     served.observes(made.generation)
     found = shadowed(served, spoil(good, np.random.default_rng(0)), RolloutState.ROLLED_BACK)
     assert found.status["reason"].startswith("in shadow: tokens_per_step")
+    assert not found.status["stages"]
+
+
+def test_a_draft_that_throws_is_found_in_its_shadow(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The champion is plain decoding, against which a draft that only fails loses nothing but its errors."""
+    served = start("engine.audit_tokens_per_minute=0")
+    files = memory_files(served)
+    with served.db.write() as session:
+        plan = plans.latest(session)
+        assert plan is not None
+        made = plans.append(session, champion=plan.fallback, fallback=plan.fallback, actor="ann", reason="plain")
+    served.observes(made.generation)
+    monkeypatch.setattr(TraceMemoryDrafter, "propose", lambda self, k: 1 // 0)
+    found = shadowed(served, files, RolloutState.ROLLED_BACK)
+    assert found.status["reason"].startswith("in shadow: errors:")
     assert not found.status["stages"]
 
 

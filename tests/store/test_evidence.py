@@ -10,6 +10,7 @@ import pytest
 from sqlalchemy import select, text, update
 
 from engine.contracts import CANARY, CONTROL, Arm
+from engine.rollout.guards import METRICS
 from engine.store import histogram
 from engine.store.database import Database
 from engine.store.models import TraceRow
@@ -35,7 +36,7 @@ def served(db: Database) -> Database:
 
 def test_moments_and_counts_are_those_of_the_rows(served: Database) -> None:
     with served.read() as session:
-        found = evidence.segments(session, [Window(1, NOW, NOW)])
+        found = evidence.segments(session, [Window(1, NOW, NOW)], METRICS)
         rows = session.scalars(select(TraceRow)).all()
     assert {(s.arm, s.traffic_class) for s in found} == {
         (a, c) for a in (CANARY, CONTROL) for c in (None, "chat", "code")
@@ -50,6 +51,8 @@ def test_moments_and_counts_are_those_of_the_rows(served: Database) -> None:
         assert s.keys == len({r.assignment_key for r in mine})
         fine = [r.e2e_s for r in mine if r.status == "ok"]
         assert dict(zip(*s.latencies["e2e"], strict=True)) == dict(zip(*histogram.count(fine), strict=True))
+        cost = [r.cost_s / (r.steps + r.accepted) for r in mine if r.status == "ok"]
+        assert dict(zip(*s.latencies["cost"], strict=True)) == dict(zip(*histogram.count(cost), strict=True))
 
 
 def test_a_retrying_client_is_one_key_and_one_error(served: Database) -> None:
@@ -63,6 +66,19 @@ def test_a_retrying_client_is_one_key_and_one_error(served: Database) -> None:
     assert (canary.keys, canary.error_keys) == (1, 1)
     assert (canary.retry_keys, canary.timeout_keys) == (1, 0)
     assert canary.requests > 10
+
+
+def test_a_draft_that_failed_is_an_error_of_a_request_that_ended_well(served: Database) -> None:
+    with served.write() as session:
+        session.execute(update(TraceRow).values(status="ok"))
+        session.execute(update(TraceRow).where(TraceRow.arm == CANARY).values(draft_errors=3))
+    with served.read() as session:
+        found = {s.arm: s for s in evidence.segments(session, [Window(1, NOW, NOW)]) if s.traffic_class is None}
+        past = evidence.past(session, 2, NOW)
+    canary, control = found[CANARY], found[CONTROL]
+    assert canary.error_keys == canary.draft_error_keys == canary.keys > 0
+    assert control.error_keys == control.draft_error_keys == 0
+    assert {request.draft_errors for request in past} == {3}
 
 
 def test_a_key_of_two_classes_counts_once_over_all(served: Database) -> None:

@@ -15,7 +15,8 @@ class ShadowRequestRow(Base):
     """One policy replayed over one served request, every draft counted whole. Writer: engine.server.
 
     ``arm`` is canary for the shadow and control for the champion, which is replayed over the same request;
-    ``generation`` is of the plan with the shadow, ``draft_s`` what the policy's own drafting took, seconds.
+    ``generation`` is of the plan with the shadow, ``draft_s`` what the policy's own drafting took, seconds,
+    ``draft_errors`` how often it failed.
     """
 
     __tablename__ = "shadow_requests"
@@ -29,5 +30,6 @@ class ShadowRequestRow(Base):
     drafted: Mapped[int] = mapped_column(Integer)
     accepted: Mapped[int] = mapped_column(Integer)
     draft_s: Mapped[float]
+    draft_errors: Mapped[int] = mapped_column(Integer)
     seen_at: Mapped[datetime] = mapped_column(server_default=NOW)
     __table_args__ = (Index("ix_shadow_requests_seen_at", "seen_at"),)

@@ -62,6 +62,7 @@ class TraceRow(Base):
     expected_accepted: Mapped[float]
     retry: Mapped[int] = mapped_column(SmallInteger)
     preemptions: Mapped[int] = mapped_column(SmallInteger)
+    draft_errors: Mapped[int] = mapped_column(Integer)
     trainable: Mapped[bool] = mapped_column(Boolean)
     written_at: Mapped[datetime] = mapped_column(server_default=func.clock_timestamp())
     __table_args__ = (

@@ -40,10 +40,11 @@ class Segment:
     """The requests of one arm in one traffic class, or in all classes together (``traffic_class`` None).
 
     ``keys`` and ``…_keys`` count assignment keys, not requests: the key is what was randomised, and a client that
-    retries one failing request ten times is one event. ``n`` are the keys that took a verify step, and Σ is over them:
-    x_k = steps + accepted (tokens committed by verify steps, bonus included) and y_k = steps, each summed over all
-    requests of key k in this class. ``latencies`` holds, per metric, the log histogram of requests that ended well, in
-    which a key weighs one in all: each of its m requests 1/m.
+    retries one failing request ten times is one event. ``error_keys`` met an error of their request or, those of
+    ``draft_error_keys``, of its draft, without which the engine went on. ``n`` are the keys that took a verify step,
+    and Σ is over them: x_k = steps + accepted (tokens committed by verify steps, bonus included) and y_k = steps, each
+    summed over all requests of key k in this class. ``latencies`` holds, per metric, the log histogram of requests that
+    ended well, in which a key weighs one in all: each of its m requests 1/m.
     ``stage_requests`` are those of the newest stage; ``audited`` and ``mismatches`` count outputs that were replayed
     without a draft, and those that differed.
     """
@@ -65,6 +66,7 @@ class Segment:
     xy: float = 0.0
     audited: int = 0
     mismatches: int = 0
+    draft_error_keys: int = 0
     latencies: dict[str, Counts] = field(default_factory=dict)
 
     def quantile(self, metric: str, q: float) -> float | None:
@@ -116,10 +118,12 @@ Keys are hashed: a few times faster than texts, and two of a million share one o
 _EVENTS = text(
     f"""
     WITH {_STAGE}
-    SELECT arm, traffic_class, count(DISTINCT assignment_key) FILTER (WHERE status = 'error') AS error_keys,
+    SELECT arm, traffic_class,
+        count(DISTINCT assignment_key) FILTER (WHERE status = 'error' OR draft_errors > 0) AS error_keys,
+        count(DISTINCT assignment_key) FILTER (WHERE draft_errors > 0) AS draft_error_keys,
         count(DISTINCT assignment_key) FILTER (WHERE status = 'timeout') AS timeout_keys,
         count(DISTINCT assignment_key) FILTER (WHERE retry > 0) AS retry_keys
-    {_COMPARED} AND (status IN ('error', 'timeout') OR retry > 0)
+    {_COMPARED} AND (status IN ('error', 'timeout') OR retry > 0 OR draft_errors > 0)
     GROUP BY GROUPING SETS ((arm, traffic_class), (arm))
     """
 )
@@ -127,21 +131,24 @@ _EVENTS = text(
 _LATENCIES = text(
     f"""
     WITH {_STAGE}, request AS (
-        SELECT hashtextextended(assignment_key, 0) AS key, arm, traffic_class, e2e_s, ttft_s, tpot_s
+        SELECT hashtextextended(assignment_key, 0) AS key, arm, traffic_class, e2e_s, ttft_s, tpot_s,
+            nullif(cost_s, 0) / nullif(steps + accepted, 0) AS cost_s
         FROM traces JOIN stage USING (generation)
         WHERE started_at >= stage.since AND started_at >= :earliest AND arm IN ('canary', 'control') AND status = 'ok'
     ), shared AS (
-        SELECT arm, traffic_class, e2e_s, ttft_s, tpot_s, count(e2e_s) OVER of_key AS e2e_n,
+        SELECT arm, traffic_class, e2e_s, ttft_s, tpot_s, cost_s, count(e2e_s) OVER of_key AS e2e_n,
             count(ttft_s) OVER of_key AS ttft_n, count(tpot_s) OVER of_key AS tpot_n,
-            count(e2e_s) OVER of_class AS e2e_c, count(ttft_s) OVER of_class AS ttft_c,
-            count(tpot_s) OVER of_class AS tpot_c
+            count(cost_s) OVER of_key AS cost_n, count(e2e_s) OVER of_class AS e2e_c,
+            count(ttft_s) OVER of_class AS ttft_c, count(tpot_s) OVER of_class AS tpot_c,
+            count(cost_s) OVER of_class AS cost_c
         FROM request
         WINDOW of_key AS (PARTITION BY key, arm), of_class AS (PARTITION BY key, arm, traffic_class)
     ), weighed AS (
         SELECT arm, traffic_class, metric, ceil(ln(greatest(seconds, :smallest)) / :log_gamma)::int AS idx,
             1 / n::float8 AS of_all, 1 / c::float8 AS of_class
         FROM shared, LATERAL (
-            VALUES ('e2e', e2e_s, e2e_n, e2e_c), ('ttft', ttft_s, ttft_n, ttft_c), ('tpot', tpot_s, tpot_n, tpot_c)
+            VALUES ('e2e', e2e_s, e2e_n, e2e_c), ('ttft', ttft_s, ttft_n, ttft_c), ('tpot', tpot_s, tpot_n, tpot_c),
+                ('cost', cost_s, cost_n, cost_c)
         ) AS m(metric, seconds, n, c)
         WHERE metric = ANY(:metrics) AND seconds IS NOT NULL
     ), bucket AS (
@@ -256,7 +263,7 @@ def segments(
 
 @dataclass(frozen=True, slots=True)
 class PastRequest:
-    """What guards look at in one request that was served."""
+    """What guards look at in one request that was served. ``cost_s`` is of one token, as in the guards' metric."""
 
     started_at: datetime
     assignment_key: str
@@ -268,14 +275,17 @@ class PastRequest:
     e2e_s: float
     ttft_s: float | None
     tpot_s: float | None
+    draft_errors: int = 0
+    cost_s: float | None = None
 
 
 def past(session: ReadSession, version: int, since: datetime, limit: int = 20_000) -> list[PastRequest]:
     """The newest ``limit`` requests that a version served since then, oldest first."""
     rows = session.execute(
         text(
-            "SELECT started_at, assignment_key, traffic_class, status, retry, steps, accepted, e2e_s, ttft_s, tpot_s "
-            "FROM traces WHERE policy_version = :version AND started_at >= :since AND status <> 'rejected' "
+            "SELECT started_at, assignment_key, traffic_class, status, retry, steps, accepted, e2e_s, ttft_s, tpot_s, "
+            "draft_errors, nullif(cost_s, 0) / nullif(steps + accepted, 0) FROM traces "
+            "WHERE policy_version = :version AND started_at >= :since AND status <> 'rejected' "
             "ORDER BY started_at DESC LIMIT :limit"
         ),
         {"version": version, "since": since, "limit": limit},

@@ -45,7 +45,7 @@ _DAY = """
         assignment_key, status, finish_reason, error, model, endpoint, stream, temperature, max_tokens, queue_s, ttft_s,
         tpot_s, e2e_s, prompt_tokens, output_tokens, steps, drafted, accepted, drafted_per_pos, accepted_per_pos,
         prefill_s, draft_s, verify_s, other_s, cost_s, plain_s, expected_accepted, retry, preemptions,
-        trainable, written_at)
+        draft_errors, trainable, written_at)
     SELECT at, gen_random_uuid(), 'r' || g, 'replica-' || g % 2, version, arm, 1 + CAST(:number AS integer), class,
         CASE g % 3 WHEN 0 THEN 'acme' WHEN 1 THEN 'globex' END, 'c' || g / 4, status,
         CASE status WHEN 'ok' THEN 'stop' END, CASE status WHEN 'error' THEN 'planted' END, 'seeded',
@@ -55,7 +55,7 @@ _DAY = """
         ARRAY[accepted / 2, accepted / 4, accepted / 8, accepted - accepted / 2 - accepted / 4 - accepted / 8],
         prefill_s, 0.06 * decode_s, 0.92 * decode_s, 0.02 * decode_s, 0.5 * decode_s, 0.6 * decode_s,
         accepted, CAST(r_retry < 0.01 AS integer),
-        CAST(load > 1.4 AND r_status > 0.98 AS integer), true,
+        CAST(load > 1.4 AND r_status > 0.98 AS integer), 0, true,
         at + make_interval(secs => queue_s + prefill_s + decode_s + 0.3)
     FROM (
         SELECT *, 0.004 * load * exp(random_normal(0, 1)) AS queue_s,

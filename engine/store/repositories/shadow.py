@@ -29,6 +29,7 @@ class ShadowRequest:
     drafted: int
     accepted: int
     draft_s: float
+    draft_errors: int = 0
 
 
 def write(session: WriteSession, requests: Sequence[ShadowRequest]) -> None:
@@ -41,15 +42,16 @@ _SEGMENTS = text(
     """
     WITH of_class AS (
         SELECT arm, traffic_class, assignment_key, count(*) AS requests, sum(steps + accepted)::float8 AS x,
-            sum(steps)::float8 AS y
+            sum(steps)::float8 AS y, bool_or(draft_errors > 0) AS failed
         FROM shadow_requests WHERE generation = :generation GROUP BY arm, traffic_class, assignment_key
     ), of_key AS (
-        SELECT arm, traffic_class, requests, x, y FROM of_class UNION ALL
-        SELECT arm, NULL, sum(requests), sum(x), sum(y) FROM of_class GROUP BY arm, assignment_key
+        SELECT arm, traffic_class, requests, x, y, failed FROM of_class UNION ALL
+        SELECT arm, NULL, sum(requests), sum(x), sum(y), bool_or(failed) FROM of_class GROUP BY arm, assignment_key
     )
     SELECT arm, traffic_class, sum(requests)::bigint AS requests, sum(requests)::bigint AS stage_requests,
         count(*) AS keys, count(*) FILTER (WHERE y > 0) AS n, sum(x) AS x, sum(y) AS y, sum(x * x) AS xx,
-        sum(y * y) AS yy, sum(x * y) AS xy
+        sum(y * y) AS yy, sum(x * y) AS xy, count(*) FILTER (WHERE failed) AS error_keys,
+        count(*) FILTER (WHERE failed) AS draft_error_keys
     FROM of_key GROUP BY arm, traffic_class ORDER BY arm, traffic_class NULLS FIRST
     """
 )

@@ -27,9 +27,12 @@ class Figure:
 
 @dataclass(frozen=True, slots=True)
 class Report:
+    """``notes`` say in words what no figure can."""
+
     bench: str
     seed: int
     figures: Sequence[Figure]
+    notes: Sequence[str] = ()
 
     def to_json(self) -> str:
         return json.dumps(
@@ -39,6 +42,7 @@ class Report:
                 "machine": machine(),
                 "seed": self.seed,
                 "figures": [asdict(figure) for figure in self.figures],
+                "notes": list(self.notes),
             }
         )
 
@@ -47,7 +51,7 @@ class Report:
         rows += [
             f"{f.name:44} {f.value:10.4g} {f'{f.low:.4g} – {f.high:.4g}':>23} {f.n:6}  {f.unit}" for f in self.figures
         ]
-        return "\n".join(rows)
+        return "\n".join([*rows, *self.notes])
 
 
 def quantile_figure(name: str, values: Sequence[float], q: float, unit: str, rng: np.random.Generator) -> Figure:

@@ -12,7 +12,7 @@ from pathlib import Path
 from engine.contracts import SlipstreamError
 from engine.model.weights import resolve_model
 from engine.ops import postgres, system
-from engine.ops.supervisor import Say, Supervisor
+from engine.ops.supervisor import Component, Say, Supervisor
 from engine.settings import Settings
 from engine.store.database import Database
 
@@ -29,7 +29,9 @@ class Rig:
 
 
 @contextmanager
-def rig(settings: Settings, say: Say) -> Iterator[Rig]:
+def rig(
+    settings: Settings, say: Say, engine: Callable[[Settings], Component] = system.engine_component
+) -> Iterator[Rig]:
     """Postgres and an engine in a temporary data directory; the model of the usual one is used."""
     model = resolve_model(settings.engine.model, settings.dir("models"), say)
     with own_home() as home:
@@ -45,7 +47,7 @@ def rig(settings: Settings, say: Say) -> Iterator[Rig]:
         try:
             say("starting Postgres and an engine")
             own = own.model_copy(update={"database_url": system.start_database(own)})
-            supervisor.start(system.engine_component(own))
+            supervisor.start(engine(own))
             supervisor.wait_ready("engine", system.READY_S["engine"])
             database = Database(own.database_url or "", application="slipstream bench")
             yield Rig(own, supervisor, database)

@@ -46,6 +46,21 @@ def rollback(
 
 
 @bench.command()
+def faults(
+    context: typer.Context,
+    fault: Annotated[
+        list[str] | None, typer.Option(help="slow, garbage, throws or fails; repeatable; without any, all four")
+    ] = None,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Canaries with a planted fault under load: which guard takes each back, how soon, and who else is hurt."""
+    from engine.bench.faults import run
+
+    _show(run(settings(context), fault or (), seed, _progress), as_json)
+
+
+@bench.command()
 def outage(
     context: typer.Context,
     seconds: Annotated[float, typer.Option(help="how long Postgres stays dead")] = 30.0,

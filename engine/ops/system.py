@@ -63,7 +63,7 @@ def start(settings: Settings, supervisor: Supervisor, say: Say) -> Settings:
     api = f"http://{settings.engine.host}:{settings.engine.port}"
     supervisor.start(engine_component(located))
     supervisor.start(dashboard_component(located))
-    supervisor.start(_part("controller", environ))
+    supervisor.start(controller_component(located))
     if settings.learner.enabled:
         supervisor.start(learner_component(located))
     supervisor.start(_part("housekeeping", environ, niceness=15))
@@ -107,6 +107,11 @@ def engine_component(settings: Settings) -> Component:
 def learner_component(settings: Settings) -> Component:
     """The learner as a process, behind everybody; ``settings.database_url`` must be set."""
     return _part("learner", _environment(settings), niceness=BEHIND_ALL)
+
+
+def controller_component(settings: Settings) -> Component:
+    """The rollout controller as a process; ``settings.database_url`` must be set."""
+    return _part("controller", _environment(settings))
 
 
 def dashboard_component(settings: Settings) -> Component:

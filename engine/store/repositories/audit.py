@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from uuid import UUID
 
@@ -86,6 +87,32 @@ def last_start(session: ReadSession, generation: int, arm: str) -> datetime | No
     return session.scalar(
         select(func.max(TraceRow.started_at)).where(TraceRow.generation == generation, TraceRow.arm == arm)
     )
+
+
+@dataclass(frozen=True, slots=True)
+class Tried:
+    """What a version served: requests, when the first of them ended and the last began, those whose draft failed, and
+    those that were given to it under generation ``since`` or a later one."""
+
+    requests: int
+    first_ended: datetime | None
+    last_began: datetime | None
+    failed_drafts: int
+    since: int
+
+
+def tried(session: ReadSession, version: int, since: int) -> Tried:
+    query = """
+        SELECT count(*), min(started_at + make_interval(secs => e2e_s)), max(started_at),
+            count(*) FILTER (WHERE draft_errors > 0), count(*) FILTER (WHERE generation >= :since)
+        FROM traces WHERE policy_version = :version"""
+    return Tried(*session.execute(text(query), {"version": version, "since": since}).one())
+
+
+def not_ok_saying(session: ReadSession, words: str) -> int:
+    """Of the traces that did not end well, those whose error says these words."""
+    query = "SELECT count(*) FROM traces WHERE status <> 'ok' AND position(:words IN error) > 0"
+    return int(session.scalar(text(query), {"words": words}) or 0)
 
 
 _START = "date_bin(interval '{0} s', at, timestamptz '2000-01-01 00:00:00Z') AS at"

@@ -37,13 +37,11 @@ class EngineSettings(Section):
         "SmolLM2-135M-Instruct", description="a local folder, a Hugging Face id, or the packaged default"
     )
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = Field(
-        "auto", description="dtype of weights and KV cache; auto: bfloat16 where the hardware multiplies it"
+        "auto", description="dtype of weights and KV cache; auto: bfloat16 where the hardware or a kernel multiplies it"
     )
     device: str = Field("auto", description="auto takes CUDA where there is one, else the CPU")
     threads: int = Field(0, ge=0, description="torch threads; 0 takes every core this process may use")
-    kernels: bool = Field(
-        True, description="bfloat16 on a CPU: compile small kernels at start where there is a C compiler"
-    )
+    kernels: bool = Field(True, description="bfloat16 on a CPU: compile kernels at start where there is a C compiler")
     cuda_graphs: bool = Field(
         True, description="on CUDA: capture the passes of each batch size once and replay them; off: call each kernel"
     )

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from engine.model.batch import Batch, DecodeGroup, LoneGroup
 from engine.model.kv_cache import KVCache
+from engine.model.linear import multiplies_bfloat16
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -57,7 +58,7 @@ def _attend_decode(layer: int, query: Tensor, group: DecodeGroup, cache: KVCache
     if group.filled is not None:
         query = query.index_select(0, group.filled)
     query = query.reshape(rows, width, kv_heads, g, dim).transpose(1, 2).reshape(rows, kv_heads, width * g, dim)
-    out = F.scaled_dot_product_attention(query, key, value, attn_mask=group.mask)
+    out = _weigh(query, key, value, group.mask)
     out = out.view(rows, kv_heads, width, g, dim).transpose(1, 2).reshape(rows * width, kv_heads * g * dim)
     return out if group.pad is None else out.index_select(0, group.pad)
 
@@ -68,5 +69,13 @@ def attend_alone(layer: int, query: Tensor, group: LoneGroup, cache: KVCache) ->
     kv_heads, dim = key.shape[1], key.shape[-1]
     g, count = query.shape[1] // kv_heads, group.last - group.first
     query = query.reshape(count, kv_heads, g, dim).transpose(0, 1).reshape(1, kv_heads, count * g, dim)
-    out = F.scaled_dot_product_attention(query, key, value, attn_mask=group.mask)
+    out = _weigh(query, key, value, group.mask)
     return out.view(kv_heads, count, g, dim).transpose(0, 1).reshape(count, kv_heads * g * dim)
+
+
+def _weigh(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    """Scaled dot product attention, in floats where bfloat16 would be multiplied number by number."""
+    if query.dtype != torch.bfloat16 or query.device.type != "cpu" or multiplies_bfloat16():
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+    wide = None if mask is None else mask.float()
+    return F.scaled_dot_product_attention(query.float(), key.float(), value.float(), attn_mask=wide).to(query.dtype)

@@ -1,25 +1,20 @@
 """``ops.Ops`` in C, for bfloat16 on a CPU: compiled at start for the model's shape, in about a second.
 
-Without a C compiler, or for a shape that they do not know, there is torch. Threads are those of torch: a second pool
-of them would fight with the first for the same cores.
+Without a C compiler, or for a shape that they do not know, there is torch.
 """
 
 from __future__ import annotations
 
 import ctypes
 import logging
-import shutil
-import subprocess
-import tempfile
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from engine.model.attention import attend_alone
 from engine.model.batch import Batch
+from engine.model.compiler import COUNT, POINTER, REAL, compile_c, function
 from engine.model.config import LlamaConfig
 from engine.model.kv_cache import KVCache
 from engine.model.ops import Turns
@@ -27,8 +22,6 @@ from engine.model.ops import Turns
 log = logging.getLogger(__name__)
 SOURCE = Path(__file__).with_name("kernels.c")
 LANES = 16
-FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-shared", "-fPIC", "-std=gnu11")
-COMPILE_S = 60.0
 
 
 def compile_kernels(config: LlamaConfig, cos: Tensor, sin: Tensor) -> KernelOps | None:
@@ -43,33 +36,18 @@ def compile_kernels(config: LlamaConfig, cos: Tensor, sin: Tensor) -> KernelOps 
     ):
         log.info("no kernels for a model of this shape: torch runs between its matrix products")
         return None
-    compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
-    if compiler is None:
-        log.info("no C compiler: torch runs between the matrix products, which is slower")
-        return None
-    threads = sorted((Path(torch.__file__).parent / "lib").glob("libgomp*.so*"))  # torch's own, or none
-    parallel = ("-fopenmp", f"-L{threads[0].parent}", f"-l:{threads[0].name}") if threads else ()
-    with tempfile.TemporaryDirectory(prefix="slipstream-kernels-") as folder:
-        library = Path(folder) / "kernels.so"
-        shape = (f"-DHEAD_DIM={config.head_dim}", f"-DGROUP={config.group_size}")
-        command = [compiler, *FLAGS, *shape, str(SOURCE), "-o", str(library), *parallel]
-        try:
-            subprocess.run(command, check=True, capture_output=True, text=True, timeout=COMPILE_S)
-            return KernelOps(library, config, cos, sin)
-        except (OSError, subprocess.SubprocessError, AttributeError) as error:
-            log.warning("kernels cannot be compiled, torch runs instead: %s", getattr(error, "stderr", None) or error)
-            return None
+    shape = {"HEAD_DIM": config.head_dim, "GROUP": config.group_size}
+    return compile_c(SOURCE, shape, lambda library: KernelOps(library, config, cos, sin))
 
 
 class KernelOps:
     def __init__(self, library: Path, config: LlamaConfig, cos: Tensor, sin: Tensor) -> None:
         """``library`` may be deleted afterwards. OSError or AttributeError when it is not what ``kernels.c`` makes."""
-        pointer, count, real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
         quick = ctypes.PyDLL(str(library))  # microseconds: not worth handing the interpreter to another thread
-        self._add_rms_norm = _function(quick.add_rms_norm, *[pointer] * 4, count, count, real)
-        self._silu_mul = _function(quick.silu_mul, pointer, pointer, count, count)
-        self._rotate_and_write = _function(quick.rotate_and_write, *[pointer] * 7, *[count] * 3)
-        self._attend = _function(ctypes.CDLL(str(library)).attend, *[pointer] * 6, *[count] * 3)
+        self._add_rms_norm = function(quick.add_rms_norm, *[POINTER] * 4, COUNT, COUNT, REAL)
+        self._silu_mul = function(quick.silu_mul, POINTER, POINTER, COUNT, COUNT)
+        self._rotate_and_write = function(quick.rotate_and_write, *[POINTER] * 7, *[COUNT] * 3)
+        self._attend = function(ctypes.CDLL(str(library)).attend, *[POINTER] * 6, *[COUNT] * 3)
         self._config, self._tables = config, (cos, sin)
 
     def add_norm(self, x: Tensor, y: Tensor | None, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -104,8 +82,3 @@ class KernelOps:
         out = gate_up.new_empty(rows, width // 2)
         self._silu_mul(gate_up.data_ptr(), out.data_ptr(), rows, width // 2)
         return out
-
-
-def _function(found: Any, *arguments: type) -> Callable[..., None]:
-    found.argtypes, found.restype = arguments, None
-    return cast(Callable[..., None], found)

@@ -12,19 +12,21 @@ One row goes to a matrix-vector kernel that is slower than two rows through this
 
 In bfloat16 oneDNN lays the weights out anew at every call, unless they are in its own layout already (docs/log.md).
 Its products of two rows and more then have a property that the others lack: a row's result does not depend on how
-many rows there are.
+many rows there are. Processors that do not multiply bfloat16 get a product of our own with that property (product.py).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from engine.contracts import SlipstreamError
+from engine.model.product import Panels, from_panels, multiply, to_panels
 
 _MOST_ROWS = 64
 _FILL = {1: 2} | dict.fromkeys(range(10, 16), 16)
@@ -39,33 +41,37 @@ class Packed:
     opaque: Tensor
 
 
-Weight = Tensor | Packed
+Weight = Tensor | Packed | Panels
 
 
 def pack(weight: Tensor) -> Weight:
     """``weight`` in the layout that ``linear`` is fastest with on this device; itself where that is the plain one."""
-    if weight.dtype == torch.bfloat16 and weight.device.type == "cpu" and packs_bfloat16():
+    if weight.dtype != torch.bfloat16 or weight.device.type != "cpu":
+        return weight
+    if multiplies_bfloat16():
         return Packed(torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _PACKED_FOR))
-    return weight
+    return to_panels(weight) or weight
 
 
 def dense(weight: Weight) -> Tensor:
     """[out, in] as an ordinary tensor."""
+    if isinstance(weight, Panels):
+        return from_panels(weight)
     return weight.opaque.to_dense() if isinstance(weight, Packed) else weight
 
 
 def copy_in_place(own: Mapping[str, Weight], given: Mapping[str, Weight], what: str) -> None:
     """Copy ``given`` into the storage of ``own``. SlipstreamError, before anything is copied, where they differ.
 
-    Weights in oneDNN's layout are refused: they are nobody's to write, and no graph holds them.
+    Weights in a layout of their own are refused: they are nobody's to write, and no graph holds them.
     """
     problems = [f"{name} is missing" for name in sorted(own.keys() - given.keys())]
     problems += [f"{name} is unknown" for name in sorted(given.keys() - own.keys())]
     pairs: list[tuple[Tensor, Tensor]] = []
     for name in sorted(own.keys() & given.keys()):
         old, new = own[name], given[name]
-        if isinstance(old, Packed) or isinstance(new, Packed):
-            problems.append(f"{name} is in oneDNN's layout")
+        if not (isinstance(old, Tensor) and isinstance(new, Tensor)):
+            problems.append(f"{name} is in a layout of its own")
         elif old.shape != new.shape:
             problems.append(f"{name} has shape {list(new.shape)}, not {list(old.shape)}")
         else:
@@ -78,6 +84,8 @@ def copy_in_place(own: Mapping[str, Weight], given: Mapping[str, Weight], what: 
 
 def linear(x: Tensor, weight: Weight) -> Tensor:
     """[rows, in] and [out, in] → [rows, out], contiguous."""
+    if isinstance(weight, Panels):
+        return multiply(x, weight)
     if isinstance(weight, Packed):
         single = x.shape[0] == 1  # has a kernel of its own, which rounds otherwise
         product: Tensor = torch.ops.mkldnn._linear_pointwise(
@@ -93,12 +101,15 @@ def linear(x: Tensor, weight: Weight) -> Tensor:
     return (weight @ x.t())[:, :rows].t().contiguous()
 
 
-def packs_bfloat16() -> bool:
-    """Whether this build has the operators that torch's own compiler uses for packed weights, and the CPU the type."""
+@cache
+def multiplies_bfloat16() -> bool:
+    """Whether this processor does, and this build has the operators that torch's compiler uses for packed weights."""
     ops = torch.ops.mkldnn
+    has = (torch.cpu._is_avx512_bf16_supported, torch.cpu._is_amx_tile_supported)
     return (
         torch.backends.mkldnn.is_available()
         and hasattr(ops, "_reorder_linear_weight")
         and hasattr(ops, "_linear_pointwise")
         and bool(ops._is_mkldnn_bf16_supported())
+        and any(ask() for ask in has)
     )

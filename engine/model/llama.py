@@ -17,7 +17,7 @@ from engine.model.attention import rope_tables
 from engine.model.batch import Batch
 from engine.model.config import LlamaConfig
 from engine.model.kv_cache import KVCache
-from engine.model.linear import Weight, copy_in_place, linear, pack
+from engine.model.linear import Packed, Weight, copy_in_place, linear, pack
 from engine.model.ops import Ops, TorchOps
 
 
@@ -54,6 +54,7 @@ class Llama:
         self.norm = tensors["model.norm.weight"]
         self.head = self.embedding if config.tie_embeddings else tensors["lm_head.weight"]  # [vocab, hidden]
         self._head = pack(self.head)
+        self.copies_lone_token = isinstance(self._head, Packed)  # whose products of one row are slower (batch.COPIES)
         self.layers = [Layer(config, tensors, i) for i in range(config.num_layers)]
         self.dtype, self.device = self.embedding.dtype, self.embedding.device
         self.cos, self.sin = rope_tables(

@@ -11,8 +11,9 @@ import torch
 from engine.contracts import SlipstreamError
 from engine.model.config import LlamaConfig
 from engine.model.kernels import compile_kernels
-from engine.model.linear import packs_bfloat16
+from engine.model.linear import multiplies_bfloat16
 from engine.model.llama import Llama
+from engine.model.product import multiplies
 from engine.model.tokenizer import Tokenizer
 from engine.model.weights import fingerprint, read_llama, resolve_model, tokenizer_fingerprint
 from engine.settings import Settings
@@ -51,7 +52,7 @@ def load_target(
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if dtype == AUTO:
-        dtype = best_dtype(device)
+        dtype = best_dtype(device, kernels)
     if dtype not in DTYPES:
         raise SlipstreamError(f"dtype must be {AUTO} or one of {sorted(DTYPES)}, got {dtype!r}.")
     if threads:
@@ -88,9 +89,8 @@ def configured_target(settings: Settings, progress: Callable[[str], None], dtype
     )
 
 
-def best_dtype(device: str) -> str:
-    """bfloat16 where the hardware multiplies it: half the bytes, and measured faster for every number of rows."""
+def best_dtype(device: str, kernels: bool = True) -> str:
+    """bfloat16 where hardware or our product multiply it: half the bytes, measured faster for every number of rows."""
     if device != "cpu":
         return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
-    has = (torch.cpu._is_avx512_bf16_supported, torch.cpu._is_amx_tile_supported)
-    return "bfloat16" if packs_bfloat16() and any(ask() for ask in has) else "float32"
+    return "bfloat16" if multiplies_bfloat16() or (kernels and multiplies()) else "float32"

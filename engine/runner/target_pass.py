@@ -106,7 +106,7 @@ class EagerPass:
     def _batch(self, rows: Sequence[Row], prefills: Sequence[Row], cache: KVCache) -> Batch:
         model = self._model
         return build_batch(
-            rows, prefills, cache.max_len, model.config.group_size, model.dtype, model.device, repeat=True
+            rows, prefills, cache.max_len, model.config.group_size, model.dtype, model.device, model.copies_lone_token
         )
 
     def _wanted(self, batch: Batch, scheduled: ScheduledStep) -> Tensor | slice:

@@ -113,7 +113,7 @@ def test_a_row_does_not_depend_on_its_neighbours(model: Llama, monkeypatch: pyte
 
 
 def test_without_a_compiler_there_is_torch(model: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels.shutil, "which", lambda name: None)
+    monkeypatch.setattr("engine.model.compiler.shutil.which", lambda name: None)
     assert compile_kernels(CONFIG, model.cos, model.sin) is None
 
 

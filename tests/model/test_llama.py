@@ -9,7 +9,7 @@ from engine.contracts import SlipstreamError
 from engine.model.batch import COPIES, Row, _shared_width, build_batch
 from engine.model.config import LlamaConfig
 from engine.model.kv_cache import KVCache
-from engine.model.linear import Packed, dense, linear, pack, packs_bfloat16
+from engine.model.linear import Packed, dense, linear, multiplies_bfloat16, pack
 from engine.model.llama import Llama
 from engine.model.random_weights import TINY, random_llama, random_tensors
 from tests.model.plain_llama import plain_logits
@@ -143,7 +143,7 @@ def test_rows_attend_together_where_that_costs_less(rows: list[tuple[int, int]],
     assert _shared_width(rows, least) == width
 
 
-needs_bfloat16 = pytest.mark.skipif(not packs_bfloat16(), reason="oneDNN takes no bfloat16 here")
+needs_bfloat16 = pytest.mark.skipif(not multiplies_bfloat16(), reason="no hardware for bfloat16 here")
 
 
 @needs_bfloat16

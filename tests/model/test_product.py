@@ -1,0 +1,95 @@
+"""The product for bfloat16 without hardware for it, with faults planted in its source."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from engine.model import linear, product
+from engine.model.product import from_panels, multiply, to_panels
+
+pytestmark = pytest.mark.skipif(not any(map(shutil.which, ("cc", "gcc", "clang"))), reason="no C compiler")
+ROWS = (1, 2, 3, 4, 5, 6, 7, 13, 40)
+SHAPES = ((96, 64), (40, 34), (16, 2))  # whole panels, a part of one, a single one
+
+
+@pytest.fixture(autouse=True)
+def compiled_anew() -> Iterator[None]:
+    product._product.cache_clear()
+    yield
+    product._product.cache_clear()
+
+
+def off() -> float:
+    """By how much the worst output differs from a product of floats, beyond its own rounding to bfloat16."""
+    generator, worst = torch.Generator().manual_seed(0), 0.0
+    for outputs, inputs in SHAPES:
+        weight = torch.randn(outputs, inputs, generator=generator).bfloat16()
+        panels = to_panels(weight)
+        assert panels is not None
+        for rows in ROWS:
+            x = torch.randn(rows, inputs, generator=generator).bfloat16()
+            want = x.double() @ weight.double().t()
+            worst = max(worst, float(((multiply(x, panels).double() - want).abs() / (want.abs() + 1e-2)).max()))
+    return worst
+
+
+def test_a_product_is_that_of_floats_rounded_once() -> None:
+    assert off() < 2**-8 * 1.01
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [
+        ("pair << 16", "pair & 0xffff0000u"),
+        ("x + k + odd", "x + k"),
+        ("+ 0x7fff +", "+"),
+        ("rows * (t + 1) / tiles - row", "rows * (t + 1) / tiles - row - (t > 0)"),
+        ("panels * (me + 1) / all", "panels * (me + 1) / all - 1"),
+        ("TILE(3, 1);", "TILE(2, 1);"),
+    ],
+)
+def test_a_fault_in_the_product_is_seen(
+    right: str, wrong: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = product.SOURCE.read_text()
+    assert source.count(right) == 1
+    (tmp_path / "product.c").write_text(source.replace(right, wrong))
+    monkeypatch.setattr(product, "SOURCE", tmp_path / "product.c")
+    assert not off() < 2**-8 * 1.01
+
+
+def test_a_row_does_not_depend_on_its_neighbours() -> None:
+    """To the last bit, however many there are and whichever of them it is."""
+    generator = torch.Generator().manual_seed(1)
+    panels = to_panels(torch.randn(96, 64, generator=generator).bfloat16())
+    assert panels is not None
+    x = torch.randn(40, 64, generator=generator).bfloat16()
+    alone = torch.cat([multiply(row[None], panels) for row in x])
+    for rows in ROWS:
+        assert torch.equal(multiply(x[-rows:], panels), alone[-rows:])
+
+
+def test_panels_hold_the_weight_itself() -> None:
+    weight = torch.randn(40, 34).bfloat16()
+    panels = to_panels(weight)
+    assert panels is not None
+    assert torch.equal(from_panels(panels), weight)
+
+
+def test_what_cannot_be_laid_out_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    odd = torch.randn(8, 33).bfloat16()
+    assert to_panels(odd) is None
+    monkeypatch.setattr(linear, "multiplies_bfloat16", lambda: False)
+    assert linear.pack(odd) is odd
+    assert isinstance(linear.pack(torch.randn(8, 32).bfloat16()), product.Panels)
+
+
+def test_without_a_compiler_there_is_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("engine.model.compiler.shutil.which", lambda name: None)
+    assert not product.multiplies()
+    assert to_panels(torch.randn(16, 32).bfloat16()) is None

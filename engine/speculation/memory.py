@@ -25,6 +25,8 @@ from engine.speculation.proposer import PolicyError, read_settings
 __all__ = ["MEMORY_FILE", "TraceMemory", "TraceMemoryBuilder", "TraceMemoryProposer", "load"]
 
 MEMORY_FILE = "memory.safetensors"
+MOST_KNOWN = 20_000
+"""N-grams of which a table's answer is remembered, some 4 MB a class at most."""
 DEFAULTS: dict[str, int | float] = {"min_n": 2, "max_n": 4, "min_confidence": 0.35, "unit": 1}
 
 
@@ -38,17 +40,41 @@ class ClassMemory:
     def __len__(self) -> int:
         return len(self.key)
 
-    def next_after(self, tail: Sequence[int], unit: int = 1) -> tuple[int, float] | None:
-        """(most frequent next token, its confidence) after exactly these n tokens.
+    def find(self, key: int, unit: int) -> tuple[int, float] | None:
+        """(most frequent next token, its confidence) after the n-gram with this hash.
 
         Confidence is count / (total + unit), where ``unit`` is what one fresh sighting counts: a single one is worth
         one half, not certainty, and less when it is old.
         """
-        key = ngram_hash(tail)
         at = bisect_left(self.key, key)
         if at == len(self.key) or self.key[at] != key:
             return None
         return self.token[at], self.count[at] / (self.total[at] + unit)
+
+
+class Lookup:
+    """The tables that requests of one class ask, the first that knows an n-gram says the token.
+
+    What was asked lately is remembered: requests of a class ask much the same, and a gate replays each of its own
+    again.
+    """
+
+    def __init__(self, tables: Sequence[ClassMemory], unit: int) -> None:
+        self.tables, self.unit = tables, unit
+        self._known: dict[tuple[int, ...], tuple[int, float] | None] = {}
+
+    def next_after(self, tail: tuple[int, ...]) -> tuple[int, float] | None:
+        """(token, confidence) after exactly these tokens."""
+        if tail in self._known:
+            return self._known[tail]
+        key, found = ngram_hash(tail), None
+        for table in self.tables:
+            if (found := table.find(key, self.unit)) is not None:
+                break
+        if len(self._known) >= MOST_KNOWN:
+            self._known.clear()
+        self._known[tail] = found
+        return found
 
 
 class TraceMemory:
@@ -56,6 +82,15 @@ class TraceMemory:
 
     def __init__(self, classes: Mapping[str, ClassMemory]) -> None:
         self.classes = dict(classes)
+        self._lookups: dict[tuple[str, int], Lookup] = {}
+
+    def lookup(self, traffic_class: str, unit: int) -> Lookup:
+        """What requests of a class ask: its own table, then that of all classes together."""
+        known = (traffic_class if traffic_class in self.classes else POOLED, unit)  # clients make up names of classes
+        if known not in self._lookups:
+            names = dict.fromkeys((known[0], POOLED))
+            self._lookups[known] = Lookup([self.classes[name] for name in names if name in self.classes], unit)
+        return self._lookups[known]
 
     @classmethod
     def parse(cls, data: bytes) -> TraceMemory:
@@ -93,10 +128,10 @@ def _checked(traffic_class: str, columns: Mapping[str, np.ndarray]) -> ClassMemo
 
 
 class TraceMemoryDrafter:
-    """``tables``: where to look after the request's own context, the first that knows the n-gram says the token."""
+    """``lookup``: where to look after the request's own context."""
 
-    def __init__(self, index: ContextIndex, tables: Sequence[ClassMemory], min_confidence: float, unit: int) -> None:
-        self.index, self.tables, self.min_confidence, self.unit = index, tables, min_confidence, unit
+    def __init__(self, index: ContextIndex, lookup: Lookup, min_confidence: float) -> None:
+        self.index, self.lookup, self.min_confidence = index, lookup, min_confidence
         self.confidence: list[float] = []
 
     def propose(self, k: int) -> list[int]:
@@ -119,9 +154,8 @@ class TraceMemoryDrafter:
             token = self.index.next_after(tail)
             if token is not None:
                 return token, match_confidence(n, self.index.max_n)
-            for table in self.tables:
-                if (found := table.next_after(tail, self.unit)) is not None:
-                    return found
+            if (found := self.lookup.next_after(tail)) is not None:
+                return found
         return None
 
     def observe(self, tokens: Sequence[int]) -> None:
@@ -150,8 +184,7 @@ class TraceMemoryProposer:
 
     def start(self, prompt_ids: Sequence[int], traffic_class: str) -> TraceMemoryDrafter:
         index = ContextIndex(prompt_ids, self.min_n, self.max_n)
-        tables = [table for name in (traffic_class, POOLED) if (table := self.memory.classes.get(name)) is not None]
-        return TraceMemoryDrafter(index, tables, self.min_confidence, self.unit)
+        return TraceMemoryDrafter(index, self.memory.lookup(traffic_class, self.unit), self.min_confidence)
 
 
 def load(num_speculative_tokens: int, settings: Mapping[str, Any], files: Mapping[str, bytes]) -> TraceMemoryProposer:

@@ -11,7 +11,7 @@ from engine.contracts import SlipstreamError
 from engine.learner.memory import BLOCK, UNIT, MemoryLearner, MemoryRecipe, build_memory, rebuild_memory
 from engine.settings import LearnerSettings
 from engine.speculation.artifact import read_manifest
-from engine.speculation.memory import MEMORY_FILE, TraceMemory
+from engine.speculation.memory import MEMORY_FILE, Lookup, TraceMemory
 from engine.speculation.memory_build import POOLED
 from engine.store.repositories.intake import TrainableTrace
 from tests.learner.test_gate import TARGET, traffic
@@ -61,7 +61,7 @@ def test_a_sighting_counts_half_after_a_half_life_of_its_own_class_and_is_never_
 
     def confidence(traces: list[TrainableTrace], name: str) -> tuple[int, int]:
         table = TraceMemory.parse(MemoryLearner().learn(traces, RECIPE)).classes[name]
-        found = table.next_after((1, 2), UNIT)
+        found = Lookup([table], UNIT).next_after((1, 2))
         assert found is not None
         return found[0], max(table.count)
 

@@ -9,7 +9,7 @@ from safetensors.numpy import load as load_arrays
 from safetensors.numpy import save
 
 from engine.contracts import SlipstreamError
-from engine.speculation.memory import MEMORY_FILE, TraceMemory, TraceMemoryBuilder, TraceMemoryProposer, load
+from engine.speculation.memory import MEMORY_FILE, Lookup, TraceMemory, TraceMemoryBuilder, TraceMemoryProposer, load
 from engine.speculation.memory_build import _hash_columns, ngram_hash
 
 
@@ -56,9 +56,21 @@ def test_a_draft_ends_where_its_acceptance_becomes_unlikely() -> None:
 
 
 def test_most_frequent_token_and_its_confidence() -> None:
-    memory = TraceMemory.parse(built(*[("chat", [], [1, 2, 3])] * 3, ("chat", [], [1, 2, 4]))).classes["chat"]
-    assert memory.next_after((1, 2)) == (3, 3 / 5)
-    assert memory.next_after((2, 1)) is None
+    memory = TraceMemory.parse(built(*[("chat", [], [1, 2, 3])] * 3, ("chat", [], [1, 2, 4]))).lookup("chat", 1)
+    assert memory.next_after((1, 2)) == memory.next_after((1, 2)) == (3, 3 / 5)
+    assert memory.next_after((2, 1)) is memory.next_after((2, 1)) is None
+
+
+def test_what_is_remembered_of_a_table_is_bounded_and_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("engine.speculation.memory.MOST_KNOWN", 50)
+    memory, fresh = (TraceMemory.parse(built(*random_responses())) for _ in range(2))
+    rng, lookup = random.Random(0), memory.lookup("chat", 1)
+    for _ in range(500):
+        tail = (rng.randrange(20), rng.randrange(20))
+        assert lookup.next_after(tail) == Lookup(fresh.lookup("chat", 1).tables, 1).next_after(tail)
+        assert len(lookup._known) <= 50
+    made_up = {id(memory.lookup(f"made up {n}", 1)) for n in range(5)}
+    assert len(made_up) == 1  # clients name classes: one that nobody taught holds nothing of its own
 
 
 def test_counts_agree_with_counting_by_hand() -> None:
@@ -72,7 +84,8 @@ def test_counts_agree_with_counting_by_hand() -> None:
     memory = TraceMemory.parse(built(*responses))
     for (traffic_class, key), nexts in seen.items():
         best = min(set(nexts), key=lambda token: (-nexts.count(token), token))
-        assert memory.classes[traffic_class].next_after(key) == (best, nexts.count(best) / (len(nexts) + 1))
+        table = Lookup([memory.classes[traffic_class]], 1)
+        assert table.next_after(key) == (best, nexts.count(best) / (len(nexts) + 1))
 
 
 def test_same_bytes_in_any_order_and_never_more_than_allowed() -> None:

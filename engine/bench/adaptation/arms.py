@@ -83,7 +83,8 @@ class Attempt:
 
 
 class AdaptiveArm(Arm):
-    """Learns after every ``every_requests`` requests. Without its gate, whatever loads is served."""
+    """Learns ``every_requests`` requests after its last attempt or later, as soon as its gate has enough to judge on.
+    Without a gate, whatever loads is served."""
 
     def __init__(self, name: str, world: World, start: Proposer, corpus: Sequence[Response], gated: bool) -> None:
         super().__init__(name, world, start)
@@ -98,17 +99,18 @@ class AdaptiveArm(Arm):
         self.attempts: list[Attempt] = []
         self.draft = world.neural.draft if world.neural is not None else None
         self.saboteur: Saboteur | None = None
-        self._judged = self._looked = self._due = 0
+        self._judged = self._looked = self._attempted = self._due = 0
         self._charged = world.charged()
 
     def learn(self, response: Response) -> float:
         world, began = self.world, self._spent()
         self.traffic.take(response, world.max_tokens)
         self.seen += 1
-        if self.seen % world.settings.every_requests or not self.traffic.train:
+        if self.seen - self._attempted < world.settings.every_requests or not self.traffic.train:
             return 0.0
         if self.gated and len(self.fresh) < gate.MIN_HELD_OUT:
             return 0.0
+        self._attempted = self.seen
         files = self._candidate()
         made = self._spent()
         if self._spoiled(files):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 
 import numpy as np
 
@@ -18,29 +19,37 @@ from engine.speculation.none import NoneProposer
 from engine.speculation.proposer import Proposer
 from engine.speculation.step_costs import StepCosts
 
+TOKENS = 64
+"""Of each answer: its beginning says as much per token, and costs half."""
 WARM = 2
 """Requests of each class that every arm serves first, for K control's sake; they do not count."""
 
 
 def verify(material: Material, gated: Proposer, requests: int, rng: np.random.Generator) -> list[Figure]:
-    """Measured and computed ratios on the very same requests, and how many answers were not the stored ones."""
+    """Measured and computed ratios on the very same requests, tokens/s of each arm measured over computed, and how
+    many answers were not the stored ones."""
     engine = _engine(material)
     policies = {"none": NoneProposer(), "static": material.static, "gated": gated}
     for version, proposer in enumerate(policies.values()):
         engine.load(version, proposer)
-    computed = {name: Arm(name, material.world, proposer) for name, proposer in policies.items()}
+    world = replace(material.world, max_tokens=min(TOKENS, material.world.max_tokens))
+    computed = {name: Arm(name, world, proposer) for name, proposer in policies.items()}
     measured: dict[tuple[str, str], list[tuple[object, Pair]]] = {}
     different = total = 0
     for name, found in material.classes.items():
-        for n, response in enumerate(found[: requests + WARM]):
+        for n, whole in enumerate(found[: requests + WARM]):
+            response = replace(whole, output_ids=whole.output_ids[: world.max_tokens])
             real: dict[str, tuple[float, float]] = {}
             for version, arm in rng.permutation(np.array(list(enumerate(policies)), dtype=object)).tolist():
-                tokens, seconds, same = _decode(engine, response, version, material.world.max_tokens)
+                tokens, seconds, same = _decode(engine, response, version, world.max_tokens)
                 real[arm] = (tokens, seconds)
                 different, total = different + (not same), total + 1
             exact = {arm: one.serve(response) for arm, one in computed.items()}
             if n < WARM:
                 continue
+            for arm, one in exact.items():
+                row = (*real[arm], float(one.tokens), one.decode_s)
+                measured.setdefault(("measured/computed", arm), []).append((response.prompt_ids, row))
             for first, second in (("gated", "static"), ("gated", "none")):
                 a, b = exact[first], exact[second]
                 for kind, row in (

@@ -77,14 +77,14 @@ def outage(
 def beside(
     context: typer.Context,
     rate: Annotated[int, typer.Option(help="traces per second, with their tokens")] = 500,
-    pairs: Annotated[int, typer.Option(help="pairs of blocks, with the load and without")] = 6,
+    rounds: Annotated[int, typer.Option(help="of three blocks: no load, records made, records written")] = 11,
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
     """What a stream of traces costs an engine that serves beside it, and whether one of them is lost."""
     from engine.bench.beside import run
 
-    _show(run(settings(context), rate, pairs, seed, _progress), as_json)
+    _show(run(settings(context), rate, rounds, seed, _progress), as_json)
 
 
 @bench.command()

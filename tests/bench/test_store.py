@@ -12,7 +12,7 @@ from engine.bench import ingest
 from engine.ops import upkeep
 from engine.settings import TelemetrySettings
 from engine.store.database import Database
-from engine.store.repositories import audit, partitions, seeding
+from engine.store.repositories import audit, partitions, rollups, seeding
 from engine.telemetry.writer import TraceWriter
 
 DAY = date(2026, 3, 1)
@@ -32,6 +32,15 @@ def test_a_seeded_day_is_a_partition_like_any_other(db: Database) -> None:
         assert here == parent
 
 
+def test_nobody_compacts_or_rebuilds_while_a_day_changes_its_partition(db: Database) -> None:
+    with db.write() as session:
+        seeding.add_day(session, DAY, 4, 10, datetime(2026, 4, 1, tzinfo=UTC), 0.1)
+        with db.write() as other, pytest.raises(rollups.Busy):
+            rollups.compact(other, datetime(2026, 4, 1, tzinfo=UTC))
+    with db.write() as other:
+        assert not rollups.compact(other, datetime(2026, 4, 1, tzinfo=UTC))
+
+
 def _ingest(db: Database) -> dict[str, float]:
     figures = ingest.measure(db, 200, 0.5, np.random.default_rng(0), lambda line: None)
     return {figure.name: figure.value for figure in figures}
@@ -43,11 +52,11 @@ def test_ingest_counts_what_is_stored(db: Database, monkeypatch: pytest.MonkeyPa
     assert found["ingest_lost"] == 0
     assert found["ingest_per_s"] > 0
     assert found["visible_after_s_p95"] > 0
-    monkeypatch.setattr(TraceWriter, "submit", _loses_every_tenth(TraceWriter.submit))
+    monkeypatch.setattr(TraceWriter, "submit", loses_every_tenth(TraceWriter.submit))
     assert _ingest(db)["ingest_lost"] > 0
 
 
-def _loses_every_tenth(submit: object) -> object:
+def loses_every_tenth(submit: object) -> object:
     sent = [0]
 
     def lossy(writer: TraceWriter, record: object) -> None:

@@ -7,7 +7,7 @@ from datetime import date, datetime
 from sqlalchemy import text
 
 from engine.store.database import WriteSession
-from engine.store.repositories import partitions
+from engine.store.repositories import partitions, rollups
 
 CLASSES = ("chat", "code", "long_form", "batch")
 
@@ -29,6 +29,7 @@ def add_day(session: WriteSession, day: date, number: int, traces: int, until: d
     session.execute(text(f"INSERT INTO {beside} SELECT * FROM {there}"))
     values = {"day": day, "number": number, "traces": traces, "until": until}
     session.execute(text(_DAY.format(table=beside)), values)
+    rollups.take_turn(session)  # who rebuilds meanwhile would look at the day before the change, and find it empty
     session.execute(text(f"DROP TABLE {there}"))
     session.execute(text(f"ALTER TABLE {beside} RENAME TO {there}"))
     session.execute(text(partitions.attach("traces", day)))

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from engine.bench.kept import kept_lines
 from engine.contracts import SamplingParams, SlipstreamError
 from engine.demo import prompts
 from engine.model.loading import Target
@@ -71,10 +72,8 @@ class Responses:
         key = f"{target.fingerprint} {target.model.dtype} {max_tokens}"
         self._path = folder / f"responses-{hashlib.sha256(key.encode()).hexdigest()[:16]}.jsonl"
         self._known: dict[Ids, Ids] = {}
-        if self._path.is_file():
-            for line in self._path.read_text().splitlines():
-                prompt, response = json.loads(line)
-                self._known[tuple(prompt)] = tuple(response)
+        for prompt, response in kept_lines(self._path):
+            self._known[tuple(prompt)] = tuple(response)
 
     def missing(self, wanted: Sequence[Ids]) -> list[Ids]:
         return [ids for ids in wanted if ids not in self._known]

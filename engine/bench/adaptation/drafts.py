@@ -8,6 +8,7 @@ from pathlib import Path
 from statistics import median
 
 from engine.bench.adaptation.streams import Response
+from engine.bench.kept import kept_lines
 from engine.contracts import ProposerKind, SpecCounts
 from engine.learner.memory import MIN_CONFIDENCE
 from engine.learner.neural import TargetReplayer
@@ -39,10 +40,8 @@ class KeptRehearsals(Rehearsals):
 
     def keep(self, network: DraftNetwork) -> None:
         self._kept = self.name(network)
-        if (path := self._path(self._kept)).is_file():
-            for line in path.read_text().splitlines():
-                key, tokens, chances = json.loads(line)
-                self.known[self._kept, key] = Rehearsal(tokens, chances)
+        for key, tokens, chances in kept_lines(self._path(self._kept)):
+            self.known[self._kept, key] = Rehearsal(tokens, chances)
 
     def make(
         self, key: tuple[str, str], network: DraftNetwork, prompt_ids: Sequence[int], output_ids: Sequence[int],

@@ -120,7 +120,8 @@ def _times(row: dict[str, object]) -> float:
 
 
 def _part(row: dict[str, object], since: str, until: str) -> Slice:
-    version = row["policy_version"]
+    # What was there before a draft died was, most often, the version before.
+    version = None if row["kind"] == "silent_death" and since != "since" else row["policy_version"]
     return Slice(
         pd.Timestamp(str(row[since])).to_pydatetime(),
         pd.Timestamp(str(row[until])).to_pydatetime(),

@@ -8,7 +8,7 @@ from datetime import datetime, timedelta
 
 import numpy as np
 
-from engine.contracts import ProposerKind, ServingPlan
+from engine.contracts import ProposerKind
 from engine.diagnosis import drift
 from engine.store.database import Database, ReadSession
 from engine.store.repositories import drift as found
@@ -23,7 +23,8 @@ FEW = 100
 """A class with fewer requests in either window is not compared."""
 LEVEL = 0.999
 """Of one comparison of some twenty that are made at every look: 2 % false alarms over all of them."""
-DEATH = timedelta(minutes=15)
+DEATHS = (timedelta(minutes=15), timedelta(hours=6))
+"""Where nothing is accepted K control soon drafts but to probe, and it takes the longer one to see enough of that."""
 DEATH_REQUESTS = 30
 SLIDE_T = 4.0
 WARM_UP = timedelta(minutes=1)
@@ -47,7 +48,7 @@ def findings(session: ReadSession, now: datetime) -> Iterator[Finding]:
     plan = plans.latest(session)
     if plan is None:
         return
-    since = _serving_since(session, plan) + WARM_UP
+    since = plans.champion_since(session, plan) + WARM_UP
     if since < now:
         yield from _change_point(session, plan.champion, since, now)
         yield from _slide(session, plan.champion, since, now)
@@ -117,33 +118,33 @@ def _slide(session: ReadSession, version: int, since: datetime, now: datetime) -
     line = drift.slide(x, y, np.array([hours[at][1] for at in sorted(hours)]))
     if line is None or line.t < SLIDE_T or line.lost < drift.SLIDE * line.start:
         return
+    start = max(begin, since)  # the first hour may have begun before
+    quarter = (now - start) / 4  # what it has come to, beside what it came from
     yield Finding(
-        "slow_slide", "acceptance length", None, version, begin, now, since, begin, -line.lost, line.t, SLIDE_T,
+        "slow_slide", "acceptance length", None, version, now - quarter, now, start, start + quarter, -line.lost,
+        line.t, SLIDE_T,
         sum(row["requests"] for row in rows),
         f"acceptance length of v{version} slid by {line.lost:.2f} in {x.max():.0f} h at a constant version",
     )  # fmt: skip
 
 
 def _dead(session: ReadSession, now: datetime) -> Iterator[Finding]:
+    """Of what serves at the moment: by the shorter window where enough was drafted in it, else by the longer one."""
     none = {v.version for v in policies.all_versions(session) if v.kind is ProposerKind.NONE}
-    part = Slice(now - DEATH, now)
-    for row in overview.sums(session, part, ("policy_version", "traffic_class")):
-        version, healthy = row["policy_version"], row["requests"] - row["errors"]
-        if version in none or healthy < DEATH_REQUESTS:
-            continue
-        if drift.is_dead(row["drafted"], row["accepted"]):
-            yield Finding(
-                "silent_death", "acceptance length", row["traffic_class"], version, part.since, now, part.since,
-                part.since, row["accepted"] / row["steps"], row["accepted"] / row["drafted"], drift.DEAD, healthy,
-                f"v{version} accepts nothing of {row['traffic_class']}: acceptance length 1.00, {healthy:,} requests",
-            )  # fmt: skip
-
-
-def _serving_since(session: ReadSession, plan: ServingPlan) -> datetime:
-    """When the champion became champion, as far as the newest 500 entries of the ledger go back."""
-    since = plan.created_at
-    for earlier in plans.history(session, limit=500):
-        if earlier.champion != plan.champion:
-            break
-        since = earlier.created_at
-    return since
+    unjudged: set[tuple[int, str]] | None = None
+    for length in DEATHS:
+        part, rest = Slice(now - length, now), set[tuple[int, str]]()
+        for row in overview.sums(session, part, ("policy_version", "traffic_class")):
+            version, traffic_class = row["policy_version"], row["traffic_class"]
+            healthy = row["requests"] - row["errors"]
+            if version in none or (unjudged is not None and (version, traffic_class) not in unjudged):
+                continue
+            if healthy < DEATH_REQUESTS or row["drafted"] < drift.DEAD_DRAFTED:
+                rest.add((version, traffic_class))
+            elif drift.is_dead(row["drafted"], row["accepted"]):
+                yield Finding(
+                    "silent_death", "acceptance length", traffic_class, version, part.since, now, part.since - length,
+                    part.since, row["accepted"] / row["steps"], row["accepted"] / row["drafted"], drift.DEAD, healthy,
+                    f"v{version} accepts nothing of {traffic_class}: acceptance length 1.00, {healthy:,} requests",
+                )  # fmt: skip
+        unjudged = rest

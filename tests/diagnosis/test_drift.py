@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from engine.contracts import Arm, ProposerKind, TraceRecord
+from engine.contracts import Arm, ProposerKind, TracePayload, TraceRecord
 from engine.diagnosis import drift
 from engine.ops import drift as monitor
 from engine.settings import TelemetrySettings
@@ -184,6 +184,75 @@ def test_silent_death_alarms_except_where_nothing_is_drafted_on_purpose(
         deaths = [finding for finding in monitor.findings(session, NOW) if finding.kind == "silent_death"]
     assert len(deaths) == alarms
     assert all(finding.traffic_class == "code" for finding in deaths)
+
+
+def deaths(db: Database, folder: Path, probes: list[tuple[timedelta, int, int]]) -> list[found.Finding]:
+    """Silent deaths, where at each time before now forty requests drafted so many tokens, of which so many were
+    accepted."""
+    version = served(db)
+    write(db, folder, [
+        record(n, at, started_at=NOW - before - timedelta(seconds=n), policy_version=version, status="ok",
+               traffic_class="code", steps=20, drafted=drafted, accepted=accepted)
+        for at, (before, drafted, accepted) in enumerate(probes) for n in range(40)
+    ])  # fmt: skip
+    with db.read() as session:
+        return [finding for finding in monitor.findings(session, NOW) if finding.kind == "silent_death"]
+
+
+LATELY, BEFORE = timedelta(minutes=5), timedelta(hours=2)
+
+
+@pytest.mark.parametrize(
+    ("probes", "alarms"),
+    [
+        ([(LATELY, 1, 0), (BEFORE, 4, 0)], 1),  # K control only probes by now
+        ([(LATELY, 1, 0)], 0),  # too little to say so
+        ([(LATELY, 4, 2), (BEFORE, 400, 0)], 0),  # it is alive again
+        ([(BEFORE, 4, 0)], 0),  # it serves no more
+    ],
+)
+def test_a_dead_draft_that_is_only_probed_is_found_by_the_longer_window(
+    db: Database, tmp_path: Path, probes: list[tuple[timedelta, int, int]], alarms: int
+) -> None:
+    dead = deaths(db, tmp_path, probes)
+    assert len(dead) == alarms
+    assert all(one.reference_since < one.reference_until == one.since < one.until for one in dead)
+
+
+def test_a_slide_at_a_constant_version_is_found_with_what_was_before(
+    db: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    version, began = served(db), NOW - timedelta(hours=24)
+    monkeypatch.setattr(plans, "champion_since", lambda session, champion: began)
+    slid = [
+        record(n, 5, started_at=began + timedelta(minutes=2 * n), policy_version=version, status="ok",
+               traffic_class="chat", steps=100, drafted=300, accepted=150 - n // 12 + n % 5)
+        for n in range(1, 715)
+    ]  # fmt: skip
+    write(db, tmp_path, slid)
+    with db.read() as session:
+        (slide,) = [finding for finding in monitor.findings(session, NOW) if finding.kind == "slow_slide"]
+    assert slide.policy_version == version
+    assert slide.effect == pytest.approx(-0.58, abs=0.05)
+    assert began <= slide.reference_since < slide.reference_until < slide.since < slide.until == NOW
+
+
+def test_other_tenants_and_other_words_of_the_same_length_are_found(db: Database, tmp_path: Path) -> None:
+    """Nothing but who asks, and with which tokens, is new in the last hour."""
+    version, made = served(db), []
+    for n in range(3_000):
+        at = NOW - timedelta(hours=25) + timedelta(seconds=30 * n)
+        late = at >= NOW - timedelta(hours=1)
+        ids = tuple((n * 7 + k) % 40 + (10_000 if late else 0) for k in range(20))
+        made.append(
+            record(n, 6, started_at=at, policy_version=version, status="ok", traffic_class="chat", prompt_tokens=20,
+                   output_tokens=30, tenant="globex" if late and n % 2 else "acme",
+                   payload=TracePayload(prompt_ids=ids, output_ids=(1, 2), steps=()))
+        )  # fmt: skip
+    write(db, tmp_path, made)
+    with db.read() as session:
+        quantities = {(finding.kind, finding.quantity) for finding in monitor.findings(session, NOW)}
+    assert quantities == {("input", "tenant mix"), ("new_traffic", "tenant globex"), ("input", found.TOKENS)}
 
 
 def test_a_policy_that_drafts_rarely_and_well_is_alive() -> None:

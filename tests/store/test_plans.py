@@ -95,6 +95,25 @@ def test_a_promotion_is_taken_back_once_however_often_it_is_asked(db: Database, 
         assert (plan.champion, plan.generation) == (versions[0], 4)
 
 
+def test_a_champion_is_one_since_it_took_over_whatever_was_tried_beside_it(db: Database, versions: list[int]) -> None:
+    first, second, third = versions
+    took_over = [append(db, first), append(db, second)][-1]
+    for _ in range(3):
+        start_canary(db, second, third)
+        append(db, second)
+    with db.read() as session:
+        newest, begun, at_first = (
+            plans.latest(session),
+            plans.get(session, took_over),
+            plans.get(session, took_over - 1),
+        )
+        assert newest is not None
+        assert begun is not None
+        assert at_first is not None
+        assert plans.champion_since(session, newest) == begun.created_at
+        assert plans.champion_since(session, at_first) == at_first.created_at
+
+
 def test_an_earlier_champion_must_be_named(db: Database, versions: list[int]) -> None:
     append(db, versions[0])
     append(db, versions[1])

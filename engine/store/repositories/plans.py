@@ -183,6 +183,18 @@ def history(
     return [_plan(row) for row in found]
 
 
+def champion_since(session: Reads, plan: ServingPlan) -> datetime:
+    """When the champion of a plan became that, however much has been tried beside it since."""
+    (found,) = session.rows(
+        "SELECT min(created_at) AS since FROM serving_plans WHERE generation <= %(generation)s AND generation > ("
+        " SELECT coalesce(max(generation), 0) FROM serving_plans"
+        " WHERE generation <= %(generation)s AND champion <> %(champion)s)",
+        generation=plan.generation,
+        champion=plan.champion,
+    )
+    return found.since
+
+
 def observe(
     session: Writes, replica_id: str, generation: int, observed_at: datetime, load_s: float, error: str | None = None
 ) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
+import numpy as np
 import pandas as pd
-import plotly.graph_objects as go
 
+from app.charts.figure import Figure
 from app.charts.theme import Palette, Window, empty, figure, instants, log_axis, mark_deploys, time_axis
 
 NOTHING = "No traffic in this window"
@@ -21,7 +23,7 @@ def percentiles(
     window: Window,
     colours: Palette,
     metric: str = "e2e",
-) -> go.Figure:
+) -> Figure:
     """p50, p95 and p99 in ms on a log axis; the canary's p95 dashed in its version's colour.
 
     ``frame`` and ``canary``: at, {metric}_p50, _p95, _p99; canary also policy_version.
@@ -30,18 +32,19 @@ def percentiles(
     if frame.empty or frame[names].isna().all(axis=None):
         return empty(NOTHING, colours, TALL)
     made = figure(colours, TALL)
+    at = instants(frame["at"]).to_numpy()
     for name, colour in zip(QUANTILES, colours.quantiles, strict=True):
-        _line(made, frame, f"{metric}_{name}", name, {"color": colour})
-    for version, rows in canary.groupby("policy_version") if not canary.empty else ():
-        style = {"dash": "dash", "color": colours.version(int(version))}
-        _line(made, rows, f"{metric}_p95", f"canary v{version} p95", style)
+        _line(made, at, _values(frame, f"{metric}_{name}"), name, {"color": colour})
+    for version, at, values in _each_version(canary, f"{metric}_p95"):
+        style = {"dash": "dash", "color": colours.version(version)}
+        _line(made, at, values, f"canary v{version} p95", style)
     made.update_traces(hovertemplate="%{y:,.0f} ms")
     shown = pd.concat([frame[names], canary[names]]) if not canary.empty else frame[names]
     log_axis(made, float(shown.min(axis=None)), float(shown.max(axis=None)))
     return mark_deploys(time_axis(made, window), plans, window, colours, width=560)
 
 
-def heat_map(frame: pd.DataFrame, plans: pd.DataFrame, window: Window, colours: Palette) -> go.Figure:
+def heat_map(frame: pd.DataFrame, plans: pd.DataFrame, window: Window, colours: Palette) -> Figure:
     """Requests by time and latency on a log axis. ``frame``: at, until, low, high (ms), requests.
 
     Plotly selects points and no cells, so an unseen point lies in the middle of each cell that has requests;
@@ -49,20 +52,21 @@ def heat_map(frame: pd.DataFrame, plans: pd.DataFrame, window: Window, colours: 
     """
     if frame.empty:
         return empty(NOTHING, colours, TALL)
-    grid = frame.pivot_table(index="low", columns="at", values="requests", aggfunc="sum")
     width = frame["until"].iloc[0] - frame["at"].iloc[0]
-    times = pd.date_range(grid.columns.min(), grid.columns.max(), freq=width)
-    ratio = float((frame["high"] / frame["low"]).iloc[0])
-    steps = round(math.log(grid.index.max() / grid.index.min(), ratio)) if len(grid) > 1 else 0
-    lows = [float(grid.index.min()) * ratio**step for step in range(steps + 1)]
-    rows = [round(math.log(low / lows[0], ratio)) for low in grid.index]
-    grid = grid.set_axis(rows, axis=0).reindex(index=range(len(lows)), columns=times)
+    low_ms = _values(frame, "low")
+    ratio = float(frame["high"].iloc[0] / frame["low"].iloc[0])
+    rows = np.round(np.log(low_ms / low_ms.min()) / math.log(ratio)).astype(int)
+    columns = ((frame["at"] - frame["at"].min()) // width).to_numpy()
+    grid = np.full((rows.max() + 1, columns.max() + 1), np.nan)
+    grid[rows, columns] = frame["requests"]
+    times = instants(frame["at"]).min() + width * np.arange(grid.shape[1] + 1)
+    lows = float(low_ms.min()) * ratio ** np.arange(grid.shape[0] + 1)
     made = figure(colours, TALL)
     low, middle, high = colours.heat
     made.add_heatmap(
-        x=[*times, times[-1] + width],
-        y=[*lows, lows[-1] * ratio],
-        z=grid.to_numpy(),
+        x=times,
+        y=lows,
+        z=grid,
         colorscale=[[0, low], [0.5, middle], [1, high]],
         hoverinfo="skip",
         colorbar={
@@ -78,7 +82,7 @@ def heat_map(frame: pd.DataFrame, plans: pd.DataFrame, window: Window, colours: 
     )
     made.add_scatter(
         x=instants(frame["at"] + width / 2),
-        y=frame["low"] * math.sqrt(ratio),
+        y=low_ms * math.sqrt(ratio),
         mode="markers",
         marker={"size": 12, "opacity": 0, "color": middle},
         customdata=frame[["low", "high", "requests"]].to_numpy(),
@@ -88,27 +92,27 @@ def heat_map(frame: pd.DataFrame, plans: pd.DataFrame, window: Window, colours: 
         selected={"marker": {"opacity": 0}},
     )
     made.update_layout(hovermode="closest")
-    log_axis(made, lows[0], lows[-1] * ratio)
+    log_axis(made, float(lows[0]), float(lows[-1]))
     return mark_deploys(time_axis(made, window), plans, window, colours, over=True)
 
 
 def by_version(
     frame: pd.DataFrame, column: str, plans: pd.DataFrame, window: Window, colours: Palette, form: str = ".2f"
-) -> go.Figure:
+) -> Figure:
     """One line a version, in its colour for life. ``frame``: at, policy_version, ``column``."""
     if frame.empty or frame[column].isna().all():
         return empty(NOTHING, colours)
     made = figure(colours)
-    for version, rows in frame.groupby("policy_version"):
-        if rows[column].notna().any():
-            _line(made, rows, column, f"v{version}", {"color": colours.version(int(version))})
+    for version, at, values in _each_version(frame, column):
+        if not np.isnan(values).all():
+            _line(made, at, values, f"v{version}", {"color": colours.version(version)})
     made.update_traces(hovertemplate=f"%{{y:{form}}}")
     made.update_layout(showlegend=True)
     made.update_yaxes(nticks=6)
     return mark_deploys(time_axis(made, window), plans, window, colours)
 
 
-def positions(frame: pd.DataFrame, colours: Palette) -> go.Figure:
+def positions(frame: pd.DataFrame, colours: Palette) -> Figure:
     """Unconditional acceptance by draft position, %. ``frame``: policy_version, position (0-based), acceptance."""
     if frame.empty or frame["acceptance"].isna().all():
         return empty("Nothing was drafted in this window", colours)
@@ -126,16 +130,31 @@ def positions(frame: pd.DataFrame, colours: Palette) -> go.Figure:
     return made
 
 
-def _line(made: go.Figure, rows: pd.DataFrame, column: str, name: str, style: dict[str, str]) -> None:
+def _line(made: Figure, at: np.ndarray, values: np.ndarray, name: str, style: dict[str, str]) -> None:
     """A line that breaks where there was no traffic; points that stand alone between gaps get a marker."""
-    values = rows[column]
-    alone = values.notna() & values.shift().isna() & values.shift(-1).isna()
+    is_gap = np.concatenate(([True], np.isnan(values), [True]))
+    alone = ~is_gap[1:-1] & is_gap[:-2] & is_gap[2:]
     made.add_scatter(
-        x=instants(rows["at"]),
+        x=at,
         y=values,
         name=name,
         mode="lines+markers",
         line={"width": 2, **style},
-        marker={"size": [5 if one else 0 for one in alone], "color": style["color"], "line": {"width": 0}},
+        marker={"size": np.where(alone, 5, 0), "color": style["color"], "line": {"width": 0}},
         connectgaps=False,
     )
+
+
+def _each_version(frame: pd.DataFrame, column: str) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    """(version, instants, values) of each, ascending."""
+    if frame.empty:
+        return
+    versions, at, values = frame["policy_version"].to_numpy(), instants(frame["at"]).to_numpy(), _values(frame, column)
+    for version in np.unique(versions):
+        chosen = versions == version
+        yield int(version), at[chosen], values[chosen]
+
+
+def _values(frame: pd.DataFrame, column: str) -> np.ndarray:
+    """A column as floats, nan where there is no value."""
+    return frame[column].to_numpy(dtype=float, na_value=np.nan)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import pandas as pd
-import plotly.graph_objects as go
 
+from app.charts.figure import Figure
 from app.charts.theme import Palette, empty, figure, instants, log_axis
 
 
-def certainty(frame: pd.DataFrame, canary: int, colours: Palette, height: int = 280) -> go.Figure:
+def certainty(frame: pd.DataFrame, canary: int, colours: Palette, height: int = 280) -> Figure:
     """Tokens per verify step, canary minus control, with its confidence sequence (valid at every look).
 
     ``frame``: at, difference, low, high, allowed (the drop the guard tolerates, as a negative difference).
@@ -61,7 +61,7 @@ def certainty(frame: pd.DataFrame, canary: int, colours: Palette, height: int = 
     return made
 
 
-def boundaries(frame: pd.DataFrame, colours: Palette, height: int = 280) -> go.Figure:
+def boundaries(frame: pd.DataFrame, colours: Palette, height: int = 280) -> Figure:
     """Each guard's evidence against the canary over time, as a share of what rolls back.
 
     ``frame``: at, guard, near (log E / log of its limit; 1 rolls back, below 0 the evidence is for the canary).
@@ -91,7 +91,7 @@ def boundaries(frame: pd.DataFrame, colours: Palette, height: int = 280) -> go.F
     return made
 
 
-def quantile_curves(frame: pd.DataFrame, canary: int, champion: int, colours: Palette, height: int = 280) -> go.Figure:
+def quantile_curves(frame: pd.DataFrame, canary: int, champion: int, colours: Palette, height: int = 280) -> Figure:
     """Latency against the share of requests that took no longer, both arms.
 
     ``frame``: arm ("canary" or "control"), level in (0, 1), ms.

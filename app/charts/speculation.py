@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 
 import pandas as pd
-import plotly.graph_objects as go
 
+from app.charts.figure import Figure
 from app.charts.theme import Palette, Window, empty, figure, instants, mark_deploys, time_axis
 
 NOTHING = "Nothing was drafted in this window"
@@ -17,7 +17,7 @@ DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
 
 def by_class(
     frame: pd.DataFrame, column: str, plans: pd.DataFrame, window: Window, colours: Palette, form: str = ".2f"
-) -> go.Figure:
+) -> Figure:
     """One line a class. Classes are told apart by their dash, colour being kept for versions and judgement.
 
     ``frame``: at, traffic_class, ``column``.
@@ -41,7 +41,7 @@ def by_class(
     return mark_deploys(time_axis(made, window), plans, window, colours)
 
 
-def share_by_class(frame: pd.DataFrame, plans: pd.DataFrame, window: Window, colours: Palette) -> go.Figure:
+def share_by_class(frame: pd.DataFrame, plans: pd.DataFrame, window: Window, colours: Palette) -> Figure:
     """The mix of traffic: each class's share of the requests over time, %. ``frame``: at, traffic_class, requests."""
     if frame.empty or frame["requests"].isna().all():
         return empty("No traffic in this window", colours)
@@ -69,7 +69,7 @@ def share_by_class(frame: pd.DataFrame, plans: pd.DataFrame, window: Window, col
     return mark_deploys(time_axis(made, window), plans, window, colours, width=520, over=True)
 
 
-def positions_by_class(frame: pd.DataFrame, colours: Palette) -> go.Figure:
+def positions_by_class(frame: pd.DataFrame, colours: Palette) -> Figure:
     """Unconditional acceptance by draft position, %, a line a class. ``frame``: traffic_class, position, acceptance."""
     if frame.empty or frame["acceptance"].isna().all():
         return empty(NOTHING, colours)
@@ -89,7 +89,7 @@ def positions_by_class(frame: pd.DataFrame, colours: Palette) -> go.Figure:
     return made
 
 
-def distribution(frame: pd.DataFrame, band: tuple[float, float] | None, colours: Palette) -> go.Figure:
+def distribution(frame: pd.DataFrame, band: tuple[float, float] | None, colours: Palette) -> Figure:
     """Requests by their own acceptance length, % of each version's, with the band outside which is unusual.
 
     ``frame``: policy_version, acceptance_length, requests. ``band``: what .5 % and 99.5 % stayed under the week before.
@@ -114,13 +114,12 @@ def distribution(frame: pd.DataFrame, band: tuple[float, float] | None, colours:
     if band is not None:
         right = max(float(frame["acceptance_length"].max()) * 1.05, band[1] * 1.05)
         for begin, end in ((1.0, band[0]), (band[1], right)):
-            made.add_vrect(x0=begin, x1=end, fillcolor=colours.warn, opacity=0.12, line_width=0, layer="below")
+            made.add_vrect(x0=begin, x1=end, fillcolor=colours.warn, opacity=0.12, line={"width": 0}, layer="below")
         for at, text in ((band[0], "too low"), (band[1], "too high")):
             made.add_vline(
                 x=at,
                 line={"color": colours.warn, "width": 1, "dash": "dot"},
                 annotation={"text": text, "font": {"size": 10, "color": colours.warn}, "yanchor": "bottom"},
-                annotation_position="top",
             )
     made.update_layout(showlegend=True)
     made.update_xaxes(nticks=7)
@@ -128,7 +127,7 @@ def distribution(frame: pd.DataFrame, band: tuple[float, float] | None, colours:
     return made
 
 
-def cost(frame: pd.DataFrame, colours: Palette) -> go.Figure:
+def cost(frame: pd.DataFrame, colours: Palette) -> Figure:
     """What a verify step costs against what it brings: above the line drafting pays.
 
     ``frame``: policy_version, traffic_class, break_even (cost of a step, in plain steps), acceptance_length, requests.

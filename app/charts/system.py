@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import pandas as pd
-import plotly.graph_objects as go
 
+from app.charts.figure import Figure
 from app.charts.theme import Palette, empty, figure
 from engine.diagnosis.decompose import Part
 
 STORED = {"traces_bytes": "traces", "trace_payloads_bytes": "tokens", "rollups": "rollups per minute"}
 
 
-def partitions(frame: pd.DataFrame, colours: Palette) -> go.Figure:
+def partitions(frame: pd.DataFrame, colours: Palette) -> Figure:
     """Megabytes a day. ``frame``: day, traces_bytes, trace_payloads_bytes, rollups_minute_bytes, …"""
     if frame.empty:
         return empty("No partition yet: housekeeping makes them ahead", colours)
@@ -30,7 +30,7 @@ def partitions(frame: pd.DataFrame, colours: Palette) -> go.Figure:
     return made
 
 
-def waterfall(parts: Sequence[Part], total: Part, lower_is_better: bool, unit: str, colours: Palette) -> go.Figure:
+def waterfall(parts: Sequence[Part], total: Part, lower_is_better: bool, unit: str, colours: Palette) -> Figure:
     """What each factor adds to a change, end to end, with its interval; grey where it may be nothing at all."""
     made = figure(colours, 300)
     at = 0.0

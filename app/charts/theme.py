@@ -8,7 +8,8 @@ from datetime import datetime, timedelta
 from typing import Any
 
 import pandas as pd
-import plotly.graph_objects as go
+
+from app.charts.figure import Figure
 
 CONFIG = {"displayModeBar": False, "responsive": True}
 BAND = {"xref": "x", "yref": "paper", "y0": 0, "y1": 1, "layer": "below"}
@@ -67,14 +68,16 @@ def palette(dark: bool) -> Palette:
     return DARK if dark else LIGHT
 
 
-def figure(colours: Palette, height: int = 280) -> go.Figure:
+def figure(colours: Palette, height: int = 280) -> Figure:
     """An empty figure with the house's axes: no frame, faint horizontal grid, the legend above on the left.
 
-    Its layout is given at once and without Plotly's template, which would be checked again for every figure: 1 ms of
-    CPU instead of 15, and a tenth of the bytes.
+    Plotly's template is left out, which is nine tenths of the bytes of a small figure.
     """
-    axis = {"zeroline": False, "automargin": True, "tickfont": {"color": colours.muted, "size": 11}}
-    return go.Figure(
+
+    def axis(**more: Any) -> dict[str, Any]:
+        return {"zeroline": False, "automargin": True, "tickfont": {"color": colours.muted, "size": 11}, **more}
+
+    return Figure(
         layout={
             "template": {},
             "height": height,
@@ -101,13 +104,13 @@ def figure(colours: Palette, height: int = 280) -> go.Figure:
             },
             "barmode": "overlay",
             "uirevision": "keep",
-            "xaxis": axis | {"showgrid": False, "linecolor": colours.grid},
-            "yaxis": axis | {"gridcolor": colours.grid},
+            "xaxis": axis(showgrid=False, linecolor=colours.grid),
+            "yaxis": axis(gridcolor=colours.grid),
         }
     )
 
 
-def time_axis(made: go.Figure, window: Window) -> go.Figure:
+def time_axis(made: Figure, window: Window) -> Figure:
     """Every time chart of a page spans the whole window, so that the same moment is at the same place."""
     since, until = window
     short = (until - since) <= timedelta(hours=36)
@@ -122,7 +125,7 @@ def instants(at: pd.Series) -> pd.Series:
     return at.dt.tz_convert(None) if len(at) else at
 
 
-def log_axis(made: go.Figure, low: float, high: float) -> go.Figure:
+def log_axis(made: Figure, low: float, high: float) -> Figure:
     """A logarithmic axis of milliseconds whose ticks are round numbers, more of them where it spans little."""
     if not (low > 0 and high > 0 and math.isfinite(low) and math.isfinite(high)):
         return made
@@ -145,8 +148,8 @@ def duration(ms: float) -> str:
 
 
 def mark_deploys(
-    made: go.Figure, plans: pd.DataFrame, window: Window, colours: Palette, width: int = 340, over: bool = False
-) -> go.Figure:
+    made: Figure, plans: pd.DataFrame, window: Window, colours: Palette, width: int = 340, over: bool = False
+) -> Figure:
     """A dotted line where the ledger changed what is served, its label above, and a tint while a canary served.
 
     ``plans``: at, label, canary (its version, or missing); oldest first. ``width``: pixels the chart has at least. A
@@ -174,11 +177,10 @@ def mark_deploys(
         taken = left
         place = {"x": at, "y": 1, "yref": "paper", "yanchor": "bottom", "xanchor": "left", "xshift": -2}
         labels.append(place | {"text": label, "showarrow": False, "font": {"size": 10, "color": colours.muted}})
-    # All at once: Plotly checks every shape again for each one that is added.
     return made.update_layout(shapes=shapes, annotations=labels)
 
 
-def empty(message: str, colours: Palette, height: int = 280) -> go.Figure:
+def empty(message: str, colours: Palette, height: int = 280) -> Figure:
     """A figure that says what is missing and what to do."""
     made = figure(colours, height)
     made.update_xaxes(visible=False)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import plotly.graph_objects as go
-
+from app.charts.figure import Figure
 from app.charts.theme import Palette, empty, figure
 
 
-def waterfall(parts: Sequence[tuple[str, float, float]], colours: Palette) -> go.Figure:
+def waterfall(parts: Sequence[tuple[str, float, float]], colours: Palette) -> Figure:
     """``parts``: (name, start, duration), milliseconds; drawn from the top."""
     if not parts:
         return empty("No times were kept for this request", colours, 170)
@@ -32,7 +31,7 @@ def waterfall(parts: Sequence[tuple[str, float, float]], colours: Palette) -> go
     return made
 
 
-def steps(drafted: Sequence[int], accepted: Sequence[int], colours: Palette) -> go.Figure:
+def steps(drafted: Sequence[int], accepted: Sequence[int], colours: Palette) -> Figure:
     """Drafted and accepted tokens of each verify step."""
     if not drafted:
         return empty("No verify step", colours, 170)

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import pandas as pd
-import plotly.graph_objects as go
 
+from app.charts.figure import Figure
 from app.charts.theme import Palette, empty, figure
 
 NODE = 30
@@ -32,7 +32,7 @@ class Node:
 
 def against(
     frame: pd.DataFrame, column: str, chosen: int, roles: Mapping[int, str], form: str, unit: str, colours: Palette
-) -> go.Figure:
+) -> Figure:
     """One metric by version, with its 95 % interval where one is known.
 
     ``frame``: policy_version, requests, ``column`` and maybe ``column``_low and _high, a row a version.
@@ -79,7 +79,7 @@ def against(
     return made
 
 
-def family(nodes: Sequence[Node], taught: Mapping[tuple[int, int], float], chosen: int, colours: Palette) -> go.Figure:
+def family(nodes: Sequence[Node], taught: Mapping[tuple[int, int], float], chosen: int, colours: Palette) -> Figure:
     """Ancestors on the left, descendants on the right. Solid: parent; dotted: whose traffic taught it.
 
     ``taught``: (teacher, learner) → share of the learner's training traces, 0 to 1.

@@ -8,9 +8,9 @@ from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-import plotly.graph_objects as go
 import streamlit as st
 
+from app.charts.figure import Figure
 from app.charts.theme import CONFIG
 from app.components.context import parameters
 from engine.store.repositories.overview import Slice
@@ -18,12 +18,12 @@ from engine.store.repositories.overview import Slice
 TRACES = "views/traces.py"
 
 
-def draw(figure: go.Figure, key: str, alt: str) -> None:
+def draw(figure: Figure, key: str, alt: str) -> None:
     """A chart that is looked at. ``alt`` says in a sentence what it shows."""
     st.plotly_chart(figure, key=key, config=CONFIG, theme=None, alt=alt)
 
 
-def draw_to_traces(figure: go.Figure, key: str, alt: str, part: Slice, latency: str | None = None) -> None:
+def draw_to_traces(figure: Figure, key: str, alt: str, part: Slice, latency: str | None = None) -> None:
     """A time chart: dragging over it, or a click on a point, opens the traces of that time.
 
     ``latency`` names what a heat map's rows are of: the stroke then bounds that too.
@@ -44,7 +44,7 @@ def draw_to_traces(figure: go.Figure, key: str, alt: str, part: Slice, latency: 
         st.switch_page(TRACES, query_params=parameters(chosen) | bounds)
 
 
-def draw_to_choose(figure: go.Figure, key: str, alt: str, choose: Callable[[int], None]) -> None:
+def draw_to_choose(figure: Figure, key: str, alt: str, choose: Callable[[int], None]) -> None:
     """A chart whose points are versions (``customdata``, first of a list): a click chooses one."""
 
     def pressed() -> None:

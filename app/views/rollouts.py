@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pandas as pd
-import plotly.graph_objects as go
 import streamlit as st
 
 from app.charts import latency
 from app.charts import rollout as charts
+from app.charts.figure import Figure
 from app.charts.theme import CONFIG
 from app.components import context, operations, rollout, verbs
 from app.components.context import heading, plain
@@ -128,7 +128,7 @@ def _evidence(one: Rollout, decisions: list[DecisionRecord], key: str) -> None:
         rollout.class_table(counts, metric, f"classes-{key}")
 
 
-def _draw(figure: go.Figure, key: str) -> None:
+def _draw(figure: Figure, key: str) -> None:
     st.plotly_chart(figure, key=key, config=CONFIG, theme=None)
 
 

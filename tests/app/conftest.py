@@ -6,13 +6,27 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import streamlit as st
 
+from app.charts.figure import Figure
 from engine.settings import ENV_PREFIX, environment_name
 from engine.store.database import Database
 from tests.app.seed import seed
+
+
+@pytest.fixture(autouse=True)
+def figures_that_plotly_knows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever a test draws is checked by Plotly itself on its way to the browser."""
+    plain = Figure.to_dict
+
+    def checked(made: Figure) -> dict[str, Any]:
+        made.checked()
+        return plain(made)
+
+    monkeypatch.setattr(Figure, "to_dict", checked)
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ import plotly.graph_objects as go
 import pytest
 
 from app.charts import latency, rollout, trace
+from app.charts.figure import Figure
 from app.charts.theme import DARK, LIGHT, Palette, log_axis, mark_deploys
 from app.components.tables import sparkline, trends
 
@@ -37,7 +38,7 @@ def test_every_chart_draws(data: pd.DataFrame, marks: pd.DataFrame, colours: Pal
         latency.percentiles(data, data, marks, WINDOW, colours),
         latency.by_version(data, "acceptance_length", marks, WINDOW, colours),
     ):
-        assert isinstance(figure, go.Figure)
+        assert isinstance(figure.checked(), go.Figure)
         figure.to_json()
 
 
@@ -66,14 +67,14 @@ def test_a_version_keeps_its_colour() -> None:
 
 def test_every_plan_has_a_mark_but_labels_do_not_collide() -> None:
     close = pd.DataFrame({"at": [AT[0], AT[0] + pd.Timedelta("1s")], "label": ["a", "b"], "canary": None})
-    made = mark_deploys(go.Figure(), close, WINDOW, LIGHT)
+    made = mark_deploys(Figure(), close, WINDOW, LIGHT)
     assert len(made.layout.shapes) == 2
     assert [a.text for a in made.layout.annotations] == ["b"]
 
 
 def test_a_canary_tints_the_time_it_served_even_when_it_began_before_the_window() -> None:
     plans = pd.DataFrame({"at": [AT[0] - pd.Timedelta("1h"), AT[2]], "label": ["", "v2 champion"], "canary": [3, None]})
-    line, tint = mark_deploys(go.Figure(), plans, WINDOW, LIGHT).layout.shapes
+    line, tint = mark_deploys(Figure(), plans, WINDOW, LIGHT).layout.shapes
     assert (tint.type, tint.x0, tint.x1, tint.fillcolor) == ("rect", WINDOW[0], AT[2], LIGHT.version(3))
     assert line.type == "line"
 
@@ -98,13 +99,13 @@ def test_the_heat_map_has_a_cell_for_every_bin_and_gaps_between(rows: int) -> No
 
 @pytest.mark.parametrize(("low", "high"), [(200.0, 900.0), (1.0, 30_000.0), (400.0, 401.0), (10.0, 200.0)])
 def test_a_log_axis_has_a_few_round_ticks(low: float, high: float) -> None:
-    axis = log_axis(go.Figure(), low, high).layout.yaxis
+    axis = log_axis(Figure(), low, high).layout.yaxis
     assert 1 <= len(axis.tickvals) <= 9
     assert all(low / 1.2 <= tick <= high * 1.2 for tick in axis.tickvals)
 
 
 def test_a_log_axis_of_nothing_stays_as_it_was() -> None:
-    assert log_axis(go.Figure(), float("nan"), 1.0).layout.yaxis.type is None
+    assert log_axis(Figure(), float("nan"), 1.0).layout.yaxis.type is None
 
 
 @pytest.mark.parametrize("rows", [0, 1, 3])

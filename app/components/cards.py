@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -45,7 +46,8 @@ def cards(now: pd.Series, before: pd.Series, trend: pd.DataFrame) -> None:
 
 
 def _card(card: Card, value: float | None, before: float | None, trend: pd.DataFrame) -> None:
-    series = trend[card.column].dropna() * card.scale if card.column in trend else pd.Series(dtype=float)
+    moved = trend[card.column].to_numpy(dtype=float, na_value=float("nan")) * card.scale if card.column in trend else ()
+    series = [round(float(v), 4) for v in moved if not math.isnan(v)]
     delta: str | int | None = None
     if _is_number(value) and _is_number(before):
         assert value is not None
@@ -60,7 +62,7 @@ def _card(card: Card, value: float | None, before: float | None, trend: pd.DataF
         delta_color="inverse" if card.better == "lower" else "normal",
         border=True,
         height="stretch",
-        chart_data=[round(float(v), 4) for v in series] if len(series) > 1 else None,
+        chart_data=series if len(series) > 1 else None,
     )
 
 

@@ -21,8 +21,12 @@ ENTRIES = 400
 LATENCIES = ("e2e", "ttft", "tpot")
 KEPT = 500
 
+kept = st.cache_data(ttl=TTL, max_entries=ENTRIES, show_spinner=False, hash_funcs={Slice: repr})
+"""An answer about a slice, kept for all sessions. Without its ``repr`` Streamlit would pickle every field of the slice
+at each look."""
 
-@st.cache_data(ttl=TTL, max_entries=ENTRIES, show_spinner=False)
+
+@kept
 def rows(name: str, part: Slice) -> pd.DataFrame:
     """The rows of a panel by its name, as `slipstream query` prints them."""
     began = time.perf_counter()
@@ -38,7 +42,7 @@ def timings() -> deque[tuple[str, float]]:
     return deque(maxlen=KEPT)
 
 
-@st.cache_data(ttl=TTL, max_entries=ENTRIES, show_spinner=False)
+@kept
 def totals(part: Slice, by: tuple[str, ...] = (), latencies: tuple[str, ...] = LATENCIES) -> pd.DataFrame:
     """One row a group: sums, the ratios made of them, and the percentiles of each latency (ms)."""
     began = time.perf_counter()
@@ -48,7 +52,7 @@ def totals(part: Slice, by: tuple[str, ...] = (), latencies: tuple[str, ...] = L
     return frame
 
 
-@st.cache_data(ttl=TTL, max_entries=ENTRIES, show_spinner=False)
+@kept
 def over_time(
     part: Slice, by: tuple[str, ...] = (), latencies: tuple[str, ...] = LATENCIES, most: int = 90
 ) -> pd.DataFrame:
@@ -65,14 +69,14 @@ def over_time(
     return full
 
 
-@st.cache_data(ttl=TTL, max_entries=ENTRIES, show_spinner=False)
+@kept
 def leading(part: Slice, most: int = versions.DRAWN) -> Slice:
     """The slice, where many versions served in it of those with the most requests: as many as a chart can show."""
     with database().read() as session:
         return versions.among(session, part, most)
 
 
-@st.cache_data(ttl=TTL, max_entries=ENTRIES, show_spinner=False)
+@kept
 def heat(part: Slice, metric: str = "e2e") -> pd.DataFrame:
     """(at, until, low, high, requests) for the latency heat map, ms."""
     with database().read() as session:
@@ -88,13 +92,13 @@ def positions(part: Slice) -> pd.DataFrame:
     return numbers(rows("speculation.positions", part), ())
 
 
-@st.cache_data(ttl=TTL, max_entries=ENTRIES, show_spinner=False)
+@kept
 def alarm_band(part: Slice) -> tuple[float, float] | None:
     with database().read() as session:
         return speculation.alarm_band(session, part)
 
 
-@st.cache_data(ttl=TTL, max_entries=ENTRIES, show_spinner=False)
+@kept
 def known(part: Slice) -> dict[str, list[Any]]:
     with database().read() as session:
         return overview.known(session, part)

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 
 from app.queries.database import database
 from app.queries.ledger import serving
-from app.queries.overview import ENTRIES, TTL
+from app.queries.overview import kept
 from engine.store.repositories import traces
 from engine.store.repositories.overview import Slice
 from engine.store.repositories.traces import Filter, Place, Trace
@@ -21,7 +21,7 @@ from engine.store.repositories.traces import Filter, Place, Trace
 PAGE = 200
 
 
-@st.cache_data(ttl=TTL, max_entries=ENTRIES, show_spinner=False)
+@kept
 def listed(part: Slice, chosen: Filter, order: str, place: Place | None) -> pd.DataFrame:
     """One page, cut by the server; durations in ms, acceptance length with the bonus token."""
     with database().read() as session:
@@ -35,7 +35,7 @@ def listed(part: Slice, chosen: Filter, order: str, place: Place | None) -> pd.D
     return frame
 
 
-@st.cache_data(ttl=TTL, max_entries=ENTRIES, show_spinner=False)
+@kept
 def matching(part: Slice, chosen: Filter) -> tuple[int, bool]:
     """How many match, and whether that is all of them."""
     with database().read() as session:

@@ -98,11 +98,14 @@ def resolved(session: ReadSession, part: Slice) -> Slice:
     whole hours, outward."""
     if part.hours_before is not None:
         return part
-    kept = session.execute(text(_KEPT), {"until": part.until}).one()
-    if kept.by_hour is None or part.since >= kept.since or kept.by_hour >= kept.since:
+    if "kept" not in session.info:  # a panel asks for many things of one slice
+        session.info["kept"] = session.execute(text(_KEPT)).one()
+    by_hour, by_minute = session.info["kept"]
+    finer = by_minute if by_minute is not None else part.until + HOUR
+    if by_hour is None or part.since >= finer or by_hour >= finer:
         return part
-    until = part.until + (ORIGIN - part.until) % HOUR if part.until < kept.since else part.until
-    return replace(part, since=part.since - (part.since - ORIGIN) % HOUR, until=until, hours_before=kept.since)
+    until = part.until + (ORIGIN - part.until) % HOUR if part.until < finer else part.until
+    return replace(part, since=part.since - (part.since - ORIGIN) % HOUR, until=until, hours_before=finer)
 
 
 def sums(
@@ -234,9 +237,8 @@ def newest(session: ReadSession) -> datetime | None:
 
 
 _KEPT = """
-    SELECT min(at) AS by_hour, coalesce(
-        (SELECT date_trunc('day', min(at), 'UTC') FROM rollups_ten_minutes),
-        CAST(:until AS timestamptz) + interval '1 hour') AS since FROM rollups_hour"""
+    SELECT (SELECT min(at) FROM rollups_hour),
+           (SELECT date_trunc('day', min(at), 'UTC') FROM rollups_ten_minutes)"""
 """The oldest hour, and the UTC day from which all is known by the minute: whole days go, ten minutes before minutes."""
 
 

@@ -119,8 +119,8 @@ def _table(
 
 def _key(which: str | None, page: int) -> str:
     """A table of its own for every page: a row chosen on one must not be chosen on the next."""
-    st.session_state["list"] = f"all-versions-{which}-{page}"
-    return str(st.session_state["list"])
+    st.session_state["listing"] = f"all-versions-{which}-{page}"
+    return str(st.session_state["listing"])
 
 
 def _against_version(part: Slice, chosen: PolicyVersion, serving: ledger.Serving) -> None:
@@ -207,7 +207,7 @@ def _in_words(nodes: list[charts.Node], chosen: int) -> str:
 
 
 def _pick() -> None:
-    event: Any = st.session_state[st.session_state["list"]]
+    event: Any = st.session_state[st.session_state["listing"]]
     if event.selection.rows:
         _choose(st.session_state["listed"][event.selection.rows[0]])
 

@@ -59,6 +59,14 @@ def test_a_full_database_draws(seeded: Database, name: str) -> None:
     assert not test.exception, test.exception
 
 
+def test_one_session_goes_from_page_to_page_and_back(seeded: Database) -> None:
+    """What one page keeps in the session must not be another's widget."""
+    test = AppTest.from_file(str(PAGES.parent / "main.py"), default_timeout=60).run()
+    for name in (*NAMES, *reversed(NAMES)):
+        test.switch_page(f"views/{name}.py").run()
+        assert not test.exception, (name, test.exception)
+
+
 def test_the_verdict_comes_first(seeded: Database) -> None:
     test = page("overview")
     first = test.markdown[0].value

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pandas as pd
 
 from app.charts.figure import Figure
@@ -98,14 +99,15 @@ def distribution(frame: pd.DataFrame, band: tuple[float, float] | None, colours:
         return empty(NOTHING, colours)
     made = figure(colours)
     step = 0.1
-    for version, rows in frame.groupby("policy_version"):
-        place = (rows["acceptance_length"] / step + 1e-6).map(math.floor) * step
-        shares = rows.groupby(place)["requests"].sum() / rows["requests"].sum() * 100
-        bins = [round(at * step, 1) for at in _between(shares.index, step)]
-        full = shares.reindex(bins, method="nearest", tolerance=0.01).fillna(0)
+    versions, lengths, requests = (frame[c].to_numpy() for c in ("policy_version", "acceptance_length", "requests"))
+    places = np.floor(lengths.astype(float) / step + 1e-6).astype(int)
+    for version in np.unique(versions):
+        chosen = versions == version
+        first = places[chosen].min()
+        counts = np.bincount(places[chosen] - first, weights=requests[chosen].astype(float))
         made.add_scatter(
-            x=full.index + step / 2,
-            y=full,
+            x=(first + np.arange(len(counts)) + 0.5) * step,
+            y=counts / counts.sum() * 100,
             name=f"v{version}",
             mode="lines",
             line={"width": 2, "color": colours.version(int(version)), "shape": "hvh"},
@@ -172,7 +174,3 @@ def cost(frame: pd.DataFrame, colours: Palette) -> Figure:
 
 def _axis(text: str, colours: Palette) -> dict[str, object]:
     return {"text": text, "font": {"size": 11, "color": colours.muted}}
-
-
-def _between(index: pd.Index, step: float) -> range:
-    return range(round(float(index.min()) / step), round(float(index.max()) / step) + 1)

@@ -134,6 +134,9 @@ def _try(own: Rig, fault: Fault, traffic: Traffic, say: Say) -> int:
     say(f"{fault}: {_state(own, made.id)}")
     sent = traffic.sent
     wait_until(lambda: traffic.sent >= sent + AFTERWARDS, "requests after the rollback", 120.0, pause_s=0.1)
+    with own.database.read() as session:
+        so_far = outcome(session, fault, made.id)
+    say("\n".join([said(so_far), *(f"  {f.name} {f.value:g} {f.unit}" for f in of_fault(so_far))]))
     return made.id
 
 

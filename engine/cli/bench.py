@@ -284,6 +284,27 @@ def rollouts(
     _show(run(quick, seed, _progress), as_json)
 
 
+@bench.command()
+def ties(
+    context: typer.Context,
+    prompts: Annotated[
+        list[Path] | None,
+        typer.Argument(help="JSONL files in Spec-Bench's shape; without any, the project's own prompts"),
+    ] = None,
+    classes: Annotated[str, typer.Option(help="traffic classes, by commas; all there are")] = "",
+    tested: Annotated[int, typer.Option("--prompts", help="prompts per class")] = 16,
+    tokens: Annotated[int, typer.Option(help="output tokens at most")] = 48,
+    dtypes: Annotated[str, typer.Option(help="dtypes, by commas")] = "bfloat16,float32",
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """How far passes of different shape differ in their logits: what the auditor's bound of a tie rests on."""
+    from engine.bench.ties import Options, run
+
+    options = Options(tuple(prompts or ()), _names(classes), tested, tokens, dtypes=_names(dtypes), seed=seed)
+    _show(run(settings(context), options, _progress), as_json)
+
+
 def _progress(line: str) -> None:
     sys.stderr.write(line + "\n")
 

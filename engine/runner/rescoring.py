@@ -23,6 +23,11 @@ COARSE_TIE = 0.5
 """The same in 16 bits, where a logit of 20 is known to ± 0.06 before anything is summed."""
 
 
+def tie_bound(dtype: torch.dtype) -> float:
+    """Up to which distance two logits of this dtype are equal."""
+    return TIES.get(dtype, COARSE_TIE)
+
+
 class Prefill:
     """Known tokens through the target in pieces, in a cache that nobody else uses."""
 
@@ -69,7 +74,7 @@ class Rescoring:
         """``cache`` has one slot, long enough; ``tie`` in logits, by the model's dtype where None."""
         self._prompt, self._output = len(prompt_ids), output_ids
         self._prefill = Prefill(model, cache, [*prompt_ids, *output_ids[:-1]])
-        self.tie = tie if tie is not None else TIES.get(model.dtype, COARSE_TIE)
+        self.tie = tie if tie is not None else tie_bound(model.dtype)
         self.checked = self.ties = 0
         self.mismatch: Difference | None = None
 

@@ -79,10 +79,16 @@ def against(
     return made
 
 
-def family(nodes: Sequence[Node], taught: Mapping[tuple[int, int], float], chosen: int, colours: Palette) -> Figure:
+def _taught(teacher: int, learner: int, served: int, of: int) -> str:
+    return f"{served / of:.0%} of v{learner}'s training traffic was served by v{teacher}, by {of:,} traces of it"
+
+
+def family(
+    nodes: Sequence[Node], taught: Mapping[tuple[int, int], tuple[int, int]], chosen: int, colours: Palette
+) -> Figure:
     """Ancestors on the left, descendants on the right. Solid: parent; dotted: whose traffic taught it.
 
-    ``taught``: (teacher, learner) → share of the learner's training traces, 0 to 1.
+    ``taught``: (teacher, learner) → traces of the learner's training traffic that it served, of how many looked at.
     """
     if not nodes:
         return empty("There is no such version", colours)
@@ -99,7 +105,7 @@ def family(nodes: Sequence[Node], taught: Mapping[tuple[int, int], float], chose
         y=[y for _, y in middle],
         mode="markers",
         marker={"size": 7, "color": colours.quantiles[1]},
-        text=[f"{taught[a, b]:.0%} of v{b}'s training traffic was served by v{a}" for a, b in arcs],
+        text=[_taught(a, b, *taught[a, b]) for a, b in arcs],
         hovertemplate="%{text}<extra></extra>",
         showlegend=False,
     )

@@ -75,7 +75,7 @@ def measures(a: Mapping[str, Any] | None, b: Mapping[str, Any] | None) -> pd.Dat
                 "metric": f"{measure.label}, {measure.unit}",
                 "a": _written(one, measure.form),
                 "b": _written(other, measure.form),
-                "difference": "" if change is None else _written(change, f"+{measure.form}"),
+                "difference": "" if change is None else _changed(change, f"+{measure.form}"),
                 "judgement": _judgement(change, measure),
             }
         )
@@ -144,6 +144,11 @@ def _written(found: Estimate | None, form: str) -> str:
     if found.low is None or found.high is None:
         return format(found.value, form)
     return f"{found.value:{form}} ({found.low:{form}} to {found.high:{form}})"
+
+
+def _changed(change: Estimate, form: str) -> str:
+    """A difference without an interval is no finding, and says why."""
+    return _written(change, form) if change.low is not None else f"{change.value:{form}} (too few to tell)"
 
 
 def _judgement(change: Estimate | None, measure: Measure) -> str:

@@ -125,10 +125,10 @@ def nodes(family: Family, serving: Serving) -> list[Node]:
     return made
 
 
-def taught(family: Family) -> dict[tuple[int, int], float]:
-    """(teacher, learner) → share of the learner's training traffic."""
+def taught(family: Family) -> dict[tuple[int, int], tuple[int, int]]:
+    """(teacher, learner) → traces of the learner's training traffic that it served, of how many looked at."""
     return {
-        (teacher, learner): traces / sum(teachers.values())
+        (teacher, learner): (traces, sum(teachers.values()))
         for learner, teachers in family.taught_by.items()
         for teacher, traces in teachers.items()
     }
@@ -157,7 +157,9 @@ def _traffic(part: Lineage, teachers: Mapping[int, int]) -> None:
     if set(names) != {"no tenant"}:
         said.append("Tenants: " + ", ".join(f"{count:,} {plain(name)}" for name, count in names.items()))
     if total := sum(teachers.values()):
-        said.append("Served by " + ", ".join(f"v{teacher} {count / total:.0%}" for teacher, count in teachers.items()))
+        shares = ", ".join(f"v{teacher} {count / total:.0%}" for teacher, count in teachers.items())
+        looked_at = f", by {total:,} of them" if total < part.traces else ""
+        said.append(f"Served by {shares}{looked_at}")
     if said:
         st.caption(". ".join(said) + ".")
     with st.expander("Traces", key=f"traces-{part.role}"):

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 Z95 = 1.959963984540054
+EPSILON = 1e-9
 FEWEST_BINS = 5
 """A spread between fewer time bins says nothing."""
 
@@ -42,7 +43,10 @@ def ratio(over: Sequence[float], under: Sequence[float]) -> Estimate | None:
         return Estimate(value)
     from scipy.stats import t
 
+    # Bins that are all alike have no spread to judge by: a difference to them is not certain for that.
     deviation = math.sqrt(bins / (bins - 1) * float(((x - value * y) ** 2).sum())) / float(y.sum())
+    if not deviation > EPSILON * abs(value):
+        return Estimate(value)
     half = float(t.ppf(0.975, bins - 1)) * deviation
     return Estimate(value, value - half, value + half)
 
@@ -58,6 +62,8 @@ def difference(a: Estimate, b: Estimate) -> Estimate:
     """a − b of two independent estimates, by variance recovery (Zou and Donner 2008), which keeps skewed intervals."""
     value = a.value - b.value
     if a.low is None or a.high is None or b.low is None or b.high is None:
+        return Estimate(value)
+    if a.low == a.high or b.low == b.high:  # known of nothing but itself, like an interval that there is not
         return Estimate(value)
     low = value - math.hypot(a.value - a.low, b.high - b.value)
     high = value + math.hypot(a.high - a.value, b.value - b.low)

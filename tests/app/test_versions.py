@@ -77,9 +77,9 @@ def test_no_two_versions_of_a_family_stand_in_one_place() -> None:
 
 
 def test_a_family_marks_what_became_of_each_and_whose_traffic_taught_it() -> None:
-    made = charts.family(family(), {(1, 3): 0.75, (99, 3): 0.25}, 3, LIGHT)
+    made = charts.family(family(), {(1, 3): (375, 500), (99, 3): (125, 500)}, 3, LIGHT)
     parents, arcs, middles, drawn = made.data
-    assert "75% of v3's training traffic was served by v1" in middles.text[0]
+    assert middles.text[0] == "75% of v3's training traffic was served by v1, by 500 traces of it"
     assert len(middles.text) == 1, "a teacher out of sight has no edge"
     assert arcs.line.dash == "dot"
     assert parents.line.dash is None
@@ -119,10 +119,19 @@ def test_a_difference_is_judged_only_where_its_interval_leaves_nothing_out() -> 
     assert rows.loc["p50 latency, ms", "judgement"] == "good", "faster"
     assert rows.loc["p50 latency, ms", "difference"].startswith("-20 (-24 to -16")
     assert rows.loc["acceptance length, tokens a step", "judgement"] == ""
-    assert rows.loc["p95 latency, ms", "difference"] == "+0", "no interval, no judgement"
+    assert rows.loc["p95 latency, ms", "difference"] == "+0 (too few to tell)", "no interval, no judgement"
     assert "errors, %" not in rows.index
     assert diff.measures(other, one).set_index("metric").loc["p50 latency, ms", "judgement"] == "bad"
     assert diff.measures(None, None).empty
+
+
+def test_an_interval_of_no_width_judges_nothing() -> None:
+    one = {"error_rate": 0.0, "error_rate_low": 0.0, "error_rate_high": 0.0}
+    other = {"error_rate": 0.02, "error_rate_low": 0.01, "error_rate_high": 0.03}
+    for a, b in ((one, other), (other, one), (one, dict.fromkeys(other, 0.02))):
+        (row,) = diff.measures(a, b).to_dict("records")
+        assert row["judgement"] == ""
+        assert row["difference"].endswith("(too few to tell)")
 
 
 def test_the_page_is_about_what_its_link_says(seeded: Database) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from engine.store import histogram
 from engine.store.database import ReadSession
 from engine.store.intervals import Estimate, quantile_ranks, ratio
 from engine.store.panels import traffic
@@ -80,7 +81,8 @@ def _bound_quantiles(session: ReadSession, part: Slice, rows: Rows, metric: str,
                 _put(row, name, None)
                 continue
             low, high = (replace(found.table, counts=mine).quantiles(ranks) * 1e3)[0].tolist()
-            _put(row, name, Estimate(value, low, high))
+            # A bucket stands for all values in it: the bounds are its edges, also where both are in the same one.
+            _put(row, name, Estimate(value, low / (1 + histogram.ALPHA), high / (1 - histogram.ALPHA)))
 
 
 def _put(row: dict[str, Any], name: str, found: Estimate | None) -> None:

@@ -16,7 +16,7 @@ from engine.store.repositories.policies import TRAIN
 UP, DOWN, CHILDREN = 4, 3, 4
 """Generations before and after the chosen version, and children shown of each."""
 SAMPLED = 500
-"""Traces of a version's training traffic, the newest, whose own versions are looked up."""
+"""Traces of a version's training traffic whose own versions are looked up, evenly over all of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,14 +72,15 @@ def fates(session: ReadSession, versions: Sequence[int]) -> dict[int, Fate]:
 
 
 def taught_by(session: ReadSession, versions: Sequence[int], most: int = SAMPLED) -> dict[int, dict[int, int]]:
-    """Version → the versions that served its training traffic → traces, of the ``most`` newest that are still kept."""
+    """Version → the versions that served its training traffic → traces: all of it up to ``most``, else so many
+    spread evenly over it. Those past their retention are missing, so the counts say on how many a share rests."""
     rows = session.scalars(
         select(PolicyLineageRow).where(PolicyLineageRow.version.in_(versions), PolicyLineageRow.role == TRAIN)
     )
     pairs = [
         (row.version, ordinal)
         for row in rows
-        for ordinal in Members(tuple(row.chunks), bytes(row.bits)).ordinals()[-most:]
+        for ordinal in _spread(Members(tuple(row.chunks), bytes(row.bits)).ordinals(), most)
     ]
     query = text(
         "SELECT wanted.version, t.policy_version, count(*)"
@@ -93,6 +94,10 @@ def taught_by(session: ReadSession, versions: Sequence[int], most: int = SAMPLED
     for learner, teacher, traces in session.execute(query, values) if pairs else ():
         found.setdefault(learner, {})[teacher] = traces
     return found
+
+
+def _spread(ordinals: Sequence[int], most: int) -> Sequence[int]:
+    return ordinals[:: -(-len(ordinals) // most)] if len(ordinals) > most else ordinals
 
 
 def _ancestors(session: ReadSession, version: int, up: int) -> list[Kin]:

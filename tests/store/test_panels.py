@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from datetime import timedelta
 from itertools import pairwise
@@ -22,7 +24,7 @@ from engine.store.repositories import learning, overview, traces
 from engine.store.repositories.learning import Attempt
 from engine.store.repositories.overview import Slice
 from engine.store.repositories.traces import Filter, Place
-from tests.store.test_rollups import END, START, deltas_only, records, write
+from tests.store.test_rollups import END, START, compacted, deltas_only, records, write
 from tests.telemetry.records import record
 
 ALL = Filter()
@@ -126,6 +128,23 @@ def test_traces_come_by_pages_without_a_hole(db: Database, tmp_path: Path, order
         assert len(set(whole)) == len(whole) == traces.matching(session, Slice(START, END), chosen)[0] > 300
         assert [one for page in walk(session, order, chosen, 97) for one in page] == whole
         assert [one for page in reversed(walk(session, order, chosen, 97, back=True)) for one in page] == whole
+
+
+@pytest.mark.parametrize("kept", [deltas_only, compacted])
+def test_a_list_in_a_window_inside_minutes_counts_what_it_holds(
+    db: Database, tmp_path: Path, kept: Callable[[Database, Path], None]
+) -> None:
+    """A rollup lies at the start of its minute, and a window may begin or end within one."""
+    kept(db, tmp_path)
+    first = min(one.started_at for one in records())
+    with db.read() as session:
+        for since, length in itertools.product((-1, 20, 5_000.25), (3, 61, 40_000.125)):
+            begin = first + timedelta(seconds=since)
+            part = Slice(begin, begin + timedelta(seconds=length))
+            many = len(traces.listed(session, part, limit=2_000))
+            assert traces.matching(session, part, Filter()) == (many, True), (since, length)
+            of_class = replace(part, traffic_class="code")
+            assert traces.matching(session, of_class, Filter())[0] == len(traces.listed(session, of_class, limit=2_000))
 
 
 def test_a_list_is_of_what_was_asked_for(db: Database, tmp_path: Path) -> None:

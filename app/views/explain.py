@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import shlex
-from dataclasses import replace
+from dataclasses import asdict, replace
 from datetime import timedelta
+from functools import partial
 
 import pandas as pd
 import streamlit as st
@@ -13,6 +14,7 @@ from app.charts import system
 from app.components import context
 from app.components.context import RANGES, heading, link, plain
 from app.components.drawing import draw
+from app.components.export import MIME
 from app.components.tables import table
 from app.queries import explain
 from engine.diagnosis.explain import METRICS, Explanation
@@ -64,11 +66,18 @@ def page() -> None:
         heading("The traces that show it", "slowest of the traffic that moved it most")
         _examples(found)
     with st.container(horizontal=True):
-        st.download_button(
-            "JSON", lambda: frames.encode([], "json", found.to_rows()), file_name="explanation.json",
-            mime="application/json", on_click="ignore", icon=":material/download:",
-        )  # fmt: skip
+        for form in frames.FORMATS if found.total is not None else ("json",):
+            st.download_button(
+                {"json": "JSON", "csv": "CSV", "parquet": "Parquet"}[form], partial(_file, found, form),
+                file_name=f"explanation.{form}", mime=MIME[form], on_click="ignore", icon=":material/download:",
+            )  # fmt: skip
         st.code(_command(first, second, str(metric)), language="bash")
+
+
+def _file(found: Explanation, form: str) -> bytes:
+    """JSON has all of it; a table has the parts of the change, the whole last."""
+    parts = [asdict(part) for part in (*found.parts, found.total) if part is not None]
+    return frames.encode([] if form == "json" else parts, form, found.to_rows())
 
 
 def _is_quantile(metric: str) -> bool:

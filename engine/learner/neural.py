@@ -116,6 +116,7 @@ class HybridMaker:
         return {MEMORY_FILE: rebuild_memory(train, manifest), **tuned}
 
     def _draft(self, digest: str, target: ServedTarget) -> DraftFile:
+        """From the project where it still ships this one, which works without the store's folder too."""
         shipped = shipped_draft(target.fingerprint)
         known = shipped is not None and artifact_digest(shipped) == digest
         return unpack(shipped if shipped is not None and known else self.store.files(digest))
@@ -158,7 +159,7 @@ class HybridMaker:
                     f"The static draft that comes with the project is damaged: {'; '.join(faults)}. Install it again."
                 )
             load_proposer(files, artifact_digest(files), target.fingerprint, target.tokenizer_fingerprint)
-            return artifact_digest(files)
+            return self.store.put(files)  # its heirs are rebuilt from it when the project ships another
         raise SlipstreamError(
             "There is no neural draft to start from for this target. Make one: "
             "`slipstream policy train-static --data conversations.jsonl --out DIR --register`."

@@ -52,8 +52,9 @@ def _card(card: Card, value: float | None, before: float | None, trend: pd.DataF
     if _is_number(value) and _is_number(before):
         assert value is not None
         assert before is not None
-        change = (value - before) * card.scale
-        shown = card.form.format(change).removesuffix(" %").removesuffix(" ms")
+        form, scale = _form(card, value)
+        change = (value - before) * scale
+        shown = form.format(change).removesuffix(" %").removesuffix(" ms").removesuffix(" s")
         delta = 0 if float(shown.replace(",", "")) == 0 else f"{'+' if change > 0 else ''}{shown}"
     st.metric(
         card.label,
@@ -67,12 +68,17 @@ def _card(card: Card, value: float | None, before: float | None, trend: pd.DataF
 
 
 def _written(card: Card, value: float | None) -> str:
-    """The value as a card has room for: seconds from ten seconds on."""
     if value is None or not _is_number(value):
         return "–"
+    form, scale = _form(card, value)
+    return form.format(value * scale)
+
+
+def _form(card: Card, value: float) -> tuple[str, float]:
+    """How value and change are written: in seconds from ten seconds on, as a card has room for."""
     if card.form.endswith(" ms") and value >= 10_000:
-        return f"{value / 1e3:,.1f} s"
-    return card.form.format(value * card.scale)
+        return "{:,.1f} s", 1e-3
+    return card.form, card.scale
 
 
 def verdict(serving: Serving, now: pd.Series, before: pd.Series, window: str) -> str:

@@ -257,6 +257,6 @@ def test_a_change_is_explained_by_its_planted_cause(browser: playwright.Browser,
     """In the seeded hour better policies came, with the same traffic."""
     page = open_page(browser, f"{url}/explain?metric=acceptance")
     settled(page, "explain")
-    page.get_by_text("by the policy: v2 → v3").wait_for()
+    page.get_by_text("by the policy (v2 → v3)").wait_for()
     page.screenshot(path=SHOTS / "explained_light.png")
     page.context.close()

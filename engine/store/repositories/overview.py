@@ -10,17 +10,12 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
-from typing import Any, cast
+from typing import Any
 
-import numpy as np
-import psycopg
-from psycopg import postgres
-from psycopg.adapt import Buffer, Loader
-from psycopg.pq import Format
-from psycopg.rows import tuple_row
 from sqlalchemy import text
 
 from engine.store import histogram
+from engine.store.arrays import fetch_arrays
 from engine.store.database import ReadSession
 from engine.store.repositories.rollups import COUNTS, METRICS, POSITIONS, REALS, TIERS
 
@@ -170,7 +165,7 @@ def grouped(
     part = resolved(session, part)
     source = _source(part, width, _HISTOGRAMS, (*DIMENSIONS, "idx", "cnt"), " AND metric = :metric")
     query = f"SELECT {_list(columns.values(), 'idx, cnt')} FROM {source}"
-    rows = _fetch_arrays(session, query, _parameters(part, width) | {"metric": metric})
+    rows = fetch_arrays(session, query, _parameters(part, width) | {"metric": metric})
     places: dict[tuple[Any, ...], int] = {}
     groups = [places.setdefault(row[:-2], len(places)) for row in rows]
     order = sorted(places)
@@ -301,34 +296,3 @@ def _parameters(part: Slice, width: timedelta | None) -> dict[str, Any]:
     for place, (_, begin, end) in enumerate(part.covered_by(width)):
         values[f"b{place}"], values[f"e{place}"] = begin, end
     return {name: value for name, value in values.items() if value is not None}
-
-
-def _fetch_arrays(session: ReadSession, query: str, parameters: dict[str, Any]) -> list[tuple[Any, ...]]:
-    """Rows whose integer arrays come as numpy arrays, in Postgres' binary format: no number becomes an object."""
-    statement = text(query).bindparams(**parameters).compile(dialect=session.get_bind().dialect)
-    connection = cast(psycopg.Connection[Any], session.connection().connection.driver_connection)
-    with connection.cursor(binary=True, row_factory=tuple_row) as cursor:
-        for name, loader in (("int2", _Int2Array), ("int4", _Int4Array)):
-            cursor.adapters.register_loader(postgres.types[name].array_oid, loader)
-        return cursor.execute(str(statement), statement.params).fetchall()
-
-
-class _Array(Loader):
-    """One-dimensional arrays without NULLs: 20 bytes of header, then each element behind its length."""
-
-    format = Format.BINARY
-    element: np.dtype[Any]
-
-    def load(self, data: Buffer) -> np.ndarray:
-        if len(data) < 20:
-            return np.zeros(0, dtype=np.int16)
-        # A copy: what psycopg hands out belongs to a result that is freed.
-        return np.frombuffer(bytes(data), dtype=self.element, offset=20)["value"]
-
-
-class _Int2Array(_Array):
-    element = np.dtype([("length", ">i4"), ("value", ">i2")])
-
-
-class _Int4Array(_Array):
-    element = np.dtype([("length", ">i4"), ("value", ">i4")])

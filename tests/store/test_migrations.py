@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from datetime import UTC, date, datetime, timedelta
+from pathlib import Path
+from typing import Any
 
 import psycopg
 import pytest
 from alembic import command
 from sqlalchemy import text
+from sqlalchemy.exc import DBAPIError
 
 from engine.ops import housekeeping, upkeep
 from engine.settings import TelemetrySettings
 from engine.store import migrate
 from engine.store.connection import libpq_url
 from engine.store.database import Database, WriteSession
-from engine.store.repositories import partitions
+from engine.store.repositories import audit, ingest, partitions
+from tests.store.test_rollups import records, write
 
 
 def tables(url: str) -> set[str]:
@@ -135,3 +139,36 @@ def test_hours_outlive_their_minutes_in_the_upgrade_to_more_tiers(database_url: 
     database.close()
     command.upgrade(config, "head")
     command.check(config)
+
+
+LATER = {"other_s", "cost_s", "plain_s", "expected_accepted", "draft_errors"}
+"""Columns that the first engines did not know."""
+
+
+@pytest.fixture
+def engine_of_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The writer names only the columns of the first schema, in its COPY and in its deltas."""
+    add = ingest.add_rollups
+
+    def without(session: WriteSession, sums: Any, histograms: Any) -> None:
+        add(session, [{k: v for k, v in row.items() if k not in LATER} for row in sums], histograms)
+
+    monkeypatch.setattr(ingest, "TRACE_COLUMNS", tuple(c for c in ingest.TRACE_COLUMNS if c not in LATER))
+    monkeypatch.setattr(ingest, "add_rollups", without)
+
+
+@pytest.mark.usefixtures("engine_of_before")
+def test_an_engine_of_before_writes_into_the_newest_schema(db: Database, tmp_path: Path) -> None:
+    write(db, tmp_path, records()[:5])
+    with db.read() as session:
+        assert audit.traces(session) == 5
+        assert session.scalar(text("SELECT max(draft_errors) FROM traces")) == 0
+
+
+@pytest.mark.usefixtures("engine_of_before")
+@pytest.mark.parametrize(("table", "column"), [("traces", "draft_errors"), ("rollup_deltas", "cost_s")])
+def test_without_a_default_its_traces_are_refused(db: Database, tmp_path: Path, table: str, column: str) -> None:
+    with db.write() as session:
+        session.execute(text(f"ALTER TABLE {table} ALTER COLUMN {column} DROP DEFAULT"))
+    with pytest.raises((DBAPIError, psycopg.Error), match=column):
+        write(db, tmp_path, records()[:5])

@@ -38,10 +38,10 @@ class Sums:
     draft_s: Mapped[float]
     verify_s: Mapped[float]
     decode_s: Mapped[float]
-    other_s: Mapped[float]
-    cost_s: Mapped[float]
-    plain_s: Mapped[float]
-    expected_accepted: Mapped[float]
+    other_s: Mapped[float] = mapped_column(server_default="0")
+    cost_s: Mapped[float] = mapped_column(server_default="0")
+    plain_s: Mapped[float] = mapped_column(server_default="0")
+    expected_accepted: Mapped[float] = mapped_column(server_default="0")
 
 
 class Buckets:

@@ -30,6 +30,6 @@ class ShadowRequestRow(Base):
     drafted: Mapped[int] = mapped_column(Integer)
     accepted: Mapped[int] = mapped_column(Integer)
     draft_s: Mapped[float]
-    draft_errors: Mapped[int] = mapped_column(Integer)
+    draft_errors: Mapped[int] = mapped_column(Integer, server_default="0")
     seen_at: Mapped[datetime] = mapped_column(server_default=NOW)
     __table_args__ = (Index("ix_shadow_requests_seen_at", "seen_at"),)

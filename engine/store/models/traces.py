@@ -56,13 +56,13 @@ class TraceRow(Base):
     prefill_s: Mapped[float]
     draft_s: Mapped[float]
     verify_s: Mapped[float]
-    other_s: Mapped[float]
-    cost_s: Mapped[float]
-    plain_s: Mapped[float]
-    expected_accepted: Mapped[float]
+    other_s: Mapped[float] = mapped_column(server_default="0")
+    cost_s: Mapped[float] = mapped_column(server_default="0")
+    plain_s: Mapped[float] = mapped_column(server_default="0")
+    expected_accepted: Mapped[float] = mapped_column(server_default="0")
     retry: Mapped[int] = mapped_column(SmallInteger)
     preemptions: Mapped[int] = mapped_column(SmallInteger)
-    draft_errors: Mapped[int] = mapped_column(Integer)
+    draft_errors: Mapped[int] = mapped_column(Integer, server_default="0")
     trainable: Mapped[bool] = mapped_column(Boolean)
     written_at: Mapped[datetime] = mapped_column(server_default=func.clock_timestamp())
     __table_args__ = (

@@ -13,7 +13,7 @@ from sqlalchemy.dialects.postgresql import insert
 from engine.store.database import WriteSession
 from engine.store.models import RollupDeltaHistogramRow, RollupDeltaRow, TraceBatchRow, TracePayloadRow, TraceRow
 
-TRACE_COLUMNS = tuple(c.name for c in TraceRow.__table__.columns if c.server_default is None)
+TRACE_COLUMNS = tuple(c.name for c in TraceRow.__table__.columns if c.name != "written_at")  # Postgres' own
 PAYLOAD_COLUMNS = tuple(c.name for c in TracePayloadRow.__table__.columns)
 
 

@@ -27,9 +27,13 @@ class _Moment:
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Within it the first signal raises KeyboardInterrupt, and only the first. In the main thread, not nested."""
+    """Within it the first signal raises KeyboardInterrupt, and only the first. In the main thread, not nested.
+
+    What whoever started this process had it ignore (``nohup``) stays ignored.
+    """
     _Moment.interrupted = _Moment.raised = False
-    before = {number: signal.signal(number, _interrupt) for number in SIGNALS}
+    heard = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, _interrupt) for number in heard}
     try:
         yield
     finally:
@@ -39,8 +43,8 @@ def interruptible() -> Iterator[None]:
 
 @contextmanager
 def held() -> Iterator[None]:
-    """Put an interruption off until this step is done: a process that has started and is not yet noted would be left
-    behind, and so would one whose ending is broken off."""
+    """Put an interruption off until this step is done or has failed: a process that has started and is not yet noted
+    would be left behind, and so would one whose ending is broken off."""
     if threading.current_thread() is not threading.main_thread():  # signals are the main thread's alone
         yield
         return
@@ -49,7 +53,7 @@ def held() -> Iterator[None]:
         yield
     finally:
         _Moment.held -= 1
-    _raise_if_due()
+        _raise_if_due()
 
 
 def _interrupt(_signal: int, _frame: FrameType | None) -> None:

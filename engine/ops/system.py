@@ -13,6 +13,7 @@ import httpx
 
 from engine.contracts import SlipstreamError
 from engine.ops import postgres
+from engine.ops.interruption import held
 from engine.ops.supervisor import Component, Say, Supervisor, end_group, is_running, read_state, state_file
 from engine.settings import Settings, child_environment
 from engine.store import migrate
@@ -22,6 +23,7 @@ ENVIRONMENT = {
     "PYTHONUNBUFFERED": "1",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",  # housekeeping tries again by itself, and must end when told to
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",  # seconds
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
 }
 BEHIND_PEOPLE = 5
@@ -133,9 +135,12 @@ def watch_once(chosen: Settings, supervisor: Supervisor, say: Say) -> None:
 
 
 def stop(settings: Settings, supervisor: Supervisor) -> None:
-    """End all processes, then the embedded Postgres. The data stay."""
-    supervisor.stop()
-    postgres.stop(settings.home_path)
+    """End all processes, then the embedded Postgres, as one step. The data stay."""
+    with held():
+        try:
+            supervisor.stop()
+        finally:
+            postgres.stop(settings.home_path)
 
 
 def down(settings: Settings, say: Say, sleep: Callable[[float], None], patience_s: float = 40.0) -> bool:

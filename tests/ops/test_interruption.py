@@ -14,8 +14,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from engine.ops import postgres
+from engine.ops import postgres, system
 from engine.ops.interruption import SIGNALS, held, interruptible
+from engine.settings import Settings
 from tests.tiny_model import write_tiny_model
 from tests.waiting import until
 
@@ -76,6 +77,59 @@ def test_an_ending_that_is_under_way_after_an_error_is_not_broken_off() -> None:
         command()
     assert steps == ["ended"]
     assert isinstance(raised.value.__context__, ValueError)
+
+
+def test_an_interruption_is_heard_after_a_held_step_that_failed() -> None:
+    """Lost, it would leave a command running that somebody ended, wherever the error is caught."""
+
+    def command() -> None:
+        with interruptible(), suppress(ValueError), held():
+            signal.raise_signal(signal.SIGTERM)
+            raise ValueError("the step failed")
+
+    with pytest.raises(KeyboardInterrupt) as raised:
+        command()
+    assert isinstance(raised.value.__context__, ValueError)
+
+
+def test_what_was_ignored_from_the_start_stays_ignored() -> None:
+    """`nohup slipstream up` outlives its terminal."""
+    before, steps = signal.signal(signal.SIGHUP, signal.SIG_IGN), []
+    try:
+        with interruptible():
+            signal.raise_signal(signal.SIGHUP)
+            steps.append("goes on")
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGTERM)
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert steps == ["goes on"]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_postgres_is_stopped_too_when_the_ending_of_the_others_is_interrupted_or_fails(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, fails: bool
+) -> None:
+    stopped = []
+
+    class Ends:
+        def stop(self) -> None:
+            with held():
+                signal.raise_signal(signal.SIGTERM)
+                stopped.append("components")
+                if fails:
+                    raise OSError("no room for the state")
+
+    monkeypatch.setattr(postgres, "stop", lambda home: stopped.append("postgres"))
+
+    def command() -> None:
+        with interruptible():
+            system.stop(Settings(home=tmp_path), Ends())  # type: ignore[arg-type]
+
+    with pytest.raises(KeyboardInterrupt):
+        command()
+    assert stopped == ["components", "postgres"]
 
 
 @pytest.fixture

@@ -111,8 +111,9 @@ class DraftNetwork:
         self.weights = {name: weights[name].to(target.device, target.dtype) for name in config.shapes}
         self.vocabulary = vocabulary.to(target.device, torch.int64)
         self.head = target.head[self.vocabulary]  # [vocab_size, hidden]
-        self._matrices = {name: pack(tensor) for name, tensor in self.weights.items() if tensor.ndim == 2}
-        self._head = pack(self.head)
+        matrices = {name: tensor for name, tensor in self.weights.items() if tensor.ndim == 2}
+        self._matrices = {name: pack(tensor, target.kernels) for name, tensor in matrices.items()}
+        self._head = pack(self.head, target.kernels)
         self.eps = target.config.rms_norm_eps
 
     @torch.inference_mode()

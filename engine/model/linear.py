@@ -44,13 +44,16 @@ class Packed:
 Weight = Tensor | Packed | Panels
 
 
-def pack(weight: Tensor) -> Weight:
-    """``weight`` in the layout that ``linear`` is fastest with on this device; itself where that is the plain one."""
+def pack(weight: Tensor, kernels: bool = True) -> Weight:
+    """``weight`` in the layout that ``linear`` is fastest with on this device; itself where that is the plain one.
+
+    ``kernels``: whether products may be our own, compiled here (product.py).
+    """
     if weight.dtype != torch.bfloat16 or weight.device.type != "cpu":
         return weight
     if multiplies_bfloat16():
         return Packed(torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _PACKED_FOR))
-    return to_panels(weight) or weight
+    return (to_panels(weight) if kernels else None) or weight
 
 
 def dense(weight: Weight) -> Tensor:

@@ -26,11 +26,11 @@ class Layer:
 
     __slots__ = ("attention_norm", "down", "gate_up", "mlp_norm", "out", "qk_norm", "qkv", "qkv_bias")
 
-    def __init__(self, config: LlamaConfig, take: Mapping[str, Tensor], index: int) -> None:
+    def __init__(self, config: LlamaConfig, take: Mapping[str, Tensor], index: int, kernels: bool) -> None:
         prefix = f"model.layers.{index}."
         self.attention_norm = take[prefix + "input_layernorm.weight"]
         self.mlp_norm = take[prefix + "post_attention_layernorm.weight"]
-        self.qkv = pack(torch.cat([take[f"{prefix}self_attn.{x}_proj.weight"] for x in "qkv"]))
+        self.qkv = pack(torch.cat([take[f"{prefix}self_attn.{x}_proj.weight"] for x in "qkv"]), kernels)
         self.qkv_bias, self.qk_norm = None, None
         if config.qkv_bias:
             self.qkv_bias = torch.cat([take[f"{prefix}self_attn.{x}_proj.bias"] for x in "qkv"])
@@ -38,24 +38,24 @@ class Layer:
             counts = {"q": config.num_heads, "k": config.num_kv_heads}
             norms = [take[f"{prefix}self_attn.{x}_norm.weight"].expand(n, -1) for x, n in counts.items()]
             self.qk_norm = torch.cat(norms)  # [heads + kv_heads, head_dim]
-        self.out = pack(take[prefix + "self_attn.o_proj.weight"])
-        self.gate_up = pack(torch.cat([take[f"{prefix}mlp.{x}_proj.weight"] for x in ("gate", "up")]))
-        self.down = pack(take[prefix + "mlp.down_proj.weight"])
+        self.out = pack(take[prefix + "self_attn.o_proj.weight"], kernels)
+        self.gate_up = pack(torch.cat([take[f"{prefix}mlp.{x}_proj.weight"] for x in ("gate", "up")]), kernels)
+        self.down = pack(take[prefix + "mlp.down_proj.weight"], kernels)
 
     def weights(self) -> dict[str, Weight]:
         return {name: weight for name in self.__slots__ if (weight := getattr(self, name)) is not None}
 
 
 class Llama:
-    def __init__(self, config: LlamaConfig, tensors: Mapping[str, Tensor]) -> None:
-        """``tensors`` under their Hugging Face names, checked by ``from_checkpoint``."""
-        self.config = config
+    def __init__(self, config: LlamaConfig, tensors: Mapping[str, Tensor], kernels: bool = True) -> None:
+        """``tensors`` under their Hugging Face names, checked by ``from_checkpoint``; ``kernels`` as of ``pack``."""
+        self.config, self.kernels = config, kernels
         self.embedding = tensors["model.embed_tokens.weight"]  # [vocab, hidden]
         self.norm = tensors["model.norm.weight"]
         self.head = self.embedding if config.tie_embeddings else tensors["lm_head.weight"]  # [vocab, hidden]
-        self._head = pack(self.head)
+        self._head = pack(self.head, kernels)
         self.copies_lone_token = isinstance(self._head, Packed)  # whose products of one row are slower (batch.COPIES)
-        self.layers = [Layer(config, tensors, i) for i in range(config.num_layers)]
+        self.layers = [Layer(config, tensors, i, kernels) for i in range(config.num_layers)]
         self.dtype, self.device = self.embedding.dtype, self.embedding.device
         self.cos, self.sin = rope_tables(
             config.rope_theta, config.head_dim, config.max_position, self.dtype, self.device
@@ -64,11 +64,16 @@ class Llama:
 
     @classmethod
     def from_checkpoint(
-        cls, config: LlamaConfig, tensors: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device
+        cls,
+        config: LlamaConfig,
+        tensors: Mapping[str, Tensor],
+        dtype: torch.dtype,
+        device: torch.device,
+        kernels: bool = True,
     ) -> Llama:
         """Strict: a missing, unexpected or misshapen tensor is an error with its name."""
         found = _fitting(config, tensors)
-        return cls(config, {name: tensor.to(device, dtype) for name, tensor in found.items()})
+        return cls(config, {name: tensor.to(device, dtype) for name, tensor in found.items()}, kernels)
 
     @torch.inference_mode()
     def copy_weights(self, tensors: Mapping[str, Tensor]) -> None:
@@ -89,7 +94,8 @@ class Llama:
         given = {"head": head, "embedding": embedding, "norm": found["model.norm.weight"]}
         copy_in_place(own, given, "The target")
         for i, layer in enumerate(self.layers):
-            copy_in_place(layer.weights(), Layer(self.config, here(f"model.layers.{i}."), i).weights(), "The target")
+            fresh = Layer(self.config, here(f"model.layers.{i}."), i, self.kernels)
+            copy_in_place(layer.weights(), fresh.weights(), "The target")
 
     def forward(self, batch: Batch, cache: KVCache) -> Tensor:
         """Hidden states [num_tokens, hidden] before the last norm; keys and values go into ``cache``."""

@@ -47,7 +47,8 @@ def load_target(
     """Find or fetch ``model`` (a folder, a Hugging Face id, or the packaged default) and load it.
 
     ``dtype`` "auto" takes what is fastest here (``best_dtype``), ``device`` "auto" CUDA where there is one.
-    ``threads`` None or 0 leaves torch's own choice. ``kernels``: compile those of ``kernels.py`` where they can be.
+    ``threads`` None or 0 leaves torch's own choice. ``kernels``: compile those of ``kernels.py`` and
+    ``product.py`` where they can be.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -61,7 +62,7 @@ def load_target(
     config = LlamaConfig.from_folder(folder)
     progress(f"loading {model} as {dtype} on {device}")
     name = Path(model).name if Path(model).is_dir() else model
-    llama = read_llama(folder, config, DTYPES[dtype], device)
+    llama = read_llama(folder, config, DTYPES[dtype], device, kernels)
     if kernels:
         llama.ops = compile_kernels(config, llama.cos, llama.sin) or llama.ops
     return Target(
@@ -90,7 +91,10 @@ def configured_target(settings: Settings, progress: Callable[[str], None], dtype
 
 
 def best_dtype(device: str, kernels: bool = True) -> str:
-    """bfloat16 where hardware or our product multiply it: half the bytes, measured faster for every number of rows."""
+    """bfloat16 where hardware or our product multiply it.
+
+    Half the bytes; faster for the few rows of a decoding step, no faster for a prefill chunk (docs/log.md).
+    """
     if device != "cpu":
         return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
     return "bfloat16" if multiplies_bfloat16() or (kernels and multiplies()) else "float32"

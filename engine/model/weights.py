@@ -56,14 +56,17 @@ def _weight_files(folder: Path) -> list[Path]:
     return sorted(folder.glob("*.safetensors"))
 
 
-def read_llama(folder: Path, config: LlamaConfig, dtype: torch.dtype, device: str) -> Llama:
-    """The model with its weights; missing and unexpected tensors are errors with their names."""
+def read_llama(folder: Path, config: LlamaConfig, dtype: torch.dtype, device: str, kernels: bool = True) -> Llama:
+    """The model with its weights; missing and unexpected tensors are errors with their names.
+
+    ``kernels``: whether its products may be our own (``linear.pack``).
+    """
     from safetensors.torch import load_file
 
     tensors: dict[str, torch.Tensor] = {}
     for path in _weight_files(folder):
         tensors |= load_file(path)
-    return Llama.from_checkpoint(config, tensors, dtype, torch.device(device))
+    return Llama.from_checkpoint(config, tensors, dtype, torch.device(device), kernels)
 
 
 def fingerprint(folder: Path) -> str:

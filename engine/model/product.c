@@ -2,7 +2,6 @@
 // multiplied as floats. A row's results do not depend on how many rows there are: every sum runs over the columns in
 // their order. Compiled at start by product.py.
 #include <stdint.h>
-#include <stdlib.h>
 
 typedef uint16_t bf16;
 enum { LANES = 8, VECS = PANEL / LANES, MOST = 6 }; // MOST rows by two vectors of sums are what sixteen registers hold
@@ -72,10 +71,10 @@ static int64_t few(int rows, int64_t left, const float *x, const uint32_t *w, bf
   }
 }
 
-// x [rows, n_in], w [panels, n_in / 2, PANEL], out [rows, n_out].
-void product(const bf16 *x, const uint32_t *w, bf16 *out, int64_t rows, int64_t n_in, int64_t n_out) {
+// x [rows, n_in], w [panels, n_in / 2, PANEL], out [rows, n_out]; wide [rows, n_in] is x as floats, written here.
+void product(const bf16 *x, float *wide, const uint32_t *w, bf16 *out, int64_t rows, int64_t n_in, int64_t n_out) {
+  if (rows < 1) return; // no tile would say how many panels are done
   const int64_t panels = (n_out + PANEL - 1) / PANEL, tiles = (rows + MOST - 1) / MOST;
-  float *wide = malloc(sizeof(float) * rows * n_in);
 #pragma omp parallel
   {
 #pragma omp for
@@ -92,5 +91,4 @@ void product(const bf16 *x, const uint32_t *w, bf16 *out, int64_t rows, int64_t 
                    out + row * n_out, n_in, n_out, panel * PANEL);
       }
   }
-  free(wide);
 }

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -46,12 +47,13 @@ def from_panels(panels: Panels) -> Tensor:
 
 
 def multiply(x: Tensor, panels: Panels) -> Tensor:
-    """bfloat16 [rows, in] → [rows, out]; a row's bits do not depend on how many there are."""
+    """bfloat16 [rows, in] → [rows, out], rows >= 0; a row's bits do not depend on how many there are."""
     product = _product()
     assert product is not None, "there would be no panels"
     x, (rows, inputs) = x.contiguous(), x.shape
-    out = x.new_empty(rows, panels.outputs)
-    product(x.data_ptr(), panels.words.data_ptr(), out.data_ptr(), rows, inputs, panels.outputs)
+    wide, out = x.new_empty(rows, inputs, dtype=torch.float32), x.new_empty(rows, panels.outputs)
+    pointers = (tensor.data_ptr() for tensor in (x, wide, panels.words, out))
+    product(*pointers, rows, inputs, panels.outputs)
     return out
 
 
@@ -63,6 +65,6 @@ def multiplies() -> bool:
 @cache
 def _product() -> Callable[..., None] | None:
     def load(library: Path) -> Callable[..., None]:
-        return function(ctypes.CDLL(str(library)).product, *[POINTER] * 3, *[COUNT] * 3)
+        return function(ctypes.CDLL(str(library)).product, *[POINTER] * 4, *[COUNT] * 3)
 
     return compile_c(SOURCE, {"PANEL": PANEL}, load)

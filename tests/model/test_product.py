@@ -9,11 +9,17 @@ from pathlib import Path
 import pytest
 import torch
 
+from engine.contracts import Status
+from engine.learner.trainer import fresh_weights
 from engine.model import linear, product
+from engine.model.draft import DraftConfig, DraftNetwork
+from engine.model.loading import load_target
 from engine.model.product import from_panels, multiply, to_panels
+from tests.runner.driving import engine_of, request, run
+from tests.tiny_model import write_tiny_model
 
 pytestmark = pytest.mark.skipif(not any(map(shutil.which, ("cc", "gcc", "clang"))), reason="no C compiler")
-ROWS = (1, 2, 3, 4, 5, 6, 7, 13, 40)
+ROWS = (0, 1, 2, 3, 4, 5, 6, 7, 13, 40)
 SHAPES = ((96, 64), (40, 34), (16, 2))  # whole panels, a part of one, a single one
 
 
@@ -34,7 +40,10 @@ def off() -> float:
         for rows in ROWS:
             x = torch.randn(rows, inputs, generator=generator).bfloat16()
             want = x.double() @ weight.double().t()
-            worst = max(worst, float(((multiply(x, panels).double() - want).abs() / (want.abs() + 1e-2)).max()))
+            got = multiply(x, panels)
+            assert got.shape == want.shape
+            if rows:
+                worst = max(worst, float(((got.double() - want).abs() / (want.abs() + 1e-2)).max()))
     return worst
 
 
@@ -71,7 +80,7 @@ def test_a_row_does_not_depend_on_its_neighbours() -> None:
     x = torch.randn(40, 64, generator=generator).bfloat16()
     alone = torch.cat([multiply(row[None], panels) for row in x])
     for rows in ROWS:
-        assert torch.equal(multiply(x[-rows:], panels), alone[-rows:])
+        assert torch.equal(multiply(x[40 - rows :], panels), alone[40 - rows :])
 
 
 def test_panels_hold_the_weight_itself() -> None:
@@ -93,3 +102,33 @@ def test_without_a_compiler_there_is_torch(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr("engine.model.compiler.shutil.which", lambda name: None)
     assert not product.multiplies()
     assert to_panels(torch.randn(16, 32).bfloat16()) is None
+
+
+def test_a_prompt_is_computed_in_chunks_that_ask_for_no_logits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its first chunks, with nobody decoding beside them, multiply the head with no row at all."""
+    monkeypatch.setattr(linear, "multiplies_bfloat16", lambda: False)
+    write_tiny_model(tmp_path)
+    target = load_target(str(tmp_path), tmp_path, dtype="bfloat16")
+    assert isinstance(target.model.layers[0].out, product.Panels)
+    rows, logits = list[int](), target.model.logits
+
+    def counted(hidden: torch.Tensor) -> torch.Tensor:
+        rows.append(hidden.shape[0])
+        return logits(hidden)
+
+    monkeypatch.setattr(target.model, "logits", counted)
+    engine = engine_of(target, prefill_chunk=16)
+    engine.add(request("x", range(40), max_tokens=3))
+    assert run(engine)["x"].status is Status.OK
+    assert rows == [0, 0, 1, 1, 1]
+
+
+def test_kernels_switched_off_are_off_for_products_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear, "multiplies_bfloat16", lambda: False)
+    write_tiny_model(tmp_path)
+    model = load_target(str(tmp_path), tmp_path, dtype="bfloat16", kernels=False).model
+    config = DraftConfig.of_target(model.config, 16)
+    draft = DraftNetwork(config, fresh_weights(config, model, 0), torch.arange(16), model)
+    weights = [weight for layer in model.layers for weight in layer.weights().values()]
+    assert not any(isinstance(one, product.Panels) for one in (*weights, model._head, *draft._matrices.values()))
+    assert isinstance(draft._head, torch.Tensor)

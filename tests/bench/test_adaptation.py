@@ -103,7 +103,7 @@ def test_bad_updates_in_the_middle_of_a_stream_are_served_without_a_gate_only(wo
     gated, ungated = (
         AdaptiveArm("x", world, offline(world, responses(12, 6)), (), gated=wanted) for wanted in (True, False)
     )
-    requests = responses(96, 5)
+    requests = responses(160, 5)
     arms = {"gated": gated, "ungated": ungated}
     served = dict[str, list[Served]]()
     for name, arm in arms.items():
@@ -116,11 +116,21 @@ def test_bad_updates_in_the_middle_of_a_stream_are_served_without_a_gate_only(wo
     assert all(not a.learn_s and not a.gate_s for a in planted["gated"])
     run = Run(stream("planted", {"a": requests}, 0), 0, served, {})
     run = replace(run, stream=replace(run.stream, requests=tuple(requests)))
-    found = {f.name: f.value for f in prevented([run], {0: arms})}
-    assert found["bad_updates_served"] == found["worse_versions_served"] == 0
-    assert found["bad_updates_served:ungated"] > 0
-    assert found["worse_versions_served:ungated"] > 0
-    assert found["worst_class_loss:ungated"] > 0.02 > found["worst_class_loss"]
+    found = {f.name: f for f in prevented([run], {0: arms}, np.random.default_rng(0))}
+    assert found["bad_updates_served"].value == found["worse_versions_served"].value == 0
+    assert found["bad_updates_served:ungated"].value > 0
+    assert found["worse_versions_served:ungated"].value > 0
+    worst = found["worst_class_loss:ungated"]
+    assert found["worse_versions_served"].n > 0
+    assert worst.value > 0.02 > found["worst_class_loss"].value
+    assert worst.low < worst.value < worst.high
+    assert worst.n >= 16  # requests
+
+    # A version after which too little comes is not one that lost nothing.
+    short = replace(run, stream=replace(run.stream, requests=tuple(requests[:15])))
+    none = {f.name: f for f in prevented([short], {0: arms}, np.random.default_rng(0))}
+    assert none["worse_versions_served"].n == none["worse_versions_served:ungated"].n == 0
+    assert not any(name.startswith("worst_class_loss") for name in none)
 
 
 def test_offline_training_is_never_taught_what_another_call_was(world: World) -> None:

@@ -80,12 +80,15 @@ def regret(runs: Sequence[Run], arm: str) -> Figure:
     return Figure(f"regret:{arm}:shift", float(np.mean(found)), min(found), max(found), len(found), "requests")
 
 
-def forgetting(rows: Sequence[tuple[object, Pair]], rng: np.random.Generator) -> Figure:
-    """Share of acceptance length lost between leaving a class and coming back; ``rows``: the same requests of the
-    return under the version of the return, then under that of the leaving, as (tokens, steps) each."""
-    return _figure(
-        "forgetting:recurring", rows, lambda s: 1 - (s[..., 0] / s[..., 1]) / (s[..., 2] / s[..., 3]), "share", rng
-    )
+def lost(name: str, rows: Sequence[tuple[object, Pair]], rng: np.random.Generator) -> Figure:
+    """Share of acceptance length lost; ``rows``: the same requests under the later version, then under the earlier, as
+    (tokens, steps) each."""
+    return _figure(name, rows, share_lost, "share", rng)
+
+
+def share_lost(sums: np.ndarray) -> np.ndarray:
+    """[…, 4] → […]."""
+    return 1 - (sums[..., 0] / sums[..., 1]) / (sums[..., 2] / sums[..., 3])
 
 
 def level(name: str, run: Run, arm: str) -> list[tuple[int, float, float]]:

@@ -165,44 +165,51 @@ def _figures(
         found += [figures.regret(runs["shift"], name) for name in runs["shift"][0].arms]
         found += _reachable(runs["shift"], rng)
     if "planted" in runs:
-        found += prevented(runs["planted"], {r.seed: arms["planted", r.seed] for r in runs["planted"]})
+        found += prevented(runs["planted"], {r.seed: arms["planted", r.seed] for r in runs["planted"]}, rng)
     if "recurring" in runs:
         rows = [row for r in runs["recurring"] for row in _returns(r, arms["recurring", r.seed]["gated"])]
-        found.append(figures.forgetting(rows, rng))
+        found.append(figures.lost("forgetting:recurring", rows, rng))
     return found
 
 
-def prevented(runs: Sequence[Run], arms: Mapping[int, Mapping[str, Arm]]) -> list[Figure]:
+def prevented(runs: Sequence[Run], arms: Mapping[int, Mapping[str, Arm]], rng: np.random.Generator) -> list[Figure]:
     """Bad updates that came to be served, and served versions worse than the one before: with the gate and without.
 
-    ``arms``: by seed and name, those that served ``runs``.
+    ``arms``: by seed and name, those that served ``runs``. A version with too few requests after it is not among those
+    counted. The worst class is chosen for its loss, which its interval knows nothing of.
     """
     found = []
     for name, suffix in (("gated", ""), ("ungated", ":ungated")):
-        planted, losses = list[bool](), list[float]()
+        planted, losses = list[bool](), list[_Loss]()
         for run in runs:
             arm = arms[run.seed][name]
             assert isinstance(arm, AdaptiveArm)
             planted += [a.version is not None for a in arm.attempts if a.planted]
-            losses += [_worst_class(run, arm, a.at, a.version) for a in arm.attempts if a.version is not None]
-        worse = sum(loss > WORSE for loss in losses)
+            measured = (_worst_class(run, arm, a.at, a.version) for a in arm.attempts if a.version is not None)
+            losses += [loss for loss in measured if loss is not None]
+        worse = sum(share > WORSE for share, _ in losses)
         found.append(count_figure(f"bad_updates_served{suffix}", sum(planted), len(planted), "updates"))
         found.append(count_figure(f"worse_versions_served{suffix}", worse, len(losses), "versions"))
         if losses:
-            worst = max(losses)
-            found.append(Figure(f"worst_class_loss{suffix}", worst, min(losses), worst, len(losses), "share"))
+            _, rows = max(losses, key=lambda loss: loss[0])
+            found.append(figures.lost(f"worst_class_loss{suffix}", rows, rng))
     return found
 
 
-def _worst_class(run: Run, arm: AdaptiveArm, at: int, version: int) -> float:
-    """Share of acceptance length that a version loses against the one before it, in the class that loses most, over
-    the ``AHEAD`` requests that come next (all of a class that has ``ENOUGH``)."""
-    sums: dict[str, list[tuple[float, float, float, float]]] = {}
+_Loss = tuple[float, list[tuple[object, figures.Pair]]]
+"""(share of acceptance length lost, the requests that say so)."""
+
+
+def _worst_class(run: Run, arm: AdaptiveArm, at: int, version: int) -> _Loss | None:
+    """What a version loses against the one before it, in the class that loses most, over the ``AHEAD`` requests that
+    come next (all of a class that has ``ENOUGH``); None where no class has, which says nothing of the version."""
+    classes: dict[str, list[tuple[object, figures.Pair]]] = {}
     for response in run.stream.requests[at : at + AHEAD]:
         new, old = (_alone(arm, arm.served[v], response) for v in (version, version - 1))
-        sums.setdefault(response.traffic_class, []).append((*new, *old))
-    found = [np.array(rows).sum(0) for rows in sums.values() if len(rows) >= ENOUGH]
-    return max((float(1 - (a / b) / (c / d)) for a, b, c, d in found), default=0.0)
+        classes.setdefault(response.traffic_class, []).append((response.prompt_ids, (*new, *old)))
+    found = [rows for rows in classes.values() if len(rows) >= ENOUGH]
+    losses = [(float(figures.share_lost(np.array([row for _, row in rows]).sum(0))), rows) for rows in found]
+    return max(losses, key=lambda loss: loss[0], default=None)
 
 
 def _pairs(material: Material, *more: tuple[str, str]) -> list[tuple[str, str]]:

@@ -83,6 +83,11 @@ def _before_traffic(
             RolloutState.CANCELLED,
             f"v{ledger.champion} is champion now, the rollout was made against v{status.champion}",
         )
+    if now - (status.asked_at or status.since) > timedelta(seconds=spec.deadline_s):
+        return stay(
+            RolloutState.INCONCLUSIVE,
+            f"did not start within {spec.deadline_s:g} s ({status.reason}): nobody was served",
+        )
     if command is not None and command.verb == "hold":
         return stay(RolloutState.HELD, f"held by {command.actor}: {command.reason}", held_by="operator")
     if command is not None and command.verb == "promote":
@@ -91,8 +96,6 @@ def _before_traffic(
         if command is None:
             return stay(status.state, status.reason)
         return stay(RolloutState.READY, f"released by {command.actor}: {command.reason}", held_by="")
-    if now - status.since > timedelta(seconds=spec.deadline_s):
-        return stay(RolloutState.CANCELLED, f"could not start within {spec.deadline_s:g} s: {status.reason}")
     if (missing := _missing(status, evidence)) is not None:
         return stay(RolloutState.READY, missing)
     if spec.shadow is not None:
@@ -226,7 +229,7 @@ class _Tick:
             return self._to(RolloutState.PROMOTED, f"v{self.status.canary} is champion on every replica")
         if self.status.state is RolloutState.PROMOTED:
             return self._to(RolloutState.WATCHING, f"watching for {self.spec.watch_s:g} s")
-        if self._for(self.spec.watch_s):
+        if self._for(self.spec.watch_s) and self.evidence.fault is None:
             action = Action.SETTLE if self.status.watch is not None else Action.NONE
             return self._to(RolloutState.DONE, f"v{self.status.canary} is champion and stays", action)
         return self._to(RolloutState.WATCHING, f"watching for {self.spec.watch_s:g} s")

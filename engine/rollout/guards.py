@@ -216,7 +216,8 @@ class RolloutSpec:
     """Durations are seconds, ``steps`` canary weights in (0, 0.5], ascending; the control always weighs the same.
 
     ``min_requests`` is per arm and step. ``alpha`` is the probability of rolling back an identical canary, split
-    evenly over the statistical guards. ``deadline_s`` counts from the first canary traffic. ``blind_s`` is how long a
+    evenly over the statistical guards. ``deadline_s`` counts from the first canary traffic, and
+    before it from the start that was asked for. ``blind_s`` is how long a
     canary may serve while its traffic cannot be measured, ``promote_s`` how long a promotion may wait for replicas to
     follow; beyond either the champion is back and nobody is blamed. While a new champion is watched, the one before
     keeps the share ``holdback`` as its control, and ``watch_share`` of ``alpha`` is kept for that time.

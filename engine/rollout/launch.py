@@ -49,7 +49,7 @@ def launch(
             created_at=started,
         )
         reason = "a draft: `slipstream rollout start --draft` begins it" if draft else "waiting to start"
-        status = RolloutStatus(made.id, canary, champion, state, started, reason=reason)
+        status = RolloutStatus(made.id, canary, champion, state, started, reason=reason, asked_at=started)
         rollouts.apply(
             session,
             made.id,
@@ -73,7 +73,13 @@ def release(db: Database, rollout_id: int, now: datetime | None = None) -> Rollo
             raise SlipstreamError(f"There is no rollout {rollout_id}. `slipstream rollout list` shows them.")
         champion = _champion(session, drafted.canary)
         status = RolloutStatus(
-            rollout_id, drafted.canary, champion, RolloutState.READY, started, reason="waiting to start"
+            rollout_id,
+            drafted.canary,
+            champion,
+            RolloutState.READY,
+            started,
+            reason="waiting to start",
+            asked_at=started,
         )
         return rollouts.release(
             session,

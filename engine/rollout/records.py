@@ -46,7 +46,8 @@ class RolloutStatus:
     what it will be called once its traffic is seen to be back. ``restarts`` holds when a replica started after a crash
     meanwhile; ``blind_since`` is the first tick of those in a row that could not measure the traffic; ``shadow`` is the
     plan in which the canary drafted and served nobody, ``watch`` the stage after the promotion, in which the champion
-    before is the control.
+    before is the control. ``asked_at`` is when somebody asked for its start: a hold before traffic does not begin its
+    patience anew.
     """
 
     rollout_id: int
@@ -66,6 +67,7 @@ class RolloutStatus:
     blind_since: datetime | None = None
     watch: Stage | None = None
     shadow: Stage | None = None
+    asked_at: datetime | None = None
 
     @property
     def stage(self) -> Stage:
@@ -224,6 +226,7 @@ def status_from_json(tree: Mapping[str, Any]) -> RolloutStatus:
     values["ends_as"] = RolloutState(values.get("ends_as", RolloutState.ROLLED_BACK))
     values["restarts"] = tuple(datetime.fromisoformat(at) for at in values.get("restarts", ()))
     values["blind_since"] = _instant(values.get("blind_since"))
+    values["asked_at"] = _instant(values.get("asked_at"))
     return RolloutStatus(**values)
 
 

@@ -246,7 +246,7 @@ def test_nothing_starts_that_could_not_be_rolled_back(replicas: tuple[Replica, .
     decision = world.tick()
     assert (decision.to_state, decision.action) == (RolloutState.READY, Action.NONE)
     assert message in decision.reason
-    assert world.tick(world.spec.deadline_s + 1).to_state is RolloutState.CANCELLED
+    assert world.tick(world.spec.deadline_s + 1).to_state is RolloutState.INCONCLUSIVE
 
 
 def test_a_champion_that_changed_before_the_start_cancels() -> None:

@@ -75,6 +75,15 @@ def test_forgetting_since_when_nobody_could_measure_is_caught(monkeypatch: pytes
         test_a_canary_that_nobody_can_measure_goes_back_and_is_not_blamed(lambda world: None)
 
 
+def test_a_new_champion_is_not_called_safe_while_nobody_can_measure_it() -> None:
+    world = ramping(replace(specs.preset("fast"), watch_s=30.0))
+    watched(world)
+    world.fault = "the traffic could not be measured: canceling statement"
+    assert world.tick(40).to_state is RolloutState.WATCHING
+    world.fault = None
+    assert world.tick(1).to_state is RolloutState.DONE
+
+
 @pytest.mark.parametrize("alive", [True, False])
 def test_a_promotion_that_a_replica_does_not_follow_ends_and_names_it(alive: bool) -> None:
     world = ramping()
@@ -97,6 +106,28 @@ def test_a_replica_that_ignores_a_rollback_is_named_and_success_is_not_claimed()
     decision = world.tick(world.spec.promote_s + 1)
     assert decision.to_state is RolloutState.ROLLING_BACK
     assert "replica-0 does not follow the ledger: stop it" in decision.reason
+
+
+@pytest.mark.parametrize("keeps", ["held", "held and released again and again", "no replica"])
+def test_a_rollout_that_never_starts_ends_at_its_deadline_and_nobody_is_blamed(keeps: str) -> None:
+    """0 requests for as long as it may wait: before, a hold before traffic had no end, and each one began it anew."""
+    world = World(replace(specs.preset("fast"), deadline_s=3_600.0))
+    world.replicas = () if keeps == "no replica" else world.replicas
+    began, verbs = world.now, ("hold", "resume") if "again" in keeps else ("hold",)
+    if keeps != "no replica":
+        world.ask("hold")
+    while world.now - began <= timedelta(seconds=world.spec.deadline_s - 20):
+        decision = world.tick(20)
+        assert decision.to_state in (RolloutState.READY, RolloutState.HELD)
+        assert decision.verdict is Verdict.INSUFFICIENT
+        if "again" in keeps:  # a hold is asked for in the tick of the release, so that it never starts
+            world.replicas = ()
+            world.ask(verbs[len(world.commands) % 2])
+    decision = world.tick(40)
+    assert (decision.to_state, decision.action) == (RolloutState.INCONCLUSIVE, Action.NONE)
+    assert "did not start within 3600 s" in decision.reason
+    assert status_from_json(status_to_json(world.status)) == world.status
+    assert world.tick(40).to_state is RolloutState.INCONCLUSIVE
 
 
 @pytest.fixture

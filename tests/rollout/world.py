@@ -73,10 +73,12 @@ class World:
     decisions: list[Decision] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.status = RolloutStatus(7, CANARY_VERSION, CHAMPION, RolloutState.READY, self.now)
+        self.seen = self.segments  # what the last decision was made of
+        self.status = RolloutStatus(7, CANARY_VERSION, CHAMPION, RolloutState.READY, self.now, asked_at=self.now)
 
     def tick(self, seconds: float = 1.0) -> Decision:
         self.now += timedelta(seconds=seconds)
+        self.seen = self.segments
         decision = decide(self.spec, self.status, self.evidence(), self.pending(), self.now)
         self.decisions.append(decision)
         self.status = decision.status

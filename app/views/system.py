@@ -21,11 +21,11 @@ LATE_S = 300.0  # deltas that wait longer say that housekeeping does not run
 def page() -> None:
     here = current()
     part, colours = here.part, here.colours
-    writers, exporter, waiting, stored, learning = (
+    writers, exporter, waiting, stored, learning, sinks = (
         overview.rows(f"system.{name}", part)
-        for name in ("writers", "exporter", "compaction", "partitions", "learning")
+        for name in ("writers", "exporter", "compaction", "partitions", "learning", "notifications")
     )
-    context.headline(_verdict(writers, exporter, waiting))
+    context.headline(_verdict(writers, exporter, waiting, sinks))
     if writers.empty and stored.empty:
         st.info("Nothing has run on this database yet. Start the system: `slipstream up`.", icon=":material/info:")
     with st.container(border=True):
@@ -37,14 +37,14 @@ def page() -> None:
         draw(system.partitions(stored, colours), "partitions", "Size of each day's partitions.")
     with right.container(border=True, height="stretch"):
         heading("Behind the scenes")
-        _parts(exporter, waiting, learning)
+        _parts(exporter, waiting, learning, sinks)
     with st.container(border=True):
         heading("Queries of this dashboard", "ms, the last 500 that were not in the cache")
         _queries()
     export("system", part)
 
 
-def _verdict(writers: pd.DataFrame, exporter: pd.DataFrame, waiting: pd.DataFrame) -> str:
+def _verdict(writers: pd.DataFrame, exporter: pd.DataFrame, waiting: pd.DataFrame, sinks: pd.DataFrame) -> str:
     problems = []
     if writers.empty:
         problems.append("no replica has been heard of for ten minutes")
@@ -57,6 +57,8 @@ def _verdict(writers: pd.DataFrame, exporter: pd.DataFrame, waiting: pd.DataFram
         problems += [f"{name} does not route by the newest plan" for name in behind["replica"]]
     if len(exporter):
         problems += [f"MLflow does not take all {what}" for what in exporter[exporter["error"].notna()]["what"]]
+    if len(sinks):
+        problems += [f"notifications do not arrive ({name})" for name in sinks[sinks["tries"] > 0]["sink"]]
     if len(waiting) and float(waiting["oldest_age_s"].iloc[0]) > LATE_S:
         problems.append("rollups are not compacted, so housekeeping does not run")
     if not problems:
@@ -90,7 +92,7 @@ def _writers(writers: pd.DataFrame) -> None:
     table(frame[list(columns)], columns, "writers")
 
 
-def _parts(exporter: pd.DataFrame, waiting: pd.DataFrame, learning: pd.DataFrame) -> None:
+def _parts(exporter: pd.DataFrame, waiting: pd.DataFrame, learning: pd.DataFrame, sinks: pd.DataFrame) -> None:
     rows = []
     if exporter.empty:
         rows.append(("export to MLflow", "has not run on this database"))
@@ -108,6 +110,10 @@ def _parts(exporter: pd.DataFrame, waiting: pd.DataFrame, learning: pd.DataFrame
     cpu = float(learning["cpu_s"].sum()) if len(learning) else 0.0
     made = int(learning["version"].notna().sum()) if len(learning) else 0
     rows.append(("learning", f"{len(learning):,} attempts in this window, {made} versions, {cpu:,.1f} s of CPU"))
+    for sink in sinks.to_dict("records"):
+        failed = f", the next failed {sink['tries']} times" if sink["tries"] else ""
+        last = f"; last error: {sink['error']}" if isinstance(sink["error"], str) else ""
+        rows.append((f"told by {sink['sink']}", f"decisions up to {sink['decision']}{failed}{last}"))
     table(pd.DataFrame(rows, columns=["part", "state"]), {"state": st.column_config.TextColumn(width="large")}, "parts")
 
 

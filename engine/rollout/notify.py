@@ -72,10 +72,11 @@ class Command:
     name = "command"
 
     def __init__(self, line: str) -> None:
-        self._arguments = shlex.split(line)
+        self._line = line
 
     def deliver(self, delivery: int, body: bytes, now: datetime) -> None:
-        subprocess.run(self._arguments, input=body, check=True, capture_output=True, timeout=COMMAND_TIMEOUT_S)
+        arguments = shlex.split(self._line)  # here, so that a missing quote is a failed delivery, which is shown
+        subprocess.run(arguments, input=body, check=True, capture_output=True, timeout=COMMAND_TIMEOUT_S)
 
 
 def sinks(settings: RolloutSettings) -> list[Sink]:
@@ -144,10 +145,10 @@ class Notifier:
                 return arrived  # another one has taken over, and may have told this already
             try:
                 sink.deliver(decision.id, body(decision), now)
-            except (httpx.HTTPError, httpx.InvalidURL, OSError, subprocess.SubprocessError) as error:
+            except Exception as error:  # whatever a sink fails of, it is counted, shown, and holds up no other sink
                 if not self._failed(sink, cursor, decision, error, now, token):
                     return arrived
-                cursor = Cursor(sink.name, decision.id, 0, now, str(error))
+                cursor = Cursor(sink.name, decision.id, 0, now, _said(error))
             else:
                 arrived += 1
                 cursor = Cursor(sink.name, decision.id, 0, now, None)
@@ -171,12 +172,16 @@ class Notifier:
         """Note the failure; True where it is given up and the next one may go."""
         tries = cursor.tries + 1
         if tries >= TRIES:
-            log.error("%s: decision %s given up after %d tries: %s", sink.name, decision.id, tries, error)
+            log.error("%s: decision %s given up after %d tries: %s", sink.name, decision.id, tries, _said(error))
             return True
-        log.warning("%s: decision %s did not arrive, trying again: %s", sink.name, decision.id, error)
+        log.warning("%s: decision %s did not arrive, trying again: %s", sink.name, decision.id, _said(error))
         later = now + timedelta(seconds=min(300.0, 2.0**tries))
-        self._advance(Cursor(sink.name, cursor.decision_id, tries, later, str(error)), token)
+        self._advance(Cursor(sink.name, cursor.decision_id, tries, later, _said(error)), token)
         return False
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
 
 
 def run(

@@ -48,6 +48,8 @@ class Findings:
         self._shadowed = deque[ShadowRequest](maxlen=10_000)
         self._thread = threading.Thread(target=self._run, name="findings", daemon=True)
         self.totals = {"audited": 0, "ties": 0, "mismatches": 0}
+        self.error: str | None = None
+        """Why the last write failed; None once one succeeds."""
 
     def start(self) -> None:
         self._thread.start()
@@ -117,6 +119,12 @@ class Findings:
             self._shadowed.append(row)
         self._news.set()
 
+    def stats(self) -> dict[str, int | str | None]:
+        """What waits to be written, rows, and why."""
+        with self._lock:
+            waiting = len(self._unwritten) + len(self._mismatches) + len(self._shadowed)
+        return {"waiting": waiting, "error": self.error}
+
     def flush(self) -> None:
         """Write what is there; SQLAlchemyError where that did not succeed, and then it is still there."""
         with self._lock:
@@ -148,18 +156,28 @@ class Findings:
         while not self._stop.is_set():
             self._news.wait()
             self._news.clear()
-            try:
-                self.flush()
-            except SQLAlchemyError as error:
-                log.warning("findings wait for the database: %s", str(error).splitlines()[0])
+            if self._flushed():
+                self._stop.wait(WRITE_S)
+            else:
                 self._news.set()
                 self._stop.wait(RETRY_S)
-            else:
-                self._stop.wait(WRITE_S)
+        if not self._flushed():
+            log.error("the last findings are lost: %s", self.error)
+
+    def _flushed(self) -> bool:
+        """Whether all was written. A mismatch reaches the controller by this thread: whatever happens, it goes on."""
         try:
             self.flush()
         except SQLAlchemyError as error:
-            log.error("the last findings are lost: %s", str(error).splitlines()[0])
+            self.error = str(error).splitlines()[0]
+            log.warning("findings wait for the database: %s", self.error)
+        except Exception as error:
+            self.error = f"{type(error).__name__}: {error}"
+            log.exception("writing findings failed in a way nobody foresaw, trying again")
+        else:
+            self.error = None
+            return True
+        return False
 
 
 def _strike(waiting: deque[T], written: Sequence[T]) -> None:

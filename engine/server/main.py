@@ -154,6 +154,7 @@ class EngineServer:
             "slipstream:spill_unreadable": writer["spill_unreadable"],
             "slipstream:outputs_audited": self.findings.totals["audited"],
             "slipstream:output_mismatches": self.findings.totals["mismatches"],
+            "slipstream:findings_waiting": float(self.findings.stats()["waiting"] or 0),
         }
 
     def _describe(self) -> tuple[str, str, dict[str, Any]]:
@@ -173,6 +174,7 @@ class EngineServer:
             "engine": self.engine.stats(),
             "writer": self.writer.stats(),
             "audits": self.findings.totals,
+            "findings": self.findings.stats(),
         }
         return self.url, self.target.name, stats
 

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 import sys
+import threading
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import httpx
 import pytest
+from sqlalchemy import text
 
 from engine.contracts import RolloutState
 from engine.rollout import notify
 from engine.rollout.controller import Controller
 from engine.rollout.launch import launch
 from engine.rollout.notify import TRIES, Command, Notifier, Webhook, sign
+from engine.settings import RolloutSettings
 from engine.store.database import Database
 from engine.store.repositories import notifications, operations, rollouts
 from engine.store.repositories.leases import LeaseLost
@@ -89,6 +92,52 @@ def test_a_notification_that_never_arrives_is_given_up(going: Database) -> None:
     down.down = False
     notifier.tick(at)
     assert [told["to"] for _, told in down.got] == ["ROLLING_BACK", "ROLLED_BACK"]
+
+
+@pytest.mark.parametrize(
+    ("broken", "error"),
+    [
+        (Command("notify 'without its second quote"), "ValueError: No closing quotation"),
+        (Webhook("nowhere", None), "UnsupportedProtocol: "),
+        (Command("no-such-program"), "FileNotFoundError: "),
+    ],
+    ids=["quoting", "address", "program"],
+)
+def test_a_sink_that_is_set_up_wrongly_is_shown_given_up_and_holds_up_no_other(
+    going: Database, broken: Command | Webhook, error: str
+) -> None:
+    other, at = Recorder(), NOW
+    Notifier(going, [broken], "a").tick(NOW - timedelta(seconds=1))
+    with going.write() as session:
+        notifications.advance(session, notifications.Cursor(other.name, 0, 0, NOW, None))
+        session.execute(text("UPDATE notification_cursors SET decision_id = 0"))
+    assert Notifier(going, [broken, other], "a").tick(at) == 3
+    with going.read() as session:
+        shown = {s.sink: s for s in notifications.standings(session)}
+    assert (shown[broken.name].decision_id, shown[broken.name].tries) == (0, 1)
+    assert (shown[broken.name].error or "").startswith(error)
+    assert (shown[other.name].tries, shown[other.name].error) == (0, None)
+    for _ in range(TRIES):
+        at += timedelta(seconds=301)
+        Notifier(going, [broken], "a").tick(at)
+    with going.read() as session:
+        assert {s.sink: s for s in notifications.standings(session)}[broken.name].decision_id > 0
+
+
+def test_no_error_ends_the_notifiers_thread(going: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Settings that make no sink, an error of Python in a tick: the next tick comes all the same."""
+    stop, ticks = threading.Event(), []
+
+    def tick(self: Notifier, now: datetime) -> int:
+        ticks.append(now)
+        if len(ticks) == 3:
+            stop.set()
+        raise ZeroDivisionError("nobody foresaw this")
+
+    monkeypatch.setattr(Notifier, "tick", tick)
+    chosen = RolloutSettings(notify_command="notify 'without its second quote", tick_s=1e-6)
+    notify.run(chosen, going, "a", stop, lambda: NOW)
+    assert len(ticks) == 3
 
 
 def test_a_cursor_never_goes_back(going: Database) -> None:

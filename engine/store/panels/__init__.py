@@ -143,6 +143,7 @@ PANELS: dict[str, Panel] = {
         Panel("traces.failed", "The newest requests that failed", _failed),
         Panel("system.writers", "Replicas and their trace writers", system.writers),
         Panel("system.exporter", "The exporter to MLflow: lag in seconds", system.exporter),
+        Panel("system.notifications", "Notifications of rollouts: sinks, tries, errors", system.sinks),
         Panel("system.partitions", "Partitions by day, bytes", system.stored),
         Panel("system.compaction", "Rollup deltas that wait, age in seconds", system.compaction),
         Panel("system.learning", "Attempts of the learner, CPU seconds", system.learning_cost),

@@ -6,7 +6,7 @@ from datetime import UTC, datetime, timedelta
 
 from engine.store.database import ReadSession
 from engine.store.panels.traffic import Rows
-from engine.store.repositories import export, learning, partitions, plans, replicas, rollups
+from engine.store.repositories import export, learning, notifications, partitions, plans, replicas, rollups
 from engine.store.repositories.export import Cursor
 from engine.store.repositories.overview import Slice
 
@@ -39,7 +39,7 @@ def writers(session: ReadSession, part: Slice) -> Rows:
                 "set_aside": writer.get("set_aside"),
                 "dropped": writer.get("dropped"),
                 "last_write": writer.get("last_write"),
-                "error": writer.get("error"),
+                "error": writer.get("error") or replica.stats.get("findings", {}).get("error"),
                 "rss_bytes": replica.stats.get("peak_rss_bytes"),
             }
         )
@@ -63,6 +63,14 @@ def _exporter(session: ReadSession, at: Cursor, what: str) -> dict[str, object]:
         age = (datetime.now(UTC) - lag["oldest"]).total_seconds()
     counts = {"exported": at.exported, "skipped": at.skipped, "refused": at.refused}
     return {"exporter": at.name, "what": what, **counts, "waiting": lag["waiting"], "lag_s": age, "error": at.error}
+
+
+def sinks(session: ReadSession, part: Slice) -> Rows:
+    """Who is told of transitions: the last decision each is through with, how often the next has failed, and why."""
+    return [
+        {"sink": s.sink, "decision": s.decision_id, "tries": s.tries, "next_at": s.next_at, "error": s.error}
+        for s in notifications.standings(session)
+    ]
 
 
 def stored(session: ReadSession, part: Slice) -> Rows:

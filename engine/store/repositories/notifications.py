@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import datetime
 
+from sqlalchemy import select
 from sqlalchemy.dialects.postgresql import insert
 
-from engine.store.database import WriteSession
+from engine.store.database import ReadSession, WriteSession
 from engine.store.models import NotificationCursorRow
 
 
@@ -31,6 +32,12 @@ def cursor(session: WriteSession, sink: str, newest: int, now: datetime) -> Curs
     )
     row = session.get_one(NotificationCursorRow, sink)
     return Cursor(row.sink, row.decision_id, row.tries, row.next_at, row.error)
+
+
+def standings(session: ReadSession | WriteSession) -> list[Cursor]:
+    """Every sink that was ever told something, with its last error."""
+    rows = session.scalars(select(NotificationCursorRow).order_by(NotificationCursorRow.sink))
+    return [Cursor(row.sink, row.decision_id, row.tries, row.next_at, row.error) for row in rows]
 
 
 def advance(session: WriteSession, to: Cursor) -> None:

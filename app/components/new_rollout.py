@@ -29,11 +29,15 @@ MINUTES = {"warmup_s": "warm-up", "soak_s": "soak", "watch_s": "watch", "deadlin
 
 @dataclass(frozen=True, slots=True)
 class Wishes:
-    """What the form says. ``margins`` of the guards by name, in the unit that is shown; lists are typed by commas."""
+    """What the form says. ``margins`` of the guards by name, in the unit that is shown; lists are typed by commas.
+
+    ``shadow``: copies of so many served requests to draft on first, 0 for none, None for what the preset has.
+    """
 
     preset: str
     steps: str
     min_requests: int
+    shadow: int | None = None
     minutes: Mapping[str, float] = field(default_factory=dict)
     traffic_classes: Sequence[str] = ()
     tenants: str = ""
@@ -64,6 +68,8 @@ def specification(wishes: Wishes) -> RolloutSpec:
         "slices": _names(wishes.slices),
         **{name: round(60.0 * minutes, 3) for name, minutes in wishes.minutes.items()},
     }
+    if wishes.shadow is not None:
+        tree["shadow"] = {"requests": wishes.shadow} if wishes.shadow else None
     wanted = specs.parse(tree)
     return wanted if wanted == preset else replace(wanted, preset="")
 
@@ -135,7 +141,15 @@ def _schedule(preset: str, part: Slice) -> dict[str, Any]:
         key=f"{key}-steps",
         help="The control takes as much as the canary",
     )
-    requests = st.number_input("Requests per arm and step", 1, value=start.min_requests, key=f"{key}-requests")
+    two = st.columns(2)
+    requests = two[0].number_input("Requests per arm and step", 1, value=start.min_requests, key=f"{key}-requests")
+    shadow = two[1].number_input(
+        "In shadow first, requests",
+        0,
+        value=start.shadow.requests if start.shadow is not None else 0,
+        key=f"{key}-shadow",
+        help="The canary drafts on copies of so many served requests and serves none; 0: it serves at once",
+    )
     columns = st.columns(4)
     minutes = {
         name: columns[place].number_input(
@@ -153,6 +167,7 @@ def _schedule(preset: str, part: Slice) -> dict[str, Any]:
         "preset": preset,
         "steps": steps,
         "min_requests": int(requests),
+        "shadow": int(shadow),
         "minutes": {k: v for k, v in minutes.items() if abs(60.0 * v - getattr(start, k)) > 1e-6},
         "traffic_classes": classes,
         "tenants": tenants,

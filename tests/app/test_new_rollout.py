@@ -31,6 +31,15 @@ def test_a_preset_that_is_left_alone_keeps_its_hash(name: str) -> None:
     assert specs.read(specs.to_yaml(made), "the form") == made
 
 
+@pytest.mark.parametrize(("asked", "frozen"), [(None, 200), (200, 200), (25, 25), (0, None)])
+def test_a_shadow_comes_first_where_it_is_asked_for(asked: int | None, frozen: int | None) -> None:
+    made = specification(wishes("cautious", shadow=asked))
+    assert (made.shadow.requests if made.shadow is not None else None) == frozen
+    assert (specs.spec_hash(made) == specs.spec_hash(specs.preset("cautious"))) == (frozen == 200)
+    with pytest.raises(SpecError, match=r"shadow\.requests"):
+        specification(wishes(shadow=-1))
+
+
 def test_what_was_changed_is_what_is_frozen() -> None:
     made = specification(
         wishes(
@@ -86,6 +95,7 @@ def test_the_form_writes_what_it_shows(seeded: Database) -> None:
     test = page("rollouts")
     test.button(key="new").click().run()
     test.text_input(key="new-standard-steps").set_value("20, 40")
+    test.number_input(key="new-standard-shadow").set_value(30)
     test.number_input(key="new-standard-e2e_p95-margin").set_value(20.0)
     test.run()
     shown = next(block.value for block in test.code if "guards:" in block.value)
@@ -95,6 +105,7 @@ def test_the_form_writes_what_it_shows(seeded: Database) -> None:
     assert (made.state, made.actor) == (RolloutState.READY, "dashboard")
     assert specs.parse(made.spec) == specs.read(shown, "the form")
     assert specs.parse(made.spec).steps == (0.2, 0.4)
+    assert made.spec["shadow"] == {"requests": 30}
     assert made.spec_hash == specs.spec_hash(specs.read(shown, "the form"))
 
 

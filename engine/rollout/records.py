@@ -28,6 +28,10 @@ class Action(StrEnum):
     SETTLE = "settle"
 
 
+GIVEN_BACK = frozenset({RolloutState.ROLLING_BACK, RolloutState.ROLLED_BACK, RolloutState.INCONCLUSIVE})
+"""States in which the champion has all of the traffic again, or is about to."""
+
+
 @dataclass(frozen=True, slots=True)
 class Stage:
     """One weight that served: its ledger generation and when that was appended."""
@@ -206,7 +210,10 @@ def weights(status: RolloutStatus, evidence: Evidence) -> dict[str, float | None
     shares = [(stage.generation, stage.weight) for stage in status.stages]
     if status.watch is not None:
         shares.append((status.watch.generation, 1.0 - status.watch.weight))
-    acknowledged = max((share for generation, share in shares if seen and generation <= min(seen)), default=0.0)
+    if (status.generation or 0) > shares[-1][0]:  # the plan that ended the comparison
+        shares.append((status.generation or 0, 0.0 if status.state in GIVEN_BACK else 1.0))
+    taken = [share for generation, share in shares if seen and generation <= min(seen)]
+    acknowledged = taken[-1] if taken else 0.0
     return {"desired": shares[-1][1], "acknowledged": acknowledged, "observed": evidence.observed}
 
 

@@ -16,10 +16,11 @@ from engine.rollout.controller import Controller
 from engine.rollout.guards import SpecError
 from engine.rollout.launch import launch
 from engine.rollout.loading import gather, load
-from engine.rollout.records import Action
+from engine.rollout.records import Action, weights
 from engine.store.database import Database
 from engine.store.repositories import plans, rollouts
 from tests.rollout import database_world
+from tests.rollout import world as world_module
 from tests.rollout.test_decide import promoted, to_soaking
 from tests.rollout.world import CANARY_VERSION, CHAMPION, ramping
 
@@ -72,6 +73,31 @@ def test_how_evidence_is_shared_out_is_frozen_and_old_rollouts_keep_theirs() -> 
     assert specs.spec_hash(spec) != specs.spec_hash(specs.preset("fast"))
     old = {name: value for name, value in tree.items() if name != "watch_share"}
     assert specs.parse(old).guard_alpha(watching=True) == pytest.approx(0.2 * spec.alpha / 4)
+
+
+def test_the_three_weights_follow_the_traffic_to_its_end() -> None:
+    """A trial, its promotion beside a control, all of it; and all of it back."""
+
+    def told(world: world_module.World) -> tuple[float | None, float | None]:
+        found = weights(world.status, world.evidence())
+        return found["desired"], found["acknowledged"]
+
+    world = ramping()
+    assert told(world) == (0.3, 0.3)
+    promoted(world)
+    assert told(world) == (0.75, 0.75)
+    for seconds in (1, 1, world.spec.watch_s):
+        world.tick(seconds)
+    assert world.status.state is RolloutState.DONE
+    assert told(world) == (1.0, 1.0)
+    world = ramping()
+    world.ask("abort")
+    world.tick()
+    late = replace(world.replicas[0], observed_generation=world.ledger.generation - 1)
+    world.replicas = (*world.replicas, replace(late, replica_id="late"))
+    assert told(world) == (0.0, 0.3)
+    world.observe()
+    assert told(world) == (0.0, 0.0)
 
 
 def test_the_ledger_keeps_the_control_and_only_what_came_after_is_counted(db: Database) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 
 from engine.contracts import CANARY, CONTROL
 from engine.store import histogram
-from engine.store.repositories.evidence import Segment
+from engine.store.segments import Segment
 
 CLASSES = ("chat", "code", "long_form", "batch")
 SHARES = (0.4, 0.3, 0.2, 0.1)

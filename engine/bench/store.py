@@ -46,7 +46,7 @@ class Timing:
 
 def run(settings: Settings, traces: int, ingest_rate: int, ingest_s: float, seed: int, say: Say) -> Report:
     rng = np.random.default_rng(seed)
-    with _database(say) as database:
+    with throwaway_database(say) as database:
         end = datetime.now(UTC)
         small = max(traces // 10, 1)
         _seed(database, settings.telemetry, small, end, seed, say)
@@ -166,7 +166,8 @@ def _tell(timings: Sequence[Timing], say: Say) -> None:
 
 
 @contextmanager
-def _database(say: Say) -> Iterator[Database]:
+def throwaway_database(say: Say) -> Iterator[Database]:
+    """A migrated database of its own in a server of its own; both are gone afterwards."""
     with own_home() as home:
         say("starting Postgres")
         url = postgres.start(home)

@@ -117,6 +117,18 @@ def store(
 
 
 @bench.command()
+def evidence(
+    requests: Annotated[int, typer.Option(min=200_000, help="compared requests of one rollout")] = 2_000_000,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """What a look at a rollout costs after a tenth of its compared requests and after all of them."""
+    from engine.bench.evidence import run
+
+    _show(run(requests, seed, _progress), as_json)
+
+
+@bench.command()
 def serving(
     context: typer.Context,
     prompts: Annotated[

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from engine.store.repositories.rollouts import DecisionRecord, Rollout
 
 WATCH_S = 1.0
+PLANTED_SPLITS = 7
 Id = Annotated[int, typer.Argument(help="number of the rollout")]
 
 
@@ -56,7 +57,7 @@ def dry_run(
     hours: Annotated[float, typer.Option(help="how far back the traffic reaches")] = 24.0,
     splits: Annotated[int, typer.Option(min=1, help="ways to split it into equal arms")] = 40,
 ) -> None:
-    """Try guards on the past: equal arms made of the champion's traffic, and every rollout that is over."""
+    """Try guards on the past: equal arms made of the champion's traffic, worse ones, and every rollout that is over."""
     from engine.rollout import dry_run as dry
     from engine.rollout import specs
     from engine.store.repositories import evidence, plans, rollouts
@@ -65,11 +66,14 @@ def dry_run(
     with database(context) as opened, opened.read() as session:
         plan = plans.latest(session)
         since = opened.now() - timedelta(hours=hours)
-        past = evidence.past(session, plan.champion, since) if plan is not None else []
+        past = evidence.past(session, plan.champion, since) if plan is not None else None
         over = [r for r in rollouts.list_rollouts(session) if r.state in TERMINAL_STATES and r.created_at >= since]
         incidents = [dry.incident(spec, r.id, r.state.value, rollouts.decisions(session, r.id)) for r in over]
-    equal = dry.equal_arms(spec, past, splits) if past else None
-    for line in dry.report(spec, equal, incidents):
+    equal, found = None, []
+    if past is not None and past.requests:
+        equal = dry.equal_arms(spec, past, splits)
+        found = dry.planted(spec, past, min(splits, PLANTED_SPLITS))
+    for line in dry.report(spec, equal, found, incidents):
         typer.echo(line)
 
 

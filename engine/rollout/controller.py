@@ -19,7 +19,7 @@ from engine.rollout import notify
 from engine.rollout.decide import decide
 from engine.rollout.guards import RolloutSpec
 from engine.rollout.launch import launch
-from engine.rollout.loading import Untrusted, gather, load, unmeasured
+from engine.rollout.loading import Untrusted, count, gather, load, unmeasured
 from engine.rollout.records import (
     Action,
     Decision,
@@ -32,7 +32,7 @@ from engine.rollout.records import (
 )
 from engine.settings import Settings
 from engine.store.database import Database, WriteSession
-from engine.store.repositories import eligibility, learning, leases, plans, rollouts
+from engine.store.repositories import compared, eligibility, learning, leases, plans, rollouts
 from engine.store.repositories.rollouts import Command, DecisionRecord, Rollout
 
 LEASE = "rollout-controller"
@@ -96,18 +96,18 @@ class Controller:
             return None
         with self.db.read() as session:
             rollout = rollouts.active(session)
-            if rollout is None:
-                return None
-            fault: str | None = None
-            try:
-                spec, status = load(rollout)
-            except Untrusted as error:
-                fault = str(error)
-            else:
-                evidence, commands = gather(session, spec, status, now)
-        if fault is not None:
-            self._give_up(rollout, fault, token, now)
+        if rollout is None:
+            with self.db.write() as session:
+                compared.forget(session, None)
             return None
+        try:
+            spec, status = load(rollout)
+        except Untrusted as error:
+            self._give_up(rollout, str(error), token, now)
+            return None
+        uncounted = self._count(spec, status, token, now)
+        with self.db.read() as session:
+            evidence, commands = gather(session, spec, status, now, uncounted)
         try:
             decision = decide(spec, status, evidence, commands, now)
         except Exception as error:  # counts that no guard can judge leave the canary as unguarded as none
@@ -115,6 +115,19 @@ class Controller:
             decision = decide(spec, status, evidence, commands, now)
         self.apply(spec, status, evidence, commands, decision, token, now)
         return decision
+
+    def _count(self, spec: RolloutSpec, status: RolloutStatus, token: int, now: datetime) -> str | None:
+        """Count what came since the last tick, only while the lease is ours; why that did not succeed, if so."""
+        try:
+            with self.db.write() as session:
+                leases.check(session, LEASE, self.holder, token)
+                return count(session, spec, status, now)
+        except leases.LeaseLost:
+            raise
+        except Exception as error:  # a fault of any kind must reach ``decide``, which ends what is unguarded
+            said = str(error).strip().splitlines() or [""]
+            log.error("rollout %d: requests could not be counted: %s", status.rollout_id, error)
+            return f"the traffic could not be measured: {type(error).__name__}: {said[0]}"
 
     def apply(
         self,

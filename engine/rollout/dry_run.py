@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 
 import numpy as np
 
 from engine.contracts import CANARY, CONTROL, Verdict
 from engine.rollout.evaluate import evaluate
-from engine.rollout.guards import METRICS, RolloutSpec, TokensPerStep
+from engine.rollout.guards import RolloutSpec, TokensPerStep
 from engine.rollout.records import evidence_from_json
-from engine.store import histogram
-from engine.store.repositories.evidence import PastRequest, Segment
+from engine.store.repositories.evidence import Past
 from engine.store.repositories.rollouts import DecisionRecord
+from engine.store.segments import Keys, Request, Segment, Tally
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +33,16 @@ class Equal:
 
 
 @dataclass(frozen=True, slots=True)
+class Found:
+    """How soon one guard finds what was planted in past traffic: requests per arm, one entry a split that got there."""
+
+    guard: str
+    planted: str
+    splits: int
+    requests: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Incident:
     """What these guards would have said of a rollout that is over; ``at`` None where they would not have fired."""
 
@@ -45,11 +54,11 @@ class Incident:
     unreadable: int
 
 
-def equal_arms(spec: RolloutSpec, past: Sequence[PastRequest], splits: int) -> Equal:
-    """``past`` are requests that one version served, oldest first."""
+def equal_arms(spec: RolloutSpec, past: Past, splits: int) -> Equal:
+    """``past`` is what one version served."""
     fired, passed = [], []
     for split in range(splits):
-        first, second = _split(past, f"dry-run-{split}")
+        first, second = _split(past.requests, f"dry-run-{split}")
         seen_pass = False
         for n, segments in _looks(first, second):
             results = evaluate(spec, segments)
@@ -61,8 +70,51 @@ def equal_arms(spec: RolloutSpec, past: Sequence[PastRequest], splits: int) -> E
             if not seen_pass and proof.verdict is Verdict.PASS:
                 seen_pass = True
                 passed.append(n)
-    seconds = (past[-1].started_at - past[0].started_at).total_seconds() if len(past) > 1 else 0.0
-    return Equal(splits, tuple(fired), tuple(passed), len(past), len(past) / seconds if seconds > 0 else 0.0)
+    requests = len(past.requests)
+    per_second = requests / past.seconds if past.seconds > 0 else 0.0
+    return Equal(splits, tuple(fired), tuple(passed), requests, per_second)
+
+
+def planted(spec: RolloutSpec, past: Past, splits: int, seed: int = 0) -> list[Found]:
+    """How many requests each statistical guard needs until it fails a canary that is worse by so much and no more.
+
+    The canary's half of past traffic commits a tenth less per step, takes half as long again, and one request in
+    twenty more fails, runs out of time or is sent again: each guard is asked for itself alone.
+    """
+    names = {guard.name: _PLANTED[guard.kind] for guard in spec.guards if guard.kind in _PLANTED}
+    found: dict[str, list[int]] = {name: [] for name in names}
+    for split in range(splits):
+        rng = np.random.default_rng([seed, split])
+        first, second = _split(past.requests, f"dry-run-{split}")
+        waiting = set(names)
+        for n, segments in _looks([_worse(request, rng) for request in first], second):
+            failed = {g.guard for g in evaluate(spec, segments) if g.verdict is Verdict.FAIL} & waiting
+            for name in failed:
+                found[name].append(n)
+            waiting -= failed
+            if not waiting:
+                break
+    return [Found(name, said, splits, tuple(found[name])) for name, said in names.items()]
+
+
+_PLANTED = {
+    "tokens_per_step": "a tenth fewer tokens per step",
+    "latency": "latencies half as long again",
+    "errors": "5 % more errors",
+    "timeouts": "5 % more timeouts",
+    "retries": "5 % more retries",
+}
+
+
+def _worse(request: Request, rng: np.random.Generator) -> Request:
+    fails, hangs, again = rng.random(3) < 0.05
+    return replace(
+        request,
+        status="error" if fails else "timeout" if hangs else request.status,
+        retry=request.retry + int(again),
+        accepted=max(0, round(0.9 * (request.steps + request.accepted)) - request.steps),
+        seconds=tuple(1.5 * s if s is not None else None for s in request.seconds),
+    )
 
 
 def incident(spec: RolloutSpec, rollout_id: int, ended: str, decisions: Sequence[DecisionRecord]) -> Incident:
@@ -84,7 +136,9 @@ def incident(spec: RolloutSpec, rollout_id: int, ended: str, decisions: Sequence
     return Incident(rollout_id, ended, None, "", 0, unreadable)
 
 
-def report(spec: RolloutSpec, equal: Equal | None, incidents: Sequence[Incident]) -> Iterator[str]:
+def report(
+    spec: RolloutSpec, equal: Equal | None, found: Sequence[Found], incidents: Sequence[Incident]
+) -> Iterator[str]:
     """What a dry run says, line by line."""
     if equal is None:
         yield "no past traffic of the champion to try the guards on"
@@ -109,74 +163,48 @@ def report(spec: RolloutSpec, equal: Equal | None, incidents: Sequence[Incident]
         if equal.per_second:
             least = sum(spec.min_requests / (equal.per_second * step) + spec.warmup_s for step in spec.steps)
             yield f"the steps and the soak alone take {(least + spec.soak_s) / 60:,.0f} min at that traffic"
-    for found in incidents:
-        did = found.ended.lower().replace("_", " ")
-        if found.at is None:
-            said = "these guards would not have rolled it back"
-        else:
-            said = (
-                f"{found.guard} would have rolled it back at {found.at:%Y-%m-%d %H:%M:%S} ({found.requests:,} per arm)"
-            )
-        lost = f"; {found.unreadable} decisions could not be read" if found.unreadable else ""
-        yield f"rollout {found.rollout_id} ended as {did}: {said}{lost}"
+        for one in found:
+            yield _told(one, equal, spec)
+    for past in incidents:
+        yield _retold(past)
 
 
-def _split(past: Sequence[PastRequest], salt: str) -> tuple[list[PastRequest], list[PastRequest]]:
-    arms: tuple[list[PastRequest], list[PastRequest]] = ([], [])
+def _told(found: Found, equal: Equal, spec: RolloutSpec) -> str:
+    where = f"{found.guard}: {found.planted}"
+    if 2 * len(found.requests) <= found.splits:
+        return f"{where} would mostly not be found in {equal.requests // 2:,} requests per arm"
+    need = float(np.median(found.requests))
+    rate = equal.per_second * spec.steps[-1]
+    minutes = f", {need / rate / 60:,.0f} min at {equal.per_second:.2g} requests/s" if rate > 0 else ""
+    missed = found.splits - len(found.requests)
+    late = f"; {missed} of {found.splits} splits needed more than there are" if missed else ""
+    return f"{where} would be found after {need:,.0f} requests per arm{minutes}{late}"
+
+
+def _retold(found: Incident) -> str:
+    did = found.ended.lower().replace("_", " ")
+    if found.at is None:
+        said = "these guards would not have rolled it back"
+    else:
+        said = f"{found.guard} would have rolled it back at {found.at:%Y-%m-%d %H:%M:%S} ({found.requests:,} per arm)"
+    lost = f"; {found.unreadable} decisions could not be read" if found.unreadable else ""
+    return f"rollout {found.rollout_id} ended as {did}: {said}{lost}"
+
+
+def _split(past: Sequence[Request], salt: str) -> tuple[list[Request], list[Request]]:
+    """Two arms, by a hash of the key."""
+    arms: tuple[list[Request], list[Request]] = ([], [])
     for request in past:
-        digest = hashlib.blake2b(f"{salt}\x00{request.assignment_key}".encode(), digest_size=1).digest()
-        arms[digest[0] & 1].append(request)
+        side = hashlib.blake2b(f"{salt}\x00{request.key}".encode(), digest_size=1).digest()[0] & 1
+        arms[side].append(replace(request, arm=(CANARY, CONTROL)[side]))
     return arms
 
 
-def _looks(first: Sequence[PastRequest], second: Sequence[PastRequest]) -> Iterator[tuple[int, list[Segment]]]:
+def _looks(first: Sequence[Request], second: Sequence[Request]) -> Iterator[tuple[int, list[Segment]]]:
     """Both arms after 20 requests each, then after about a tenth more each time."""
-    n, most = 20, min(len(first), len(second))
+    n, seen, most = 20, 0, min(len(first), len(second))
+    tally, keys = Tally(), Keys()
     while n <= most:
-        yield n, [*_segments(CANARY, first[:n]), *_segments(CONTROL, second[:n])]
-        n = max(n + 5, int(n * 1.1))
-
-
-def _segments(arm: str, requests: Sequence[PastRequest]) -> list[Segment]:
-    classes = sorted({request.traffic_class for request in requests})
-    return [_segment(arm, None, requests)] + [
-        _segment(arm, name, [r for r in requests if r.traffic_class == name]) for name in classes
-    ]
-
-
-def _segment(arm: str, name: str | None, requests: Sequence[PastRequest]) -> Segment:
-    sums: dict[str, tuple[int, int]] = defaultdict(lambda: (0, 0))  # key → what its requests committed, their steps
-    for r in requests:
-        if r.steps > 0:
-            committed, steps = sums[r.assignment_key]
-            sums[r.assignment_key] = committed + r.steps + r.accepted, steps + r.steps
-    x, y = np.array(list(sums.values()), float).reshape(-1, 2).T
-    fine = [r for r in requests if r.status == "ok"]
-    return Segment(
-        arm,
-        name,
-        requests=len(requests),
-        stage_requests=len(requests),
-        keys=len({r.assignment_key for r in requests}),
-        error_keys=len({r.assignment_key for r in requests if r.status == "error" or r.draft_errors}),
-        draft_error_keys=len({r.assignment_key for r in requests if r.draft_errors}),
-        timeout_keys=len({r.assignment_key for r in requests if r.status == "timeout"}),
-        retry_keys=len({r.assignment_key for r in requests if r.retry > 0}),
-        n=len(sums),
-        x=float(x.sum()),
-        y=float(y.sum()),
-        xx=float((x * x).sum()),
-        yy=float((y * y).sum()),
-        xy=float((x * y).sum()),
-        latencies={metric: _weighed(fine, f"{metric}_s") for metric in METRICS},
-    )
-
-
-def _weighed(requests: Sequence[PastRequest], name: str) -> tuple[list[int], list[float]]:
-    """The histogram of a latency in which each assignment key weighs one, as the evidence query makes it."""
-    known = [(r.assignment_key, value) for r in requests if (value := getattr(r, name)) is not None]
-    times, weights = Counter(key for key, _ in known), defaultdict[int, float](float)
-    for key, value in known:
-        weights[histogram.bucket(value)] += 1.0 / times[key]
-    indices = sorted(weights)
-    return indices, [weights[at] for at in indices]
+        tally.take([*first[seen:n], *second[seen:n]], keys)
+        yield n, tally.segments()
+        seen, n = n, max(n + 5, int(n * 1.1))

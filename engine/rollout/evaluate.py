@@ -33,7 +33,7 @@ from engine.rollout.guards import (
 from engine.rollout.quantiles import Array
 from engine.rollout.records import GuardResult
 from engine.rollout.statistics import Difference, Moments
-from engine.store.repositories.evidence import Segment
+from engine.store.segments import Segment
 
 ALL = "all"
 

@@ -6,11 +6,8 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from engine.contracts import SlipstreamError
+from engine.store.segments import METRICS
 
-METRICS = ("e2e", "ttft", "tpot", "cost")
-"""Latencies, and ``cost``: what a token committed by verify steps took of the engine, seconds. A request is charged for
-its own drafting and for its share of the passes, so requests of one batch, which all wait for the slowest draft in it,
-differ here where their latencies do not."""
 METHODS = ("fast", "certified")
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from dataclasses import replace
 from datetime import datetime, timedelta
 from typing import Any
@@ -16,13 +15,14 @@ from engine.rollout.decide import PROMOTED_STATES
 from engine.rollout.guards import RolloutSpec, SpecError
 from engine.rollout.records import Evidence, Ledger, Replica, RolloutStatus, status_from_json
 from engine.store.database import ReadSession, WriteSession
+from engine.store.repositories import compared, plans, policies, replicas, rollouts, shadow
 from engine.store.repositories import evidence as evidence_store
-from engine.store.repositories import plans, policies, replicas, rollouts, shadow
-from engine.store.repositories.evidence import Promoted, Window
+from engine.store.repositories.compared import Window
+from engine.store.repositories.evidence import Promoted
 from engine.store.repositories.rollouts import Command, Rollout
 
-MEASURE_S = 6.0
-"""Longest a whole measurement may take: well inside a controller's lease."""
+COUNT_S, MEASURE_S = 5.0, 3.0
+"""Longest that counting new requests and reading what was counted may take: together inside a controller's lease."""
 log = logging.getLogger(__name__)
 
 
@@ -43,16 +43,33 @@ def load(rollout: Rollout) -> tuple[RolloutSpec, RolloutStatus]:
         raise Untrusted(f"Rollout {rollout.id} cannot be read by this version of the code: {error!r}") from error
 
 
+def count(session: WriteSession, spec: RolloutSpec, status: RolloutStatus, now: datetime) -> str | None:
+    """Count the compared requests that came since the last tick; why the counts do not reach up to now, if so."""
+    if not (windows := _windows(spec, status)):
+        return None
+    with evidence_store.within(session, COUNT_S):
+        reached = compared.take_in(session, windows, now)
+        if reached is not None:
+            why = "more comes than is counted at a time, or a transaction writes since then"
+            return f"requests are counted up to {reached:%H:%M:%S} UTC only: {why}"
+        compared.forget(session, windows[0].generation)
+    return None
+
+
 def gather(
-    session: ReadSession | WriteSession, spec: RolloutSpec, status: RolloutStatus, now: datetime
+    session: ReadSession | WriteSession,
+    spec: RolloutSpec,
+    status: RolloutStatus,
+    now: datetime,
+    uncounted: str | None = None,
 ) -> tuple[Evidence, tuple[Command, ...]]:
-    """Everything a tick looks at. Traffic that cannot be measured is a fault in the evidence, not the tick's end."""
+    """Everything a tick looks at. Traffic that cannot be measured is a fault in the evidence, not the tick's end.
+
+    ``uncounted`` is such a fault too, but what was counted until then is judged: a canary that fails on it fails.
+    """
     plan = plans.latest(session)
     canary = policies.get(session, status.canary)
     errors = {o.replica_id: o.error for o in plans.observations(session, plan.generation)} if plan else {}
-    warmup = timedelta(seconds=spec.warmup_s)
-    stages = status.stages if status.watch is None else (status.watch,)
-    windows = [Window(stage.generation, stage.began, stage.began + warmup) for stage in stages]
     asked = tuple(rollouts.commands(session, status.rollout_id, status.last_command))
     evidence = Evidence(
         ledger=_ledger(plan) if plan else None,
@@ -69,11 +86,12 @@ def gather(
             for r in replicas.may_serve(session, now)
         ),
         canary_known=canary is not None and canary.retired_at is None,
+        fault=uncounted,
     )
     try:  # last: whatever becomes of this transaction, everything else has been read
         if status.in_shadow and status.shadow is not None:
             return replace(evidence, **_shadowed(session, status.shadow.generation)), asked
-        return replace(evidence, **_measured(session, spec, status, windows)), asked
+        return replace(evidence, **_measured(session, spec, status)), asked
     except Exception as error:
         return unmeasured(status, evidence, error), asked
 
@@ -86,17 +104,22 @@ def unmeasured(status: RolloutStatus, evidence: Evidence, error: Exception) -> E
     return replace(evidence, segments=(), newest_trace=None, observed=None, fault=fault)
 
 
+def _windows(spec: RolloutSpec, status: RolloutStatus) -> tuple[Window, ...]:
+    """The stages that count: those of the trial, or the one after the promotion."""
+    warmup = timedelta(seconds=spec.warmup_s)
+    stages = status.stages if status.watch is None else (status.watch,)
+    return tuple(Window(stage.generation, stage.began, stage.began + warmup) for stage in stages)
+
+
 def _promoted(status: RolloutStatus) -> Promoted | None:
     if status.state not in PROMOTED_STATES or status.generation is None:
         return None
     return Promoted(status.canary, status.generation, tuple(stage.generation for stage in status.stages))
 
 
-def _measured(
-    session: ReadSession | WriteSession, spec: RolloutSpec, status: RolloutStatus, windows: Sequence[Window]
-) -> dict[str, Any]:
+def _measured(session: ReadSession | WriteSession, spec: RolloutSpec, status: RolloutStatus) -> dict[str, Any]:
     """What the traffic of all stages shows; it must be there before another controller takes the lease for dead."""
-    if not windows:
+    if not (windows := _windows(spec, status)):
         return {}
     with evidence_store.within(session, MEASURE_S):
         return {

@@ -10,8 +10,8 @@ from math import isfinite
 from typing import Any
 
 from engine.contracts import RolloutState, Verdict
-from engine.store.repositories.evidence import Segment
 from engine.store.repositories.rollouts import Command
+from engine.store.segments import Segment
 
 
 class Action(StrEnum):

@@ -11,7 +11,7 @@ from engine.contracts import RolloutState, Verdict
 from engine.rollout import specs
 from engine.rollout.decide import decide
 from engine.rollout.launch import launch
-from engine.rollout.loading import gather, load
+from engine.rollout.loading import count, gather, load
 from engine.rollout.records import Action, RolloutStatus, Stage, evidence_to_json, status_to_json
 from engine.store.database import Database
 from engine.store.models import RolloutDecisionRow, RolloutRow, ServingPlanRow
@@ -53,6 +53,8 @@ def roll_out(db: Database, v: list[int], begin: datetime, end: datetime) -> None
 def _tick(db: Database, rollout: Rollout, before: RolloutStatus, now: datetime) -> RolloutStatus:
     """One tick of the controller, without the plan it would append: the state stays."""
     spec, _ = load(rollout)
+    with db.write() as session:
+        count(session, spec, before, db.now())  # all there is: what an earlier look had of it is made below
     with db.read() as session:
         evidence, commands = gather(session, spec, before, now)
     made = decide(spec, before, evidence, commands, now)

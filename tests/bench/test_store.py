@@ -12,7 +12,7 @@ from engine.bench import ingest
 from engine.ops import upkeep
 from engine.settings import TelemetrySettings
 from engine.store.database import Database
-from engine.store.repositories import audit, partitions, rollups, seeding
+from engine.store.repositories import audit, compared, evidence, partitions, rollups, seeding
 from engine.telemetry.writer import TraceWriter
 
 DAY = date(2026, 3, 1)
@@ -39,6 +39,19 @@ def test_nobody_compacts_or_rebuilds_while_a_day_changes_its_partition(db: Datab
             rollups.compact(other, datetime(2026, 4, 1, tzinfo=UTC))
     with db.write() as other:
         assert not rollups.compact(other, datetime(2026, 4, 1, tzinfo=UTC))
+
+
+def test_made_up_compared_requests_are_counted_like_served_ones(db: Database) -> None:
+    with db.write() as session:
+        seeding.add_compared(session, DAY, 7, 400, 0.1)
+    window = compared.Window(7, datetime(2026, 3, 1, tzinfo=UTC), datetime(2026, 3, 1, tzinfo=UTC))
+    with db.write() as session:
+        assert compared.take_in(session, [window], datetime(2026, 3, 3, tzinfo=UTC)) is None
+    with db.read() as session:
+        found = {(s.arm, s.traffic_class): s for s in evidence.segments(session, [window])}
+    assert len(found) == 10
+    assert {s.requests for (_, name), s in found.items() if name is None} == {200}
+    assert {s.keys for (_, name), s in found.items() if name is None} == {50}
 
 
 def _ingest(db: Database) -> dict[str, float]:

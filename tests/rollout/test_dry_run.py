@@ -4,32 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from datetime import UTC, datetime, timedelta
 
 import numpy as np
 import pytest
 
 from engine.rollout import dry_run, specs
 from engine.rollout.guards import TokensPerStep
-from engine.store.repositories.evidence import PastRequest
+from engine.store.repositories.evidence import Past
+from engine.store.segments import Request, Tally
 
-NOW = datetime(2026, 3, 1, tzinfo=UTC)
 PER_KEY = 20
 
 
-def conversations(rng: np.random.Generator, keys: int) -> list[PastRequest]:
+def conversations(rng: np.random.Generator, keys: int) -> Past:
     """Requests of many keys in turns; each key has an acceptance of its own, every arm made of them is the same."""
     level = rng.beta(3, 3, keys)
     found = []
     for n in range(keys * PER_KEY):
         key, steps = int(rng.integers(max(1, n // PER_KEY), n // PER_KEY + 20) % keys), int(rng.integers(10, 40))
         accepted = int(rng.binomial(4 * steps, level[key]))
-        at = NOW + timedelta(seconds=n)
-        found.append(PastRequest(at, f"c{key}", "chat", "ok", 0, steps, accepted, 1.0, 0.1, 0.02))
-    return found
+        found.append(Request("", f"c{key}", 1, "chat", "ok", 0, steps, accepted, (1.0, 0.1, 0.02)))
+    return Past(found, len(found) - 1.0)
 
 
-def fired(past: Sequence[PastRequest], splits: int = 15) -> int:
+def fired(past: Past, splits: int = 15) -> int:
     return dry_run.equal_arms(specs.preset("standard"), past, splits).fired.count(TokensPerStep.kind)
 
 
@@ -37,27 +35,59 @@ def test_identical_arms_of_conversations_are_not_rolled_back(monkeypatch: pytest
     """Were every request counted as one of its own, a third of the splits would be."""
     past = conversations(np.random.default_rng(0), 100)
     assert fired(past) == 0
-    summed = dry_run._segment
+    split = dry_run._split
 
-    def per_request(arm: str, name: str | None, requests: Sequence[PastRequest]):  # type: ignore[no-untyped-def]
-        return summed(arm, name, [replace(r, assignment_key=str(n)) for n, r in enumerate(requests)])
+    def per_request(past: Sequence[Request], salt: str) -> tuple[list[Request], ...]:
+        return tuple([replace(r, key=n) for n, r in enumerate(arm)] for arm in split(past, salt))
 
-    monkeypatch.setattr(dry_run, "_segment", per_request)
+    monkeypatch.setattr(dry_run, "_split", per_request)
     assert fired(past) >= 3
 
 
 @pytest.mark.parametrize("requests", [1, 2])
 def test_a_nearly_empty_database_gives_no_times(requests: int) -> None:
-    past = [PastRequest(NOW, f"c{n}", "chat", "ok", 0, 20, 10, 1.0, 0.1, 0.02) for n in range(requests)]
+    past = Past([Request("", f"c{n}", 1, "chat", "ok", 0, 20, 10, (1.0, 0.1, 0.02)) for n in range(requests)], 0.0)
     spec = specs.preset("standard")
-    told = list(dry_run.report(spec, dry_run.equal_arms(spec, past, 4), []))
+    told = list(dry_run.report(spec, dry_run.equal_arms(spec, past, 4), [], []))
     assert told[1:] == ["too little past traffic to reckon how long anything takes"]
+
+
+def independent(rng: np.random.Generator, requests: int) -> Past:
+    """Each request a key of its own, a request a second."""
+    found = []
+    for n in range(requests):
+        steps, slow = int(rng.integers(10, 40)), float(rng.lognormal(0, 0.3))
+        accepted, failed = int(rng.binomial(steps, 0.5)), rng.random() < 0.005
+        seconds = (slow, slow / 10, slow / 50)
+        found.append(Request("", f"c{n}", 1, "chat", "error" if failed else "ok", 0, steps, accepted, seconds))
+    return Past(found, requests - 1.0)
+
+
+def test_each_guard_says_what_it_needs_to_find_a_worse_canary() -> None:
+    spec, past = specs.preset("standard"), independent(np.random.default_rng(0), 3_000)
+    found = {one.guard: one for one in dry_run.planted(spec, past, 3)}
+    assert set(found) == {"tokens_per_step", "e2e_p50", "e2e_p95", "errors", "timeouts", "retries"}
+    assert all(len(one.requests) == 3 for one in found.values())
+    assert max(found["e2e_p50"].requests) < min(found["errors"].requests)
+    equal = dry_run.equal_arms(spec, past, 3)
+    told = "\n".join(dry_run.report(spec, equal, list(found.values()), []))
+    assert "e2e_p50: latencies half as long again would be found after" in told
+    assert "min at 1 requests/s" in told
+
+
+def test_what_past_traffic_cannot_show_is_said() -> None:
+    spec, past = specs.preset("standard"), independent(np.random.default_rng(0), 120)
+    found = dry_run.planted(spec, past, 3)
+    told = "\n".join(dry_run.report(spec, dry_run.equal_arms(spec, past, 3), found, []))
+    assert "errors: 5 % more errors would mostly not be found in 60 requests per arm" in told
 
 
 def test_a_key_weighs_one_in_a_histogram() -> None:
     """Ten requests of one key and one of another are two observations."""
-    past = [PastRequest(NOW, "busy", "chat", "ok", 0, 20, 10, 1.0, 0.1, None) for _ in range(10)]
-    past.append(PastRequest(NOW, "rare", "chat", "ok", 0, 20, 10, 2.0, 0.1, 0.02))
-    found = dry_run._segment("canary", None, past)
+    past = [Request("canary", "busy", 1, "chat", "ok", 0, 20, 10, (1.0, 0.1, None)) for _ in range(10)]
+    past.append(Request("canary", "rare", 1, "chat", "ok", 0, 20, 10, (2.0, 0.1, 0.02)))
+    tally = Tally()
+    tally.take(past, {})
+    found = tally.segments()[0]
     assert found.latencies["e2e"][1] == pytest.approx([1.0, 1.0])
     assert sum(found.latencies["tpot"][1]) == pytest.approx(1.0)

@@ -9,7 +9,7 @@ from engine.rollout import explain, specs
 from engine.rollout.evaluate import evaluate
 from engine.rollout.explain import Outlook
 from engine.rollout.records import GuardResult
-from engine.store.repositories.evidence import Segment
+from engine.store.segments import Segment
 from tests.rollout.world import segment
 
 SPEC = specs.preset("standard")

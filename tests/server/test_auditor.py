@@ -203,9 +203,9 @@ def test_a_canary_that_became_champion_is_still_audited(start: Start) -> None:
     with served.db.read() as session:
         plan = plans.latest(session)
     assert plan is not None
-    from engine.store.repositories import evidence
+    from engine.store.repositories import compared, evidence
 
-    windows = [evidence.Window(plan.generation, plan.created_at, plan.created_at)]
+    windows = [compared.Window(plan.generation, plan.created_at, plan.created_at)]
     counts = correctness.AuditCounts(plan.generation, plan.champion, CHAMPION, "chat", 9, 90, 0, 1)
     with served.db.write() as session:
         writer = uuid4()

@@ -10,6 +10,8 @@ from engine.store.models.learning import LearningAttemptRow, LearningCursorRow, 
 from engine.store.models.plans import PlanObservationRow, ReplicaRow, ServingPlanRow
 from engine.store.models.policies import PolicyLineageRow, PolicyVersionRow
 from engine.store.models.rollouts import (
+    ComparedKeyRow,
+    ComparisonRow,
     LeaseRow,
     NotificationCursorRow,
     RolloutCommandRow,
@@ -38,6 +40,8 @@ from engine.store.models.traces import (
 
 __all__ = [
     "Base",
+    "ComparedKeyRow",
+    "ComparisonRow",
     "DriftFindingRow",
     "ExportCursorRow",
     "LearningAttemptRow",

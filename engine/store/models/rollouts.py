@@ -5,11 +5,7 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import (
-    ForeignKey,
-    Identity,
-    func,
-)
+from sqlalchemy import ARRAY, ForeignKey, Identity, Integer, func
 from sqlalchemy.orm import Mapped, mapped_column
 
 from engine.store.models.base import Base
@@ -83,3 +79,38 @@ class LeaseRow(Base):
     holder: Mapped[str]
     token: Mapped[int]
     expires_at: Mapped[datetime]
+
+
+class ComparisonRow(Base):
+    """What has been counted of canary and control since a stage began, and how far. Writer: engine.rollout.
+
+    ``generation`` is that of the first stage that counts; ``cursors`` holds for the generation of each stage the last
+    trace that was looked at (written_at, trace_id), ``totals`` is ``store.segments.Tally`` as JSON.
+    """
+
+    __tablename__ = "comparisons"
+    generation: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    cursors: Mapped[dict[str, Any]]
+    totals: Mapped[list[Any]]
+
+
+class ComparedKeyRow(Base):
+    """What the requests of one assignment key came to in one class, of the comparison at work. Writer: engine.rollout.
+
+    ``key`` is its 64-bit hash; ``latencies`` holds triples (metric, bucket, requests) of ``store.segments.KeySums``.
+    """
+
+    __tablename__ = "compared_keys"
+    comparison: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    key: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    arm: Mapped[str] = mapped_column(primary_key=True)
+    traffic_class: Mapped[str] = mapped_column(primary_key=True)
+    requests: Mapped[int] = mapped_column(Integer)
+    cancelled: Mapped[int] = mapped_column(Integer)
+    errors: Mapped[int] = mapped_column(Integer)
+    draft_errors: Mapped[int] = mapped_column(Integer)
+    timeouts: Mapped[int] = mapped_column(Integer)
+    retries: Mapped[int] = mapped_column(Integer)
+    x: Mapped[int]
+    y: Mapped[int]
+    latencies: Mapped[list[int]] = mapped_column(ARRAY(Integer))

@@ -14,7 +14,7 @@ from engine.store.database import ReadSession, WriteSession
 from engine.store.models import ExportCursorRow, TraceRow
 
 HORIZON = (
-    "SELECT least(statement_timestamp(), min(xact_start)) FROM pg_stat_activity "
+    "SELECT least(coalesce(CAST(:now AS timestamptz), statement_timestamp()), min(xact_start)) FROM pg_stat_activity "
     "WHERE backend_xid IS NOT NULL AND datname = current_database() AND pid <> pg_backend_pid()"
 )
 
@@ -77,14 +77,15 @@ def save_cursor(session: WriteSession, moved: Cursor, now: datetime) -> None:
     )
 
 
-def settled_before(session: ReadSession | WriteSession) -> datetime:
+def settled_before(session: ReadSession | WriteSession, now: datetime | None = None) -> datetime:
     """The instant up to which traces are complete.
 
     Rows of a transaction that is still open are older than its start. The horizon therefore stops at the start of the
     oldest transaction that writes now, or a trace committed late would be passed over for ever. The clock is that of
-    before the look at them: who begins to write after it has been looked at is younger.
+    before the look at them: who begins to write after it has been looked at is younger. ``now`` is
+    an earlier reading of that clock.
     """
-    horizon = session.scalar(text(HORIZON))
+    horizon = session.scalar(text(HORIZON), {"now": now})
     assert isinstance(horizon, datetime)
     return horizon
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from datetime import date, datetime
 
 from sqlalchemy import text
@@ -20,6 +21,16 @@ def add_day(session: WriteSession, day: date, number: int, traces: int, until: d
     ``seed`` in [-1, 1]. They come to what the day has already, in a table beside that takes its partition's place:
     indexes of a full table are made in a fifth of the time that each row takes to find its places in them.
     """
+    values = {"day": day, "number": number, "traces": traces, "until": until}
+    _fill(session, day, _DAY, values, seed)
+
+
+def add_compared(session: WriteSession, day: date, generation: int, requests: int, seed: float) -> None:
+    """``requests`` evenly over one UTC day, canary and control in equal parts, four to a key, written as they end."""
+    _fill(session, day, _COMPARED, {"day": day, "generation": generation, "requests": requests}, seed)
+
+
+def _fill(session: WriteSession, day: date, statement: str, values: Mapping[str, object], seed: float) -> None:
     partitions.ensure(session, day)
     there, beside = partitions.name("traces", day), f"traces_seeding_{day:%Y%m%d}"
     session.execute(text("SELECT setseed(:seed)"), {"seed": seed})
@@ -27,8 +38,7 @@ def add_day(session: WriteSession, day: date, number: int, traces: int, until: d
     session.execute(text("SET LOCAL maintenance_work_mem = '256MB'"))
     session.execute(text(partitions.create_beside("traces", beside)))
     session.execute(text(f"INSERT INTO {beside} SELECT * FROM {there}"))
-    values = {"day": day, "number": number, "traces": traces, "until": until}
-    session.execute(text(_DAY.format(table=beside)), values)
+    session.execute(text(statement.format(table=beside)), values)
     rollups.take_turn(session)  # who rebuilds meanwhile would look at the day before the change, and find it empty
     session.execute(text(f"DROP TABLE {there}"))
     session.execute(text(f"ALTER TABLE {beside} RENAME TO {there}"))
@@ -95,4 +105,30 @@ _DAY = """
             ) AS sized
         ) AS stepped
     ) AS timed
+"""
+
+_COMPARED = """
+    INSERT INTO {table} (
+        started_at, trace_id, request_id, replica_id, policy_version, arm, generation, traffic_class, assignment_key,
+        status, model, endpoint, stream, temperature, max_tokens, queue_s, ttft_s, tpot_s, e2e_s, prompt_tokens,
+        output_tokens, steps, drafted, accepted, drafted_per_pos, accepted_per_pos, prefill_s, draft_s, verify_s,
+        other_s, cost_s, plain_s, expected_accepted, retry, preemptions, draft_errors,
+        trainable, written_at)
+    SELECT at, gen_random_uuid(), 'r' || g, 'replica-0', 2 + g / 4 % 2, CASE g / 4 % 2 WHEN 0 THEN 'control' ELSE
+            'canary' END, :generation, class, 'c' || g / 4, CASE WHEN r_status < 0.005 THEN 'error' ELSE 'ok' END,
+        'seeded', '/v1/chat/completions', true, 0, 1024, 0, 0.1 * e2e_s, 0.02 * e2e_s, e2e_s, 100,
+        steps + accepted, steps, 4 * steps, accepted, ARRAY[steps], ARRAY[accepted], 0, 0, e2e_s, 0, 0.02 * steps, 0,
+        accepted,
+        CAST(r_status < 0.01 AS integer), 0, 0, true, at + make_interval(secs => e2e_s)
+    FROM (
+        SELECT *, CAST(steps * (0.2 + 0.8 * r_accepted) AS integer) AS accepted
+        FROM (
+            SELECT g, random() AS r_status, random() AS r_accepted, exp(random_normal(0, 0.5)) AS e2e_s,
+                10 + CAST(50 * random() AS integer) AS steps,
+                (ARRAY['chat', 'code', 'long_form', 'batch'])[1 + g / 8 % 4] AS class,
+                CAST(:day AS timestamp) AT TIME ZONE 'UTC'
+                    + make_interval(secs => 86390.0 * g / CAST(:requests AS integer)) AS at
+            FROM generate_series(0, CAST(:requests AS integer) - 1) AS g
+        ) AS drawn
+    ) AS sized
 """

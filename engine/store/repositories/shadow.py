@@ -12,7 +12,7 @@ from sqlalchemy.dialects.postgresql import insert
 
 from engine.store.database import ReadSession, WriteSession
 from engine.store.models import ShadowRequestRow
-from engine.store.repositories.evidence import Segment
+from engine.store.segments import Segment
 
 
 @dataclass(frozen=True, slots=True)

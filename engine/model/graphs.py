@@ -46,6 +46,20 @@ class CudaCapture:
         return graph.replay
 
 
+class TimedCapture:
+    """A capture that counts the ``seconds`` it took: whoever comes first waits for them, no pass costs them."""
+
+    def __init__(self, capture: Capture, clock: Callable[[], float]) -> None:
+        self._capture, self._clock, self.seconds = capture, clock, 0.0
+
+    def __call__(self, body: Body) -> Body:
+        began = self._clock()
+        try:
+            return self._capture(body)
+        finally:
+            self.seconds += self._clock() - began
+
+
 def uncaptured(body: Body) -> Body:
     """The same passes, called from Python every time."""
     return body

@@ -31,7 +31,7 @@ class CapturedPass:
         self._padded = PaddedRows(cache, model.config.group_size, model.dtype, model.device)
         self.graphs = Graphs(capture)
         self._eager = EagerPass(model, cache, verify_on_device)
-        most = self._padded.most_tokens
+        self.most_rows = most = self._padded.most_tokens
         self._answers = Staged(most + cache.num_slots, torch.int64, model.device)  # choices, then accepted
         self._logits = torch.zeros(most, model.config.vocab_size, dtype=model.dtype, device=model.device)
         self._aux: dict[tuple[int, ...], Tensor] = {}

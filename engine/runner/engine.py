@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from engine.contracts import FinishReason, SlipstreamError, Status, TraceRecord
-from engine.model.graphs import Capture, graphs_on
+from engine.model.graphs import Capture, TimedCapture, graphs_on
 from engine.model.kv_cache import KVCache
 from engine.model.loading import Target
 from engine.runner.live import Live
@@ -58,7 +58,8 @@ class Engine:
         self.draft_errors = 0  # of requests that ended
         self.step_errors = 0
         self.control = KController()  # verifies whole drafts until it is given step costs
-        capture = capture_on(target.model.device)
+        found = capture_on(target.model.device)
+        capture = None if found is None else TimedCapture(found, clock)
         self.runner = Runner(target.model, self.control, max_num_seqs, self.max_model_len, clock, capture)
         self._loaded: dict[int, Proposer] = {}
         self._proposers: dict[int, Proposer] = {}  # the same, bound to this target where they need one

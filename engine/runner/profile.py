@@ -22,15 +22,17 @@ def profile_step_costs(
 ) -> dict[int, float]:
     """Rows in one target pass (tokens of one sequence after ``context`` others) → median milliseconds.
 
-    No pass begins after ``budget_s`` but those of the first ``LEAST`` row counts; what there was no time for is left
-    out, and a count that there was time for only once is worth that one pass. Running requests are not disturbed.
+    No pass begins after ``budget_s`` but those of the first ``LEAST`` row counts; what there was no time or is no room
+    for is left out, and a count that there was time for only once is worth that one pass. Running requests are not
+    disturbed.
     """
+    rows = [count for count in rows if count <= runner.target_pass.most_rows]
     one_pass = runner.target_pass.trial(context, max(rows))
 
     def seconds(count: int) -> float:
-        began = runner.clock()
+        began = runner.work_clock()
         one_pass(count)
-        return runner.clock() - began
+        return runner.work_clock() - began
 
     deadline = runner.clock() + budget_s
     seconds(rows[0])  # the very first pass sets things up

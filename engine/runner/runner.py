@@ -11,7 +11,7 @@ from functools import partial
 
 import torch
 
-from engine.model.graphs import Capture
+from engine.model.graphs import TimedCapture
 from engine.model.kv_cache import KVCache
 from engine.model.llama import Llama
 from engine.runner.captured_pass import CapturedPass
@@ -32,20 +32,29 @@ class Runner:
         max_num_seqs: int,
         max_model_len: int,
         clock: Callable[[], float],
-        capture: Capture | None = None,
+        capture: TimedCapture | None = None,
     ) -> None:
         """``capture``: how passes of fixed shapes run; None lays every step out anew."""
-        self.model, self.control, self.clock = model, control, clock
+        self.model, self.control, self.clock, self._capture = model, control, clock, capture
         self.cache = KVCache(model.config, max_num_seqs, max_model_len, model.dtype, model.device)
         self.target_pass: TargetPass = (
             EagerPass(model, self.cache) if capture is None else CapturedPass(model, self.cache, capture)
         )
         self._committing = 0.0  # seconds that the last step took after its pass
 
+    @property
+    def captured_s(self) -> float:
+        """Seconds that captures took so far, the draft pools' included."""
+        return 0.0 if self._capture is None else self._capture.seconds
+
+    def work_clock(self) -> float:
+        """``clock``, which stands still while a pass is captured: that is no part of what drafts and passes cost."""
+        return self.clock() - self.captured_s
+
     @torch.inference_mode()
     def step(self, scheduled: ScheduledStep, lives: Mapping[str, Live]) -> list[Output]:
         """Outputs of the rows that got tokens. ``lives`` holds the requests of ``scheduled`` by their ids."""
-        started = self.clock()
+        started, captured_s = self.clock(), self.captured_s
         decoding = [lives[seq.request_id] for seq in scheduled.decodes]
         ending = [lives[chunk.seq.request_id] for chunk in scheduled.prefills if chunk.gives_first_token]
         for live in lives.values():
@@ -55,19 +64,22 @@ class Runner:
         drafts, drafting, choice = self._draft(decoding, base_rows, len(decoding) + len(ending))
         verified = [draft.tokens[:k] for draft, k in zip(drafts, choice.ks, strict=True)]
 
-        began = self.clock()
+        began, drafting_captured_s = self.clock(), self.captured_s - captured_s
         for chunk in scheduled.prefills:
             if chunk.start == 0:
                 lives[chunk.seq.request_id].begin(began)
         layers = _aux_layers(scheduled, lives)
         passed = self.target_pass(scheduled, verified, lives, layers)
         outcomes = passed.outcomes
-        now = self.clock()
-
+        now, captured_s = self.clock(), self.captured_s - captured_s
         for chunk in scheduled.prefills:
             lives[chunk.seq.request_id].times.prefill += now - began
             chunk.seq.num_computed += chunk.count
-        self._account(decoding, drafting, choice, base_rows, began - started, now - began)
+        before_s = began - started - drafting_captured_s
+        pass_s = now - began - (captured_s - drafting_captured_s)
+        self._account(decoding, drafting, choice, base_rows, before_s, pass_s)
+        for live in decoding:
+            live.times.other += captured_s  # it was waited for, and teaches nothing of what drafts and passes cost
         outputs = []
         for live, draft, k, outcome in zip(decoding, drafts, choice.ks, outcomes, strict=False):
             live.times.plain += choice.plain_s / base_rows * len(outcome.tokens)
@@ -92,7 +104,7 @@ class Runner:
         """(drafts, seconds each took, how many tokens of each are verified)."""
         dear = [live.controls[-1] for live in decoding]
         limits = self.control.limits(dear, [live.most_drafts for live in decoding], base_rows, base_tokens)
-        drafts, drafting = draft_together(decoding, limits, self.model.config.vocab_size, self.clock)
+        drafts, drafting = draft_together(decoding, limits, self.model.config.vocab_size, self.work_clock)
         for live, draft, took in zip(decoding, drafts, drafting, strict=True):
             if draft.asked and draft.part == live.parts - 1:
                 live.controls[-1].acceptance.took(took, draft.asked)

@@ -46,6 +46,11 @@ class Asking(Protocol):
 
 
 class TargetPass(Protocol):
+    @property
+    def most_rows(self) -> int:
+        """Tokens of the largest pass there is room for."""
+        ...
+
     def __call__(
         self,
         scheduled: ScheduledStep,
@@ -57,7 +62,10 @@ class TargetPass(Protocol):
         ...
 
     def trial(self, context: int, most: int) -> Callable[[int], None]:
-        """A pass over so many tokens (at most ``most``) after ``context`` others, which disturbs no request."""
+        """A pass over so many tokens after ``context`` others, which disturbs no request.
+
+        They are at most ``most``, and that at most ``most_rows``.
+        """
         ...
 
     def prepare(self, most_drafted: int) -> None:
@@ -71,6 +79,7 @@ Verify = Callable[[Sequence[Asking], Sequence[Sequence[int]], Tensor], list[Veri
 class EagerPass:
     def __init__(self, model: Llama, cache: KVCache, verify: Verify | None = None) -> None:
         self._model, self._cache, self.verify = model, cache, verify or verify_on_host
+        self.most_rows = cache.num_slots * cache.max_len
 
     def __call__(
         self,

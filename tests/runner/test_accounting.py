@@ -6,10 +6,15 @@ from dataclasses import dataclass
 
 import pytest
 
+from engine.model.graphs import Body
 from engine.model.loading import Target
+from engine.runner.profile import profile_step_costs
 from engine.runner.request import RequestResult
 from engine.runner.runner import Runner
+from engine.speculation.neural import NeuralProposer
 from engine.speculation.step_costs import StepCosts
+from tests.model.tape import Tape
+from tests.runner.drafts import random_draft
 from tests.runner.driving import NGRAM, NONE, Scripted, engine_of, request, run
 
 SLOW = 4
@@ -85,3 +90,27 @@ def test_what_plain_decoding_would_have_cost_is_its_rows_in_a_plain_pass(tiny: T
 def test_expected_acceptances_are_those_of_the_verified_tokens(tiny: Target) -> None:
     slow = served(tiny)[3]
     assert 0 < slow.expected_accepted < slow.counts.drafted
+
+
+def test_a_capture_is_waited_for_and_charged_to_no_draft_and_no_pass(tiny: Target) -> None:
+    """On CUDA a pass of a new size is captured when it first comes; what it costs later is what counts."""
+    clock, tape = Clock(), Tape()
+
+    def capture(body: Body) -> Body:
+        clock.now += 1_000.0
+        return tape(body)
+
+    neural = NeuralProposer(4, random_draft(tiny), 0.0)
+    engine = engine_of(tiny, {SLOW: neural}, clock=clock, capture_on=lambda device: capture)
+    profile = profile_step_costs(engine.runner, (1, 8), context=16, budget_s=1e6)
+    assert max(profile.values()) < 1_000
+    engine.control.costs = StepCosts({rows: ms / 1e3 for rows, ms in profile.items()})
+    engine.add(request("x", PROMPTS[0], SLOW, max_tokens=20))
+    result = run(engine)["x"]
+    assert tape.captures > 2
+    assert max(result.draft_s, result.verify_s, result.cost_s, result.plain_s) < 1.0
+    assert 0 < engine.control.row(SLOW, "chat", neural.control).acceptance.draft_s < 1.0
+    assert engine.control.costs(8) < 1.0
+    decode = result.e2e_s - result.ttft_s  # type: ignore[operator]
+    assert result.draft_s + result.verify_s + result.other_s == pytest.approx(decode, abs=1.0)
+    assert result.other_s > 1_000.0

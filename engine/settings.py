@@ -104,7 +104,9 @@ class LearnerSettings(Section):
     memory_half_life: PositiveInt = Field(
         1_024, description="later requests of its class after which a sighting in a trace memory counts half"
     )
-    num_speculative_tokens: PositiveInt = Field(8, description="K of the policies it makes; K control verifies less")
+    num_speculative_tokens: PositiveInt = Field(
+        8, le=32, description="K of the policies it makes; K control verifies less"
+    )
     worst_class_drop: float = Field(
         0.02, ge=0, description="a class may lose this share of accepted tokens per step at most"
     )

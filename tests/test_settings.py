@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from engine.settings import SettingsError, environment_name, known_keys, load_settings, to_environment
+from engine.speculation.artifact import MAX_K
 
 DOCS = Path(__file__).parents[1] / "docs" / "settings.md"
 
@@ -40,6 +41,12 @@ def test_an_unknown_key_names_the_nearest_known_one(
 def test_a_value_of_the_wrong_type_is_named(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match=r"engine\.port.*'abc'"):
         load_settings(None, ["engine.port=abc"], {})
+
+
+def test_no_more_is_drafted_than_a_manifest_may_say() -> None:
+    load_settings(None, [f"learner.num_speculative_tokens={MAX_K}"], {})
+    with pytest.raises(SettingsError, match=r"learner\.num_speculative_tokens"):
+        load_settings(None, [f"learner.num_speculative_tokens={MAX_K + 1}"], {})
 
 
 def test_settings_are_frozen() -> None:

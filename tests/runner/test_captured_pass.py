@@ -18,6 +18,7 @@ from engine.model.padded import WIDTHS, Bucket, PaddedRows
 from engine.model.random_weights import TINY, random_llama
 from engine.runner.captured_pass import CapturedPass
 from engine.runner.engine import Engine, RequestResult
+from engine.runner.profile import ROWS, profile_step_costs
 from engine.speculation.proposer import Proposer
 from engine.speculation.verify import accepted_counts, draw_tokens, sample, target_probabilities, verify_greedy
 from tests.model.tape import NotCapturable, Tape
@@ -288,3 +289,9 @@ def test_profiling_touches_no_request(tiny: Target, proposers: dict[int, Propose
     result: RequestResult | None = outputs[-1].result
     assert result is not None
     assert result.payload.output_ids == alone(tiny, wanted).payload.output_ids
+
+
+def test_an_engine_for_one_request_is_profiled_as_far_as_its_passes_go(tiny: Target) -> None:
+    runner = engine_of(tiny, max_num_seqs=1, capture_on=lambda device: uncaptured).runner
+    assert runner.target_pass.most_rows == WIDTHS[-1]
+    assert sorted(profile_step_costs(runner, budget_s=1e6)) == [n for n in sorted(ROWS) if n <= WIDTHS[-1]]

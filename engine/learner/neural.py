@@ -9,22 +9,21 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from statistics import median
 from typing import Any
 
 import numpy as np
 import torch
 
-from engine.contracts import PolicyVersion, ProposerKind, SlipstreamError, SpecCounts, artifact_digest
+from engine.contracts import PolicyVersion, ProposerKind, SlipstreamError, artifact_digest
 from engine.learner import soundness
 from engine.learner.evaluate import acceptance
 from engine.learner.features import KEPT, Example, can_teach, example
 from engine.learner.gate import Replayer
 from engine.learner.memory import MemoryLearner, MemoryRecipe, memory_lineage, memory_settings, rebuild_memory
 from engine.learner.shipped import shipped_draft
+from engine.learner.target_replay import TargetReplayer
 from engine.learner.traces import ServedTarget
 from engine.learner.trainer import Trainer, TrainOptions
 from engine.model.llama import Llama
@@ -32,16 +31,8 @@ from engine.model.loading import load_target
 from engine.registry.artifacts import ArtifactStore
 from engine.settings import LearnerSettings, Settings
 from engine.speculation.artifact import build_artifact, load_proposer
-from engine.speculation.control import KController
-from engine.speculation.draft_pool import DraftPool, Want
-from engine.speculation.draft_pools import DraftPools
-from engine.speculation.hybrid import BoundHybrid, HybridProposer
 from engine.speculation.memory import MEMORY_FILE
-from engine.speculation.neural import BoundNeural, NeuralProposer
 from engine.speculation.neural_file import DraftFile, pack, unpack
-from engine.speculation.proposer import Proposer
-from engine.speculation.rehearsal import Rehearsals, Rehearsing
-from engine.speculation.replay import replay, replay_controlled
 from engine.store.database import Database
 from engine.store.repositories import eligibility, policies
 from engine.store.repositories.intake import TrainableTrace
@@ -232,64 +223,3 @@ def choose(train: Sequence[TrainableTrace], recipe: TuneRecipe) -> list[Trainabl
     rng = np.random.default_rng([recipe.seed, int.from_bytes(key, "big")])
     picked = sorted(rng.permutation(len(others))[: recipe.requests // 2].tolist())
     return [*(others[i] for i in picked), *newest]
-
-
-class TargetReplayer:
-    """The gate's replay for policies that draft from hidden states: by this process' own target.
-
-    A draft pass is charged with what it costs here, measured once per policy, or with ``pass_s``. ``rehearsing`` is the
-    learner's own memory by default: each held-out request goes through the target once for every draft.
-    """
-
-    def __init__(
-        self,
-        target: Llama,
-        clock: Callable[[], float] = time.perf_counter,
-        rehearsing: Rehearsing | None = None,
-        pass_s: float | None = None,
-    ) -> None:
-        self._target, self._clock, self._pass_s = target, clock, pass_s
-        self._rehearsing = rehearsing or Rehearsals()
-        self._bound: dict[int, tuple[Proposer, Proposer, float]] = {}  # by id; the policy itself keeps the id taken
-
-    def __call__(
-        self, proposer: Proposer, trace: TrainableTrace, controller: KController | None
-    ) -> tuple[SpecCounts, float]:
-        bound, pass_s = self.bound(proposer)
-        name, prompt, output = trace.traffic_class, trace.prompt_ids, trace.output_ids
-        if controller is None:
-            return replay(bound, name, prompt, output, max_tokens=trace.max_tokens), 0.0
-        return replay_controlled(bound, controller, 0, name, prompt, output, trace.max_tokens, pass_s)
-
-    def bound(self, proposer: Proposer) -> tuple[Proposer, float]:
-        """What is replayed for a policy, and the seconds that one pass of its draft costs."""
-        if id(proposer) not in self._bound:
-            bound, pass_s = proposer, 0.0
-            if isinstance(proposer, NeuralProposer | HybridProposer):
-                pools = DraftPools(self._target, 1, self._target.config.max_position)
-                pool = pools.take(proposer.draft, proposer.min_survival)
-                if isinstance(proposer, NeuralProposer):
-                    bound = BoundNeural(proposer, pool, self._rehearsing)
-                else:
-                    bound = BoundHybrid(proposer, pool, self._rehearsing)
-                pass_s = draft_pass_s(pool, self._clock) if self._pass_s is None else self._pass_s
-            self._bound = {**dict(list(self._bound.items())[-3:]), id(proposer): (proposer, bound, pass_s)}
-        _, bound, pass_s = self._bound[id(proposer)]
-        return bound, pass_s
-
-
-def draft_pass_s(pool: DraftPool, clock: Callable[[], float], repeats: int = 9, context: int = 64) -> float:
-    """Median seconds of one draft pass for one request."""
-    target = pool.network.target
-    aux = torch.zeros(1, 3 * target.config.hidden_size, dtype=target.dtype, device=target.device)
-    state = pool.start([0] * context)
-    pool.feed([(state, 0, aux.expand(context - 1, -1))])
-    took = []
-    for _ in range(repeats + 1):
-        began = clock()
-        pool.propose([Want(state, 1)])
-        took.append(clock() - began)
-        state.tokens.append(0)
-        pool.feed([(state, len(state.tokens) - 2, aux)])
-    pool.end(state)
-    return median(took[1:])

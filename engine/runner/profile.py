@@ -15,10 +15,13 @@ say most come first: a large target on a slow machine may have time for no more.
 LEAST = 2
 """Row counts that are profiled however long they take: from one alone, rows would look free."""
 
+CONTEXT = 128
+"""Tokens before the rows of a profiled pass."""
+
 
 @torch.inference_mode()
 def profile_step_costs(
-    runner: Runner, rows: Sequence[int] = ROWS, context: int = 128, repeats: int = 4, budget_s: float = 10.0
+    runner: Runner, rows: Sequence[int] = ROWS, context: int = CONTEXT, repeats: int = 4, budget_s: float = 10.0
 ) -> dict[int, float]:
     """Rows in one target pass (tokens of one sequence after ``context`` others) → median milliseconds.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -17,8 +17,9 @@ from engine.bench.adaptation.drafts import Charged, KeptRehearsals
 from engine.contracts import ProposerKind, RolloutState, SlipstreamError, artifact_digest
 from engine.learner import neural, shipped, soundness
 from engine.learner.features import can_teach
-from engine.learner.neural import HybridMaker, TargetReplayer, TuneRecipe, choose, tune
+from engine.learner.neural import HybridMaker, TuneRecipe, choose, tune
 from engine.learner.rebuild import NotRebuilt, rebuild
+from engine.learner.target_replay import TargetReplayer, one_row_pass_s
 from engine.learner.traces import ServedTarget
 from engine.learner.trainer import choose_vocabulary, fresh_weights
 from engine.model.batch import Batch
@@ -32,6 +33,7 @@ from engine.settings import LearnerSettings
 from engine.speculation.artifact import build_artifact, load_proposer, read_manifest
 from engine.speculation.control import KController
 from engine.speculation.neural_file import DraftFile, pack, unpack
+from engine.speculation.replay import replay_controlled
 from engine.speculation.step_costs import StepCosts
 from engine.store.database import Database
 from engine.store.repositories import learning, policies, rollouts
@@ -92,24 +94,51 @@ def test_the_newest_and_some_of_the_rest_are_chosen(said: list[TrainableTrace]) 
     assert not can_teach([1], [2])
 
 
+def in_seconds(costs: Mapping[int, float]) -> StepCosts:
+    return StepCosts({rows: ms / 1e3 for rows, ms in costs.items()})
+
+
 def test_a_draft_pass_is_charged_where_it_is_made(tiny: Target, draft: DraftFile, said: list[TrainableTrace]) -> None:
     files = build_artifact(ProposerKind.NEURAL, 3, files=pack_again(draft), target_fingerprint=FINGERPRINT,
                            settings={"min_survival": 0.0})  # fmt: skip
-    policy, now = load_proposer(files, artifact_digest(files), FINGERPRINT), [0.0]
-
-    def clock() -> float:
-        now[0] += 0.5
-        return now[0]
-
-    replayer, control = (
-        TargetReplayer(tiny.model, clock),
-        KController(StepCosts({r: ms / 1e3 for r, ms in COSTS.items()})),
-    )
+    policy = load_proposer(files, artifact_digest(files), FINGERPRINT)
+    replayer = TargetReplayer(tiny.model, pass_s=0.5)
     counts, seconds = replayer(policy, said[0], None)
     assert (counts.drafted > 0, seconds) == (True, 0.0)
-    controlled, seconds = replayer(policy, said[0], control)
+    controlled, seconds = replayer(policy, said[0], KController(in_seconds(COSTS)))
     # A pass of half a second is charged where it is made, so K control soon asks for none.
     assert 0.5 <= seconds < 0.5 * controlled.steps
+
+
+@pytest.mark.parametrize("times", [0.01, 1.0, 100.0])
+def test_a_draft_pass_costs_beside_the_engines_passes_what_it_costs_beside_the_learners(
+    times: float, tiny: Target, draft: DraftFile, said: list[TrainableTrace]
+) -> None:
+    """A learner on one thread beside a replica that is ``times`` as slow: seconds of the one, added to those of the
+    other, would make drafts look far too dear or free."""
+    files = build_artifact(ProposerKind.NEURAL, 3, files=pack_again(draft), target_fingerprint=FINGERPRINT,
+                           settings={"min_survival": 0.0})  # fmt: skip
+    policy, now, step = load_proposer(files, artifact_digest(files), FINGERPRINT), [0.0], [0.5]
+
+    def clock() -> float:
+        now[0] += step[0]
+        return now[0]
+
+    assert one_row_pass_s(tiny.model, clock) == 0.5
+    replayer = TargetReplayer(tiny.model, clock)
+    bound, here_s = replayer.bound(policy)
+    assert here_s == 0.5
+    step[0] = 5.0  # a pass of the target takes ten times as long as one of the draft
+    there = {rows: ms * times for rows, ms in COSTS.items()}
+    trace = said[0]
+    expected = replay_controlled(
+        bound, KController(in_seconds(there)), 0, trace.traffic_class, trace.prompt_ids, trace.output_ids,
+        trace.max_tokens, draft_pass_s=there[1] / 1e3 / 10,
+    )  # fmt: skip
+    counts, seconds = replayer(policy, trace, KController(in_seconds(there)))
+    assert seconds > counts.steps * there[1] / 1e3  # it was asked, if only to find out what it is worth
+    assert counts == expected[0]
+    assert seconds == pytest.approx(expected[1])
 
 
 def test_a_held_out_request_goes_through_the_target_once_for_every_draft(
@@ -130,7 +159,7 @@ def test_a_held_out_request_goes_through_the_target_once_for_every_draft(
         return forward(model, batch, cache, layers, depth)
 
     monkeypatch.setattr(type(tiny.model), "forward_with_aux", counted)
-    replayer, costs = TargetReplayer(tiny.model), StepCosts({r: ms / 1e3 for r, ms in COSTS.items()})
+    replayer, costs = TargetReplayer(tiny.model, pass_s=0.01), in_seconds(COSTS)
     for policy, passes in ((old, 4), (same, 4), (old, 4), (new, 8)):
         for trace in said[:4]:
             whole, _ = replayer(policy, trace, None)

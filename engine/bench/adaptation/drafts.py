@@ -11,7 +11,7 @@ from engine.bench.adaptation.streams import Response
 from engine.bench.kept import kept_lines
 from engine.contracts import ProposerKind, SpecCounts
 from engine.learner.memory import MIN_CONFIDENCE
-from engine.learner.neural import TargetReplayer
+from engine.learner.target_replay import TargetReplayer
 from engine.learner.traces import ServedTarget
 from engine.model.draft import DraftNetwork
 from engine.speculation.artifact import build_artifact

@@ -19,8 +19,8 @@ from engine.bench.adaptation.world import NeuralPart, World
 from engine.bench.workload import Responses
 from engine.contracts import ProposerKind, SlipstreamError, artifact_digest
 from engine.demo import prompts
-from engine.learner.neural import TargetReplayer
 from engine.learner.shipped import shipped_draft
+from engine.learner.target_replay import TargetReplayer
 from engine.learner.traces import ServedTarget
 from engine.model.loading import Target, configured_target
 from engine.ops.supervisor import Say

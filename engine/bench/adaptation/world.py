@@ -12,7 +12,8 @@ from engine.bench.adaptation.drafts import Charged, KeptRehearsals
 from engine.bench.adaptation.streams import Response
 from engine.contracts import artifact_digest
 from engine.learner import gate
-from engine.learner.neural import TargetReplayer, TuneRecipe, tune
+from engine.learner.neural import TuneRecipe, tune
+from engine.learner.target_replay import TargetReplayer
 from engine.learner.traces import ServedTarget, is_held_out, request_hash
 from engine.model.llama import Llama
 from engine.settings import LearnerSettings

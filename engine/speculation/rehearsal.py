@@ -11,6 +11,7 @@ import hashlib
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -85,7 +86,7 @@ class Rehearsals:
     def __init__(self, most: int = MOST_REMEMBERED) -> None:
         self.most = most
         self.known = OrderedDict[tuple[str, str], Rehearsal]()  # by draft and request, the last used last
-        self._names: dict[int, tuple[DraftNetwork, str]] = {}  # by id; the network itself keeps the id taken
+        self._names = WeakKeyDictionary[DraftNetwork, str]()  # of those that somebody still holds
 
     def __call__(
         self, network: DraftNetwork, prompt_ids: Sequence[int], output_ids: Sequence[int], k: int, min_survival: float
@@ -107,13 +108,13 @@ class Rehearsals:
         return rehearse(network, prompt_ids, output_ids, k, min_survival)
 
     def name(self, network: DraftNetwork) -> str:
-        """The sha256 of a draft's weights, vocabulary and dtype."""
-        if id(network) not in self._names:
-            digest = hashlib.sha256(str(network.target.dtype).encode())
+        """The sha256 of a draft's shape, weights, vocabulary and dtype."""
+        if network not in self._names:
+            digest = hashlib.sha256(repr((network.config, network.target.dtype)).encode())
             for tensor in (network.vocabulary, *(network.weights[name] for name in sorted(network.weights))):
                 digest.update(tensor.detach().contiguous().cpu().view(torch.uint8).numpy().tobytes())
-            self._names = {**dict(list(self._names.items())[-15:]), id(network): (network, digest.hexdigest())}
-        return self._names[id(network)][1]
+            self._names[network] = digest.hexdigest()
+        return self._names[network]
 
 
 class RehearsedDrafter:

@@ -2,7 +2,8 @@
 
 Three kinds of blocks take turns in random order, under the same clients: nothing beside; records made at that rate and
 thrown away, which is what the load itself takes of the processor; records made and written, with the compactor at work
-on them at once. Written over made is what the store costs, written over nothing is the bound for who makes them here.
+on them at once: such a block ends when all of its own is written and compacted. Written over made is what the store
+costs, written over nothing is the bound for who makes them here.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from uuid import UUID
 
@@ -29,7 +31,7 @@ from engine.ops import upkeep
 from engine.ops.supervisor import Say
 from engine.settings import Settings, TelemetrySettings
 from engine.store.database import Database
-from engine.store.repositories import audit
+from engine.store.repositories import audit, rollups
 from engine.telemetry.spill import Spill
 from engine.telemetry.writer import TraceWriter
 
@@ -38,7 +40,7 @@ CLIENTS = 4
 TOKENS = 16
 BLOCK_S = 6.0
 COMPACT_S = 2.0
-"""Minutes that are not over are compacted too: a block pays for what it has written."""
+"""Minutes that are not over are compacted too."""
 DRAIN_S = 60.0
 
 
@@ -52,7 +54,7 @@ def run(settings: Settings, rate: int, rounds: int, seed: int, say: Say) -> Repo
         traffic.start()
         try:
             time.sleep(BLOCK_S)  # until the clients are under way
-            load = Load(writer, rate, rng)
+            load = Load(system.database, writer, rate, rng)
             with ingest.compacting(system.database.url, COMPACT_S, upkeep.CLOSED_AFTER):
                 blocks = alternate(load, lambda: traffic.answered, rounds, random.Random(seed), say)
             figures = load_figures(system.database, load)
@@ -68,6 +70,7 @@ def run(settings: Settings, rate: int, rounds: int, seed: int, say: Say) -> Repo
 class Load:
     """Traces at an even pace, ``rate`` a second; ``offered`` are those the writer was given, in ``offered_s``."""
 
+    database: Database
     writer: TraceWriter
     rate: int
     rng: np.random.Generator
@@ -79,7 +82,7 @@ class Load:
         self._models = [ingest.record(self.rng, payload=True) for _ in range(200)]
 
     def beside(self, kind: str, work: Callable[[], None]) -> None:
-        """Do ``work`` with such a block's load beside it; what was offered is written before the next block begins."""
+        """Do ``work`` with such a block's load beside it; over when what was offered is written and compacted."""
         if kind == NOTHING:
             return work()
         ended, began = threading.Event(), time.perf_counter()
@@ -94,9 +97,22 @@ class Load:
             load.join()
         if kind == WRITTEN:
             self.offered_s += time.perf_counter() - began
-            if not self.writer.flush(DRAIN_S):
-                raise SlipstreamError(f"Traces were not written within {DRAIN_S:.0f} s: {self.writer.stats()}")
+            self._drain()
         return None
+
+    def _drain(self) -> None:
+        """Until nothing of it is left to do: the next block must not pay for it."""
+        until = time.perf_counter() + DRAIN_S
+        if not self.writer.flush(DRAIN_S):
+            raise SlipstreamError(f"Traces were not written within {DRAIN_S:.0f} s: {self.writer.stats()}")
+        while self._waiting():
+            if time.perf_counter() > until:
+                raise SlipstreamError(f"Traces were not compacted within {DRAIN_S:.0f} s.")
+            upkeep.compact(self.database, datetime.now(UTC) + upkeep.CLOSED_AFTER)
+
+    def _waiting(self) -> int:
+        with self.database.read() as session:
+            return rollups.freshness(session).waiting
 
     def _submit(self, record: TraceRecord) -> None:
         self.offered.append(record.trace_id)
@@ -116,13 +132,9 @@ def alternate(
     for number in range(1, rounds + 1):
         runs: dict[str, Run] = {}
         for kind in order.sample((NOTHING, MADE, WRITTEN), 3):
-
-            def block(kind: str = kind, runs: dict[str, Run] = runs) -> None:
-                began, before = time.perf_counter(), answered()
-                wait(BLOCK_S)
-                runs[kind] = Run(answered() - before, time.perf_counter() - began)
-
-            load.beside(kind, block)
+            began, before = time.perf_counter(), answered()
+            load.beside(kind, lambda: wait(BLOCK_S))
+            runs[kind] = Run(answered() - before, time.perf_counter() - began)
         found.append(runs)
         said = ", ".join(f"{runs[kind].tokens} {kind}" for kind in (NOTHING, MADE, WRITTEN))
         say(f"{number}/{rounds}: requests answered with traces {said}")

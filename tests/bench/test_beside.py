@@ -14,7 +14,7 @@ from engine.bench.beside import MADE, NOTHING, WRITTEN, Load, alternate, load_fi
 from engine.bench.blocks import Run
 from engine.settings import TelemetrySettings
 from engine.store.database import Database
-from engine.store.repositories import audit
+from engine.store.repositories import audit, rollups
 from engine.telemetry.spill import Spill
 from engine.telemetry.writer import TraceWriter
 from tests.bench.test_store import loses_every_tenth
@@ -35,15 +35,22 @@ def measured(db: Database, folder: Path) -> tuple[Watched, list[dict[str, Run]],
     """Rounds whose blocks end when traces were offered, whatever the time; half as much is answered beside them."""
     writer = TraceWriter(db, Spill(folder, 10**8), TelemetrySettings())
     writer.start()
-    load, answered = Watched(writer, 2_000, np.random.default_rng(0)), [0]
+    waiting = list[int]()
+    load, answered = Watched(db, writer, 2_000, np.random.default_rng(0)), [0]
 
     def wait(_: float) -> None:
         goal = len(load.offered) + 20
         until(lambda: load.kinds[-1] != WRITTEN or len(load.offered) >= goal, "traces are offered")
         answered[0] += 10 if load.kinds[-1] == WRITTEN else 20
 
-    blocks = alternate(load, lambda: answered[0], ROUNDS, random.Random(1), lambda line: None, wait)
+    def read() -> int:
+        with db.read() as session:
+            waiting.append(rollups.freshness(session).waiting)
+        return answered[0]
+
+    blocks = alternate(load, read, ROUNDS, random.Random(1), lambda line: None, wait)
     writer.close()
+    assert set(waiting) == {0}, "a block begins and is counted when nothing is left to write or to compact"
     return load, blocks, {figure.name: figure.value for figure in load_figures(db, load)}
 
 
@@ -58,6 +65,14 @@ def test_every_trace_that_was_offered_is_counted(db: Database, tmp_path: Path) -
 def test_a_trace_that_is_lost_is_seen(db: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(TraceWriter, "submit", loses_every_tenth(TraceWriter.submit))
     assert measured(db, tmp_path)[2]["beside_lost"] > 0
+
+
+def test_a_block_that_leaves_its_compaction_to_the_next_is_seen(
+    db: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Load, "_drain", lambda self: self.writer.flush(60.0))
+    with pytest.raises(AssertionError, match="nothing is left"):
+        measured(db, tmp_path)
 
 
 def test_blocks_are_compared_within_their_round(db: Database, tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 CURSOR = "mlflow-serving"
-"""How far all windows are sent; ``CURSOR/7`` how far those are that v7 is owed."""
+"""How far all windows are sent; ``CURSOR/7`` how far those are that v7 is owed, and why it is not sent them."""
 OWED = f"{CURSOR}/"
 WINDOW = timedelta(minutes=10)
 SETTLED = timedelta(minutes=5)
@@ -51,26 +51,31 @@ class ServingMetrics:
     client: MlflowClient
 
     def run_once(self, now: datetime) -> bool:
-        """Send one window: the oldest that a version is owed, or else the oldest of all that has not been sent; whether
-        there may be more. SlipstreamError when MLflow does not take it."""
+        """Send one window: the oldest of all that has not been sent, or else one that a version is owed, of the version
+        that has waited longest for its turn; whether there may be more. SlipstreamError when MLflow does not take it.
+        """
         with self.database.read() as session:
             at = export.cursor(session, CURSOR)
             runs = {v.version: v.mlflow_run_id for v in policies.all_versions(session)}
             owed = {int(c.name.removeprefix(OWED)): c for c in export.cursors(session, OWED)}
+        if self._next(at, runs, owed.keys(), now):
+            return True
         for version, own in owed.items():
             if run_id := runs.get(version):
                 self._catch_up(at, own, version, run_id, now)
                 return True
-        return self._next(at, runs, owed.keys(), now)
+        return False
 
     def _next(self, at: Cursor, runs: Mapping[int, str | None], owed: Collection[int], now: datetime) -> bool:
-        """The oldest window after the cursor, to every version that has a run; the others are owed it."""
+        """The oldest window after the cursor, to every version that has a run and has caught up; the others are owed
+        it. Whether there was one."""
         with self.database.read() as session:
             begin = overview.first_window(session, at.written_at, WINDOW)
             if begin is None or begin + WINDOW + SETTLED > now:
                 return False
             rows = traffic.totals(session, Slice(begin, begin + WINDOW), ("policy_version",), tuple(LATENCIES))
-        without = [row["policy_version"] for row in rows if runs.get(row["policy_version"]) is None]
+        served = [row["policy_version"] for row in rows]
+        without = [version for version in served if version in owed or runs.get(version) is None]
         moved = self._send_all(at, runs, [row for row in rows if row["policy_version"] not in without], begin, now)
         opened = [Cursor(f"{OWED}{version}", begin) for version in without if version not in owed]
         self._save([moved, *opened], now)
@@ -89,7 +94,7 @@ class ServingMetrics:
             return
         sent = self._send_all(own, {version: run_id}, rows, begin, now)
         exported, skipped = sent.exported - own.exported, sent.skipped - own.skipped
-        both = replace(at, exported=at.exported + exported, skipped=at.skipped + skipped)
+        both = replace(at, exported=at.exported + exported, skipped=at.skipped + skipped, error=None)
         self._save([sent, both], now)
 
     def _send_all(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from engine.registry.publish import ensure_version
 from engine.registry.serving_metrics import CURSOR, WINDOW, ServingMetrics
 from engine.speculation.artifact import build_artifact
 from engine.store.database import Database
-from engine.store.panels import traffic
+from engine.store.panels import system, traffic
 from engine.store.repositories import export, overview, policies
 from engine.store.repositories.overview import Slice
 from tests.store.test_rollups import START, compact, records, write
@@ -149,6 +150,67 @@ def test_a_version_without_a_run_keeps_no_other_waiting_and_is_sent_all_it_misse
         assert export.cursors(session, serving_metrics.OWED) == []
         sent = export.cursor(session, CURSOR)
     assert sent.exported == sum(len(client.get_metric_history(run, "serving/requests")) for run in runs.values())
+
+
+class Refuses:
+    """An MLflow that takes nothing of one run."""
+
+    def __init__(self, client: MlflowClient, run_id: str) -> None:
+        self.client, self.run_id = client, run_id
+
+    def log_batch(self, run_id: str, metrics: Any) -> None:
+        if run_id == self.run_id:
+            raise MlflowException("this run is locked")
+        self.client.log_batch(run_id, metrics=metrics)
+
+
+def test_a_version_that_cannot_be_caught_up_keeps_no_other_waiting_and_is_seen(
+    db: Database, client: MlflowClient, runs: dict[int, str]
+) -> None:
+    with db.write() as session:
+        policies.set_mlflow(session, 1, "1", None)
+        policies.set_mlflow(session, 2, "2", None)
+    half = START + timedelta(hours=1)
+    send(ServingMetrics(db, client), half)  # both are owed the first hour
+    with db.write() as session:
+        for version, run_id in runs.items():
+            policies.set_mlflow(session, version, str(version), run_id)
+    refusing = ServingMetrics(db, Refuses(client, runs[1]))  # type: ignore[arg-type]
+    failures, now = 0, LATER
+    for _ in range(100):
+        now += timedelta(seconds=1)
+        try:
+            refusing.run_once(now)
+        except SlipstreamError:
+            failures += 1
+    assert failures > 1
+    assert not client.get_metric_history(runs[1], "serving/requests")
+    with db.read() as session:
+        owed = export.cursors(session, serving_metrics.OWED)
+        (shown,) = [row for row in system.exporter(session, Slice(START, END)) if row["exporter"] == CURSOR]
+        rows = overview.sums(session, Slice(START, END, version=2))
+    assert [(one.name, one.error) for one in owed] == [(f"{CURSOR}/1", "this run is locked")]
+    assert shown["error"] == "1: this run is locked"
+    points = client.get_metric_history(runs[2], "serving/requests")
+    assert sum(point.value for point in points) == sum(row["requests"] for row in rows)
+    assert send(ServingMetrics(db, client), now) == 0
+    assert_every_window_once(db, client, runs)
+    with db.read() as session:
+        (shown,) = [row for row in system.exporter(session, Slice(START, END)) if row["exporter"] == CURSOR]
+    assert shown["error"] is None
+    assert shown["exported"] == sum(len(client.get_metric_history(run, "serving/requests")) for run in runs.values())
+
+
+def test_a_catch_up_clears_an_old_error(db: Database, client: MlflowClient, runs: dict[int, str]) -> None:
+    with db.write() as session:
+        policies.set_mlflow(session, 2, "2", None)
+    send(ServingMetrics(db, client))
+    with db.write() as session:
+        policies.set_mlflow(session, 2, "2", runs[2])
+        export.save_cursor(session, replace(export.cursor(session, CURSOR), error="an old trouble"), LATER)
+    assert ServingMetrics(db, client).run_once(LATER)
+    with db.read() as session:
+        assert export.cursor(session, CURSOR).error is None
 
 
 def test_runs_that_mlflow_lost_are_sent_everything_again(

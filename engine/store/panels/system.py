@@ -62,7 +62,10 @@ def _exporter(session: ReadSession, at: Cursor, what: str) -> dict[str, object]:
     if lag["oldest"] is not None:
         age = (datetime.now(UTC) - lag["oldest"]).total_seconds()
     counts = {"exported": at.exported, "skipped": at.skipped, "refused": at.refused}
-    return {"exporter": at.name, "what": what, **counts, "waiting": lag["waiting"], "lag_s": age, "error": at.error}
+    late = export.cursors(session, f"{at.name}/")  # each of a part that is behind, with a trouble of its own
+    said = [at.error, *(f"{one.name.removeprefix(f'{at.name}/')}: {one.error}" for one in late if one.error)]
+    error = "; ".join(filter(None, said)) or None
+    return {"exporter": at.name, "what": what, **counts, "waiting": lag["waiting"], "lag_s": age, "error": error}
 
 
 def sinks(session: ReadSession, part: Slice) -> Rows:

@@ -41,11 +41,10 @@ def cursor(session: ReadSession | WriteSession, name: str) -> Cursor:
 
 
 def cursors(session: ReadSession | WriteSession, prefix: str) -> list[Cursor]:
-    """Those whose name begins so, by name."""
+    """Those whose name begins so, the one first that was not saved for longest."""
     begin = ExportCursorRow.name.startswith(prefix, autoescape=True)
-    return [
-        _cursor(row) for row in session.scalars(select(ExportCursorRow).where(begin).order_by(ExportCursorRow.name))
-    ]
+    query = select(ExportCursorRow).where(begin).order_by(ExportCursorRow.updated_at, ExportCursorRow.name)
+    return [_cursor(row) for row in session.scalars(query)]
 
 
 def remove_cursor(session: WriteSession, name: str) -> None:

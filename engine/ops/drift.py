@@ -129,7 +129,8 @@ def _slide(session: ReadSession, version: int, since: datetime, now: datetime) -
 
 
 def _dead(session: ReadSession, now: datetime) -> Iterator[Finding]:
-    """Of what serves at the moment: by the shorter window where enough was drafted in it, else by the longer one."""
+    """Of what serves at the moment: by the shorter window where enough was drafted in it, else by the longer one,
+    unless some of the little that was drafted lately was accepted: it is alive again."""
     none = {v.version for v in policies.all_versions(session) if v.kind is ProposerKind.NONE}
     unjudged: set[tuple[int, str]] | None = None
     for length in DEATHS:
@@ -140,7 +141,8 @@ def _dead(session: ReadSession, now: datetime) -> Iterator[Finding]:
             if version in none or (unjudged is not None and (version, traffic_class) not in unjudged):
                 continue
             if healthy < DEATH_REQUESTS or row["drafted"] < drift.DEAD_DRAFTED:
-                rest.add((version, traffic_class))
+                if row["accepted"] <= drift.DEAD * row["drafted"]:
+                    rest.add((version, traffic_class))
             elif drift.is_dead(row["drafted"], row["accepted"]):
                 yield Finding(
                     "silent_death", "acceptance length", traffic_class, version, part.since, now, part.since - length,

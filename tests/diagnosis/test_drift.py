@@ -208,6 +208,7 @@ LATELY, BEFORE = timedelta(minutes=5), timedelta(hours=2)
         ([(LATELY, 1, 0), (BEFORE, 4, 0)], 1),  # K control only probes by now
         ([(LATELY, 1, 0)], 0),  # too little to say so
         ([(LATELY, 4, 2), (BEFORE, 400, 0)], 0),  # it is alive again
+        ([(LATELY, 2, 1), (BEFORE, 400, 0)], 0),  # so it is on the little that it drafts lately
         ([(BEFORE, 4, 0)], 0),  # it serves no more
     ],
 )

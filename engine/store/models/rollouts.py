@@ -34,7 +34,7 @@ class RolloutDecisionRow(Base):
     __tablename__ = "rollout_decisions"
     id: Mapped[int] = mapped_column(Identity(always=True), primary_key=True)
     rollout_id: Mapped[int] = mapped_column(ForeignKey("rollouts.id"), index=True)
-    decided_at: Mapped[datetime]
+    decided_at: Mapped[datetime] = mapped_column(index=True)
     from_state: Mapped[str]
     to_state: Mapped[str]
     verdict: Mapped[str]

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from datetime import UTC, datetime
 
 from engine.store.database import ReadSession
 from engine.store.panels.traffic import Rows
 from engine.store.repositories import operations, rollouts
 from engine.store.repositories.overview import Slice
-from engine.store.repositories.rollouts import Rollout
 
 
 def tried(session: ReadSession, part: Slice) -> Rows:
@@ -26,13 +26,12 @@ def tried(session: ReadSession, part: Slice) -> Rows:
             "reason": one.status.get("reason", ""),
             "spec_hash": one.spec_hash,
         }
-        for one in _within(session, part)
+        for one in rollouts.at_work(session, part.since, part.until)
     ]
 
 
 def decisions(session: ReadSession, part: Slice) -> Rows:
-    """The decisions of the window about each of them, newest rollout first, oldest decision first: the newest 600 of a
-    rollout, with the guards as they were judged."""
+    """Every decision of the window, with the guards as they were judged: newest rollout first, oldest first."""
     return [
         {
             "at": one.decided_at,
@@ -45,9 +44,7 @@ def decisions(session: ReadSession, part: Slice) -> Rows:
             "generation": one.generation,
             "guards": one.evidence.get("guards", []),
         }
-        for rollout in _within(session, part)
-        for one in rollouts.verdicts(session, rollout.id)
-        if part.since <= one.decided_at < part.until
+        for one in rollouts.decided(session, part.since, part.until)
     ]
 
 
@@ -55,17 +52,14 @@ def counts(session: ReadSession, part: Slice) -> Rows:
     """By rollout, arm and class (null: all of them) what the last decision about it was made of."""
     return [
         {"rollout": rollout.id} | segment
-        for rollout in _within(session, part)
+        for rollout in rollouts.at_work(session, part.since, part.until)
         for segment in rollouts.newest_counts(session, rollout.id)
     ]
 
 
 def weeks(session: ReadSession, part: Slice) -> Rows:
-    """What changing drafts cost, a row a week that has a part in the window, oldest first."""
-    found = operations.weeks(session, part.since - operations.WEEK, part.until)
-    return [asdict(week) | {"failure_rate": week.failure_rate} for week in found if week.week < part.until]
-
-
-def _within(session: ReadSession, part: Slice) -> list[Rollout]:
-    found = rollouts.list_rollouts(session)
-    return [one for one in found if one.created_at < part.until and one.updated_at >= part.since]
+    """What changing drafts cost, a row a week that has a part in the window, oldest first; canary hours of what is not
+    over up to this moment."""
+    first = part.since - operations.WEEK
+    found = operations.weeks(session, first, datetime.now(UTC))
+    return [asdict(week) | {"failure_rate": week.failure_rate} for week in found if first < week.week < part.until]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import func, select, text, update
+from sqlalchemy import Select, func, select, text, update
 from sqlalchemy.dialects.postgresql import insert
 
 from engine.contracts import TERMINAL_STATES, RolloutState, SlipstreamError, Verdict
@@ -135,6 +135,12 @@ def list_rollouts(session: ReadSession | WriteSession, limit: int = 200) -> list
     return [_rollout(row) for row in session.scalars(select(RolloutRow).order_by(RolloutRow.id.desc()).limit(limit))]
 
 
+def at_work(session: ReadSession | WriteSession, since: datetime, until: datetime) -> list[Rollout]:
+    """Every rollout that was made before ``until`` and last changed at ``since`` or later, newest first."""
+    within = (RolloutRow.created_at < until, RolloutRow.updated_at >= since)
+    return [_rollout(row) for row in session.scalars(select(RolloutRow).where(*within).order_by(RolloutRow.id.desc()))]
+
+
 def active(session: ReadSession | WriteSession) -> Rollout | None:
     """The rollout that has begun and not ended, if there is one."""
     over = [state.value for state in TERMINAL_STATES | {RolloutState.DRAFT}]
@@ -218,14 +224,21 @@ def transitions(session: ReadSession | WriteSession, after: int, limit: int) -> 
 
 def verdicts(session: ReadSession | WriteSession, rollout_id: int, limit: int = 600) -> list[DecisionRecord]:
     """The newest decisions, oldest first, without the counts they were made of: what a page draws again and again."""
+    query = _without_counts().where(RolloutDecisionRow.rollout_id == rollout_id)
+    newest = query.order_by(RolloutDecisionRow.id.desc()).limit(limit)
+    return [_decision(row) for row in reversed(session.execute(newest).all())]
+
+
+def decided(session: ReadSession | WriteSession, since: datetime, until: datetime) -> list[DecisionRecord]:
+    """Every decision of a window, without the counts: newest rollout first, oldest decision first."""
+    row = RolloutDecisionRow
+    query = _without_counts().where(row.decided_at >= since, row.decided_at < until)
+    return [_decision(found) for found in session.execute(query.order_by(row.rollout_id.desc(), row.id))]
+
+
+def _without_counts() -> Select[Any]:
     columns = [column for column in RolloutDecisionRow.__table__.columns if column.name != "evidence"]
-    query = (
-        select(*columns, RolloutDecisionRow.evidence.op("-", is_comparison=False)("inputs").label("evidence"))
-        .where(RolloutDecisionRow.rollout_id == rollout_id)
-        .order_by(RolloutDecisionRow.id.desc())
-        .limit(limit)
-    )
-    return [_decision(row) for row in reversed(session.execute(query).all())]
+    return select(*columns, RolloutDecisionRow.evidence.op("-", is_comparison=False)("inputs").label("evidence"))
 
 
 def newest_counts(session: ReadSession | WriteSession, rollout_id: int) -> list[dict[str, Any]]:

@@ -44,6 +44,9 @@ MAX_TAG = 5_000
 """Characters that every MLflow takes in a tag."""
 REFUSALS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "INVALID_STATE")
 """MLflow's word for what would be wrong the next time too."""
+ENOUGH = 3
+"""Troubles of one look after which nothing more is shown until the next: where MLflow is away each try waits for its
+time limit, and housekeeping with it."""
 log = logging.getLogger(__name__)
 
 
@@ -61,6 +64,8 @@ class MlflowRegistry:
         """What could not be shown, and why; MLflow is offered it again by the next process."""
         self._lost: set[Thing] = set()
         """Those of them whose files are missing here: they are looked for again."""
+        self._troubled: set[Thing] = set()
+        """What met trouble that may pass: it is shown last, or ``ENOUGH`` of it would keep all others waiting."""
 
     def sync(self, db: Database, store: ArtifactStore) -> int:
         """Show in MLflow what it lacks, then point its aliases where the ledger points; how many things were made.
@@ -73,9 +78,20 @@ class MlflowRegistry:
                 learning.clear_runs(session)
                 policies.clear_mlflow(session)
                 export.remove_cursors(session, serving_metrics.CURSOR)
+            self._refused.clear()  # by one that is no more
+            self._lost.clear()
             self._make_model()
         before, troubles = dict(self._refused), list[str]()
         made = self._show(db, store, troubles)
+        if made or troubles or before != self._refused:
+            self._report(db, made, troubles)
+        self._point(db)
+        if troubles:
+            raise SlipstreamError(f"MLflow did not take {'; '.join(troubles)}")
+        return made
+
+    def _point(self, db: Database) -> None:
+        """The aliases to where the ledger points."""
         with db.read() as session:
             plan = plans.latest(session)
             wanted = aliases(plan, plans.previous_champion(session, plan)) if plan is not None else {}
@@ -84,11 +100,6 @@ class MlflowRegistry:
         known = {alias: numbers.get(v) if v else None for alias, v in wanted.items() if not v or numbers.get(v)}
         if known:
             reconcile(self.client, MODEL, known)
-        if made or troubles or before != self._refused:
-            self._report(db, made, troubles)
-        if troubles:
-            raise SlipstreamError(f"MLflow did not take {'; '.join(troubles)}")
-        return made
 
     def _show(self, db: Database, store: ArtifactStore, troubles: list[str]) -> int:
         """Every attempt and version that it lacks, oldest first; how many it has now that it had not."""
@@ -104,7 +115,7 @@ class MlflowRegistry:
             *(((VERSION, v.version), partial(self._register, db, store, experiment_id, v)) for v in missing),
         ]
         made = 0
-        for thing, show in steps:
+        for thing, show in sorted(steps, key=lambda step: step[0] in self._troubled):
             if thing in self._refused and thing not in self._lost:
                 continue
             try:
@@ -117,9 +128,13 @@ class MlflowRegistry:
                     self._lost.discard(thing)
                     self._refuse(thing, error)
                 else:
+                    self._troubled.add(thing)
                     troubles.append(f"{' '.join(map(str, thing))}: {error}")
+                    if len(troubles) == ENOUGH:
+                        break
             else:
                 self._refused.pop(thing, None)
+                self._troubled.discard(thing)
                 made += 1
         return made
 

@@ -200,6 +200,39 @@ def test_a_trouble_that_may_pass_is_no_refusal(
         assert export.cursor(session, mlflow_registry.CURSOR).error is None
 
 
+def test_an_mlflow_that_dies_meanwhile_is_not_asked_for_everything(
+    db: Database, store: ArtifactStore, registry: MlflowRegistry, learned: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each question would wait for its time limit. What met trouble comes last when it is up again."""
+    asked = []
+
+    def dies(*given: Any) -> None:
+        asked.append(given[-1])
+        raise MlflowException("no answer within 30 s")
+
+    with monkeypatch.context() as patch:
+        for name in ("_mirror", "_register"):
+            patch.setattr(registry, name, dies)
+        patch.setattr(registry, "_point", lambda db: None)
+        with pytest.raises(SlipstreamError, match="no answer"):
+            registry.sync(db, store)
+        assert len(asked) == mlflow_registry.ENOUGH == 3
+        with pytest.raises(SlipstreamError, match="no answer"):
+            registry.sync(db, store)
+        assert not any(one in asked[:3] for one in asked[3:5])
+    assert registry.sync(db, store) == 5
+
+
+def test_what_an_mlflow_refused_that_is_no_more_is_offered_to_the_new_one(
+    db: Database, store: ArtifactStore, registry: MlflowRegistry, learned: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(registry, "_log", Mock(side_effect=MlflowException("no", INVALID_PARAMETER_VALUE)))
+        assert registry.sync(db, store) == 3
+    registry.client.delete_registered_model(MODEL)
+    assert registry.sync(db, store) == 5
+
+
 def test_a_version_that_mlflow_refuses_keeps_no_other_and_no_alias_waiting(
     db: Database, store: ArtifactStore, registry: MlflowRegistry, learned: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,14 +3,15 @@
 A step is what the engine does between drafting and committing (``runner/target_pass``): inputs to the device, the pass,
 the verdict, and the wait for it. Its floor is the time that the weights take to be read once, at the bandwidth of a
 large copy on this device. On CUDA captured steps and the same steps called kernel by kernel take turns; on a CPU there
-is one kind. Then new weights are put in place of a target's and a draft's, and a step must run without a new capture.
+is one kind. Then new weights are put in place of a target's and a draft's, and what was captured with the old ones must
+answer as the same passes called kernel by kernel.
 """
 
 from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,8 +21,8 @@ from engine.bench.report import Figure, Report, quantile_figure
 from engine.contracts import SamplingParams, SlipstreamError
 from engine.learner.trainer import fresh_weights
 from engine.model.config import LlamaConfig
-from engine.model.draft import DraftConfig
-from engine.model.graphs import CudaCapture, uncaptured
+from engine.model.draft import NUM_AUX, DraftConfig
+from engine.model.graphs import Capture, graphs_on, uncaptured
 from engine.model.kv_cache import KVCache
 from engine.model.llama import Llama, tensor_shapes
 from engine.model.loading import DTYPES, best_dtype, configured_target
@@ -32,8 +33,10 @@ from engine.runner.target_pass import EagerPass, TargetPass
 from engine.scheduler.scheduler import ScheduledStep
 from engine.scheduler.sequence import Sequence as SequenceState
 from engine.settings import Settings
+from engine.speculation.draft_pool import Want
 from engine.speculation.draft_pools import DraftPools
 from engine.speculation.neural_file import DraftFile
+from engine.speculation.verify import VerifyOutcome
 
 OWN = "own"
 SHAPES: Mapping[str, LlamaConfig] = {
@@ -70,7 +73,7 @@ def run(settings: Settings, options: Options, say: Say) -> Report:
     figures = [quantile_figure("copy_bandwidth", bandwidths, 0.5, "GB/s", rng)]
     for shape in options.shapes:
         model = _model(settings, shape, device, options.seed, say)
-        figures += _Steps(shape, model, max(bandwidths), options, rng, say).figures()
+        figures += _Steps(shape, model, figures[0].value, options, rng, say, graphs_on(device)).figures()
         del model
         gc.collect()
         if device.type == "cuda":
@@ -98,10 +101,12 @@ def weight_bytes(model: Llama) -> int:
 def _model(settings: Settings, shape: str, device: torch.device, seed: int, say: Say) -> Llama:
     if shape == OWN:
         return configured_target(settings, say).model
-    dtype = DTYPES[best_dtype(device.type) if settings.engine.dtype == "auto" else settings.engine.dtype]
+    dtype = DTYPES[
+        best_dtype(device.type, settings.engine.kernels) if settings.engine.dtype == "auto" else settings.engine.dtype
+    ]
     say(f"random weights of shape {shape}")
     tensors = random_tensors(SHAPES[shape], seed, dtype, str(device))
-    return Llama.from_checkpoint(SHAPES[shape], tensors, dtype, device)
+    return Llama.from_checkpoint(SHAPES[shape], tensors, dtype, device, settings.engine.kernels)
 
 
 class _Greedy:
@@ -113,16 +118,25 @@ class _Greedy:
 
 class _Steps:
     def __init__(
-        self, name: str, model: Llama, gb_per_s: float, options: Options, rng: np.random.Generator, say: Say
+        self,
+        name: str,
+        model: Llama,
+        gb_per_s: float,
+        options: Options,
+        rng: np.random.Generator,
+        say: Say,
+        capture: Capture | None,
     ) -> None:
         self.name, self.model, self.options, self.rng, self.say = name, model, options, rng, say
         self.floor_ms = weight_bytes(model) / gb_per_s / 1e6
         self.longest = options.keys + 1 + max(options.drafted)
         cache = KVCache(model.config, max(options.rows), self.longest, model.dtype, model.device)
+        self.captures: list[Capture | None] = [None]
         self.ways: dict[str, TargetPass] = {"eager": EagerPass(model, cache)}
-        if model.device.type == "cuda":
+        if capture is not None:
+            self.captures = [capture, uncaptured]
             self.ways = {
-                "captured": CapturedPass(model, cache, CudaCapture(model.device)),
+                "captured": CapturedPass(model, cache, capture),
                 "eager": CapturedPass(model, cache, uncaptured),
             }
 
@@ -153,7 +167,7 @@ class _Steps:
             figures.append(quantile_figure(f"ratio:eager/captured:{at}", pairs, 0.5, "x", self.rng))
         return figures
 
-    def _step(self, rows: int, drafted: int) -> Callable[[TargetPass], None]:
+    def _step(self, rows: int, drafted: int) -> Callable[[TargetPass], list[VerifyOutcome]]:
         """A step of ``rows`` greedy requests, each with ``keys`` tokens behind it."""
         tokens = self.rng.integers(0, self.model.config.vocab_size, (rows, self.options.keys + 1 + drafted)).tolist()
         scheduled = ScheduledStep()
@@ -164,46 +178,68 @@ class _Steps:
         drafts, lives = [ids[self.options.keys + 1 :] for ids in tokens], {str(slot): _Greedy() for slot in range(rows)}
 
         @torch.inference_mode()
-        def step(way: TargetPass) -> None:
-            way(scheduled, drafts, lives, ())
+        def step(way: TargetPass) -> list[VerifyOutcome]:
+            return way(scheduled, drafts, lives, ()).outcomes
 
         return step
 
     def _swaps(self) -> list[Figure]:
-        """Seconds until new weights, in host memory, stand in the place of the old; the graphs must go on."""
-        model, device = self.model, self.model.device
-        names = tensor_shapes(model.config)
-        tensors = {name: torch.zeros(shape, dtype=model.dtype) for name, shape in names.items()}
-        config = DraftConfig.of_target(model.config, min(DRAFT_VOCABULARY, model.config.vocab_size))
-        weights = {
-            name: tensor.half().cpu() for name, tensor in fresh_weights(config, model, self.options.seed).items()
-        }
-        draft = DraftFile(config, weights, torch.arange(config.vocab_size, dtype=torch.int32))
-        figures = [self._swap("draft", _draft_swap(model, draft, self.longest), device)]
+        """Seconds until new weights, in host memory, stand in the place of the old; the graphs must go on with them."""
+        model, seed = self.model, self.options.seed + 1
+        figures = [self._swap("draft", self._draft_swap(seed))]
+        tensors = random_tensors(model.config, seed, model.dtype, str(model.device))
+        tensors = {name: tensor.cpu() for name, tensor in tensors.items()}
+        step = self._step(max(self.options.rows), max(self.options.drafted))
+        self._agree("target", [step(way) for way in self.ways.values()])
         try:
-            figures.append(self._swap("target", lambda: model.copy_weights(tensors), device))
+            figures.append(self._swap("target", lambda: model.copy_weights(tensors)))
         except SlipstreamError as error:
             self.say(f"{self.name}: no swap of the target measured. {error}")
+        self._agree("target", [step(way) for way in self.ways.values()])
         return figures
 
-    def _swap(self, what: str, swap: Callable[[], None], device: torch.device) -> Figure:
-        graphs = [way.graphs for way in self.ways.values() if isinstance(way, CapturedPass)]
-        before = [len(held) for held in graphs]
-        took = [1e3 * _seconds(swap, device) for _ in range(SWAPS)]
-        self._step(self.options.rows[0], self.options.drafted[0])(next(iter(self.ways.values())))
-        if [len(held) for held in graphs] != before:
-            raise SlipstreamError("A swap of weights has captured a pass again.")
+    def _swap(self, what: str, swap: Callable[[], None]) -> Figure:
+        took = [1e3 * _seconds(swap, self.model.device) for _ in range(SWAPS)]
         return quantile_figure(f"swap_ms:{self.name}:{what}", took, 0.5, "ms", self.rng)
 
+    def _draft_swap(self, seed: int) -> Callable[[], None]:
+        """A swap to new weights; before it is handed out, it was done once, and the draft asked before and after."""
+        model, old, new = self.model, self._draft(seed - 1), self._draft(seed)
+        ways = [DraftPools(model, 1, self.longest, capture) for capture in self.captures]
+        for draft in (old, new):
+            self._agree("draft", [_drafted(pools, draft) for pools in ways])
 
-def _draft_swap(model: Llama, draft: DraftFile, longest: int) -> Callable[[], None]:
-    pools = DraftPools(model, 1, longest, CudaCapture(model.device) if model.device.type == "cuda" else None)
+        def swap() -> None:
+            ways[0].give_back(ways[0].take(new, 0.0))
 
-    def swap() -> None:
-        pools.give_back(pools.take(draft, 0.2))
+        return swap
 
-    swap()  # the first makes the pool
-    return swap
+    def _draft(self, seed: int) -> DraftFile:
+        target = self.model.config
+        config = DraftConfig.of_target(target, min(DRAFT_VOCABULARY, target.vocab_size))
+        weights = {name: tensor.half().cpu() for name, tensor in fresh_weights(config, self.model, seed).items()}
+        return DraftFile(config, weights, torch.arange(config.vocab_size, dtype=torch.int32))
+
+    def _agree(self, what: str, answers: Sequence[object]) -> None:
+        if any(answer != answers[0] for answer in answers):
+            raise SlipstreamError(
+                f"{self.name}: captured passes of the {what} do not answer as the same passes called kernel by kernel: "
+                f"{answers}. After a swap this means that they go on with the old weights."
+            )
+
+
+def _drafted(pools: DraftPools, draft: DraftFile) -> list[int]:
+    """What a pool of ``draft`` drafts after two tokens, with noise for the target's states of the first."""
+    pool = pools.take(draft, 0.0)
+    target = pool.network.target
+    state = pool.start([0, 1])
+    width = NUM_AUX * target.config.hidden_size
+    noise = torch.randn(1, width, generator=torch.Generator().manual_seed(0))
+    pool.feed([(state, 0, noise.to(target.device, target.dtype))])
+    tokens = pool.propose([Want(state, 1)])[0].tokens
+    pool.end(state)
+    pools.give_back(pool)
+    return tokens
 
 
 def _seconds(work: Callable[[], object], device: torch.device) -> float:

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 from engine.bench.adaptation import Options, run
+from engine.bench.adaptation.sabotage import OVERSHOT
 from engine.bench.adaptation.streams import STREAMS
 from engine.contracts import ProposerKind
 from engine.learner.trainer import choose_vocabulary, fresh_weights
@@ -31,14 +32,19 @@ def test_a_neural_draft_is_static_and_hybrids_start_from_it(tmp_path: Path) -> N
         (tmp_path / "static" / name).write_bytes(data)
     out = tmp_path / "out"
     options = Options(
-        prompts=(tmp_path / "prompts.jsonl",), static=tmp_path / "static", streams=("shift", "recurring"), seeds=1,
-        tokens=12, every=12, tune=8, tune_every=1, verify=1, busy=True, out=out,
+        prompts=(tmp_path / "prompts.jsonl",), static=tmp_path / "static", streams=("shift", "recurring", "planted"),
+        seeds=1, tokens=12, every=12, tune=8, tune_every=1, verify=1, busy=True, out=out,
     )  # fmt: skip
     report = run(chosen, options, [].append)
     figures = {figure.name: figure.value for figure in report.figures}
     for wanted in ("ratio:gated/static:shift:all", "ratio:gated/static+context:shift:all", "forgetting:recurring"):
         assert wanted in figures, sorted(figures)
     assert any(name.startswith("ratio:offline/static:shift:") for name in figures)
+    assert figures["bad_updates_served"] <= figures["bad_updates_served:ungated"] > 0
+    with (out / "attempts.csv").open() as file:
+        planted = [row for row in csv.DictReader(file) if row["planted"]]
+    assert OVERSHOT in {row["planted"] for row in planted}
+    assert (out / "page.html").read_text().count("<td>planted</td>") == len(planted)
     assert figures["verified_answers_differing"] == 0
     with (out / "requests.csv").open() as file:
         served = list(csv.DictReader(file))

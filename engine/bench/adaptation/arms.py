@@ -72,7 +72,8 @@ class Arm:
 @dataclass(frozen=True, slots=True)
 class Attempt:
     """``at``: requests served before it; ``version``: what is served since, None where it was refused. ``gate_s``: CPU
-    seconds of the gate, ``learn_s`` of making the candidate. ``planted``: in which way it was bad on purpose."""
+    seconds of the gate, ``learn_s`` of making the candidate. ``planted``: in which way it was bad on purpose;
+    ``loads``: whether an engine would have taken it, gate or no gate."""
 
     at: int
     version: int | None
@@ -80,6 +81,7 @@ class Attempt:
     learn_s: float = 0.0
     gate_s: float = 0.0
     planted: str = ""
+    loads: bool = True
 
 
 class AdaptiveArm(Arm):
@@ -146,11 +148,13 @@ class AdaptiveArm(Arm):
         if self._due % 2:
             return False
         for kind, files in self.saboteur(good):
-            report = self.judge(files, self.world.replayer) if self.gated else self._loads(files)
+            loading = self._loads(files)
+            report = self.judge(files, self.world.replayer) if self.gated else loading
             if report.passed:
                 self._take(files)
             version = self.version if report.passed else None
-            self.attempts.append(Attempt(self.seen, version, "; ".join(report.reasons), planted=kind))
+            reason = "; ".join(report.reasons)
+            self.attempts.append(Attempt(self.seen, version, reason, planted=kind, loads=loading.passed))
             if report.passed and not self.gated:
                 break
         return True
@@ -167,7 +171,8 @@ class AdaptiveArm(Arm):
         if self.draft is None or world.neural is None:
             return build_memory(train, world.target, world.settings, learner=self.memory)
         draft = self.draft
-        if (len(self.attempts) + 1) % world.neural.tune_every == 0:
+        own = sum(not a.planted for a in self.attempts)  # what was planted does not count
+        if (own + 1) % world.neural.tune_every == 0:
             draft = world.tuned(draft, train)
         return build_hybrid(train, world.target, world.settings, draft, {}, learner=self.memory)
 

@@ -45,16 +45,14 @@ def page(report: Report, runs: Mapping[str, Sequence[Run]], arms: Mapping[tuple[
         f"<td>{escape(f.unit)}</td></tr>"
         for f in report.figures
     )
-    planted = {
-        (name, a.planted): ("SERVED: " if a.version is not None else "refused: ") + a.reason
-        for used in arms.values()
+    planted = [
+        (stream, seed, name, a.at, a.planted, ("SERVED: " if a.version is not None else "refused: ") + a.reason)
+        for (stream, seed), used in arms.items()
         for name, arm in used.items()
         for a in (arm.attempts if isinstance(arm, AdaptiveArm) else ())
         if a.planted
-    }
-    said = "".join(
-        f"<tr>{''.join(f'<td>{escape(t)}</td>' for t in (*key, planted[key]))}</tr>" for key in sorted(planted)
-    )
+    ]
+    said = "".join(f"<tr>{''.join(f'<td>{escape(str(t))}</td>' for t in row)}</tr>" for row in planted)
     return (
         "<!doctype html><meta charset='utf-8'><title>Adaptation</title>"
         f"<script>{get_plotlyjs()}</script>"
@@ -63,7 +61,8 @@ def page(report: Report, runs: Mapping[str, Sequence[Run]], arms: Mapping[tuple[
         "<h1>Adaptation</h1><p>Tokens are exact; seconds are computed from a profile of target passes measured in this "
         "run, learning charged. Rows named <i>measured</i> were decoded for real.</p>"
         f"{charts}<h2>Figures</h2><table><tr><th>figure<th>value<th>95 % interval<th>n<th>unit</tr>{rows}</table>"
-        f"<h2>Planted bad updates</h2><table>{said}</table>"
+        "<h2>Planted bad updates</h2><table><tr><th>stream<th>seed<th>arm<th>after requests<th>way<th>outcome</tr>"
+        f"{said}</table>"
     )
 
 
@@ -130,10 +129,21 @@ def _attempts(path: Path, arms: Mapping[tuple[str, int], Mapping[str, Arm]]) -> 
     with path.open("w", newline="") as file:
         out = csv.writer(file)
         out.writerow(
-            ["stream", "seed", "arm", "after_requests", "version", "planted", "learn_cpu_s", "gate_cpu_s", "reason"]
+            [
+                "stream",
+                "seed",
+                "arm",
+                "after_requests",
+                "version",
+                "planted",
+                "loads",
+                "learn_cpu_s",
+                "gate_cpu_s",
+                "reason",
+            ]
         )
         for (stream, seed), used in arms.items():
             for name, arm in used.items():
                 for a in arm.attempts if isinstance(arm, AdaptiveArm) else ():
                     cost = (f"{a.learn_s:.3f}", f"{a.gate_s:.3f}")
-                    out.writerow([stream, seed, name, a.at, a.version or "", a.planted, *cost, a.reason])
+                    out.writerow([stream, seed, name, a.at, a.version or "", a.planted, a.loads, *cost, a.reason])

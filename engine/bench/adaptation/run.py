@@ -109,12 +109,16 @@ def _play(one: Stream, material: Material, seed: int, rng: np.random.Generator) 
     if one.name == "planted":
         for arm in arms.values():
             if isinstance(arm, AdaptiveArm):
-                arm.saboteur = partial(sabotaged, rng=rng)
+                arm.saboteur = partial(sabotaged, rng=rng, overshoot=partial(_overshoot, arm))
     for response in one.requests:
         for name, arm in arms.items():
             served[name].append(arm.serve(response))
     judged = _offline(one, material) if one.name == "shift" else {}
     return Run(one, seed, served, judged), arms
+
+
+def _overshoot(arm: AdaptiveArm, draft: dict[str, bytes]) -> dict[str, bytes]:
+    return arm.world.overshot(draft, arm.traffic.train)
 
 
 def _offline(one: Stream, material: Material) -> dict[int, Served]:
@@ -173,7 +177,8 @@ def _figures(
 
 
 def prevented(runs: Sequence[Run], arms: Mapping[int, Mapping[str, Arm]], rng: np.random.Generator) -> list[Figure]:
-    """Bad updates that came to be served, and served versions worse than the one before: with the gate and without.
+    """Bad updates that came to be served, of those that load, and served versions worse than the one before: with the
+    gate and without.
 
     ``arms``: by seed and name, those that served ``runs``. A version with too few requests after it is not among those
     counted. The worst class is chosen for its loss, which its interval knows nothing of.
@@ -184,7 +189,7 @@ def prevented(runs: Sequence[Run], arms: Mapping[int, Mapping[str, Arm]], rng: n
         for run in runs:
             arm = arms[run.seed][name]
             assert isinstance(arm, AdaptiveArm)
-            planted += [a.version is not None for a in arm.attempts if a.planted]
+            planted += [a.version is not None for a in arm.attempts if a.planted and a.loads]
             measured = (_worst_class(run, arm, a.at, a.version) for a in arm.attempts if a.version is not None)
             losses += [loss for loss in measured if loss is not None]
         worse = sum(share > WORSE for share, _ in losses)

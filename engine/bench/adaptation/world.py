@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from uuid import UUID
 
@@ -23,6 +23,8 @@ from engine.speculation.proposer import Proposer
 from engine.store.repositories.intake import TrainableTrace
 
 START = datetime(2026, 1, 1, tzinfo=UTC)
+OVERSHOT_REQUESTS = 16
+"""Requests on which a draft is spoiled where arms tune none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +69,12 @@ class World:
         if self.neural is None or not self.settings.tune_requests:
             return draft
         return tune(self.neural.model, unpack(draft), train, TuneRecipe(requests=self.settings.tune_requests))[0]
+
+    def overshot(self, draft: dict[str, bytes], train: Sequence[TrainableTrace]) -> dict[str, bytes]:
+        """A draft after one pass at a hundred times the learning rate; TrainingDiverged where that is too much."""
+        assert self.neural is not None
+        recipe = TuneRecipe(requests=self.settings.tune_requests or OVERSHOT_REQUESTS)
+        return tune(self.neural.model, unpack(draft), train, replace(recipe, lr=100 * recipe.lr))[0]
 
     def load(self, files: dict[str, bytes]) -> Proposer:
         return load_proposer(files, artifact_digest(files), self.target.fingerprint, self.target.tokenizer_fingerprint)

@@ -39,10 +39,11 @@ def table(data: pd.DataFrame | Styler, columns: Columns, key: str, **more: Any) 
     return st.dataframe(data, column_config=columns, hide_index=True, placeholder="–", key=key, **more)
 
 
-def breakdown(frame: pd.DataFrame, by: str, metric: str) -> None:
-    """One row a class, arm, version or replica: every percentile of one latency (ms), and how its requests went."""
+def breakdown(frame: pd.DataFrame, requests: float, by: str, metric: str) -> None:
+    """One row a class, arm, version or replica: every percentile of one latency (ms), how its requests went, and its
+    share of all the window's ``requests``, those of what is left out here too."""
     frame = _in_percent(frame.sort_values("requests", ascending=False))
-    frame["share"] = 100 * frame["requests"] / frame["requests"].sum()
+    frame["share"] = 100 * frame["requests"] / requests
     frame["goodput_share"] = 100 * frame["goodput_share"]
     if by == "policy_version":
         frame[by] = [f"v{number}" for number in frame[by]]
@@ -62,12 +63,12 @@ def breakdown(frame: pd.DataFrame, by: str, metric: str) -> None:
     table(frame[list(columns)], columns, f"by-{by}")
 
 
-def by_version(frame: pd.DataFrame, trend: pd.DataFrame, serving: Serving, colours: Palette) -> None:
-    """One row a version: role, share of the traffic, and how its acceptance length moved."""
+def by_version(frame: pd.DataFrame, requests: float, trend: pd.DataFrame, serving: Serving, colours: Palette) -> None:
+    """One row a version: role, share of all the window's ``requests``, and how its acceptance length moved."""
     frame = _in_percent(frame.sort_values("policy_version", ascending=False))
     frame["version"] = [f"v{number}" for number in frame["policy_version"]]
     frame["role"] = [serving.role(int(number)) for number in frame["policy_version"]]
-    frame["share"] = 100 * frame["requests"] / frame["requests"].sum()
+    frame["share"] = 100 * frame["requests"] / requests
     frame["trend"] = trends(trend, frame["policy_version"])
     columns: Columns = {
         "version": st.column_config.TextColumn("version", width=70),

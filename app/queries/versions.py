@@ -13,8 +13,7 @@ import streamlit as st
 
 from app.queries.database import database
 from app.queries.ledger import TTL
-from app.queries.overview import ENTRIES, numbers
-from app.queries.overview import TTL as KEPT
+from app.queries.overview import ENTRIES, kept, numbers
 from engine.contracts import PolicyVersion
 from engine.store.panels import versions
 from engine.store.repositories import adaptation, genealogy, learning, overview, policies, tenants
@@ -52,7 +51,7 @@ def every() -> list[int]:
         return policies.numbers(session)
 
 
-@st.cache_data(ttl=KEPT, max_entries=ENTRIES, show_spinner=False)
+@kept
 def served(part: Slice) -> dict[int, int]:
     """Version → requests in the window, newest version first."""
     with database().read() as session:
@@ -66,14 +65,14 @@ def some(wanted: tuple[int, ...]) -> list[PolicyVersion]:
         return policies.some(session, wanted)
 
 
-@st.cache_data(ttl=KEPT, max_entries=ENTRIES, show_spinner=False)
+@kept
 def measured(part: Slice, among: tuple[int, ...] | None = None) -> pd.DataFrame:
     """What each version did, with intervals; of these, or of those with the most requests."""
     with database().read() as session:
         return numbers(pd.DataFrame(versions.measured(session, replace(part, versions=among))), ())
 
 
-@st.cache_data(ttl=KEPT, max_entries=ENTRIES, show_spinner=False)
+@kept
 def trends(part: Slice, among: tuple[int, ...]) -> pd.DataFrame:
     """Few bins over time by version: what sparklines show."""
     with database().read() as session:

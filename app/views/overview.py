@@ -43,7 +43,7 @@ def page() -> None:
     trend = overview.over_time(part)
     cards(_first(now), _first(before), trend)
     marks, lines = ledger.marks(part), overview.leading(part)
-    capped = few(part, lines)
+    capped, requests = few(part, lines), float(_first(now)["requests"])
     left, right = st.columns([3, 2])
     with left.container(border=True):
         with st.container(horizontal=True, vertical_alignment="center", key="latency-of"):
@@ -75,14 +75,15 @@ def page() -> None:
     with st.container(border=True):
         rows = overview.leading(part, SHOWN)
         heading("Versions", f"that served in this window{few(part, rows)}; latency in ms")
-        by_version(overview.totals(rows, ("policy_version",)), versions, serving, colours)
+        by_version(overview.totals(rows, ("policy_version",)), requests, versions, serving, colours)
     with st.container(border=True):
         with st.container(horizontal=True, vertical_alignment="center", key="traffic-by"):
             goal = settings().telemetry.objectives
             said = f"goodput: TTFT up to {goal.ttft_s:g} s, TPOT up to {goal.tpot_s * 1e3:g} ms"
             heading("Traffic", f"{NAMES[metric]} as chosen above; {said}")
             by = _by()
-        breakdown(overview.totals(rows if by == "policy_version" else part, (by,), (metric,)), by, metric)
+        among = rows if by == "policy_version" else part
+        breakdown(overview.totals(among, (by,), (metric,)), requests, by, metric)
     operations.panel(ledger.operations_record(4), _first(now).get("observed_gain"))
     with st.container(horizontal=True, key="more"):
         asked = urlencode({"metric": "p95", **parameters(part)})

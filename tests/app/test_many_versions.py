@@ -63,6 +63,16 @@ def test_every_version_can_be_reached(many: Database) -> None:
     assert len(listed) == 50
 
 
+def test_a_share_is_of_all_requests_and_not_of_those_shown(many: Database) -> None:
+    test = page("overview", by="version")
+    found = [frame.value for frame in test.dataframe if "share" in frame.value.columns]
+    assert len(found) == 2
+    for rows in found:
+        assert rows["share"].tolist() == pytest.approx(
+            [100 / SERVING] * 50, rel=0.05
+        )  # the oldest are out of the window
+
+
 def charts(test: AppTest) -> list[dict[str, object]]:
     """The specs of the Plotly charts, as they go to the browser."""
     return [json.loads(element.proto.spec) for element in test.get("plotly_chart")]

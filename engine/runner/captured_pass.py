@@ -76,10 +76,9 @@ class CapturedPass:
 
         return run
 
-    def prepare(self, most_drafted: int) -> None:
-        """Capture every size but those whose hidden states somebody reads: these wait for their first step."""
+    def prepare(self, most_drafted: int, layers: Sequence[int] = ()) -> None:
         for bucket in self._padded.buckets(1 + most_drafted):
-            self._prepared(bucket, ())
+            self._prepared(bucket, tuple(layers))
 
     def _prepared(self, bucket: Bucket, layers: tuple[int, ...]) -> Body:
         if layers and layers not in self._aux:

@@ -77,7 +77,7 @@ class Engine:
             return
         bound: Proposer = proposer
         if isinstance(proposer, NeedsTarget):
-            bound = proposer.bind(self._pools)
+            bound = self._bind(proposer)
         self._loaded[version], self._proposers[version] = proposer, bound
 
     def unload(self, version: int) -> None:
@@ -205,6 +205,13 @@ class Engine:
         self.draft_errors += live.draft_errors
         self._let_go()
         return live
+
+    def _bind(self, proposer: NeedsTarget) -> HiddenReader:
+        bound = proposer.bind(self._pools)
+        if not self.has_work:  # else a size waits for its first step: all of them at once would hold everybody up
+            self.runner.target_pass.prepare(bound.num_speculative_tokens, bound.aux_layers)
+            bound.pool.prepare(bound.num_speculative_tokens)
+        return bound
 
     def _let_go(self) -> None:
         """Give the pools of unloaded policies back once their last request, waiting ones included, is gone."""

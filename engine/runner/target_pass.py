@@ -68,8 +68,8 @@ class TargetPass(Protocol):
         """
         ...
 
-    def prepare(self, most_drafted: int) -> None:
-        """Set up what steps with drafts of up to so many tokens need, before a request waits for it."""
+    def prepare(self, most_drafted: int, layers: Sequence[int] = ()) -> None:
+        """Set up what steps with drafts of so many tokens, ``layers`` read, need before a request waits for it."""
 
 
 Verify = Callable[[Sequence[Asking], Sequence[Sequence[int]], Tensor], list[VerifyOutcome]]
@@ -109,7 +109,7 @@ class EagerPass:
 
         return run
 
-    def prepare(self, most_drafted: int) -> None:
+    def prepare(self, most_drafted: int, layers: Sequence[int] = ()) -> None:
         """Nothing is set up in advance."""
 
     def _batch(self, rows: Sequence[Row], prefills: Sequence[Row], cache: KVCache) -> Batch:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from engine.model.batch import Row
 from engine.model.draft import DraftNetwork
-from engine.model.graphs import Capture, Graphs
+from engine.model.graphs import Body, Capture, Graphs
 from engine.model.padded import WIDTHS, Bucket, PaddedRows, padded_batch
 from engine.model.staged import Staged, upload
 from engine.speculation.draft_pool import DraftPool, Proposal, Want
@@ -43,12 +43,24 @@ class CapturedPool(DraftPool):
         self._first_place = torch.arange(num_seqs, device=device) * max_len
         self._answers = Staged(MOST_DRAFTED * 2 * num_seqs, torch.float64, device)  # [drafted, (token, chance), rows]
 
+    def prepare(self, most_drafted: int) -> None:
+        """Capture what drafts of so many tokens need after steps that verified such drafts."""
+        for bucket in self._padded.buckets(1 + most_drafted):
+            self._prepared(bucket)
+
+    def _prepared(self, bucket: Bucket) -> tuple[Body, Body]:
+        """The pass over the slots that wait, and the one over a drafted token each."""
+        chain = Bucket(bucket.rows, 1, bucket.length)
+        return (
+            self.graphs.get(bucket, lambda: self._begin(bucket), lambda: self._park(bucket)),
+            self.graphs.get(("next", chain), lambda: self._go_on(chain), lambda: self._park(bucket)),
+        )
+
     def _draft(self, wants: Sequence[Want], rows: Sequence[Row], hidden: Tensor) -> list[Proposal]:
         longest = max(want.k for want in wants)
         bucket = self._padded.bucket(rows, beyond=longest)
-        count, chain = bucket.rows, Bucket(bucket.rows, 1, bucket.length)
-        first = self.graphs.get(bucket, lambda: self._begin(bucket), lambda: self._park(bucket))
-        following = self.graphs.get(("next", chain), lambda: self._go_on(chain), lambda: self._park(bucket))
+        first, following = self._prepared(bucket)
+        count = bucket.rows
         self._padded.fill(bucket, rows)
         self._limits.host[:count] = 0
         for want in wants:

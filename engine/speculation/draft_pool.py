@@ -78,6 +78,9 @@ class DraftPool:
             self._free.append(state.place)
             state.place, state.waiting, state.num_waiting = -1, [], 0
 
+    def prepare(self, most_drafted: int) -> None:
+        """Set up what drafts of so many tokens need, before a request waits for it: nothing here."""
+
     @property
     def in_use(self) -> int:
         return self.cache.num_slots - len(self._free)

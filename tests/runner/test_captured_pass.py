@@ -93,6 +93,18 @@ def test_a_swap_of_policies_captures_nothing_again(tiny: Target, proposers: dict
     assert tape.captures == seen > 0
 
 
+def test_what_was_prepared_is_not_captured_when_requests_come(tiny: Target, proposers: dict[int, Proposer]) -> None:
+    tape = Tape()
+    engine = captured(tiny, proposers, tape)
+    graphs_of(engine).prepare(4)
+    prepared = tape.captures
+    assert prepared == 3 * 3, "1, 2 and 4 rows of 1, 3 and 5 tokens over at most 160 keys"
+    for i, p in enumerate(prompts(tiny, 6)):
+        engine.add(request(str(i), p, FOOL if i % 2 else NGRAM, max_tokens=20))
+    run(engine)
+    assert tape.captures == prepared < tape.replays
+
+
 MAX_LEN = 600
 
 

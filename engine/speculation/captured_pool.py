@@ -18,7 +18,7 @@ from engine.model.draft import DraftNetwork
 from engine.model.graphs import Body, Capture, Graphs
 from engine.model.padded import WIDTHS, Bucket, PaddedRows, padded_batch
 from engine.model.staged import Staged, upload
-from engine.speculation.draft_pool import DraftPool, Proposal, Want
+from engine.speculation.draft_pool import MOST_WAITING, DraftPool, Proposal, Want
 
 MOST_DRAFTED = WIDTHS[-1] - 1
 
@@ -44,8 +44,8 @@ class CapturedPool(DraftPool):
         self._answers = Staged(MOST_DRAFTED * 2 * num_seqs, torch.float64, device)  # [drafted, (token, chance), rows]
 
     def prepare(self, most_drafted: int) -> None:
-        """Capture what drafts of so many tokens need after steps that verified such drafts."""
-        for bucket in self._padded.buckets(1 + most_drafted):
+        """Capture what drafts of so many tokens need after steps that verified such drafts, and after short prompts."""
+        for bucket in self._padded.buckets(max(1 + most_drafted, MOST_WAITING)):
             self._prepared(bucket)
 
     def _prepared(self, bucket: Bucket) -> tuple[Body, Body]:

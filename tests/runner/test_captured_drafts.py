@@ -93,7 +93,7 @@ def test_a_new_version_drafts_in_the_graphs_of_one_that_left(
     engine.load(NEXT, NeuralProposer(4, trained, 0.0))
     assert pool_of(engine, NEXT) is pool
     results = serve(engine, NEXT, "b")
-    assert len(pool.graphs) == 3 * 3 + 3, "1, 2 and 4 rows, 1, 3 and 5 slots that wait, and a token each"
+    assert len(pool.graphs) == 3 * 5 + 3, "1, 2 and 4 rows, 1 to 17 slots that wait, and a token each"
     target_pass = engine.runner.target_pass
     assert isinstance(target_pass, CapturedPass)
     assert tape.captures == len(target_pass.graphs) + len(pool.graphs)

@@ -81,7 +81,9 @@ class DeafPool(DraftPool):
 
 
 @pytest.mark.parametrize(
-    "think", [moody, lambda t, k: 1 // 0, lambda t, k: [1] * (k + 1), lambda t, k: [10**6]], ids=str
+    "think",
+    [moody, lambda t, k: 1 // 0, lambda t, k: [1] * (k + 1), lambda t, k: [10**6]],
+    ids=["now and then", "always", "too many tokens", "no token"],
 )
 def test_a_draft_that_fails_counts_in_shadow_as_in_serving(tiny: Target, think: object) -> None:
     """It drops out of no sample: its request is there, with the plain steps that serving would have made."""

@@ -12,7 +12,7 @@ from engine.bench.report import Figure, Report, count_figure, machine, quantile_
 def test_one_json_object_of_figures() -> None:
     report = Report("rollback", 3, [Figure("x_s", 0.2, 0.1, 0.3, 50, "s")])
     tree = json.loads(report.to_json())
-    assert set(tree) == {"bench", "version", "machine", "seed", "figures"}
+    assert set(tree) == {"bench", "version", "machine", "seed", "figures", "notes"}
     assert tree["figures"] == [{"name": "x_s", "value": 0.2, "low": 0.1, "high": 0.3, "n": 50, "unit": "s"}]
     assert "x_s" in report.to_text()
 

@@ -124,7 +124,7 @@ def test_a_draft_is_written_down_and_begun_later(flags: list[str], db: Database,
     text = run.invoke(app, [*flags, "rollout", "preset", "standard"]).output
     file = tmp_path / "mine.yaml"
     file.write_text(text.replace("max_drop: 0.03", "max_drop: 0.2"))
-    assert "10 guards, 3 steps" in run.invoke(app, [*flags, "rollout", "validate", str(file)]).output
+    assert "11 guards, 3 steps" in run.invoke(app, [*flags, "rollout", "validate", str(file)]).output
     file.with_name("typo.yaml").write_text(text.replace("soak_s", "soaks"))
     wrong = run.invoke(app, [*flags, "rollout", "validate", str(file.with_name("typo.yaml"))])
     assert "Did you mean soak_s?" in str(wrong.exception)

@@ -26,6 +26,16 @@ DEAF = (
 )
 
 
+@pytest.fixture(autouse=True)
+def nothing_ignored() -> Iterator[None]:
+    """As in a terminal, whatever started the tests: what is ignored stays ignored, in children too."""
+    first = signal.default_int_handler
+    before = {n: signal.signal(n, first if n == signal.SIGINT else signal.SIG_DFL) for n in SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @pytest.mark.parametrize("number", SIGNALS)
 def test_the_first_signal_is_an_exception_and_later_ones_cannot_break_off_the_ending(number: signal.Signals) -> None:
     steps = []

@@ -16,7 +16,7 @@ from engine.contracts import ProposerKind
 from engine.model.batch import Row, build_batch
 from engine.model.kv_cache import KVCache
 from engine.model.loading import Target
-from engine.runner import runner
+from engine.runner import target_pass
 from engine.speculation.control import DEFAULT_CONTROL, ControlSettings
 from engine.speculation.verify import VerifyOutcome, target_probabilities, verify_one_hot
 from engine.store.models import TracePayloadRow
@@ -152,7 +152,7 @@ def test_the_test_sees_planted_faults(
     name: str,
     fault: object,
 ) -> None:
-    monkeypatch.setattr(runner, name, fault)
+    monkeypatch.setattr(target_pass, name, fault)
     rows = sampled(0.7)
     worst = min(p_value([row[at] for row in rows], expected) for at, expected in enumerate(law(target, 0.7)))
     assert worst < 1e-6

@@ -190,12 +190,8 @@ def command(
 
 def commands(session: ReadSession | WriteSession, rollout_id: int, after: int = 0) -> list[Command]:
     """What was asked of a rollout since the command ``after``, oldest first."""
-    query = (
-        select(RolloutCommandRow)
-        .where(RolloutCommandRow.rollout_id == rollout_id, RolloutCommandRow.id > after)
-        .order_by(RolloutCommandRow.id)
-    )
-    return [_command(row) for row in session.scalars(query)]
+    query = select(RolloutCommandRow).where(RolloutCommandRow.rollout_id == rollout_id, RolloutCommandRow.id > after)
+    return [_command(row) for row in session.scalars(query.order_by(RolloutCommandRow.id))]
 
 
 def decisions(
@@ -243,18 +239,9 @@ def _without_counts() -> Select[Any]:
 
 def newest_counts(session: ReadSession | WriteSession, rollout_id: int) -> list[dict[str, Any]]:
     """The segments of the last decision that saw any."""
-    return (
-        session.scalar(
-            select(RolloutDecisionRow.evidence["inputs"]["segments"])
-            .where(
-                RolloutDecisionRow.rollout_id == rollout_id,
-                func.jsonb_array_length(RolloutDecisionRow.evidence["inputs"]["segments"]) > 0,
-            )
-            .order_by(RolloutDecisionRow.id.desc())
-            .limit(1)
-        )
-        or []
-    )
+    segments = RolloutDecisionRow.evidence["inputs"]["segments"]
+    query = select(segments).where(RolloutDecisionRow.rollout_id == rollout_id, func.jsonb_array_length(segments) > 0)
+    return session.scalar(query.order_by(RolloutDecisionRow.id.desc()).limit(1)) or []
 
 
 def newest_decision(session: ReadSession | WriteSession) -> int:

@@ -60,7 +60,7 @@ def run(settings: Settings, faults: Sequence[str], seed: int, say: Say) -> Repor
             rolled = [(fault, _try(own, fault, traffic, say)) for fault in chosen]
         finally:
             traffic.stop()
-        wait_until(lambda: _stored(own) >= traffic.sent, "all traces in the table", 60.0, pause_s=0.2)
+        wait_until(lambda: own.stored() >= traffic.sent, "all traces in the table", 60.0, pause_s=0.2)
         with own.database.read() as session:
             outcomes = [outcome(session, fault, rollout_id) for fault, rollout_id in rolled]
             figures = [figure for one in outcomes for figure in of_fault(one)]
@@ -145,11 +145,6 @@ def _state(own: Rig, rollout_id: int) -> RolloutState:
         found = rollouts.get(session, rollout_id)
     assert found is not None
     return found.state
-
-
-def _stored(own: Rig) -> int:
-    with own.database.read() as session:
-        return audit.traces(session)
 
 
 def _seconds(since: datetime, until: datetime) -> float:

@@ -15,6 +15,7 @@ from engine.ops import postgres, system
 from engine.ops.supervisor import Component, Say, Supervisor
 from engine.settings import Settings
 from engine.store.database import Database
+from engine.store.repositories import audit
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +27,11 @@ class Rig:
     @property
     def url(self) -> str:
         return f"http://{self.settings.engine.host}:{self.settings.engine.port}"
+
+    def stored(self) -> int:
+        """Traces in the table."""
+        with self.database.read() as session:
+            return audit.traces(session)
 
 
 @contextmanager

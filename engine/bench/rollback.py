@@ -56,7 +56,7 @@ def run(settings: Settings, tries: int, seed: int, say: Say, by_click: bool = Fa
         traffic = Traffic(system.url, served_model(system.url), prompts.shipped(), CLIENTS, seed, max_tokens=TOKENS)
         traffic.start()
         try:
-            wait_until(lambda: _count(system) >= TAUGHT_BY, f"{TAUGHT_BY} traces", 300.0, pause_s=0.2)
+            wait_until(lambda: system.stored() >= TAUGHT_BY, f"{TAUGHT_BY} traces", 300.0, pause_s=0.2)
             bad = garbage.publish(system.settings, system.database, np.random.default_rng(seed)).version
             found = {way: list[Try]() for way in ways}
             for n in range(tries):  # in turn: what the machine does meanwhile is the same for all ways
@@ -64,7 +64,7 @@ def run(settings: Settings, tries: int, seed: int, say: Say, by_click: bool = Fa
                     found[way].append(_try(system, bad, f"{way} {n + 1}/{tries}", prepare, say))
         finally:
             traffic.stop()
-        wait_until(lambda: _count(system) >= traffic.answered, "all traces in the table", 60.0, pause_s=0.2)
+        wait_until(lambda: system.stored() >= traffic.answered, "all traces in the table", 60.0, pause_s=0.2)
         return Report("rollback", seed, _figures(system, found, traffic, seed))
 
 
@@ -150,8 +150,3 @@ def _observed(system: Rig, plan: ServingPlan) -> datetime | None:
 def _last_bad(system: Rig, generation: int) -> datetime | None:
     with system.database.read() as session:
         return audit.last_start(session, generation, CANARY)
-
-
-def _count(system: Rig) -> int:
-    with system.database.read() as session:
-        return audit.traces(session)

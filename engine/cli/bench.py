@@ -17,6 +17,11 @@ bench = typer.Typer(no_args_is_help=True)
 
 Json = Annotated[bool, typer.Option("--json", help="one JSON object on standard output")]
 Seed = Annotated[int, typer.Option(help="seed of traffic and resampling")]
+Prompts = Annotated[
+    list[Path] | None,
+    typer.Argument(help="JSONL files in Spec-Bench's shape; without any, the project's own prompts"),
+]
+Classes = Annotated[str, typer.Option(help="traffic classes, by commas; all there are")]
 
 
 def add(app: typer.Typer) -> None:
@@ -131,11 +136,8 @@ def evidence(
 @bench.command()
 def serving(
     context: typer.Context,
-    prompts: Annotated[
-        list[Path] | None,
-        typer.Argument(help="JSONL files in Spec-Bench's shape; without any, the project's own prompts"),
-    ] = None,
-    classes: Annotated[str, typer.Option(help="traffic classes, by commas; all there are")] = "",
+    prompts: Prompts = None,
+    classes: Classes = "",
     policies: Annotated[str, typer.Option(help="policies, by commas")] = "none,ngram,memory",
     artifact: Annotated[list[str] | None, typer.Option(help="NAME=FOLDER of a policy artifact to measure too")] = None,
     draft: Annotated[Path | None, typer.Option(help="folder of a neural policy, for the policy hybrid")] = None,
@@ -299,11 +301,8 @@ def rollouts(
 @bench.command()
 def ties(
     context: typer.Context,
-    prompts: Annotated[
-        list[Path] | None,
-        typer.Argument(help="JSONL files in Spec-Bench's shape; without any, the project's own prompts"),
-    ] = None,
-    classes: Annotated[str, typer.Option(help="traffic classes, by commas; all there are")] = "",
+    prompts: Prompts = None,
+    classes: Classes = "",
     tested: Annotated[int, typer.Option("--prompts", help="prompts per class")] = 16,
     tokens: Annotated[int, typer.Option(help="output tokens at most")] = 48,
     dtypes: Annotated[str, typer.Option(help="dtypes, by commas")] = "bfloat16,float32",

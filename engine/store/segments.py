@@ -124,14 +124,15 @@ def merged(parts: Collection[KeySums]) -> KeySums:
         return next(iter(parts))
     whole = KeySums()
     for part in parts:
-        for name in _COUNTS:
+        for name in KEY_COUNTS:
             setattr(whole, name, getattr(whole, name) + getattr(part, name))
         for at, requests in part.latencies.items():
             whole.latencies[at] = whole.latencies.get(at, 0) + requests
     return whole
 
 
-_COUNTS = tuple(f.name for f in fields(KeySums) if f.name != "latencies")
+KEY_COUNTS = tuple(f.name for f in fields(KeySums) if f.name != "latencies")
+"""What a key is counted by, in the order of ``KeySums``."""
 
 
 @dataclass(slots=True)

@@ -17,7 +17,7 @@ from sqlalchemy import delete, text
 from engine.store.database import ReadSession, WriteSession
 from engine.store.models import ComparisonRow
 from engine.store.repositories.export import settled_before
-from engine.store.segments import METRICS, Keys, KeySums, Request, Tally
+from engine.store.segments import KEY_COUNTS, METRICS, Keys, KeySums, Request, Tally
 
 SETTLES = timedelta(seconds=10)
 """A transaction that writes for longer keeps what comes after its start from being counted, which is then said."""
@@ -160,16 +160,13 @@ def _known(session: WriteSession, comparison: int, hashes: Sequence[int]) -> Key
 
 
 def _keep(session: WriteSession, comparison: int, keys: Keys, changed: Sequence[tuple[str, Any, str]]) -> None:
-    columns: dict[str, list[Any]] = {name: [] for name in ("arm", "key", "traffic_class", *_COUNTED, "latencies")}
+    columns: dict[str, list[Any]] = {name: [] for name in ("arm", "key", "traffic_class", *KEY_COUNTS, "latencies")}
     for arm, key, name in changed:
         sums = keys[arm, key][name]
         for column, value in (("arm", arm), ("key", key), ("traffic_class", name)):
             columns[column].append(value)
-        for column in _COUNTED:
+        for column in KEY_COUNTS:
             columns[column].append(getattr(sums, column))
         flat = ",".join(f"{metric},{bucket},{n}" for (metric, bucket), n in sums.latencies.items())
         columns["latencies"].append(f"{{{flat}}}")
     session.execute(_KEEP, {"comparison": comparison} | columns)
-
-
-_COUNTED = ("requests", "cancelled", "errors", "draft_errors", "timeouts", "retries", "x", "y")

@@ -1,4 +1,4 @@
-"""A real Postgres for the tests that need one: started once, a fresh migrated database for each test."""
+"""What all tests share: a tiny model, and a real Postgres started once with a fresh migrated database for each test."""
 
 from __future__ import annotations
 
@@ -10,11 +10,21 @@ from pathlib import Path
 import psycopg
 import pytest
 
+from engine.model.loading import Target, load_target
 from engine.ops import postgres
 from engine.store import migrate
 from engine.store.database import Database
+from tests.tiny_model import write_tiny_model
 
 TEMPLATE = "slipstream_template"
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Target:
+    """A model of a few kilobytes in float64, so that nothing hangs on rounding."""
+    folder: Path = tmp_path_factory.mktemp("tiny")
+    write_tiny_model(folder, seed=3)
+    return load_target(str(folder), folder, dtype="float64", threads=1)
 
 
 @pytest.fixture(scope="session")

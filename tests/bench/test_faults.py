@@ -12,7 +12,7 @@ from sqlalchemy import text
 from engine.bench import faults, planted
 from engine.bench.planted import SAYS, SLOW_S, Fault, Planted
 from engine.contracts import RolloutState, SamplingParams, SlipstreamError, Status, artifact_digest
-from engine.model.loading import Target, load_target
+from engine.model.loading import Target
 from engine.rollout.controller import Controller
 from engine.rollout.launch import launch
 from engine.runner.engine import Engine, EngineRequest, RequestResult
@@ -22,17 +22,9 @@ from engine.speculation.proposer import PolicyError
 from engine.store.database import Database
 from engine.store.repositories import rollouts
 from tests.rollout import database_world as world
-from tests.tiny_model import write_tiny_model
 
 PROMPT = (5, 9, 5, 9, 5, 9, 30, 31)
 NONE, CHAMPION, TRIED = 1, 2, 3
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Target:
-    folder = tmp_path_factory.mktemp("tiny")
-    write_tiny_model(folder, seed=3)
-    return load_target(str(folder), folder, dtype="float64", threads=1)
 
 
 def proposer(fault: Fault) -> Planted:

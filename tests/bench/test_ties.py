@@ -2,20 +2,10 @@
 
 from __future__ import annotations
 
-import pytest
-
 from engine.bench import ties
-from engine.model.loading import Target, load_target
-from tests.tiny_model import write_tiny_model
+from engine.model.loading import Target
 
 PROMPTS = [(5, 9, 5, 9, 30), (40, 41, 42), (7,) * 19]
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Target:
-    folder = tmp_path_factory.mktemp("tiny")
-    write_tiny_model(folder, seed=3)
-    return load_target(str(folder), folder, dtype="float64", threads=1)
 
 
 def test_in_float64_all_passes_agree(tiny: Target) -> None:

@@ -25,19 +25,11 @@ from engine.learner.trainer import (
     learning_rate,
 )
 from engine.model.draft import DraftConfig
-from engine.model.loading import Target, load_target
+from engine.model.loading import Target
 from engine.speculation.artifact import load_proposer
 from engine.speculation.proposer import PolicyError
-from tests.tiny_model import write_tiny_model
 
 OPTIONS = TrainOptions(lr=1e-2, lr_end=1e-2, slots_per_step=60, micro_slots=30)
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Target:
-    folder: Path = tmp_path_factory.mktemp("tiny")
-    write_tiny_model(folder, seed=3)
-    return load_target(str(folder), folder, dtype="float64", threads=1)
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,7 @@ from engine.model.batch import Batch
 from engine.model.draft import DraftConfig
 from engine.model.kv_cache import KVCache
 from engine.model.llama import Llama
-from engine.model.loading import Target, load_target
+from engine.model.loading import Target
 from engine.registry.publish import publish
 from engine.rollout.launch import launch
 from engine.settings import LearnerSettings
@@ -42,16 +42,8 @@ from tests.learner.test_gate import COSTS
 from tests.learner.test_learner import NOW, World
 from tests.rollout import database_world as world
 from tests.runner.driving import alone, request
-from tests.tiny_model import write_tiny_model
 
 FINGERPRINT = "f" * 64
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Target:
-    folder: Path = tmp_path_factory.mktemp("tiny")
-    write_tiny_model(folder, seed=3)
-    return load_target(str(folder), folder, dtype="float64", threads=1)
 
 
 @pytest.fixture(scope="module")

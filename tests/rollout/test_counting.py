@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from functools import partial
 
 import numpy as np
@@ -12,7 +12,6 @@ from sqlalchemy import text
 from engine.contracts import RolloutState, Verdict
 from engine.rollout import controller as controller_module
 from engine.rollout.controller import LEASE, Controller
-from engine.rollout.launch import launch
 from engine.rollout.records import Action
 from engine.store.database import Database
 from engine.store.repositories import compared, leases
@@ -21,19 +20,6 @@ from tests.rollout import database_world as world
 
 NONE, CHAMPION, TRIED = 1, 2, 3
 EQUAL, WORSE = 1.0, 0.1
-
-
-@pytest.fixture
-def going(db: Database) -> tuple[Database, Controller, datetime]:
-    """A canary that has just been put before traffic."""
-    now = datetime.now(UTC)
-    world.versions(db, 3)
-    world.first_plan(db, CHAMPION, NONE)
-    world.beat(db, now, (NONE, CHAMPION))
-    launch(db, canary=TRIED, actor="ann", preset="fast", now=now)
-    acting = Controller(db, "a", 15.0)
-    acting.tick(now)
-    return db, acting, now
 
 
 def serve(db: Database, now: datetime, requests: int, tried: float, seed: int = 0) -> None:

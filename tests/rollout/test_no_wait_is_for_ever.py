@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 
 import pytest
 from sqlalchemy import text
@@ -14,7 +14,6 @@ from engine.contracts import RolloutState, Verdict
 from engine.rollout import decide as decide_module
 from engine.rollout import specs
 from engine.rollout.controller import Controller
-from engine.rollout.launch import launch
 from engine.rollout.records import Action, RolloutStatus, status_from_json, status_to_json
 from engine.rollout.replay import replay
 from engine.store.database import Database
@@ -128,18 +127,6 @@ def test_a_rollout_that_never_starts_ends_at_its_deadline_and_nobody_is_blamed(k
     assert "did not start within 3600 s" in decision.reason
     assert status_from_json(status_to_json(world.status)) == world.status
     assert world.tick(40).to_state is RolloutState.INCONCLUSIVE
-
-
-@pytest.fixture
-def going(db: Database) -> tuple[Database, Controller, datetime]:
-    now = datetime.now(UTC)
-    database_world.versions(db, 3)
-    database_world.first_plan(db, CHAMPION, NONE)
-    database_world.beat(db, now, (NONE, CHAMPION))
-    launch(db, canary=TRIED, actor="ann", preset="fast", now=now)
-    acting = Controller(db, "a", 15.0)
-    acting.tick(now)
-    return db, acting, now
 
 
 @pytest.mark.parametrize("broken", ["counting", "judging"])

@@ -7,14 +7,6 @@ import pytest
 
 from engine.model.loading import Target, load_target
 from engine.model.packaged import DEFAULT_MODEL
-from tests.tiny_model import write_tiny_model
-
-
-@pytest.fixture(scope="session")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Target:
-    folder: Path = tmp_path_factory.mktemp("tiny")
-    write_tiny_model(folder, seed=3)
-    return load_target(str(folder), folder, dtype="float64", threads=1)
 
 
 @pytest.fixture(scope="session")

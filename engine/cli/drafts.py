@@ -1,4 +1,4 @@
-"""`slipstream policy train-static`: the neural draft to start from, trained offline."""
+"""`slipstream policy sample-conversations` and `train-static`: the neural draft to start from, made offline."""
 
 from __future__ import annotations
 
@@ -11,7 +11,30 @@ from engine.cli.context import database, settings
 
 
 def add(policy: typer.Typer) -> None:
+    policy.command("sample-conversations")(sample_conversations)
     policy.command("train-static")(train_static)
+
+
+def sample_conversations(
+    context: typer.Context,
+    out: Annotated[Path, typer.Option(help="JSONL, added to until it holds --count; `policy train-static` reads it")],
+    count: Annotated[int, typer.Option(help="conversations that the file holds in the end")] = 750,
+    concurrency: Annotated[int, typer.Option(help="turns written at a time; a GPU takes hundreds")] = 64,
+    exclude: Annotated[
+        list[Path] | None, typer.Option(help="prompts that something is measured on; none of them is kept")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="of the first question; each further one has the next")] = 0,
+) -> None:
+    """Let the model write questions and answer them: conversations to train a draft on before there is traffic."""
+    from engine.demo import prompts
+    from engine.learner.self_sampling import write_conversations
+    from engine.model.loading import configured_target
+
+    target = configured_target(settings(context), typer.echo)
+    excluded = {turn for file in exclude or () for prompt in prompts.read(file) for turn in prompt.turns}
+    for held in write_conversations(target, out, count, concurrency, seed, excluded):
+        if held % 100 == 0 or held == count:
+            typer.echo(f"{out}: {held} of {count} conversations")
 
 
 def train_static(
@@ -31,9 +54,12 @@ def train_static(
     """
     from dataclasses import replace
 
+    import torch
+
     from engine.learner import static
     from engine.model.loading import configured_target
 
+    torch.set_float32_matmul_precision("high")  # on CUDA the tensor cores' float32: nothing is served from this process
     target = configured_target(settings(context), typer.echo, "float32")
     options = replace(static.FROM_SCRATCH, loss=loss)
     plan = static.StaticPlan(vocabulary, epochs, seed, float("inf") if minutes is None else minutes, options)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 CHUNK = 256
+CHUNK_ON_CUDA = 4096
 RowLoss = Callable[[Tensor, Tensor], Tensor]
 """(logits [R, vocab], p [R, vocab], the target's probabilities of these tokens: they sum to at most 1) → [R]."""
 
@@ -85,8 +86,9 @@ class _HeadLoss(torch.autograd.Function):
         loss: RowLoss,
     ) -> tuple[Tensor, Tensor]:
         losses, gradients, rights = [], [], []
-        for first in range(0, hidden.shape[0], CHUNK):
-            rows = slice(first, first + CHUNK)
+        chunk = CHUNK_ON_CUDA if hidden.is_cuda else CHUNK
+        for first in range(0, hidden.shape[0], chunk):
+            rows = slice(first, first + chunk)
             logits = (hidden[rows] @ head.t()).requires_grad_()
             p = (said[rows] @ head.t() - log_z[rows, None]).exp_()
             with torch.enable_grad():

@@ -29,7 +29,7 @@ from engine.speculation.neural_file import pack
 CHECKPOINT = "checkpoint.safetensors"
 HELD_OUT_SHARE = 0.06
 REPORT_EVERY = 20
-FROM_SCRATCH = TrainOptions(lr=1e-3, lr_end=5e-4, slots_per_step=1024, warmup=40)
+FROM_SCRATCH = TrainOptions(lr=1e-3, lr_end=1e-4, slots_per_step=2048, micro_slots=2048, warmup=40)
 Say = Callable[[str], None]
 
 

@@ -50,40 +50,67 @@ def unroll(
     late = torch.cat([torch.arange(s.begin, s.last, device=device) for s in segments])
     query, key, value = network.project(token_ids, fused, positions)
     chains = [_Step(query[late], key[late], value[late])]
+    together = [_all(segments, device)] if launches_cost(device) else [_one(s, device) for s in segments]
     outputs, hidden = list[Tensor](), fused[late]
     for step in range(1, steps + 1):
         if step > 1:
             hidden = _shift(outputs[-1], 1)
             chains.append(_Step(*network.project(token_ids[late], hidden, positions[late])))
         parts, row = [], 0
-        for segment in segments:
-            rows = slice(row, row + segment.last - segment.begin)
+        for one in together:
+            rows = slice(row, row + len(one.places))
             own = [_Step(c.query[rows], c.key[rows], c.value[rows]) for c in chains]
-            parts.append(_attend(own, key[segment.first : segment.last], value[segment.first : segment.last], segment))
+            parts.append(_attend(own, key[one.slots], value[one.slots], one))
             row = rows.stop
         outputs.append(network.finish(hidden, torch.cat(parts)))
     return outputs
 
 
-def _attend(chain: Sequence[_Step], key: Tensor, value: Tensor, segment: Segment) -> Tensor:
+def launches_cost(device: torch.device) -> bool:
+    """Whether few large products are cheaper there than many small ones."""
+    return device.type == "cuda"
+
+
+@dataclass(frozen=True, slots=True)
+class _Together:
+    """Chains that attend in one call, over the keys of ``slots``. All else counts from the first of these."""
+
+    slots: slice
+    places: Tensor  # [R]: the slot of each row
+    firsts: Tensor  # [R]: the first slot of the row's own sequence
+
+
+def _one(segment: Segment, device: torch.device) -> _Together:
+    places = torch.arange(segment.begin - segment.first, segment.last - segment.first, device=device)
+    return _Together(slice(segment.first, segment.last), places, torch.zeros_like(places))
+
+
+def _all(segments: Sequence[Segment], device: torch.device) -> _Together:
+    """Each masked from the others: most of the scores are thrown away."""
+    places = torch.cat([torch.arange(s.begin, s.last) for s in segments])
+    firsts = torch.cat([torch.full((s.last - s.begin,), s.first) for s in segments])
+    return _Together(slice(0, segments[-1].last), places.to(device), firsts.to(device))
+
+
+def _attend(chain: Sequence[_Step], key: Tensor, value: Tensor, one: _Together) -> Tensor:
     """Of the last step of ``chain``, which holds one row per slot: what a chain said earlier lies some rows above."""
     step, own = len(chain), chain[1:]
-    place = torch.arange(segment.begin - segment.first, segment.last - segment.first, device=key.device)
+    slots = torch.arange(key.shape[0], device=key.device)
+    seen = (slots <= (one.places - (step - 1))[:, None]) & (slots >= one.firsts[:, None])
     keys = [_shift(c.key, step - t) for t, c in enumerate(own, 2)]
     values = [_shift(c.value, step - t) for t, c in enumerate(own, 2)]
-    return attend_chains(chain[-1].query, key, value, place - (step - 1), keys, values)
+    return attend_chains(chain[-1].query, key, value, seen, keys, values)
 
 
 def attend_chains(
-    query: Tensor, key: Tensor, value: Tensor, starts: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor]
+    query: Tensor, key: Tensor, value: Tensor, seen: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor]
 ) -> Tensor:
-    """[R, heads * hd] for ``query`` [R, heads, hd] of R chains: over the target-fed ``key`` and ``value``
-    [T, kv_heads, hd] up to each chain's start (``starts`` [R]), and over its own since (``keys`` and ``values``,
+    """[R, heads * hd] for ``query`` [R, heads, hd] of R chains: over those of the target-fed ``key`` and ``value``
+    [T, kv_heads, hd] that each has ``seen`` [R, T], and over its own since (``keys`` and ``values``,
     [R, kv_heads, hd] for each step)."""
     count, heads, dim = query.shape
     kv_heads = key.shape[1]
     query = query.view(count, kv_heads, heads // kv_heads, dim).permute(1, 2, 0, 3) * dim**-0.5  # [kv, g, R, hd]
-    seen = torch.arange(key.shape[0], device=key.device) <= starts[:, None]  # [R, T]
     scores = (query @ key.permute(1, 2, 0).unsqueeze(1)).masked_fill(~seen, float("-inf"))
     own = [(query * k.transpose(0, 1).unsqueeze(1)).sum(-1, keepdim=True) for k in keys]
     weights = torch.cat([scores, *own], -1).softmax(-1)

@@ -19,6 +19,9 @@ from engine.contracts import SlipstreamError
 _TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|end_of_turn|>")
 """Special tokens that end an assistant's turn, whatever a config names as end of text."""
 
+_MARK = "7f3a9c51"
+"""A user turn that no template says by itself."""
+
 
 class Tokenizer:
     def __init__(self, folder: Path) -> None:
@@ -45,16 +48,26 @@ class Tokenizer:
 
     def apply_chat_template(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
         """Token ids of a conversation, up to where the assistant is to speak. A template's refusal is an error."""
+        return self._ids(self._rendered(messages, add_generation_prompt=True), add_special_tokens=False)
+
+    def open_user_turn(self) -> list[int]:
+        """Token ids up to where the first user is to speak, the template's own system turn included."""
+        text = self._rendered([{"role": "user", "content": _MARK}], add_generation_prompt=False)
+        opening, found, _ = text.partition(_MARK)
+        if not found:
+            raise SlipstreamError("The model's chat template does not repeat what the user says as it was said.")
+        return self._ids(opening, add_special_tokens=False)
+
+    def _rendered(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool) -> str:
         try:
-            text = self._template.render(
+            return self._template.render(
                 messages=list(messages),
-                add_generation_prompt=True,
+                add_generation_prompt=add_generation_prompt,
                 bos_token=_content(self.config.get("bos_token")),
                 eos_token=_content(self.config.get("eos_token")),
             )
         except (TemplateError, TypeError, KeyError) as error:
             raise SlipstreamError(f"The model's chat template refuses these messages: {error}") from None
-        return self._ids(text, add_special_tokens=False)
 
     def _ids(self, text: str, add_special_tokens: bool) -> list[int]:
         """As a batch of one: ``encode`` stops every other thread meanwhile, for seconds on a text of megabytes."""

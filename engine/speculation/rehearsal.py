@@ -56,7 +56,8 @@ def rehearse(
     keys, values = list[Tensor](), list[Tensor]()  # of the chains that go on, their own since the start
     found = Rehearsal([[] for _ in range(begin, last)], [[] for _ in range(begin, last)])
     for step in range(1, k + 1):
-        hidden = network.finish(hidden, attend_chains(query, key, value, starts, keys, values))
+        seen = torch.arange(last, device=device) <= starts[:, None]
+        hidden = network.finish(hidden, attend_chains(query, key, value, seen, keys, values))
         tokens, chances = _best(network, hidden)
         survival = survival * chances
         for start, token, chance in zip(starts.tolist(), tokens.tolist(), chances.tolist(), strict=True):

@@ -113,6 +113,22 @@ def test_memory_is_bounded_by_pieces_that_change_nothing(tiny: Target, examples:
         torch.testing.assert_close(weight, pieces.weights[name])
 
 
+def test_all_sequences_at_once_are_what_each_is_alone(
+    tiny: Target, examples: list[Example], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on CUDA: one product over all sequences, masked from each other, against one for each."""
+    alone = trainer_of(tiny)
+    done = alone.step(examples)
+    monkeypatch.setattr("engine.model.draft_unroll.launches_cost", lambda device: True)
+    together = trainer_of(tiny)
+    again = together.step(examples)
+    assert (again.right, again.rows, again.loss) == (done.right, done.rows, pytest.approx(done.loss))
+    for name, weight in alone.weights.items():
+        torch.testing.assert_close(together.weights[name], weight)
+        assert weight.grad is not None
+        torch.testing.assert_close(together.weights[name].grad, weight.grad)
+
+
 def test_the_first_rejection_weighs_more(tiny: Target, examples: list[Example]) -> None:
     """With nothing ever right, every first token is a first rejection and every later one is off the path."""
     plain = trainer_of(tiny, replace(OPTIONS, first_rejection=1.0)).step(examples)

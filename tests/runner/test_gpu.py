@@ -9,6 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from engine.learner.features import example
+from engine.learner.trainer import Trainer, TrainOptions, fresh_weights
+from engine.model.draft import DraftConfig
 from engine.model.graphs import Capture, CudaCapture, graphs_on, no_graphs_on
 from engine.model.loading import Target, load_target
 from engine.model.random_weights import random_tensors
@@ -153,6 +156,21 @@ def test_a_step_waits_once_and_once_more_for_a_neural_draft(
     assert engine.step_errors == engine.draft_errors == 0
     assert [len(part.graphs) for part in graphs(engine)] == held
     assert steps < waits <= most * steps if most > 1 else waits == steps
+
+
+def test_a_draft_learns_on_cuda_what_it_learns_on_the_cpu(exact: Target, tiny: Target) -> None:
+    rng, ids = random.Random(0), range(3, tiny.config.vocab_size)
+    pairs = [(rng.choices(ids, k=6), rng.choices(ids, k=rng.randint(2, 14))) for _ in range(6)]
+    trained = []
+    for target in (exact, tiny):
+        config = DraftConfig.of_target(target.config, 64)
+        trainer = Trainer(
+            target.model, config, fresh_weights(config, target.model, 0), torch.arange(64), TrainOptions(lr=1e-2)
+        )
+        examples = [example(target.model, p, o, config.aux_layers, torch.float64) for p, o in pairs]
+        losses = [trainer.step(examples).loss for _ in range(3)]
+        trained.append((losses, {name: weight.detach().cpu() for name, weight in trainer.weights.items()}))
+    torch.testing.assert_close(trained[0], trained[1], rtol=1e-6, atol=1e-9)
 
 
 def test_a_capture_reads_what_is_there_when_it_is_replayed() -> None:

@@ -6,6 +6,7 @@ Screenshots go to SCREENSHOTS, or to screenshots/ in the checkout.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -29,6 +30,10 @@ from tests.waiting import free_ports, until
 
 playwright = pytest.importorskip("playwright.sync_api")
 pytestmark = pytest.mark.browser
+WAIT_MS = 60_000
+"""How long a page may take for anything: only a failure waits so long."""
+expect = playwright.expect
+expect.set_options(timeout=WAIT_MS)
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 ARGS = [
     *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
@@ -111,7 +116,7 @@ def open_page(
     browser: playwright.Browser, address: str, scheme: str = "light", width: int = 1500, height: int = 1000
 ) -> playwright.Page:
     context = browser.new_context(viewport={"width": width, "height": height}, color_scheme=scheme)
-    context.set_default_timeout(60_000)
+    context.set_default_timeout(WAIT_MS)
     page = context.new_page()
     page.goto(address)
     return page
@@ -126,7 +131,7 @@ def settled(page: playwright.Page, name: str) -> None:
     page.wait_for_function(f"document.querySelectorAll('.js-plotly-plot .main-svg').length >= {charts}")
     page.wait_for_timeout(400)  # tables draw on a canvas, which nothing announces
     page.wait_for_function("document.fonts.status === 'loaded'")
-    assert page.locator("[data-testid=stException]").count() == 0
+    expect(page.get_by_test_id("stException")).to_have_count(0)
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -169,24 +174,25 @@ def test_a_deep_link_opens_one_trace_with_its_tokens(browser: playwright.Browser
 def test_a_row_of_the_list_opens_its_trace_and_the_way_back_is_there(browser: playwright.Browser, url: str) -> None:
     page = open_page(browser, f"{url}/traces?class=code")
     settled(page, "traces")
-    assert page.get_by_text("Rows of a download").count() == 0, "a page showed the documentation in its script"
+    documented = page.get_by_text("Rows of a download")
+    expect(documented, "no page shows the documentation in its script").to_have_count(0)
     box = page.get_by_test_id("stDataFrame").bounding_box()
     assert box is not None
     page.mouse.click(box["x"] + 22, box["y"] + 54)  # the mark of the first row; the table is one canvas
     page.get_by_text("hover a token to see its step").wait_for()
-    assert "trace=" in page.url
+    expect(page).to_have_url(re.compile("[?&]trace="))
     page.get_by_role("button", name="All traces").click()
     page.get_by_text("Choose one to open it").wait_for()
-    assert "trace=" not in page.url
-    assert "class=code" in page.url
+    expect(page).not_to_have_url(re.compile("[?&]trace="))
+    expect(page).to_have_url(re.compile("[?&]class=code"))
     page.context.close()
 
 
 def test_a_filter_is_in_the_url_and_survives_the_link(browser: playwright.Browser, url: str) -> None:
     page = open_page(browser, f"{url}/?class=code&range=6h")
     settled(page, "overview")
-    assert page.get_by_label("classes").input_value() == "code"
-    assert "class=code" in page.url
+    expect(page.get_by_label("classes")).to_have_value("code")
+    expect(page).to_have_url(re.compile("[?&]class=code"))
     page.context.close()
 
 
@@ -238,10 +244,12 @@ def test_a_rollout_is_made_in_a_form_that_shows_what_it_freezes(
     steps.fill("10, 60")
     steps.press("Enter")
     form.get_by_text("at most 0.5").wait_for()
-    assert form.get_by_role("button", name="Write down as a draft").is_disabled()
+    write = form.get_by_role("button", name="Write down as a draft")
+    expect(write).to_be_disabled()
     steps.fill("10, 40")
     steps.press("Enter")
     form.get_by_text("This is frozen at the start under").wait_for()
+    expect(write).to_be_enabled()
     form.get_by_text("YAML").click()
     form.get_by_text("steps: [0.1, 0.4]").wait_for()
     page.wait_for_timeout(400)

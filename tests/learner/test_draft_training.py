@@ -12,6 +12,7 @@ import torch
 
 from engine.contracts import ProposerKind, SlipstreamError, artifact_digest
 from engine.learner import checkpoint
+from engine.learner.evaluate import accepted_from
 from engine.learner.feature_cache import Conversation
 from engine.learner.features import Example, example
 from engine.learner.losses import LOSSES, forward_kl, head_loss, lk_alpha, reverse_kl
@@ -144,6 +145,18 @@ def test_what_a_verification_discards_weighs_as_much_as_is_asked(tiny: Target, e
     )
     assert none < tenth < whole
     assert tenth - none == pytest.approx(0.1 * (whole - none))
+
+
+def test_a_chain_is_accepted_up_to_its_first_wrong_token() -> None:
+    right = torch.rand(3, 40, generator=torch.Generator().manual_seed(0)) < 0.6
+    want = []
+    for start in range(40):
+        s = 0
+        while s < 3 and start + s < 40 and right[s, start + s]:
+            s += 1
+        want.append(s)
+    assert accepted_from(right).tolist() == want
+    assert set(want) == {0, 1, 2, 3}
 
 
 def test_broken_training_is_noticed_and_leaves_the_weights(tiny: Target, examples: list[Example]) -> None:

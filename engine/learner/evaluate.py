@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
 from engine.learner.features import Example
 from engine.learner.trainer import pack
@@ -47,14 +48,20 @@ def acceptance(
         batch = pack([one], network.target)
         truth = places[batch.truth]
         outputs = unroll(network, batch.token_ids, network.fuse(batch.aux), batch.segments, k)
-        right = torch.stack([network.logits(output).argmax(-1) == truth for output in outputs]).cpu()  # [k, M]
+        right = torch.stack([network.logits(output).argmax(-1) == truth for output in outputs])
+        accepted = accepted_from(right).tolist()
         start = 0
-        while start < truth.shape[0]:  # a verify step drafts from slot `start` on
-            chain = right[torch.arange(k), torch.arange(start, start + k).clamp(max=truth.shape[0] - 1)]
-            chain = chain & (torch.arange(start, start + k) < truth.shape[0])
-            accepted = int(chain.long().cumprod(0).sum())
+        while start < len(accepted):  # a verify step drafts from slot `start` on
             counts.steps += 1
-            for s in range(accepted):
+            for s in range(accepted[start]):
                 counts.accepted_per_pos[s] += 1
-            start += accepted + 1
+            start += accepted[start] + 1
     return dict(sorted(found.items()))
+
+
+def accepted_from(right: Tensor) -> Tensor:
+    """[M]: how many tokens of the chain that begins at each slot are right, the s-th ``right``[s] [k, M] s slots on."""
+    chains = torch.zeros_like(right)
+    for s, row in enumerate(right):
+        chains[s, : len(row) - s] = row[s:]
+    return chains.long().cumprod(0).sum(0)

@@ -211,11 +211,9 @@ class TracePayload:
 class TraceRecord:
     """One request, whatever became of it: one row of ``traces`` (design.md section 7).
 
-    A request waits through its decoding steps for ``draft_s`` (its own proposals), ``verify_s`` (target passes) and
-    ``other_s``. ``cost_s`` is what it cost of these: its proposals and its share of the pass; over all requests these
-    add up to the engine's time. ``plain_s`` is what plain decoding of the same tokens would have cost, by the measured
-    step costs (0: not known); plain_s / cost_s is the observed gain, ``expected_accepted`` what K control expected of
-    ``accepted``.
+    Of decoding it waits for ``draft_s`` (own proposals), ``verify_s`` (target passes), ``other_s``; ``cost_s`` is its
+    part of these. plain_s / cost_s is the observed gain over plain decoding (plain_s 0: not known), expected_plain_s /
+    expected_cost_s the one that K control predicted when it chose, ``expected_accepted`` its guess at ``accepted``.
 
     ``tpot_s`` = (e2e − TTFT) / (output_tokens − 1), None under two tokens. ``started_at`` is when the server had
     read the request; with ``trace_id`` it is the identity under which a trace is stored once.
@@ -257,6 +255,8 @@ class TraceRecord:
     cost_s: float = 0.0
     plain_s: float = 0.0
     expected_accepted: float = 0.0
+    expected_plain_s: float = 0.0
+    expected_cost_s: float = 0.0
     retry: int = 0
     preemptions: int = 0
     draft_errors: int = 0

@@ -132,7 +132,8 @@ def distribution(frame: pd.DataFrame, band: tuple[float, float] | None, colours:
 def cost(frame: pd.DataFrame, colours: Palette) -> Figure:
     """What a verify step costs against what it brings: above the line drafting pays.
 
-    ``frame``: policy_version, traffic_class, break_even (cost of a step, in plain steps), acceptance_length, requests.
+    ``frame``: policy_version, traffic_class, break_even (cost of a step, in plain steps), acceptance_length, requests,
+    gain (plain decoding's time over the time spent), predicted_gain (the same as K control expected it, or None).
     """
     known = frame.dropna(subset=["break_even", "acceptance_length"]) if not frame.empty else frame
     if known.empty:
@@ -162,7 +163,9 @@ def cost(frame: pd.DataFrame, colours: Palette) -> Figure:
                 "size": [8 + 14 * math.sqrt(n / most) for n in rows["requests"]],
                 "line": {"width": 1, "color": colours.card},
             },
-            hovertemplate="%{text}: a step costs %{x:.2f} plain steps and brings %{y:.2f} tokens<extra></extra>",
+            customdata=[_gains(*pair) for pair in zip(rows["gain"], rows["predicted_gain"], strict=True)],
+            hovertemplate="%{text}: a step costs %{x:.2f} plain steps and brings %{y:.2f} tokens<br>%{customdata}"
+            "<extra></extra>",
         )
     made.update_layout(showlegend=True, hovermode="closest")
     made.update_xaxes(
@@ -170,6 +173,11 @@ def cost(frame: pd.DataFrame, colours: Palette) -> Figure:
     )
     made.update_yaxes(nticks=6, title=_axis("tokens a step", colours))
     return made
+
+
+def _gains(observed: float, predicted: float) -> str:
+    text = f"{observed:.2f} × plain decoding"
+    return text if pd.isna(predicted) else f"{text}; K control expected {predicted:.2f} ×"
 
 
 def _axis(text: str, colours: Palette) -> dict[str, object]:

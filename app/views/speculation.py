@@ -14,6 +14,14 @@ from app.components.tables import Columns, in_colour, table
 from app.queries import ledger, overview
 from engine.store.panels.versions import SHOWN
 
+PREDICTED = (
+    "what K control expected when it chose: plain decoding of the tokens it expected, over what it expected drafting "
+    "and passes to take"
+)
+OBSERVED = (
+    "plain decoding of the tokens that came, by the measured cost of plain steps, over what drafting and passes took"
+)
+
 current = context.bar()
 
 
@@ -68,10 +76,13 @@ def page() -> None:
         draw(speculation.distribution(frame, band, colours), "spread", "How requests spread over acceptance lengths.")
     with right.container(border=True):
         drawn = costs if lines == part else costs[costs["policy_version"].isin(lines.versions or ())]
-        heading("Cost and benefit", "tokens a verify step brings; above the line drafting pays · shapes are classes")
+        heading(
+            "Cost and benefit",
+            "tokens a verify step brings; above the line drafting pays · shapes are classes · hover: gain",
+        )
         draw(speculation.cost(drawn, colours), "cost", "Acceptance length against the cost of a step, with break-even.")
     with st.container(border=True):
-        heading("Versions and classes", "times in ms per verify step; gain over plain decoding")
+        heading("Versions and classes", "times in ms per verify step; gain: time of plain decoding / time spent")
         _table(costs, here)
     export("speculation", part)
 
@@ -104,7 +115,8 @@ def _table(costs: pd.DataFrame, here: context.Context) -> None:
         "draft_step_ms": number("draft, ms", format="%.2f"),
         "verify_step_ms": number("verify, ms", format="%.1f"),
         "break_even": number("break-even length", format="%.2f", help="the acceptance length from which drafting pays"),
-        "gain": number("gain", format="%.2f ×", help="plain decoding's time over the time that was spent"),
+        "predicted_gain": number("predicted gain", format="%.2f ×", help=PREDICTED),
+        "gain": number("observed gain", format="%.2f ×", help=OBSERVED),
     }
     frame = frame.sort_values(["policy_version", "requests"], ascending=[False, False])
     table(in_colour(frame[list(columns)], here.colours), columns, "costs")

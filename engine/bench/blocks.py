@@ -77,6 +77,7 @@ def speculation_figures(label: str, runs: Sequence[Run], rng: np.random.Generato
     if not results:
         return []
     table = np.array([(r.counts.steps, r.counts.accepted, r.expected_accepted, r.plain_s, r.cost_s,
+                       r.expected_plain_s, r.expected_cost_s,
                        *(r.counts.accepted_per_pos[i] if i < len(r.counts.accepted_per_pos) else 0
                          for i in range(positions))) for r in results], float)  # fmt: skip
     figures = [
@@ -85,10 +86,11 @@ def speculation_figures(label: str, runs: Sequence[Run], rng: np.random.Generato
     if table[:, 1].sum() and table[:, 2].sum():
         figures.append(_figure(f"accepted/expected:{label}", table, lambda s: s[..., 1] / s[..., 2], "x", rng))
     if table[:, 3].sum():
+        figures.append(_figure(f"predicted_gain:{label}", table, lambda s: s[..., 5] / s[..., 6], "x", rng))
         figures.append(_figure(f"observed_gain:{label}", table, lambda s: s[..., 3] / s[..., 4], "x", rng))
     for i in range(positions):
         figures.append(
-            _figure(f"accepted_at_{i + 1}:{label}", table, lambda s, i=i: s[..., 5 + i] / s[..., 0], "share", rng)
+            _figure(f"accepted_at_{i + 1}:{label}", table, lambda s, i=i: s[..., 7 + i] / s[..., 0], "share", rng)
         )
     return figures
 

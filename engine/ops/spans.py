@@ -56,7 +56,10 @@ def _children(row: TraceRow) -> Iterable[tuple[str, float, Mapping[str, Any]]]:
     if row.ttft_s is not None:
         yield "prefill", max(row.ttft_s - (row.queue_s or 0.0), 0.0), {"prompt_tokens": row.prompt_tokens}
         counts = {"steps": row.steps, "drafted": row.drafted, "accepted": row.accepted}
-        names = ("draft_s", "verify_s", "other_s", "cost_s", "plain_s", "expected_accepted")
+        names = (
+            *("draft_s", "verify_s", "other_s", "cost_s", "plain_s"),
+            *("expected_accepted", "expected_plain_s", "expected_cost_s"),
+        )
         cost = {name: getattr(row, name) for name in names}
         yield "decode", max(row.e2e_s - row.ttft_s, 0.0), counts | cost
 

@@ -38,7 +38,7 @@ GONE = frozenset({"RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE", "INVALID
 LATENCIES = {"e2e": ("p50", "p95", "p99"), "ttft": ("p50", "p95"), "tpot": ("p50", "p95"), "queue": ("p95",)}
 RATIOS = (
     *("requests", "tokens_s", "goodput_share", "error_rate", "retry_rate"),
-    *("acceptance_length", "acceptance_rate", "draft_length", "observed_gain"),
+    *("acceptance_length", "acceptance_rate", "draft_length", "observed_gain", "predicted_gain"),
 )
 log = logging.getLogger(__name__)
 

@@ -59,7 +59,7 @@ class Live:
         self.seq = SequenceState(request.request_id, request.prompt_ids, request.sampling.max_tokens, request.client)
         self._rng = np.random.default_rng(request.sampling.seed)
         self._uniforms: list[float] = []  # of the output positions to come
-        self.expected_accepted = 0.0
+        self.expected_accepted = self.expected_plain_s = self.expected_cost_s = 0.0
         self.counts, self.steps = SpecCounts(), list[VerifyStep]()
         self.times = Times(added=now)
         self.draft_errors = 0
@@ -122,10 +122,14 @@ class Live:
             self._drafter.observe(kept)
         return self._output(kept, text, reason, now)
 
-    def commit(self, draft: Draft, verified: int, outcome: VerifyOutcome, now: float) -> Output:
-        """Append the outcome of ``verified`` drafted tokens, up to a stop; what a stop cuts off counts as nothing."""
+    def commit(self, draft: Draft, verified: int, outcome: VerifyOutcome, now: float, plain_s: float) -> Output:
+        """Append the outcome of ``verified`` drafted tokens, up to a stop; what a stop cuts off counts as nothing.
+
+        ``plain_s``: what plain decoding would have taken for each of them.
+        """
         kept, text, reason = self._append(outcome.tokens)
         emitted = len(kept)
+        self.times.plain += plain_s * emitted
         if emitted <= outcome.accepted:
             step = VerifyStep(tuple(draft.tokens[:emitted]), emitted, emitted)
         else:
@@ -248,6 +252,8 @@ class Live:
             cost_s=times.cost,
             plain_s=times.plain,
             expected_accepted=self.expected_accepted,
+            expected_plain_s=self.expected_plain_s,
+            expected_cost_s=self.expected_cost_s,
             counts=self.counts,
             draft_errors=self.draft_errors,
             preemptions=self.seq.preemptions,

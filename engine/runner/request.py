@@ -46,9 +46,12 @@ class RequestResult:
 
     ``cost_s`` is the request's own part of its decoding steps: its proposals, its share of each pass by rows, an equal
     share of the rest; over all requests these add up to the engine's time, so a slow draft is seen although it shares
-    its batch. ``plain_s`` is what plain decoding of the same tokens would have cost beside the same neighbours, by the
-    measured costs (0 while none are known): plain_s / cost_s is the observed gain. ``expected_accepted`` is what K
-    control expected ``counts.accepted`` to be.
+    its batch. ``plain_s`` is what plain decoding of the tokens of its verify steps would have cost beside the same
+    neighbours, by the measured costs (0 while none are known): plain_s / cost_s is the observed gain.
+
+    ``expected_accepted`` is what K control expected ``counts.accepted`` to be when it chose, ``expected_plain_s`` what
+    plain decoding of as many and one more a step would cost, ``expected_cost_s`` what it took drafting and passes to
+    cost, all by its beliefs of that moment: expected_plain_s / expected_cost_s is the predicted gain.
     """
 
     request_id: str
@@ -70,6 +73,8 @@ class RequestResult:
     cost_s: float
     plain_s: float
     expected_accepted: float
+    expected_plain_s: float
+    expected_cost_s: float
     counts: SpecCounts
     draft_errors: int
     payload: TracePayload

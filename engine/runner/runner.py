@@ -77,13 +77,12 @@ class Runner:
             chunk.seq.num_computed += chunk.count
         before_s = began - started - drafting_captured_s
         pass_s = now - began - (captured_s - drafting_captured_s)
-        self._account(decoding, drafting, choice, base_rows, before_s, pass_s)
+        plain_s = self._account(decoding, drafting, choice, base_rows, before_s, pass_s)
         for live in decoding:
             live.times.other += captured_s  # it was waited for, and teaches nothing of what drafts and passes cost
         outputs = []
         for live, draft, k, outcome in zip(decoding, drafts, choice.ks, outcomes, strict=False):
-            live.times.plain += choice.plain_s / base_rows * len(outcome.tokens)
-            outputs.append(live.guarded(partial(live.commit, draft, k, outcome, now), now))
+            outputs.append(live.guarded(partial(live.commit, draft, k, outcome, now, plain_s), now))
             # The last token committed is the next step's first input; rejected places are overwritten then.
             live.seq.num_computed = len(live.seq.token_ids) - 1
         for live, outcome in zip(ending, outcomes[len(decoding) :], strict=True):
@@ -107,7 +106,10 @@ class Runner:
         drafts, drafting = draft_together(decoding, limits, self.model.config.vocab_size, self.work_clock)
         for live, draft, took in zip(decoding, drafts, drafting, strict=True):
             if draft.asked and draft.part == live.parts - 1:
-                live.controls[-1].acceptance.took(took, draft.asked)
+                acceptance = live.controls[-1].acceptance
+                if self.control.costs is not None:
+                    live.expected_cost_s += acceptance.draft_s * draft.asked
+                acceptance.took(took, draft.asked)
         offers = [
             Offer(live.controls[d.part], len(d.tokens), d.confidence) for live, d in zip(decoding, drafts, strict=True)
         ]
@@ -121,8 +123,13 @@ class Runner:
         base_rows: int,
         before_s: float,
         pass_s: float,
-    ) -> None:
-        """Give every decoding row what it waited for and what it cost; let K control learn what the step took."""
+    ) -> float:
+        """Give every decoding row what it waited for and what it cost; let K control learn what the step took.
+
+        Returns the seconds that a token would have taken without any draft in this step, 0 where no costs are known.
+        Among decoding rows alone that is the measured cost of such a pass. Beside prompts, whose rows cost less and are
+        not profiled, it is the pass that ran, less the share of it that the profile gives the drafted rows.
+        """
         rows = base_rows + sum(choice.ks)
         other = before_s - sum(drafting) + self._committing  # of the last step: it is known only now
         for live, took, k, expected in zip(decoding, drafting, choice.ks, choice.expected, strict=True):
@@ -132,8 +139,14 @@ class Runner:
             times.other += before_s - took + self._committing
             times.cost += took + pass_s * (1 + k) / rows + other / len(decoding)
             live.expected_accepted += expected
-        if self.control.costs is not None and base_rows == len(decoding):  # prompts cost otherwise
-            self.control.costs.observe(rows, pass_s + other)
+            live.expected_plain_s += choice.plain_s / base_rows * (1 + expected)
+            live.expected_cost_s += choice.pass_s * (1 + k) / rows
+        if not decoding or self.control.costs is None:
+            return 0.0
+        if base_rows > len(decoding):  # prompts cost otherwise
+            return pass_s * choice.plain_s / choice.pass_s / base_rows + other / len(decoding)
+        self.control.costs.observe(rows, pass_s + other)
+        return choice.plain_s / base_rows
 
 
 def _charge(heard: Sequence[Heard], seconds: float) -> None:

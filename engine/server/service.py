@@ -258,6 +258,8 @@ class Service:
             cost_s=result.cost_s if result is not None else 0.0,
             plain_s=result.plain_s if result is not None else 0.0,
             expected_accepted=result.expected_accepted if result is not None else 0.0,
+            expected_plain_s=result.expected_plain_s if result is not None else 0.0,
+            expected_cost_s=result.expected_cost_s if result is not None else 0.0,
             retry=caller.retry,
             preemptions=result.preemptions if result is not None else 0,
             draft_errors=result.draft_errors if result is not None else 0,

@@ -50,6 +50,10 @@ class Metrics:
         self._cost = counter("slipstream:cost_seconds", "Decoding time by what each request cost of it.", arm)
         self._plain = counter("slipstream:plain_seconds", "What plain decoding of the same would have cost.", arm)
         self._expected = counter("slipstream:expected_accepted", "Accepted tokens that K control expected.", arm)
+        self._expected_plain = counter(
+            "slipstream:expected_plain_seconds", "What plain decoding of what K control expected would have cost.", arm
+        )
+        self._expected_cost = counter("slipstream:expected_cost_seconds", "Decoding time that K control expected.", arm)
         self.registry.register(_Gauges(model, gauges))
 
     def observe(self, record: TraceRecord) -> None:
@@ -63,6 +67,8 @@ class Metrics:
             (self._cost, record.cost_s),
             (self._plain, record.plain_s),
             (self._expected, record.expected_accepted),
+            (self._expected_plain, record.expected_plain_s),
+            (self._expected_cost, record.expected_cost_s),
         ):
             counter.labels(model, str(record.policy_version), record.arm).inc(amount)
         for counter, n in (

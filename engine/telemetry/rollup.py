@@ -50,6 +50,8 @@ class Sums:
     cost_s: float = 0.0
     plain_s: float = 0.0
     expected_accepted: float = 0.0
+    expected_plain_s: float = 0.0
+    expected_cost_s: float = 0.0
 
     def add(self, record: TraceRecord, objectives: Objectives) -> None:
         self.requests += 1
@@ -71,6 +73,8 @@ class Sums:
         self.cost_s += record.cost_s
         self.plain_s += record.plain_s
         self.expected_accepted += record.expected_accepted
+        self.expected_plain_s += record.expected_plain_s
+        self.expected_cost_s += record.expected_cost_s
         if record.ttft_s is not None:
             self.decode_s += max(record.e2e_s - record.ttft_s, 0.0)
 

@@ -22,7 +22,7 @@ NAN = float("nan")
 
 def frame(rows: int, value: float = 1.5) -> pd.DataFrame:
     classes = ["chat", "code", "batch", "long_form", "other"][:rows]
-    numbers = dict.fromkeys(("acceptance_length", "break_even", "acceptance"), value)
+    numbers = dict.fromkeys(("acceptance_length", "break_even", "acceptance", "gain", "predicted_gain"), value)
     return pd.DataFrame({"at": AT[:rows], "traffic_class": classes, "policy_version": 3, "requests": 7.0, "position": 0}
                         | numbers)  # fmt: skip
 
@@ -41,6 +41,12 @@ def test_every_chart_draws(data: pd.DataFrame, colours: Palette) -> None:
         system.partitions(pd.DataFrame(), colours),
     ):
         made.to_json()
+
+
+def test_what_a_step_costs_says_the_gain_that_was_expected_beside_the_one_that_came() -> None:
+    made = speculation.cost(frame(2).assign(gain=1.25, predicted_gain=[1.5, NAN]), LIGHT)
+    said = [text for trace in made.data[1:] for text in trace.customdata]
+    assert said == ["1.25 × plain decoding; K control expected 1.50 ×", "1.25 × plain decoding"]
 
 
 def test_shares_add_up_and_a_gap_is_no_bar() -> None:

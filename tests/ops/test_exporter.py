@@ -57,6 +57,8 @@ def trace(number: int, **changes: object) -> TraceRow:
         "cost_s": 0.06,
         "plain_s": 0.08,
         "expected_accepted": 1.5,
+        "expected_plain_s": 0.09,
+        "expected_cost_s": 0.05,
         "retry": 0,
         "preemptions": 0,
         "trainable": True,

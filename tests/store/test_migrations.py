@@ -141,7 +141,10 @@ def test_hours_outlive_their_minutes_in_the_upgrade_to_more_tiers(database_url: 
     command.check(config)
 
 
-LATER = {"other_s", "cost_s", "plain_s", "expected_accepted", "draft_errors"}
+LATER = {
+    *("other_s", "cost_s", "plain_s", "expected_accepted", "draft_errors"),
+    *("expected_plain_s", "expected_cost_s"),
+}
 """Columns that the first engines did not know."""
 
 

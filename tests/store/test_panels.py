@@ -24,7 +24,7 @@ from engine.store.repositories import learning, overview, traces
 from engine.store.repositories.learning import Attempt
 from engine.store.repositories.overview import Slice
 from engine.store.repositories.traces import Filter, Place
-from tests.store.test_rollups import END, START, compacted, deltas_only, records, write
+from tests.store.test_rollups import END, START, compact, compacted, deltas_only, records, write
 from tests.telemetry.records import record
 
 ALL = Filter()
@@ -62,6 +62,23 @@ def test_every_percentile_is_there_by_version_class_arm_and_replica(db: Database
                 assert {"goodput_s", "goodput_share", "retry_rate", "error_rate"} <= row.keys()
             for column in ("requests", "retries", "preemptions", "good"):
                 assert sum(row[column] for row in rows) == whole[column] > 0, (name, column)
+
+
+@pytest.mark.parametrize("compaction", [False, True])
+def test_the_gain_that_was_predicted_stands_beside_the_one_observed(
+    db: Database, tmp_path: Path, compaction: bool
+) -> None:
+    """What an engine of before wrote says nothing of the first."""
+    same = {"started_at": START, "policy_version": 2, "traffic_class": "chat", "steps": 4, "drafted": 9}
+    known = record(1, **same, cost_s=2.0, plain_s=4.0, expected_cost_s=1.0, expected_plain_s=3.0)
+    before = record(2, **same, cost_s=2.0, plain_s=2.0, expected_cost_s=0.0, expected_plain_s=0.0)
+    for chosen, predicted, observed in (([before], None, 1.0), ([known], 3.0, 1.5)):
+        write(db, tmp_path, chosen)
+        if compaction:
+            compact(db, START + timedelta(days=2))
+        with db.read() as session:
+            (row,) = PANELS["speculation.cost"].read(session, DAY)
+        assert (row["predicted_gain"], row["observed_gain"]) == (predicted, observed)
 
 
 def test_the_formats_say_the_same_and_json_knows_no_nan() -> None:

@@ -61,6 +61,8 @@ def record(number: int, seed: int = 0, **changes: Any) -> TraceRecord:
         cost_s=0.5 * decode,
         plain_s=0.7 * decode,
         expected_accepted=1.25,
+        expected_plain_s=0.75 * decode,
+        expected_cost_s=0.5 * decode,
         retry=int(rng.random() < 0.1),
         payload=TracePayload(tuple(range(7)), tuple(rng.randrange(300) for _ in range(output)), tuple(steps)),
     )

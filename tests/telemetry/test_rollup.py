@@ -39,6 +39,8 @@ COUNTS = (
     "cost_s",
     "plain_s",
     "expected_accepted",
+    "expected_plain_s",
+    "expected_cost_s",
 )
 RAW = f"""
     SELECT date_trunc('minute', started_at, 'UTC') AS minute, {KEY}, count(*) AS requests,

@@ -42,6 +42,8 @@ class Sums:
     cost_s: Mapped[float] = mapped_column(server_default="0")
     plain_s: Mapped[float] = mapped_column(server_default="0")
     expected_accepted: Mapped[float] = mapped_column(server_default="0")
+    expected_plain_s: Mapped[float] = mapped_column(server_default="0")
+    expected_cost_s: Mapped[float] = mapped_column(server_default="0")
 
 
 class Buckets:

@@ -60,6 +60,8 @@ class TraceRow(Base):
     cost_s: Mapped[float] = mapped_column(server_default="0")
     plain_s: Mapped[float] = mapped_column(server_default="0")
     expected_accepted: Mapped[float] = mapped_column(server_default="0")
+    expected_plain_s: Mapped[float] = mapped_column(server_default="0")
+    expected_cost_s: Mapped[float] = mapped_column(server_default="0")
     retry: Mapped[int] = mapped_column(SmallInteger)
     preemptions: Mapped[int] = mapped_column(SmallInteger)
     draft_errors: Mapped[int] = mapped_column(Integer, server_default="0")

@@ -92,8 +92,8 @@ def with_ratios(row: dict[str, Any], seconds: float) -> dict[str, Any]:
     ``acceptance_length`` is 1 + accepted / steps, bonus included; ``acceptance_rate`` accepted / drafted;
     ``draft_length`` drafted / steps, the K that was used; ``goodput_s`` requests within the objectives per second.
     ``cost_step_ms`` is what a step cost of the engine's time, without its neighbours' shares; ``observed_gain`` the
-    cost of plain decoding over it, ``expected_length`` the acceptance length that K control expected; None where no
-    step costs were known.
+    cost of plain decoding over it, ``predicted_gain`` the same as K control saw it coming and ``expected_length`` the
+    acceptance length that it expected; None where no step costs were known.
     """
     steps = row["steps"]
     accepted = _over(row["accepted"], steps)
@@ -109,6 +109,7 @@ def with_ratios(row: dict[str, Any], seconds: float) -> dict[str, Any]:
         "verify_step_ms": _over(row["verify_s"] * 1e3, steps),
         "cost_step_ms": _over(row["cost_s"] * 1e3, steps),
         "observed_gain": _over(row["plain_s"], row["cost_s"]) if row["plain_s"] else None,
+        "predicted_gain": _over(row["expected_plain_s"], row["expected_cost_s"]),
         "expected_length": 1 + row["expected_accepted"] / steps if steps and row["expected_accepted"] else None,
         "decode_tokens_s": _over(max(row["output_tokens"] - row["requests"], 0), row["decode_s"]),
         "error_rate": _over(row["errors"], row["requests"]),

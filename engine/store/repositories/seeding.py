@@ -55,8 +55,8 @@ _DAY = """
         started_at, trace_id, request_id, replica_id, policy_version, arm, generation, traffic_class, tenant,
         assignment_key, status, finish_reason, error, model, endpoint, stream, temperature, max_tokens, queue_s, ttft_s,
         tpot_s, e2e_s, prompt_tokens, output_tokens, steps, drafted, accepted, drafted_per_pos, accepted_per_pos,
-        prefill_s, draft_s, verify_s, other_s, cost_s, plain_s, expected_accepted, retry, preemptions,
-        draft_errors, trainable, written_at)
+        prefill_s, draft_s, verify_s, other_s, cost_s, plain_s, expected_accepted, expected_plain_s,
+        expected_cost_s, retry, preemptions, draft_errors, trainable, written_at)
     SELECT at, gen_random_uuid(), 'r' || g, 'replica-' || g % 2, version, arm, 1 + CAST(:number AS integer), class,
         CASE g % 3 WHEN 0 THEN 'acme' WHEN 1 THEN 'globex' END, 'c' || g / 4, status,
         CASE status WHEN 'ok' THEN 'stop' END, CASE status WHEN 'error' THEN 'planted' END, 'seeded',
@@ -65,7 +65,7 @@ _DAY = """
         4 * steps, accepted, ARRAY[steps, steps, steps, steps],
         ARRAY[accepted / 2, accepted / 4, accepted / 8, accepted - accepted / 2 - accepted / 4 - accepted / 8],
         prefill_s, 0.06 * decode_s, 0.92 * decode_s, 0.02 * decode_s, 0.5 * decode_s, 0.6 * decode_s,
-        accepted, CAST(r_retry < 0.01 AS integer),
+        accepted, 0.65 * decode_s, 0.5 * decode_s, CAST(r_retry < 0.01 AS integer),
         CAST(load > 1.4 AND r_status > 0.98 AS integer), 0, true,
         at + make_interval(secs => queue_s + prefill_s + decode_s + 0.3)
     FROM (

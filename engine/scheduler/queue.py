@@ -72,7 +72,7 @@ class FairQueue:
         return [seq for queue in self._clients.values() for seq in queue.values()]
 
     def __len__(self) -> int:
-        return sum(len(queue) for queue in self._clients.values())
+        return sum(map(len, list(self._clients.values())))  # other threads ask too
 
     def _of(self, client: str) -> OrderedDict[str, Sequence]:
         if client not in self._clients:

@@ -106,7 +106,8 @@ class Scheduler:
             self.waiting.remove(seq.request_id)
             seq.slot = heapq.heappop(self._free)
             self.running[seq.request_id] = seq
-            self.waiting.charge(seq.client, prompt_tokens=seq.num_prefill)
+            if not seq.preemptions:  # what is computed again is no service to its client
+                self.waiting.charge(seq.client, prompt_tokens=seq.num_prefill)
             budget -= self._chunk(step, seq, budget)
         return step
 
@@ -127,7 +128,8 @@ class Scheduler:
 
     @property
     def blocks_in_use(self) -> int:
-        return sum(map(self._blocks, self.running.values()))
+        running = list(self.running.values())  # other threads ask, while sequences come and go
+        return sum(map(self._blocks, running))
 
     def check_integrity(self) -> None:
         """Every slot is free or owned once, blocks are within bounds, every sequence is in a possible state."""

@@ -5,7 +5,7 @@ import random
 import pytest
 
 from engine.scheduler.errors import QueueFull, RequestTooLong
-from engine.scheduler.queue import MOST_IDLE
+from engine.scheduler.queue import MOST_IDLE, OUTPUT_WEIGHT
 from engine.scheduler.scheduler import ScheduledStep, Scheduler
 from engine.scheduler.sequence import NO_SLOT, Sequence
 
@@ -147,6 +147,19 @@ def test_the_youngest_gives_way_and_is_computed_again_with_its_output() -> None:
     s.check_integrity()
 
 
+def test_who_gave_way_pays_for_his_prompt_once() -> None:
+    s = scheduler(max_model_len=128, kv_tokens=12 * 16, prefill_chunk=64, max_prefill_tokens=64)
+    for name in "ab":
+        s.add(seq(name, 20, 100, client=name))
+    while s.preemptions < 1 or s.has_work:
+        run(s.schedule())
+        for one in [one for one in s.running.values() if not one.remaining]:
+            served = dict(s.waiting._served)
+            s.finish(one.request_id)
+    assert s.preemptions
+    assert served == {"a": 20 + OUTPUT_WEIGHT * 100, "b": 20}, "b's output is charged when it ends"
+
+
 def test_what_the_whole_cache_cannot_hold_is_refused() -> None:
     s = scheduler(max_model_len=128, kv_tokens=64)
     with pytest.raises(RequestTooLong, match="holds 64"):
@@ -231,3 +244,19 @@ def test_counters_of_clients_that_went_are_bounded_and_end_with_the_work() -> No
     s.finish(f"{i}")
     assert not s.has_work
     assert not s.waiting._served
+
+
+def test_blocks_are_counted_while_sequences_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gauges are asked for from other threads than the engine's."""
+    s = scheduler()
+    for name in "ab":
+        s.add(seq(name))
+    s.schedule()
+    blocks = s._blocks
+
+    def meanwhile(one: Sequence) -> int:
+        s.running.pop("a", None)
+        return blocks(one)
+
+    monkeypatch.setattr(s, "_blocks", meanwhile)
+    assert s.blocks_in_use == 2

@@ -61,7 +61,7 @@ class Runner:
             if live.seq.slot == NO_SLOT:  # waiting, perhaps once more: another may need what its drafter held
                 live.leave()
         base_rows = len(decoding) + sum(chunk.count for chunk in scheduled.prefills)
-        drafts, drafting, choice = self._draft(decoding, base_rows, len(decoding) + len(ending))
+        drafts, drafting, choice = self._draft(decoding, base_rows - len(decoding))
         verified = [draft.tokens[:k] for draft, k in zip(drafts, choice.ks, strict=True)]
 
         began, drafting_captured_s = self.clock(), self.captured_s - captured_s
@@ -97,12 +97,10 @@ class Runner:
         self._committing = self.clock() - now
         return outputs
 
-    def _draft(
-        self, decoding: Sequence[Live], base_rows: int, base_tokens: int
-    ) -> tuple[list[Draft], list[float], Choice]:
+    def _draft(self, decoding: Sequence[Live], prompt_rows: int) -> tuple[list[Draft], list[float], Choice]:
         """(drafts, seconds each took, how many tokens of each are verified)."""
         dear = [live.controls[-1] for live in decoding]
-        limits = self.control.limits(dear, [live.most_drafts for live in decoding], base_rows, base_tokens)
+        limits = self.control.limits(dear, [live.most_drafts for live in decoding], prompt_rows)
         drafts, drafting = draft_together(decoding, limits, self.model.config.vocab_size, self.work_clock)
         for live, draft, took in zip(decoding, drafts, drafting, strict=True):
             if draft.asked and draft.part == live.parts - 1:
@@ -113,7 +111,7 @@ class Runner:
         offers = [
             Offer(live.controls[d.part], len(d.tokens), d.confidence) for live, d in zip(decoding, drafts, strict=True)
         ]
-        return drafts, drafting, self.control.choose(offers, base_rows, base_tokens)
+        return drafts, drafting, self.control.choose(offers, prompt_rows)
 
     def _account(
         self,

@@ -216,24 +216,26 @@ class KController:
         for key in [key for key in self._acceptance if key[0] == version]:
             del self._acceptance[key]
 
-    def limits(self, rows: Sequence[RowControl], ks: Sequence[int], base_rows: int, base_tokens: int) -> list[int]:
+    def limits(self, rows: Sequence[RowControl], ks: Sequence[int], prompt_rows: int = 0) -> list[int]:
         """How many tokens to ask of each drafter, at most ``ks``. Only a drafter that costs time is ever not asked.
 
-        ``rows``: of those parts that may cost time.
+        ``rows``: of those parts that may cost time, one for each request that decodes; beside them the pass computes
+        ``prompt_rows`` tokens of prompts.
         """
         if self.costs is None:
             return list(ks)
+        base_rows = len(rows) + prompt_rows
         free = FREE_SHARE * self.costs(base_rows)
         dear = [i for i, row in enumerate(rows) if ks[i] and row.settings.enabled and row.acceptance.draft_s > free]
         limits = list(ks)
         if not dear:
             return limits
         per_token = sum(rows[i].acceptance.draft_s for i in dear) / len(dear)
-        costs = self.costs
+        costs = self._decoding_costs(len(rows), prompt_rows)
         chosen = allocate(
             [rows[i].acceptance.survivals(ks[i]) for i in dear],
             base_rows,
-            base_tokens,
+            len(rows),
             lambda count: costs(count) + per_token * (count - base_rows),
             max(rows[i].settings.min_gain for i in dear),
         )
@@ -244,20 +246,20 @@ class KController:
             limits[i] = min(k + probe, ks[i])
         return limits
 
-    def choose(self, offers: Sequence[Offer], base_rows: int, base_tokens: int) -> Choice:
-        """How many tokens of each draft to verify in a pass that has ``base_rows`` rows without them."""
+    def choose(self, offers: Sequence[Offer], prompt_rows: int = 0) -> Choice:
+        """How many tokens of each draft to verify; an offer, perhaps of none, for each request that decodes."""
         survivals = [offer.row.survivals(offer.count, offer.confidence) for offer in offers]
-        costs = self.costs
+        costs, base_rows = self.costs, len(offers) + prompt_rows
         ks = [offer.count for offer in offers]
-        if costs is not None:
-            steered = [i for i, offer in enumerate(offers) if offer.row.settings.enabled]
+        steered = [i for i, offer in enumerate(offers) if offer.row.settings.enabled]
+        if costs is not None and steered:
             fixed = [i for i, offer in enumerate(offers) if not offer.row.settings.enabled]
             chosen = allocate(
                 [survivals[i] for i in steered],
                 base_rows + sum(ks[i] for i in fixed),
-                base_tokens + sum(sum(survivals[i]) for i in fixed),
-                costs,
-                max((offers[i].row.settings.min_gain for i in steered), default=0.0),
+                len(offers) + sum(sum(survivals[i]) for i in fixed),
+                self._decoding_costs(len(offers), prompt_rows),
+                max(offers[i].row.settings.min_gain for i in steered),
             )
             for i, k in zip(steered, chosen, strict=True):
                 ks[i] = k
@@ -265,6 +267,20 @@ class KController:
         if costs is None:
             return Choice(ks, expected)
         return Choice(ks, expected, costs(base_rows), costs(base_rows + sum(ks)))
+
+    def _decoding_costs(self, decoding: int, prompt_rows: int) -> Callable[[int], float]:
+        """Seconds of a pass by its rows, less what its prompts take.
+
+        Prompts must be computed whatever is drafted. Were their time part of the choice, a drafted token would have to
+        bring only what so slow a step brings in its time, and rows were spent on tokens that hardly ever come.
+        """
+        costs = self.costs
+        assert costs is not None
+        if not prompt_rows:
+            return costs
+        plain = costs(decoding)
+        prompts = costs(decoding + prompt_rows) - plain
+        return lambda rows: max(costs(rows) - prompts, plain)  # a bump in the profile makes no row cheaper than free
 
 
 def _level(position: int, confidence: float | None) -> int:

@@ -64,7 +64,7 @@ def replay_controlled(
     done = 1
     while done < len(output_ids):
         most, before = max(0, min(proposer.num_speculative_tokens, max_tokens - done - 1)), _passes(drafter)
-        (asked,) = controller.limits([rows[last]], [most], 1, 1)
+        (asked,) = controller.limits([rows[last]], [most])
         limit, part = asked, last
         if most and in_turn is not None:
             draft, part = in_turn.propose(most, limit), in_turn.part
@@ -75,7 +75,7 @@ def replay_controlled(
         if asked and part == last:
             row.acceptance.took((_passes(drafter) - before) * draft_pass_s, asked)
         confidence = drafter.confidence if asked else ()
-        k = controller.choose([Offer(row, len(draft), confidence)], 1, 1).ks[0]
+        k = controller.choose([Offer(row, len(draft), confidence)]).ks[0]
         step = verify_stored(draft[:k], output_ids[done:])
         committed = output_ids[done : done + step.emitted]
         if asked:

@@ -79,14 +79,14 @@ class World:
         rows = [controller.row(1, "chat", self.settings) for _ in range(self.requests)]
         tokens = spent = drafted = 0.0
         for _ in range(steps):
-            asked = controller.limits(rows, [self.k] * len(rows), len(rows), len(rows))
+            asked = controller.limits(rows, [self.k] * len(rows))
             truth = [[self.rng.random() < self.right(i) for _ in range(n)] for i, n in enumerate(asked)]
             sure = [
                 [self.confidence(self.right(i)) for _ in range(n)] if self.confidence else []
                 for i, n in enumerate(asked)
             ]
             offers = [Offer(row, n, c) for row, n, c in zip(rows, asked, sure, strict=True)]
-            choice = controller.choose(offers, len(rows), len(rows))
+            choice = controller.choose(offers)
             count = len(rows) + sum(choice.ks)
             took = self.true(count) * self.rng.uniform(1 - self.noise, 1 + self.noise)
             controller.costs.observe(count, took)  # type: ignore[union-attr]
@@ -127,6 +127,25 @@ def test_a_drafters_confidence_is_checked_against_what_happens(said: Callable[[f
     assert World(MEASURED, lambda i: 0.95, 1, confidence=said).run(1500)[0] > 2.0
 
 
+def test_a_prompt_beside_them_makes_no_unlikely_token_worth_its_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pass takes a second with the prompt; a token of four rows, 8 ms apiece, must still bring what others do."""
+    controller = KController(StepCosts(seconds(MEASURED)))
+    rows = [controller.row(1, "chat", ControlSettings()) for _ in range(4)]
+
+    def drafted(chance: float, prompt_rows: int) -> int:
+        offers = [Offer(row, 4, [chance] * 4) for row in rows]
+        for row in rows:
+            row.acceptance.draft_s = 0.001
+        assert (sum(controller.limits(rows, [4] * 4, prompt_rows)) > 4) == (prompt_rows > 0)  # rows are cheaper there
+        return sum(controller.choose(offers, prompt_rows).ks)
+
+    assert drafted(0.2, 0) == drafted(0.2, 300) == 0
+    assert drafted(0.9, 300) == 16
+    assert controller.choose([], 300).ks == []
+    monkeypatch.setattr(KController, "_decoding_costs", lambda self, decoding, prompt_rows: self.costs)
+    assert drafted(0.2, 300) > 0
+
+
 def test_a_good_row_is_drafted_for_beside_bad_ones() -> None:
     world = World(MEASURED, lambda i: 0.97 if i < 2 else 0.02, 8)
     gain, drafted = world.run(800)
@@ -140,7 +159,7 @@ def test_what_was_switched_off_by_itself_comes_back() -> None:
     row = controller.row(1, "chat", ControlSettings(memory=200))
 
     def step(right: bool) -> int:
-        k = controller.choose([Offer(row, 4)], 1, 1).ks[0]
+        k = controller.choose([Offer(row, 4)]).ks[0]
         committed = [0] * (k + 1) if right else [1]
         row.observe(4, [0] * 4, (), committed)
         return k
@@ -158,13 +177,13 @@ def test_a_drafter_that_costs_time_is_left_alone_but_for_probes() -> None:
     row.acceptance.took(0.004, 1)
     asked = []
     for _ in range(400):
-        (n,) = controller.limits([row], [4], 1, 1)
+        (n,) = controller.limits([row], [4])
         asked.append(n)
         if n:
             row.observe(n, [0] * n, (), [1])
     assert sum(asked[-100:]) == 10
     for _ in range(4_000):
-        (n,) = controller.limits([row], [4], 1, 1)
+        (n,) = controller.limits([row], [4])
         if n:
             row.observe(n, [0] * n, (), [0] * (n + 1))
     assert n >= 3
@@ -177,7 +196,7 @@ def test_a_dear_drafter_is_probed_in_a_class_of_short_answers() -> None:
     for request in range(1_000):  # drafts are wrong at first, and right later on
         row = controller.row(1, "chat", settings)
         for _ in range(8):
-            (n,) = controller.limits([row], [4], 1, 1)
+            (n,) = controller.limits([row], [4])
             asked.append(n)
             if n:
                 row.observe(n, [0] * n, (), [0] * (n + 1) if request > 200 else [1])
@@ -213,14 +232,14 @@ def test_a_dear_drafter_is_never_slower_either() -> None:
 def test_a_policy_without_control_drafts_what_it_likes() -> None:
     controller = KController(StepCosts(seconds(STEEP)))
     row = controller.row(1, "chat", ControlSettings(enabled=False))
-    assert controller.limits([row], [4], 1, 1) == [4]
-    assert controller.choose([Offer(row, 4)], 1, 1).ks == [4]
+    assert controller.limits([row], [4]) == [4]
+    assert controller.choose([Offer(row, 4)]).ks == [4]
 
 
 def test_without_costs_nothing_is_cut() -> None:
     controller = KController()
     row = controller.row(1, "chat", ControlSettings())
-    assert controller.choose([Offer(row, 3)], 1, 1).ks == [3]
+    assert controller.choose([Offer(row, 3)]).ks == [3]
 
 
 def test_expected_acceptances_are_met() -> None:

@@ -13,6 +13,7 @@ from app.queries.database import database
 from engine.contracts import ReplicaState, ServingPlan
 from engine.rollout import launch as launching
 from engine.rollout.guards import RolloutSpec
+from engine.store.repositories import decisions as history
 from engine.store.repositories import operations, plans, policies, replicas, rollouts, traces
 from engine.store.repositories.overview import Slice
 from engine.store.repositories.plans import Observation
@@ -98,14 +99,14 @@ def all_rollouts() -> list[Rollout]:
 @st.cache_data(ttl=TTL, show_spinner=False)
 def decisions(rollout_id: int) -> list[DecisionRecord]:
     with database().read() as session:
-        return rollouts.verdicts(session, rollout_id)
+        return history.verdicts(session, rollout_id)
 
 
 @st.cache_data(ttl=timedelta(seconds=5), show_spinner=False)
 def counts(rollout_id: int) -> list[dict[str, Any]]:
     """What the last decision about a rollout was made of: one entry per arm and class."""
     with database().read() as session:
-        return rollouts.newest_counts(session, rollout_id)
+        return history.newest_counts(session, rollout_id)
 
 
 @st.cache_data(ttl=timedelta(minutes=1), show_spinner=False)

@@ -5,13 +5,13 @@ from __future__ import annotations
 from datetime import UTC, datetime, timedelta
 
 import pytest
-from sqlalchemy import insert
+from sqlalchemy import event, insert, select
 
 from engine.contracts import RolloutState, Verdict
 from engine.store.database import Database
 from engine.store.models import RolloutDecisionRow
 from engine.store.panels import PANELS
-from engine.store.repositories import rollouts
+from engine.store.repositories import decisions, rollouts
 from engine.store.repositories.overview import Slice
 from tests.rollout.database_world import versions
 
@@ -45,6 +45,31 @@ def decide(db: Database, rollout_id: int, count: int) -> None:
     with db.write() as session:
         rows = [one | {"decided_at": AT + timedelta(seconds=n)} for n in range(count)]
         session.execute(insert(RolloutDecisionRow), rows)
+
+
+def saw(db: Database, rollout_id: int, *segments: list[dict[str, str]]) -> None:
+    """Decisions that each saw these segments."""
+    decide(db, rollout_id, len(segments))
+    with db.write() as session:
+        made = session.scalars(select(RolloutDecisionRow).where(RolloutDecisionRow.rollout_id == rollout_id)).all()
+        for row, seen in zip(sorted(made, key=lambda row: row.id), segments, strict=True):
+            row.evidence = {"inputs": {"segments": seen}}
+
+
+def test_the_counts_of_all_rollouts_are_those_of_their_last_decisions_in_one_question(db: Database) -> None:
+    first, second, third, _ = begun(db, 4)
+    saw(db, first, [{"arm": "old"}], [{"arm": "canary"}, {"arm": "control"}], [])
+    saw(db, second, [])
+    saw(db, third, [{"arm": "canary"}])
+    asked = list[str]()
+    with db.read() as session:
+        event.listen(session.connection(), "before_cursor_execute", lambda *given: asked.append(given[2]))
+        found = PANELS["rollouts.counts"].read(session, Slice(AT - timedelta(hours=1), AT + timedelta(hours=1)))
+    assert len(asked) == 1
+    assert [(row["rollout"], row["arm"]) for row in found] == [(third, "canary"), (first, "canary"), (first, "control")]
+    with db.read() as session:
+        assert [row["arm"] for row in decisions.newest_counts(session, first)] == ["canary", "control"]
+        assert decisions.newest_counts(session, second) == []
 
 
 def test_many_rollouts_and_many_decisions_are_all_told(db: Database) -> None:

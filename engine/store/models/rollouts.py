@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import ARRAY, ForeignKey, Identity, Integer, func
+from sqlalchemy import ARRAY, ForeignKey, Identity, Index, Integer, func
 from sqlalchemy.orm import Mapped, mapped_column
 
 from engine.store.models.base import Base
@@ -32,8 +32,9 @@ class RolloutDecisionRow(Base):
     """Every decision with its evidence; replaying them gives the same verdicts. Append-only. Writer: engine.rollout."""
 
     __tablename__ = "rollout_decisions"
+    __table_args__ = (Index("ix_rollout_decisions_rollout_id_id", "rollout_id", "id"),)
     id: Mapped[int] = mapped_column(Identity(always=True), primary_key=True)
-    rollout_id: Mapped[int] = mapped_column(ForeignKey("rollouts.id"), index=True)
+    rollout_id: Mapped[int] = mapped_column(ForeignKey("rollouts.id"))
     decided_at: Mapped[datetime] = mapped_column(index=True)
     from_state: Mapped[str]
     to_state: Mapped[str]

@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 
 from engine.store.database import ReadSession
 from engine.store.panels.traffic import Rows
+from engine.store.repositories import decisions as history
 from engine.store.repositories import operations, rollouts
 from engine.store.repositories.overview import Slice
 
@@ -44,16 +45,16 @@ def decisions(session: ReadSession, part: Slice) -> Rows:
             "generation": one.generation,
             "guards": one.evidence.get("guards", []),
         }
-        for one in rollouts.decided(session, part.since, part.until)
+        for one in history.decided(session, part.since, part.until)
     ]
 
 
 def counts(session: ReadSession, part: Slice) -> Rows:
     """By rollout, arm and class (null: all of them) what the last decision about it was made of."""
     return [
-        {"rollout": rollout.id} | segment
-        for rollout in rollouts.at_work(session, part.since, part.until)
-        for segment in rollouts.newest_counts(session, rollout.id)
+        {"rollout": number} | segment
+        for number, segments in history.newest_counts_at_work(session, part.since, part.until)
+        for segment in segments
     ]
 
 

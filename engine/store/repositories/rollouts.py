@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import Select, func, select, text, update
+from sqlalchemy import ColumnElement, func, select, text, update
 from sqlalchemy.dialects.postgresql import insert
 
 from engine.contracts import TERMINAL_STATES, RolloutState, SlipstreamError, Verdict
@@ -136,9 +136,14 @@ def list_rollouts(session: ReadSession | WriteSession, limit: int = 200) -> list
 
 
 def at_work(session: ReadSession | WriteSession, since: datetime, until: datetime) -> list[Rollout]:
-    """Every rollout that was made before ``until`` and last changed at ``since`` or later, newest first."""
-    within = (RolloutRow.created_at < until, RolloutRow.updated_at >= since)
-    return [_rollout(row) for row in session.scalars(select(RolloutRow).where(*within).order_by(RolloutRow.id.desc()))]
+    """Every rollout of the window, as it stands: newest first."""
+    query = select(RolloutRow).where(*at_work_in(since, until)).order_by(RolloutRow.id.desc())
+    return [_rollout(row) for row in session.scalars(query)]
+
+
+def at_work_in(since: datetime, until: datetime) -> tuple[ColumnElement[bool], ...]:
+    """What rows of ``RolloutRow`` fulfil that were made before ``until`` and last changed at ``since`` or later."""
+    return RolloutRow.created_at < until, RolloutRow.updated_at >= since
 
 
 def active(session: ReadSession | WriteSession) -> Rollout | None:
@@ -204,7 +209,7 @@ def decisions(
         .order_by(RolloutDecisionRow.id.desc())
         .limit(limit)
     )
-    return [_decision(row) for row in reversed(list(session.scalars(query)))]
+    return [to_decision(row) for row in reversed(list(session.scalars(query)))]
 
 
 def transitions(session: ReadSession | WriteSession, after: int, limit: int) -> list[DecisionRecord]:
@@ -215,33 +220,7 @@ def transitions(session: ReadSession | WriteSession, after: int, limit: int) -> 
         .order_by(RolloutDecisionRow.id)
         .limit(limit)
     )
-    return [_decision(row) for row in session.scalars(query)]
-
-
-def verdicts(session: ReadSession | WriteSession, rollout_id: int, limit: int = 600) -> list[DecisionRecord]:
-    """The newest decisions, oldest first, without the counts they were made of: what a page draws again and again."""
-    query = _without_counts().where(RolloutDecisionRow.rollout_id == rollout_id)
-    newest = query.order_by(RolloutDecisionRow.id.desc()).limit(limit)
-    return [_decision(row) for row in reversed(session.execute(newest).all())]
-
-
-def decided(session: ReadSession | WriteSession, since: datetime, until: datetime) -> list[DecisionRecord]:
-    """Every decision of a window, without the counts: newest rollout first, oldest decision first."""
-    row = RolloutDecisionRow
-    query = _without_counts().where(row.decided_at >= since, row.decided_at < until)
-    return [_decision(found) for found in session.execute(query.order_by(row.rollout_id.desc(), row.id))]
-
-
-def _without_counts() -> Select[Any]:
-    columns = [column for column in RolloutDecisionRow.__table__.columns if column.name != "evidence"]
-    return select(*columns, RolloutDecisionRow.evidence.op("-", is_comparison=False)("inputs").label("evidence"))
-
-
-def newest_counts(session: ReadSession | WriteSession, rollout_id: int) -> list[dict[str, Any]]:
-    """The segments of the last decision that saw any."""
-    segments = RolloutDecisionRow.evidence["inputs"]["segments"]
-    query = select(segments).where(RolloutDecisionRow.rollout_id == rollout_id, func.jsonb_array_length(segments) > 0)
-    return session.scalar(query.order_by(RolloutDecisionRow.id.desc()).limit(1)) or []
+    return [to_decision(row) for row in session.scalars(query)]
 
 
 def newest_decision(session: ReadSession | WriteSession) -> int:
@@ -310,7 +289,7 @@ def _command(row: RolloutCommandRow) -> Command:
     return Command(row.id, row.rollout_id, row.verb, row.actor, row.reason, row.created_at)
 
 
-def _decision(row: Any) -> DecisionRecord:
+def to_decision(row: Any) -> DecisionRecord:
     return DecisionRecord(
         rollout_id=row.rollout_id,
         decided_at=row.decided_at,

@@ -1,0 +1,59 @@
+"""Decisions about rollouts as pages look at them: without the counts they were made of, or the newest counts alone."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import ColumnElement, Select, func, select, true
+
+from engine.store.database import ReadSession, WriteSession
+from engine.store.models import RolloutDecisionRow, RolloutRow
+from engine.store.repositories.rollouts import DecisionRecord, at_work_in, to_decision
+
+
+def verdicts(session: ReadSession | WriteSession, rollout_id: int, limit: int = 600) -> list[DecisionRecord]:
+    """The newest decisions, oldest first, without the counts they were made of: what a page draws again and again."""
+    query = _without_counts().where(RolloutDecisionRow.rollout_id == rollout_id)
+    newest = query.order_by(RolloutDecisionRow.id.desc()).limit(limit)
+    return [to_decision(row) for row in reversed(session.execute(newest).all())]
+
+
+def decided(session: ReadSession | WriteSession, since: datetime, until: datetime) -> list[DecisionRecord]:
+    """Every decision of a window, without the counts: newest rollout first, oldest decision first."""
+    row = RolloutDecisionRow
+    query = _without_counts().where(row.decided_at >= since, row.decided_at < until)
+    return [to_decision(found) for found in session.execute(query.order_by(row.rollout_id.desc(), row.id))]
+
+
+def _without_counts() -> Select[Any]:
+    columns = [column for column in RolloutDecisionRow.__table__.columns if column.name != "evidence"]
+    return select(*columns, RolloutDecisionRow.evidence.op("-", is_comparison=False)("inputs").label("evidence"))
+
+
+def newest_counts(session: ReadSession | WriteSession, rollout_id: int) -> list[dict[str, Any]]:
+    """The segments of the last decision about a rollout that saw any."""
+    return next((segments for _, segments in _newest_counts(session, RolloutRow.id == rollout_id)), [])
+
+
+def newest_counts_at_work(
+    session: ReadSession, since: datetime, until: datetime
+) -> list[tuple[int, list[dict[str, Any]]]]:
+    """The same of each rollout ``at_work`` whose decisions saw any, with its id, newest first."""
+    return _newest_counts(session, *at_work_in(since, until))
+
+
+def _newest_counts(
+    session: ReadSession | WriteSession, *which: ColumnElement[bool]
+) -> list[tuple[int, list[dict[str, Any]]]]:
+    """One decision of each is read: the counts of all would be megabytes."""
+    segments = RolloutDecisionRow.evidence["inputs"]["segments"]
+    newest = (
+        select(segments.label("segments"))
+        .where(RolloutDecisionRow.rollout_id == RolloutRow.id, func.jsonb_array_length(segments) > 0)
+        .order_by(RolloutDecisionRow.id.desc())
+        .limit(1)
+        .lateral()
+    )
+    query = select(RolloutRow.id, newest.c.segments).join(newest, true()).where(*which).order_by(RolloutRow.id.desc())
+    return [(found.id, found.segments) for found in session.execute(query)]

@@ -8,7 +8,7 @@ from datetime import UTC, datetime, timedelta
 import numpy as np
 
 from engine.bench.report import Figure, Report, quantile_figure
-from engine.bench.store import throwaway_database
+from engine.bench.seeded import scratch
 from engine.ops.supervisor import Say
 from engine.store.database import Database
 from engine.store.repositories import compared, evidence, seeding
@@ -24,7 +24,7 @@ def run(requests: int, seed: int, say: Say) -> Report:
     rng, now = np.random.default_rng(seed), datetime.now(UTC)
     day = (now - timedelta(days=1)).date()
     window = Window(GENERATION, *(datetime(day.year, day.month, day.day, tzinfo=UTC),) * 2)
-    with throwaway_database(say) as database:
+    with scratch(say) as database:
         began = time.monotonic()
         with database.write() as session:
             seeding.add_compared(session, day, GENERATION, requests, seed % 1000 / 1000)

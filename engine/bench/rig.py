@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,11 +36,14 @@ class Rig:
 
 @contextmanager
 def rig(
-    settings: Settings, say: Say, engine: Callable[[Settings], Component] = system.engine_component
+    settings: Settings,
+    say: Say,
+    engine: Callable[[Settings], Component] = system.engine_component,
+    keep: Path | None = None,
 ) -> Iterator[Rig]:
-    """Postgres and an engine in a temporary data directory; the model of the usual one is used."""
+    """Postgres and an engine in a data directory of their own (``own_home``); the model of the usual one is used."""
     model = resolve_model(settings.engine.model, settings.dir("models"), say)
-    with own_home() as home:
+    with own_home(keep) as home:
         own = settings.model_copy(
             update={
                 "home": home,
@@ -63,10 +66,15 @@ def rig(
 
 
 @contextmanager
-def own_home() -> Iterator[Path]:
-    """A temporary data directory. The Postgres that is started in it ends with it, whatever ends the run."""
-    with tempfile.TemporaryDirectory(prefix="slipstream-bench-") as folder:
-        home = Path(folder)
+def own_home(keep: Path | None = None) -> Iterator[Path]:
+    """A temporary data directory, or the folder ``keep``, which stays. The Postgres that is started in it ends with it,
+    whatever ends the run."""
+    with ExitStack() as stack:
+        if keep is None:
+            home = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="slipstream-bench-")))
+        else:
+            home = keep.resolve()
+            home.mkdir(parents=True, exist_ok=True)
         home.chmod(0o755)  # the embedded server runs as another user when we are root
         try:
             yield home

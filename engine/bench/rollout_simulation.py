@@ -21,30 +21,36 @@ START = datetime(2026, 1, 1, tzinfo=UTC)
 RATE = 10.0
 """Requests a second over all arms: at a weight w each arm gets w of them."""
 FALLBACK, CHAMPION, TRIED = 1, 2, 3
+READY = RolloutStatus(1, TRIED, CHAMPION, RolloutState.READY, START)
 
 
 class Simulation:
-    """One rollout of the ``standard`` preset in a world, looked at after so many requests per arm."""
+    """One rollout of the ``standard`` preset in a world, looked at after so many requests per arm.
 
-    def __init__(self, world: World, seed: int, at: np.ndarray, begins: int = 0) -> None:
+    ``status`` is where it begins; ``evidence`` and ``decision`` are those of the last tick.
+    """
+
+    def __init__(self, world: World, seed: int, at: np.ndarray, begins: int = 0, status: RolloutStatus = READY) -> None:
         self.arms, self.looks = world.arms(seed, at, begins), at
         self.spec: RolloutSpec = specs.preset("standard")
-        self.status = RolloutStatus(1, TRIED, CHAMPION, RolloutState.READY, START)
-        self.ledger = Ledger(1, CHAMPION, FALLBACK, None, None, "server", "first start")
-        self.now, self.times = START, dict[int, datetime]()
+        self.status, self.start = status, status.since
+        self.ledger = Ledger(1, status.champion, FALLBACK, None, None, "server", "first start")
+        self.now, self.times = self.start, dict[int, datetime]()
         self.stage_look: int | None = None
         self.watch_look: int | None = None
         self.tick((), ())
 
     def tick(self, segments: Sequence[Segment], commands: Sequence[Command], heard: bool = True) -> Decision:
-        replica = Replica("r0", self.ledger.generation, (FALLBACK, CHAMPION, TRIED))
-        evidence = Evidence(self.ledger, (replica,), tuple(segments), self.now if heard else None)
-        decision = decide(self.spec, self.status, evidence, commands, self.now)
+        tried, before, number = self.status.canary, self.status.champion, self.status.rollout_id
+        replica = Replica("r0", self.ledger.generation, (FALLBACK, before, tried))
+        self.evidence = Evidence(self.ledger, (replica,), tuple(segments), self.now if heard else None)
+        self.decision = decision = decide(self.spec, self.status, self.evidence, commands, self.now)
         self.status = decision.status
         if decision.action is not Action.NONE:
             promoted, serving = decision.to_state in PROMOTED_STATES, decision.action is Action.SET_WEIGHT
-            champion, canary = TRIED if promoted else CHAMPION, TRIED if serving or promoted else None
-            self.ledger = Ledger(self.ledger.generation + 1, champion, FALLBACK, canary, 1, "rollout 1", "")
+            champion, canary = tried if promoted else before, tried if serving or promoted else None
+            actor = f"rollout {number}"
+            self.ledger = Ledger(self.ledger.generation + 1, champion, FALLBACK, canary, number, actor, "")
             self.status = with_plan(decision, self.ledger.generation, self.now)
         return decision
 
@@ -68,7 +74,7 @@ class Simulation:
 
     def seconds_since(self, begins: int) -> float:
         """Since the regression began, or the first canary traffic."""
-        return (self.now - self.times.get(begins, START)).total_seconds()
+        return (self.now - self.times.get(begins, self.start)).total_seconds()
 
     def reaches(self, state: str) -> int | None:
         """The look at which a state is reached, None if never; what a person asks for comes at a tenth of the looks."""

@@ -1,33 +1,30 @@
 """What the trace store costs at scale: every panel query of every page, ingest, visibility, and the rollups' error.
 
 Traces are made up set-based over thirty days, in two steps of a tenth and of all, so that growth is measured in one
-run. Everything happens in a database of its own, which is thrown away.
+run, beside rollouts with their decisions. Everything happens in a database of its own, which is thrown away, or stays
+in a folder for the next run: what is there already is measured as it is, without growth.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 import numpy as np
 
 from engine.bench import ingest
 from engine.bench.report import Figure, Report, quantile_figure
-from engine.bench.rig import own_home
-from engine.ops import postgres, upkeep
+from engine.bench.seeded import DAYS, scratch, top_up
 from engine.ops.supervisor import Say
-from engine.settings import Settings, TelemetrySettings
-from engine.store import migrate
+from engine.settings import Settings
 from engine.store.database import Database
 from engine.store.panels import PANELS
 from engine.store.repositories import audit, overview, partitions, seeding
 from engine.store.repositories.overview import Slice
 
-DAYS = 30
 REPEATS = 3
 WINDOWS = {"1h": timedelta(hours=1), "24h": timedelta(hours=24), "7d": timedelta(days=7), "30d": timedelta(days=30)}
 QS = (0.5, 0.9, 0.95, 0.99, 0.999)
@@ -35,45 +32,63 @@ DURATIONS = ("ttft", "tpot", "e2e", "queue")
 
 
 @dataclass(frozen=True, slots=True)
+class Options:
+    """``rate`` traces per second are offered for ``seconds`` (0: ingest is not measured). ``keep`` is a folder whose
+    database stays, and is used again."""
+
+    traces: int = 100_000
+    rate: int = 5_000
+    seconds: float = 60.0
+    keep: Path | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Timing:
-    """One run of one panel's query."""
+    """One run of one panel's query, and how many rows it gave."""
 
     panel: str
     window: str
     filtered: bool
     ms: float
+    rows: int
+
+    @property
+    def question(self) -> tuple[str, str, bool]:
+        return self.panel, self.window, self.filtered
 
 
-def run(settings: Settings, traces: int, ingest_rate: int, ingest_s: float, seed: int, say: Say) -> Report:
-    rng = np.random.default_rng(seed)
-    with throwaway_database(say) as database:
-        end = datetime.now(UTC)
-        small = max(traces // 10, 1)
-        _seed(database, settings.telemetry, small, end, seed, say)
-        before = time_panels(database, end)
-        _seed(database, settings.telemetry, traces - small, end, seed + 1, say)
+def run(settings: Settings, options: Options, say: Say) -> Report:
+    rng, traces, telemetry = np.random.default_rng(options.seed), options.traces, settings.telemetry
+    with scratch(say, options.keep) as database:
+        end, small = datetime.now(UTC), max(traces // 10, 1)
+        with database.read() as session:
+            is_empty = audit.traces(session) == 0
+        before = list[Timing]()
+        if is_empty:
+            top_up(database, telemetry, small, end, options.seed, say)
+            before = time_panels(database, end)
+        top_up(database, telemetry, traces, end, options.seed, say)
         after = time_panels(database, end)
         _tell(after, say)
-        say(f"p95 over all panels: {_p95(before):.1f} ms with {small:,} traces, {_p95(after):.1f} ms with {traces:,}")
         with database.read() as session:
             size, total = sum(size for _, _, size in partitions.existing(session)), audit.traces(session)
-        say(f"{total:,} traces, {size / 1e9:.2f} GB of partitions")
         month = Slice(end - timedelta(days=DAYS), end)
         raw = [_raw_ms(database, month) for _ in range(REPEATS)]
         error, values = _relative_error(database, month)
-        growth = _p95(after) / _p95(before)
         figures = [
-            quantile_figure("panel_ms_p95", [t.ms for t in after], 0.95, "ms", rng),
-            quantile_figure("panel_ms_p50", [t.ms for t in after], 0.5, "ms", rng),
+            *panel_figures(before, after, rng),
             quantile_figure("raw_ms", raw, 0.5, "ms", rng),
-            _growth(before, after, growth, rng),
             Figure("rollup_relative_error_max", error, error, error, values, "of the value"),
             Figure("stored_traces", total, total, total, total, "traces"),
             Figure("stored_bytes", size, size, size, total, "bytes"),
         ]
-        say(Report("store", seed, figures).to_text())
-        say(f"ingest: {ingest_rate:,} traces/s for {ingest_s:.0f} s")
-        return Report("store", seed, [*figures, *ingest.measure(database, ingest_rate, ingest_s, rng, say)])
+        notes = _notes(before, after)
+        if options.seconds:
+            say(Report("store", options.seed, figures, notes).to_text())
+            say(f"ingest: {options.rate:,} traces/s for {options.seconds:.0f} s")
+            figures += ingest.measure(database, options.rate, options.seconds, rng, say)
+        return Report("store", options.seed, figures, notes)
 
 
 def time_panels(database: Database, end: datetime) -> list[Timing]:
@@ -86,30 +101,29 @@ def time_panels(database: Database, end: datetime) -> list[Timing]:
                 for attempt in range(REPEATS + 1):
                     with database.read() as session:
                         began = time.perf_counter()
-                        panel.read(session, part)
+                        rows = panel.read(session, part)
                         took = (time.perf_counter() - began) * 1e3
                     if attempt:
-                        found.append(Timing(name, window, traffic_class is not None, took))
+                        found.append(Timing(name, window, traffic_class is not None, took, len(rows)))
     return found
 
 
-def _seed(database: Database, telemetry: TelemetrySettings, traces: int, end: datetime, seed: int, say: Say) -> None:
-    began = time.monotonic()
-    first = (end - timedelta(days=DAYS)).date()
-    with ThreadPoolExecutor(1) as beside, ExitStack() as ending:
-        ending.callback(beside.shutdown, wait=False, cancel_futures=True)  # an interrupted run makes no more of them
-        rolled_up = []
-        for number in range(DAYS + 1):
-            day = first + timedelta(days=number)
-            with database.write() as session:
-                seeding.add_day(session, day, number, -(-traces // DAYS), end, (seed * 31 + number) % 1000 / 1000)
-            rolled_up.append(beside.submit(upkeep.rebuild, database, telemetry, day, day, lambda line: None))
-        seeded = time.monotonic() - began
-        for made in rolled_up:
-            made.result()
-    with database.write() as session:
-        seeding.analyze(session)
-    say(f"seeded {traces:,} traces in {seeded:.0f} s, rolled up {time.monotonic() - began - seeded:.0f} s later")
+def panel_figures(before: Sequence[Timing], after: Sequence[Timing], rng: np.random.Generator) -> list[Figure]:
+    """Over the questions that had an answer: one about an empty table costs nothing, and would say that all are cheap.
+
+    Growth is of the same questions in both steps; there is none where only one was timed.
+    """
+    ms = [t.ms for t in after if t.rows]
+    found = [quantile_figure(f"panel_ms_p{q * 100:g}", ms, q, "ms", rng) for q in (0.95, 0.5)]
+    both = set.intersection(*({t.question for t in timings if t.rows} for timings in (before, after)))
+    small, whole = ([t.ms for t in timings if t.question in both] for timings in (before, after))
+    return [*found, _growth(small, whole, rng)] if both else found
+
+
+def _notes(before: Sequence[Timing], after: Sequence[Timing]) -> list[str]:
+    empty = sorted({t.panel for t in after} - {t.panel for t in after if t.rows})
+    said = [f"Without a row, and not counted: {', '.join(empty)}."] if empty else []
+    return said if before else [*said, "The database was there already: no growth. An empty --keep DIR measures it."]
 
 
 def _raw_ms(database: Database, part: Slice) -> float:
@@ -136,22 +150,15 @@ def _relative_error(database: Database, part: Slice) -> tuple[float, int]:
     return worst, count
 
 
-def _growth(before: Sequence[Timing], after: Sequence[Timing], growth: float, rng: np.random.Generator) -> Figure:
+def _growth(small: Sequence[float], whole: Sequence[float], rng: np.random.Generator) -> Figure:
     """The ratio of the two p95, with its bootstrap interval."""
-    resampled = [
-        _quantile(rng.choice([t.ms for t in after], len(after)))
-        / _quantile(rng.choice([t.ms for t in before], len(before)))
-        for _ in range(500)
-    ]
+    resampled = [_p95(rng.choice(whole, len(whole))) / _p95(rng.choice(small, len(small))) for _ in range(500)]
     low, high = np.quantile(resampled, (0.025, 0.975))
-    return Figure("growth_1m_to_10m", growth, float(low), float(high), len(after), "ratio of p95, a tenth to all")
+    value = _p95(whole) / _p95(small)
+    return Figure("growth_1m_to_10m", value, float(low), float(high), len(whole), "ratio of p95, a tenth to all")
 
 
-def _p95(timings: Sequence[Timing]) -> float:
-    return _quantile([t.ms for t in timings])
-
-
-def _quantile(values: Sequence[float] | np.ndarray) -> float:
+def _p95(values: Sequence[float] | np.ndarray) -> float:
     return float(np.quantile(values, 0.95))
 
 
@@ -159,19 +166,6 @@ def _tell(timings: Sequence[Timing], say: Say) -> None:
     """The slowest panels by name, so that somebody can do something about them."""
     worst: dict[tuple[str, str, bool], float] = {}
     for t in timings:
-        key = t.panel, t.window, t.filtered
-        worst[key] = max(worst.get(key, 0.0), t.ms)
+        worst[t.question] = max(worst.get(t.question, 0.0), t.ms)
     for (panel, window, filtered), ms in sorted(worst.items(), key=lambda item: -item[1])[:12]:
         say(f"  {ms:7.1f} ms  {panel} over {window}{', one class' if filtered else ''}")
-
-
-@contextmanager
-def throwaway_database(say: Say) -> Iterator[Database]:
-    """A migrated database of its own in a server of its own; both are gone afterwards."""
-    with own_home() as home:
-        say("starting Postgres")
-        url = postgres.start(home)
-        migrate.upgrade(url)
-        database = Database(url, application="slipstream bench", statement_timeout_s=1_800)
-        yield database
-        database.close()

@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 from sqlalchemy import text
 
-from engine.bench import ingest
+from engine.bench import ingest, seeded
+from engine.bench.store import Timing, panel_figures
 from engine.ops import upkeep
+from engine.rollout.replay import replay
 from engine.settings import TelemetrySettings
-from engine.store.database import Database
-from engine.store.repositories import audit, compared, evidence, partitions, rollups, seeding
+from engine.store.database import Database, ReadSession
+from engine.store.repositories import audit, compared, evidence, partitions, policies, rollouts, rollups, seeding
 from engine.telemetry.writer import TraceWriter
 
 DAY = date(2026, 3, 1)
@@ -52,6 +54,40 @@ def test_made_up_compared_requests_are_counted_like_served_ones(db: Database) ->
     assert len(found) == 10
     assert {s.requests for (_, name), s in found.items() if name is None} == {200}
     assert {s.keys for (_, name), s in found.items() if name is None} == {50}
+
+
+def test_a_database_that_is_full_is_filled_no_further(db: Database) -> None:
+    said = list[str]()
+    for _ in range(2):
+        seeded.top_up(db, TelemetrySettings(), 600, datetime.now(UTC), 0, said.append)
+    with db.read() as session:
+        there = audit.traces(session)
+        assert there >= 0.95 * 600
+        assert max(policies.numbers(session)) == seeding.NEWEST
+        assert [one.canary for one in rollouts.list_rollouts(session)] == [8, 7, 6, 5, 4, 3]
+        states = [one.state.value for one in rollouts.list_rollouts(session)][1:]
+        assert set(states) == {"DONE", "ROLLED_BACK"}
+        assert replay_all(session) == []
+    assert said[-1] == f"{there:,} traces are there already"
+    assert sum("seeded" in line for line in said) == 1
+
+
+def replay_all(session: ReadSession) -> list[object]:
+    """What the decisions that were written down would be, made again, where that is something else."""
+    found = rollouts.list_rollouts(session)
+    return [wrong for one in found for wrong in replay(one.spec, rollouts.decisions(session, one.id))]
+
+
+def test_a_panel_without_rows_does_not_make_the_others_cheap() -> None:
+    def timed(panel: str, ms: float, rows: int) -> Timing:
+        return Timing(panel, "1h", False, ms, rows)
+
+    before = [timed("full", 10.0, 5), timed("empty", 1.0, 0), timed("later", 1.0, 0)]
+    after = [timed("full", 20.0, 5), timed("empty", 1.0, 0), timed("later", 20.0, 3)]
+    p95, _, growth = panel_figures(before, after, np.random.default_rng(0))
+    assert (p95.value, p95.n) == (20.0, 2)
+    assert (growth.value, growth.n) == (2.0, 1)
+    assert len(panel_figures([], after, np.random.default_rng(0))) == 2
 
 
 def _ingest(db: Database) -> dict[str, float]:

@@ -108,7 +108,7 @@ def all_versions(session: ReadSession | WriteSession, limit: int = 10_000) -> li
     return [_version(row) for row in rows]
 
 
-def numbers(session: ReadSession) -> list[int]:
+def numbers(session: ReadSession | WriteSession) -> list[int]:
     """Every version's number, newest first."""
     return list(session.scalars(select(PolicyVersionRow.version).order_by(PolicyVersionRow.version.desc())))
 

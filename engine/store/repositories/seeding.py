@@ -7,21 +7,33 @@ from datetime import date, datetime
 
 from sqlalchemy import text
 
+from engine.contracts import ProposerKind
 from engine.store.database import WriteSession
-from engine.store.repositories import partitions, rollups
+from engine.store.repositories import partitions, policies, rollups
 
 CLASSES = ("chat", "code", "long_form", "batch")
+NEWEST = 8
+"""The newest version that made-up requests of thirty days name."""
 
 
-def add_day(session: WriteSession, day: date, number: int, traces: int, until: datetime, seed: float) -> None:
-    """``traces`` requests of one UTC day that begin before ``until``; ``number`` counts the days from 0.
+def add_day(
+    session: WriteSession,
+    day: date,
+    number: int,
+    traces: int,
+    until: datetime,
+    seed: float,
+    since: datetime | None = None,
+) -> None:
+    """``traces`` requests of one UTC day, of which those that begin in [since, until) are kept; ``number`` counts the
+    days from 0.
 
     More by day than by night; four classes with their own lengths; a new champion every five days, before that two days
     of a canary with its control at 10 % each; two replicas; some errors and retries; a queue that grows with the load.
     ``seed`` in [-1, 1]. They come to what the day has already, in a table beside that takes its partition's place:
     indexes of a full table are made in a fifth of the time that each row takes to find its places in them.
     """
-    values = {"day": day, "number": number, "traces": traces, "until": until}
+    values = {"day": day, "number": number, "traces": traces, "since": since, "until": until}
     _fill(session, day, _DAY, values, seed)
 
 
@@ -43,6 +55,20 @@ def _fill(session: WriteSession, day: date, statement: str, values: Mapping[str,
     session.execute(text(f"DROP TABLE {there}"))
     session.execute(text(f"ALTER TABLE {beside} RENAME TO {there}"))
     session.execute(text(partitions.attach("traces", day)))
+
+
+def add_versions(session: WriteSession, newest: int) -> None:
+    """Learned versions up to this number, each the child of the one before: those that the made-up requests name."""
+    while (made := max(policies.numbers(session), default=0)) < newest:
+        policies.register(
+            session,
+            digest=f"seeded {made + 1}",
+            kind=ProposerKind.TRACE_MEMORY,
+            num_speculative_tokens=4,
+            manifest={"kind": ProposerKind.TRACE_MEMORY.value},
+            parent_version=made or None,
+            note="made up for a benchmark",
+        )
 
 
 def analyze(session: WriteSession) -> None:
@@ -101,7 +127,7 @@ _DAY = """
                         ) AS drawn
                     ) AS placed
                 ) AS assigned
-                WHERE at < :until
+                WHERE at < :until AND at >= coalesce(CAST(:since AS timestamptz), '-infinity')
             ) AS sized
         ) AS stepped
     ) AS timed

@@ -13,6 +13,8 @@ from engine.ops.supervisor import Say
 from engine.ops.system import READY_S, dashboard_component
 
 ARGS = ("--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update")
+VIEWPORT = {"width": 1500, "height": 1000}
+PATIENCE_MS = 60_000
 SETTLED_MS = 1_500
 """Between opening the confirmation and the press: the time a person takes to write a reason."""
 
@@ -38,22 +40,36 @@ class Operator:
 @contextmanager
 def browser(system: Rig, say: Say) -> Iterator[Operator]:
     """The dashboard beside the rig's engine, and a Chromium that looks at it."""
+    with chromium("Clicks") as started:
+        say("starting the dashboard")
+        address = start_dashboard(system)
+        page = started.new_page(viewport=VIEWPORT)
+        page.set_default_timeout(PATIENCE_MS)
+        yield Operator(page, f"{address}/rollouts")
+
+
+@contextmanager
+def chromium(what: str) -> Iterator[Any]:
+    """A headless Chromium under Playwright; SlipstreamError that says what is missing. ``what`` needs it, plural."""
     try:
         from playwright.sync_api import sync_playwright
     except ImportError:
-        raise SlipstreamError("Clicks need Playwright: `pip install -e '.[test]'`.") from None
+        raise SlipstreamError(f"{what} need Playwright: `pip install -e '.[test]'`.") from None
     path = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if path is None:
-        raise SlipstreamError("Clicks need Chromium: install the package chromium of your distribution.")
-    say("starting the dashboard and Chromium")
+        raise SlipstreamError(f"{what} need Chromium: install the package chromium of your distribution.")
+    with sync_playwright() as started:
+        launched = started.chromium.launch(executable_path=path, args=list(ARGS))
+        try:
+            yield launched
+        finally:
+            launched.close()
+
+
+def start_dashboard(system: Rig) -> str:
+    """Start the real dashboard on the rig's database and wait until it answers; gives its address."""
     component = dashboard_component(system.settings)
     system.supervisor.start(component)
     system.supervisor.wait_ready("dashboard", READY_S["dashboard"])
-    with sync_playwright() as started:
-        chromium = started.chromium.launch(executable_path=path, args=list(ARGS))
-        try:
-            page = chromium.new_page(viewport={"width": 1500, "height": 1000})
-            page.set_default_timeout(60_000)
-            yield Operator(page, f"{component.url}/rollouts")
-        finally:
-            chromium.close()
+    assert component.url is not None
+    return component.url

@@ -14,22 +14,21 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-import httpx
 import numpy as np
 import psutil
 
+from engine.bench import paired
 from engine.bench.report import Figure, Report
 from engine.bench.rig import Rig, rig, wait_until
 from engine.contracts import SlipstreamError
 from engine.demo import prompts
 from engine.demo.prompts import Prompt
-from engine.demo.traffic import ask, served_model
+from engine.demo.traffic import served_model
 from engine.ops import system
 from engine.ops.supervisor import Say
 from engine.settings import Settings
 from engine.store.repositories import learning
 
-RESAMPLES = 2_000
 EVERY = 16
 """A candidate after so few requests: the learner is due in every block, far more often than by default."""
 
@@ -64,7 +63,7 @@ def run(settings: Settings, options: Options, say: Say) -> Report:
         sent = rng.sample(shipped, min(options.requests, len(shipped)))
         model = served_model(running.url)
         with ThreadPoolExecutor(options.clients) as pool:
-            _serve(pool, running, model, shipped[: 4 * EVERY], options)  # something to learn from
+            paired.serve(pool, running.url, model, shipped[: 4 * EVERY], options.tokens)  # something to learn from
             running.supervisor.start(system.learner_component(running.settings))
             learner = psutil.Process(running.supervisor.pid("learner"))
             try:
@@ -87,20 +86,9 @@ def _pair(
     for working in rng.sample([True, False], 2):
         _signal(learner, signal.SIGCONT if working else signal.SIGSTOP)
         before, began = _cpu_s(learner), time.perf_counter()
-        latencies = _serve(pool, running, model, sent, options)
+        latencies = paired.serve(pool, running.url, model, sent, options.tokens)
         found[working] = Block(latencies, _cpu_s(learner) - before, time.perf_counter() - began)
     return found[True], found[False]
-
-
-def _serve(pool: ThreadPoolExecutor, running: Rig, model: str, sent: Sequence[Prompt], options: Options) -> list[float]:
-    with httpx.Client(base_url=running.url, timeout=120) as client:
-
-        def one(prompt: Prompt) -> float:
-            began = time.perf_counter()
-            ask(client, model, prompt, f"{time.time_ns():x}", stream=True, max_tokens=options.tokens)
-            return time.perf_counter() - began
-
-        return list(pool.map(one, sent))
 
 
 def _attempts(running: Rig) -> int:
@@ -120,17 +108,9 @@ def _signal(process: psutil.Process, what: signal.Signals) -> None:
 def _figures(blocks: Sequence[tuple[Block, Block]], attempts: int, seed: int) -> list[Figure]:
     """Ratios of quantiles over all requests; intervals resample pairs of blocks."""
     rng = np.random.default_rng(seed)
-    learning_s, idle_s = (np.array([pair[side].latencies for pair in blocks]) for side in (0, 1))  # [pairs, requests]
-    picks = rng.integers(0, len(blocks), (RESAMPLES, len(blocks)))
-    found = []
-    for q in (0.95, 0.5):
-        ratios = [np.quantile(learning_s[p], q) / np.quantile(idle_s[p], q) for p in picks]
-        low, high = np.quantile(ratios, (0.025, 0.975))
-        value = float(np.quantile(learning_s, q) / np.quantile(idle_s, q))
-        found.append(Figure(f"ratio:p{q * 100:g}:learning/idle", value, float(low), float(high), learning_s.size, "x"))
-    shares = [block.learner_s / block.took_s for block, _ in blocks]
-    share = sum(block.learner_s for block, _ in blocks) / sum(block.took_s for block, _ in blocks)
-    found.append(Figure("learner_cores", share, min(shares), max(shares), len(shares), "cores"))
+    latencies = [(working.latencies, idle.latencies) for working, idle in blocks]
+    found = paired.ratios("learning/idle", latencies, (0.95, 0.5), rng)
+    found.append(paired.share("learner_cores", [(block.learner_s, block.took_s) for block, _ in blocks], "cores", rng))
     stopped = sum(block.learner_s for _, block in blocks)
     found.append(Figure("learner_cpu_s_while_stopped", stopped, stopped, stopped, len(blocks), "s"))
     found.append(Figure("attempts", float(attempts), float(attempts), float(attempts), attempts, "attempts"))

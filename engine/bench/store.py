@@ -2,7 +2,7 @@
 
 Traces are made up set-based over thirty days, in two steps of a tenth and of all, so that growth is measured in one
 run, beside rollouts with their decisions. Everything happens in a database of its own, which is thrown away, or stays
-in a folder for the next run: what is there already is measured as it is, without growth.
+in a folder for the next run and for `bench dashboard`: what is there already is measured as it is, without growth.
 """
 
 from __future__ import annotations

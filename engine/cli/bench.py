@@ -125,6 +125,23 @@ def evidence(
 
 
 @bench.command()
+def dashboard(
+    context: typer.Context,
+    traces: Annotated[int, typer.Option(help="how many traces over 30 days")] = 200_000,
+    reruns: Annotated[int, typer.Option(help="of each page and window; 0: pages are not measured")] = 5,
+    pairs: Annotated[int, typer.Option(help="pairs of blocks, with 20 open pages and without; 0 for none")] = 8,
+    keep: Keep = None,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Pages in Chromium: processor time of a rerun, first paint, and what 20 open pages cost serving."""
+    from engine.bench.dashboard import Options, run
+
+    options = Options(traces=traces, reruns=reruns, pairs=pairs, keep=keep, seed=seed)
+    show(run(settings(context), options, say), as_json)
+
+
+@bench.command()
 def rollouts(
     quick: Annotated[bool, typer.Option("--quick/--full", help="200 rollouts with identical arms, or 2,000")] = True,
     seed: Seed = 0,

@@ -1,0 +1,174 @@
+"""Processor time of a page that is drawn again, and how soon it is there, in a real Chromium.
+
+A rerun is asked for by the key R, as a reader can; it draws the whole page, of which a live refresh is a part. Asked
+for in a new step of the moving window, every query is made again ("refresh"); asked for once more, the answers are
+those that are kept ("warm").
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import psutil
+
+from engine.bench.browser import PATIENCE_MS, VIEWPORT
+from engine.bench.report import Figure, quantile_figure
+from engine.contracts import SlipstreamError
+from engine.ops.supervisor import Say
+
+CHART, TABLE = ".js-plotly-plot .main-svg", "[data-testid=stDataFrame] canvas"
+PAGES = {
+    "": CHART,
+    "speculation": CHART,
+    "drift": CHART,
+    "explain": CHART,
+    "rollouts": TABLE,
+    "versions": TABLE,
+    "traces": TABLE,
+    "system": CHART,
+}
+"""Path of each page, and what its main panel is made of."""
+STEPS_S = {"1h": 5.0, "30d": None}
+"""Windows, and in which steps they move; within one, all ask the same. A month's step of a minute is not waited for."""
+PAINTS = 2
+"""First paints of each page and window."""
+ASKED_S = 30.0
+"""A browser may be busy drawing when the key is pressed."""
+QUIET_S = 0.4
+"""A rerun is over when the page says so and its server has used no processor for so long."""
+RESTS = "[data-testid=stApp][data-test-script-state=notRunning]"
+"""Streamlit's own word for a page that is not being drawn."""
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """One page over one window: seconds to its main panel, and milliseconds of the dashboard's processor per rerun."""
+
+    name: str
+    paint_s: Sequence[float]
+    refresh_ms: Sequence[float]
+    warm_ms: Sequence[float]
+
+
+@dataclass(frozen=True, slots=True)
+class Tab:
+    """An open page: what it has sent to its server, and how long its main panel took to be drawn."""
+
+    page: Any
+    sent: Sequence[bytes | str]
+    paint_s: float
+
+    def close(self) -> None:
+        self.page.context.close()
+
+
+def look(browser: Any, address: str, server: psutil.Process, reruns: int, say: Say) -> list[Look]:
+    """Every page over every window. The first visit after a start, which reads the libraries in, does not count."""
+    _open(browser, f"{address}/", CHART).close()
+    looks = []
+    for path, panel in PAGES.items():
+        for window, step_s in STEPS_S.items():
+            url, name = f"{address}/{path}?range={window}&live=false", f"{path or 'overview'} {window}"
+            paints = []
+            for _ in range(PAINTS - 1):
+                tab = _open(browser, url, panel)
+                paints.append(tab.paint_s)
+                tab.close()
+            tab = _open(browser, url, panel)
+            refresh, warm = _reruns(tab, step_s, server, reruns)
+            tab.close()
+            seen = Look(name, [*paints, tab.paint_s], refresh, warm)
+            again = f", refreshed {_mean(refresh):.0f} ms" if refresh else ""
+            say(f"  {name:16} first paint {max(seen.paint_s):.2f} s; CPU warm {_mean(warm):.0f} ms{again}")
+            looks.append(seen)
+    return looks
+
+
+def figures(looks: Sequence[Look], rng: np.random.Generator) -> list[Figure]:
+    """The page that costs the most, by its mean, and the slowest paints of all pages."""
+    paints = [seconds for look in looks for seconds in look.paint_s]
+    return [
+        _dearest("page_warm_cpu_ms_max", looks, "warm_ms", rng),
+        _dearest("page_refresh_cpu_ms_max", looks, "refresh_ms", rng),
+        quantile_figure("first_paint_s_p95", paints, 0.95, "s", rng),
+    ]
+
+
+def cpu_s(process: psutil.Process) -> float:
+    """User and system time; the kernel counts it in ticks of 10 ms, so single reruns are rounded and means are not."""
+    used = process.cpu_times()
+    return float(used.user + used.system)
+
+
+def _reruns(tab: Tab, step_s: float | None, server: psutil.Process, reruns: int) -> tuple[list[float], list[float]]:
+    """Milliseconds of processor of each (refresh, warm rerun)."""
+    tab.page.wait_for_timeout(1e3)
+    _until_done(tab.page, server)
+    refresh, warm = list[float](), list[float]()
+    for _ in range(reruns):
+        if step_s is not None:
+            tab.page.wait_for_timeout(1e3 * (step_s - time.time() % step_s))
+            refresh.append(_rerun_ms(tab, server))
+        warm.append(_rerun_ms(tab, server))
+    if broken := tab.page.get_by_test_id("stException").count():
+        raise SlipstreamError(f"{tab.page.url} shows {broken} errors, so what it costs says nothing.")
+    return refresh, warm
+
+
+def _open(browser: Any, url: str, panel: str) -> Tab:
+    """A page in a browser that has seen nothing yet, as soon as its main panel is drawn."""
+    context = browser.new_context(viewport=VIEWPORT)
+    context.set_default_timeout(PATIENCE_MS)
+    page, sent = context.new_page(), list[bytes | str]()
+    page.on("websocket", lambda socket: socket.on("framesent", lambda payload: sent.append(payload)))
+    began = time.perf_counter()
+    page.goto(url, wait_until="commit")
+    page.locator(panel).first.wait_for()
+    return Tab(page, sent, time.perf_counter() - began)
+
+
+def _rerun_ms(tab: Tab, server: psutil.Process) -> float:
+    """Milliseconds of the dashboard's processor that drawing a page again takes."""
+    before, asked = cpu_s(server), len(tab.sent)
+    deadline = time.monotonic() + ASKED_S
+    while len(tab.sent) == asked:  # a page that is still taking in what it was sent does not hear the key
+        if time.monotonic() > deadline:
+            raise SlipstreamError(
+                f"{tab.page.url} was not drawn again by the key R within {ASKED_S:.0f} s. The machine may be too busy: "
+                "end what runs beside this and try again."
+            )
+        tab.page.keyboard.press("r")
+        tab.page.wait_for_timeout(250)
+    return 1e3 * (_until_done(tab.page, server) - before)
+
+
+def _until_done(page: Any, server: psutil.Process) -> float:
+    """Wait until the page is drawn and the server rests; what that has used in all by then, seconds."""
+    page.locator(RESTS).wait_for()
+    used, since = cpu_s(server), time.monotonic()
+    deadline = since + PATIENCE_MS / 1e3
+    while time.monotonic() - since < QUIET_S:
+        page.wait_for_timeout(25)
+        if (now := cpu_s(server)) > used:
+            used, since = now, time.monotonic()
+        if time.monotonic() > deadline:
+            raise SlipstreamError(
+                f"The dashboard did not come to rest within {PATIENCE_MS / 1e3:.0f} s after {page.url} was drawn. "
+                "Something else looks at it: close what has it open and try again."
+            )
+    return used
+
+
+def _dearest(name: str, looks: Sequence[Look], field: str, rng: np.random.Generator) -> Figure:
+    worst = np.array(max(filter(None, (getattr(look, field) for look in looks)), key=_mean), float)
+    means = rng.choice(worst, (2_000, len(worst))).mean(axis=1)
+    low, high = np.quantile(means, (0.025, 0.975))
+    return Figure(name, float(worst.mean()), float(low), float(high), len(worst), "ms")
+
+
+def _mean(values: Sequence[float]) -> float:
+    return float(np.mean(values))

@@ -57,6 +57,7 @@ class Engine:
         self.scheduler = Scheduler(max_num_seqs, self.max_model_len, prefill_chunk, max_queue, kv_tokens=kv_tokens)
         self.draft_errors = 0  # of requests that ended
         self.step_errors = 0
+        self.output_tokens = 0  # of all requests, as they come
         self.control = KController()  # verifies whole drafts until it is given step costs
         found = capture_on(target.model.device)
         capture = None if found is None else TimedCapture(found, clock)
@@ -137,6 +138,7 @@ class Engine:
             failed = [self._forget(seq.request_id) for seq in scheduled.sequences]
             return [live.end(Status.ERROR, FinishReason.ERROR, now, message) for live in failed]
         for output in outputs:
+            self.output_tokens += len(output.new_token_ids)
             if output.finished:
                 self._forget(output.request_id)
         return outputs

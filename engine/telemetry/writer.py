@@ -12,7 +12,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import fields
 from datetime import UTC, date, datetime
 from typing import Any
 from uuid import uuid4
@@ -117,7 +117,7 @@ class TraceWriter:
                 self._idle.notify_all()
 
     def _take(self) -> list[TraceRecord]:
-        """Up to a batch of records; waits ``batch_delay_s`` for the first and as long again for it to fill."""
+        """The records of the next ``batch_delay_s``, or a full batch sooner; none waits longer in the queue."""
         records: list[TraceRecord] = []
         deadline = self._clock() + self._settings.batch_delay_s
         while len(records) < self._settings.batch_records:
@@ -247,8 +247,7 @@ class TraceWriter:
 
 
 def _trace_row(record: TraceRecord) -> Sequence[Any]:
-    values = [getattr(record, name) for name in ingest.TRACE_COLUMNS]
-    return [list(value) if isinstance(value, tuple) else value for value in values]
+    return [getattr(record, name) for name in ingest.TRACE_COLUMNS]
 
 
 def _payload_row(record: TraceRecord) -> Sequence[Any]:
@@ -257,8 +256,8 @@ def _payload_row(record: TraceRecord) -> Sequence[Any]:
     row = {
         "started_at": record.started_at,
         "trace_id": record.trace_id,
-        "prompt_ids": list(payload.prompt_ids),
-        "output_ids": list(payload.output_ids),
+        "prompt_ids": payload.prompt_ids,
+        "output_ids": payload.output_ids,
         "proposed": [token for step in payload.steps for token in step.proposed],
         "step_drafted": [len(step.proposed) for step in payload.steps],
         "step_accepted": [step.accepted for step in payload.steps],
@@ -267,12 +266,17 @@ def _payload_row(record: TraceRecord) -> Sequence[Any]:
     return [row[name] for name in ingest.PAYLOAD_COLUMNS]
 
 
+def _columns(record: rollup.Key | rollup.Sums) -> dict[str, Any]:
+    """``asdict`` without its copies."""
+    return {field.name: getattr(record, field.name) for field in fields(record)}
+
+
 def _rollup_rows(batch: Batch, deltas: Sequence[rollup.Delta]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     sums: list[dict[str, Any]] = []
     histograms: list[dict[str, Any]] = []
     for ordinal, delta in enumerate(deltas):
-        shared = asdict(delta.key) | {"writer_id": batch.writer_id, "seq": batch.seq, "ordinal": ordinal}
-        sums.append(shared | asdict(delta.sums))
+        shared = _columns(delta.key) | {"writer_id": batch.writer_id, "seq": batch.seq, "ordinal": ordinal}
+        sums.append(shared | _columns(delta.sums))
         for metric, (indices, counts) in delta.histograms.items():
             histograms.append(shared | {"metric": metric, "idx": indices, "cnt": counts})
     return sums, histograms

@@ -6,42 +6,76 @@ from typing import Any
 
 import pytest
 
-from engine.bench.blocks import Run
-from engine.bench.telemetry_cost import pair
+from engine.bench import telemetry_cost
+from engine.bench.telemetry_cost import SLICE_S, pair, steady_load
 from engine.contracts import SlipstreamError
 
 
-class Writer:
-    """Holds what was served with telemetry on until it is flushed."""
+class World:
+    """A server of forty tokens in a step of 0.05 s; while traces are written, and a little after, a tenth slower.
 
-    def __init__(self, works: bool = True) -> None:
-        self.pending, self.works = 0, works
+    ``stopped``: it puts nothing out.
+    """
 
-    def flush(self, timeout_s: float) -> bool:
-        self.pending = 0
-        return self.works
+    def __init__(self, stopped: bool = False) -> None:
+        self.now, self.next_step, self.busy_until, self.stopped = 0.0, 0.0, 0.0, stopped
+        self.service, self.engine = SimpleNamespace(telemetry=True), SimpleNamespace(output_tokens=0)
+        self.seen: list[bool] = []
 
-    def stats(self) -> dict[str, Any]:
-        return {"queue": self.pending}
+    def clock(self) -> float:
+        return self.now
 
-
-def test_a_block_does_not_pay_for_the_traces_of_the_one_before() -> None:
-    writer, order = Writer(), random.Random(0)
-    server: Any = SimpleNamespace(writer=writer, service=SimpleNamespace(telemetry=True))
-    seen = list[tuple[bool, int]]()
-
-    def serve(part: Any) -> Run:
-        seen.append((server.service.telemetry, writer.pending))
-        writer.pending += len(part) * server.service.telemetry
-        return Run(len(part), 1.0 + server.service.telemetry)
-
-    pairs = [pair(server, ["a", "b"], serve, order) for _ in range(8)]
-    assert {(on.seconds, off.seconds) for on, off in pairs} == {(2.0, 1.0)}
-    assert [pending for _, pending in seen] == [0] * 16
-    assert {tuple(on for on, _ in seen[i : i + 2]) for i in range(0, 16, 2)} == {(True, False), (False, True)}
+    def wait(self, seconds: float) -> None:
+        if seconds == SLICE_S:
+            self.seen.append(self.service.telemetry)
+        self.now += seconds
+        while self.next_step <= self.now and not self.stopped:
+            self.engine.output_tokens += 40
+            if self.service.telemetry:
+                self.busy_until = self.next_step + 0.25
+            self.next_step += 0.055 if self.next_step <= self.busy_until else 0.05
 
 
-def test_traces_that_are_never_written_are_an_error() -> None:
-    server: Any = SimpleNamespace(writer=Writer(works=False), service=SimpleNamespace(telemetry=True))
-    with pytest.raises(SlipstreamError, match="were not written"):
-        pair(server, ["a"], lambda part: Run(1, 1.0), random.Random(0))
+def rates(world: World, settle_s: float, pairs: int = 8) -> list[tuple[float, float]]:
+    """Tokens per second (on, off) of so many pairs."""
+    server: Any = world
+    order, found = random.Random(0), []
+    for _ in range(pairs):
+        on, off = pair(server, settle_s, order, world.clock, world.wait)
+        assert world.service.telemetry
+        found.append((on.tokens / on.seconds, off.tokens / off.seconds))
+    return found
+
+
+def test_slices_with_and_without_do_not_pay_for_each_other_and_hold_whole_steps() -> None:
+    world = World()
+    for on, off in rates(world, 0.3):
+        assert on == pytest.approx(40 / 0.055, rel=0.002)  # a slice of 36 steps: a part of one more would be 0.02
+        assert off == pytest.approx(40 / 0.05, rel=0.002)
+    pairs = {tuple(world.seen[i : i + 2]) for i in range(0, 16, 2)}
+    assert pairs == {(True, False), (False, True)}
+
+
+def test_without_settling_a_slice_would_pay_for_the_one_before() -> None:
+    assert min(off for _, off in rates(World(), 0.0)) < 0.993 * 40 / 0.05
+
+
+def test_slices_cut_within_a_step_would_not_tell(monkeypatch: pytest.MonkeyPatch) -> None:
+    cut = lambda server, clock, wait: (clock(), server.engine.output_tokens)  # noqa: E731
+    monkeypatch.setattr(telemetry_cost, "step_end", cut)
+    assert any(abs(on / (40 / 0.055) - 1) > 0.01 for on, _ in rates(World(), 0.31))
+
+
+def test_a_server_that_puts_nothing_out_is_an_error() -> None:
+    with pytest.raises(SlipstreamError, match="no token"):
+        rates(World(stopped=True), 0.3, pairs=1)
+
+
+def test_a_client_that_fails_is_an_error() -> None:
+    class Broken:
+        def ask(self, http: Any, text: str, tokens: int) -> int:
+            raise ValueError("no answer")
+
+    client: Any = Broken()
+    with pytest.raises(ValueError, match="no answer"), steady_load(client, "hello"):
+        pass

@@ -7,11 +7,9 @@ from typing import Any, cast
 from uuid import UUID
 
 import psycopg
-from sqlalchemy import Table
-from sqlalchemy.dialects.postgresql import insert
 
 from engine.store.database import WriteSession
-from engine.store.models import RollupDeltaHistogramRow, RollupDeltaRow, TraceBatchRow, TracePayloadRow, TraceRow
+from engine.store.models import TracePayloadRow, TraceRow
 
 TRACE_COLUMNS = tuple(c.name for c in TraceRow.__table__.columns if c.name != "written_at")  # Postgres' own
 PAYLOAD_COLUMNS = tuple(c.name for c in TracePayloadRow.__table__.columns)
@@ -19,13 +17,14 @@ PAYLOAD_COLUMNS = tuple(c.name for c in TracePayloadRow.__table__.columns)
 
 def claim(session: WriteSession, writer_id: UUID, seq: int, records: int) -> bool:
     """Take the key of a batch; False when a batch was written under it already."""
-    taken = session.execute(
-        insert(TraceBatchRow)
-        .values(writer_id=writer_id, seq=seq, records=records)
-        .on_conflict_do_nothing()
-        .returning(TraceBatchRow.seq)
+    taken = session.change(
+        "INSERT INTO trace_batches (writer_id, seq, records) VALUES (%(writer_id)s, %(seq)s, %(records)s) "
+        "ON CONFLICT DO NOTHING RETURNING seq",
+        writer_id=writer_id,
+        seq=seq,
+        records=records,
     )
-    return taken.first() is not None
+    return bool(taken)
 
 
 def copy_traces(session: WriteSession, rows: Iterable[Sequence[Any]]) -> None:
@@ -41,16 +40,22 @@ def copy_payloads(session: WriteSession, rows: Iterable[Sequence[Any]]) -> None:
 def add_rollups(
     session: WriteSession, sums: Sequence[Mapping[str, Any]], histograms: Sequence[Mapping[str, Any]]
 ) -> None:
-    """Insert the deltas of one batch; readers sum rows of equal key."""
-    if sums:
-        session.execute(insert(cast(Table, RollupDeltaRow.__table__)), list(sums))
-    if histograms:
-        session.execute(insert(cast(Table, RollupDeltaHistogramRow.__table__)), list(histograms))
+    """COPY the deltas of one batch, rows of equal columns; readers sum rows of equal key."""
+    for table, rows in (("rollup_deltas", sums), ("rollup_delta_histograms", histograms)):
+        if rows:
+            _copy(session, table, tuple(rows[0]), (tuple(row.values()) for row in rows))
 
 
 def _copy(session: WriteSession, table: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """Arrays are of integers, and written out here: psycopg looks at each element for what it might be, and a prompt
+    has hundreds."""
     connection = cast(psycopg.Connection[Any], session.connection().connection.driver_connection)
     statement = f"COPY {table} ({', '.join(columns)}) FROM STDIN"
     with connection.cursor() as cursor, cursor.copy(statement) as copy:
         for row in rows:
-            copy.write_row(row)
+            copy.write_row([_array(value) if isinstance(value, (list, tuple)) else value for value in row])
+
+
+def _array(values: Sequence[int]) -> str:
+    """As Postgres writes an array."""
+    return f"{{{','.join(map(str, values))}}}"

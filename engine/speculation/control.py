@@ -26,7 +26,7 @@ LEVELS = 10
 POSITIONS = 8
 """Positions of a draft that are told apart; later ones count as the last."""
 FREE_SHARE = 0.01
-"""A draft that costs less than this share of a pass is always asked for: its tokens decide, and teach."""
+"""A draft that costs less than this share of a plain pass is always asked for: its tokens decide, and teach."""
 DRAFT_WEIGHT = 0.05
 """Weight of one draft in the estimate of what drafting costs."""
 ROW_KEEP = 0.97
@@ -225,7 +225,7 @@ class KController:
         if self.costs is None:
             return list(ks)
         base_rows = len(rows) + prompt_rows
-        free = FREE_SHARE * self.costs(base_rows)
+        free = FREE_SHARE * self.costs(len(rows))
         dear = [i for i, row in enumerate(rows) if ks[i] and row.settings.enabled and row.acceptance.draft_s > free]
         limits = list(ks)
         if not dear:

@@ -134,11 +134,10 @@ def test_a_prompt_beside_them_makes_no_unlikely_token_worth_its_row(monkeypatch:
 
     def drafted(chance: float, prompt_rows: int) -> int:
         offers = [Offer(row, 4, [chance] * 4) for row in rows]
-        for row in rows:
-            row.acceptance.draft_s = 0.001
-        assert (sum(controller.limits(rows, [4] * 4, prompt_rows)) > 4) == (prompt_rows > 0)  # rows are cheaper there
         return sum(controller.choose(offers, prompt_rows).ks)
 
+    rows[0].acceptance.draft_s = 0.008  # of all four: too dear, though a hundredth of the pass with the prompt
+    assert controller.limits(rows, [4] * 4) == controller.limits(rows, [4] * 4, 300) == [0] * 4
     assert drafted(0.2, 0) == drafted(0.2, 300) == 0
     assert drafted(0.9, 300) == 16
     assert controller.choose([], 300).ks == []

@@ -52,8 +52,11 @@ class Regression:
 class Traffic:
     """What happens to both arms alike. ``shock`` and ``day`` multiply latencies, ``mix`` moves the classes' shares,
     ``slow_replica`` is the share of requests on a replica half as fast; records can be lost, doubled or late. With
-    ``per_key`` requests a key, most of what makes requests differ is the key's; ``as_requests`` counts latencies as if
-    each request had a key of its own, which is wrong, and a rule to compare with."""
+    ``per_key`` requests a key, most of what makes requests differ is the key's. One of an arm's first dozen keys takes
+    ``big_key`` times the usual steps; ``uneven`` is the deviation of the logarithm of a key's steps.
+
+    Two rules that are wrong, to compare with: ``as_requests`` counts latencies as if each request had a key of its own,
+    ``by_steps`` weighs a key's tokens per step by its steps."""
 
     shock: float = 1.0
     day: float = 0.0
@@ -63,7 +66,10 @@ class Traffic:
     doubled: float = 0.0
     late: int = 0
     per_key: int = 1
+    big_key: int = 1
+    uneven: float = 0.0
     as_requests: bool = False
+    by_steps: bool = False
     faults: Regression = field(default_factory=Regression)
 
 
@@ -94,7 +100,7 @@ class Arm:
         hit = np.arange(n) >= wrong.begins
         if wrong.only is not None:
             hit &= self.of_class == CLASSES.index(wrong.only)
-        self.steps = rng.integers(10, 60, n)
+        self.steps, self.by_steps = _steps(rng, n, traffic), traffic.by_steps
         own = rng.beta(6, 6, keys)[self.key] - 0.5 + np.take(LEVELS, self.of_class)
         own += np.where(hit, wrong.acceptance, before)
         self.accepted = rng.binomial(2 * self.steps, np.clip(own, 0.0, 1.0))
@@ -115,7 +121,7 @@ class Arm:
         n, classes = len(self.steps), len(CLASSES)
         seen = np.minimum(np.searchsorted(looks, np.arange(1, n + 1) + late), len(looks))  # first look that has it
         row = seen * classes + self.of_class
-        x, y = (self.steps + self.accepted).astype(float), self.steps.astype(float)
+        x, y = self._weighed(self.steps + self.accepted, self.steps)
         each = (1.0, 1.0, x, y, x * x, y * y, x * y, self.failed, self.late, again)
         rows = (len(looks) + 1) * classes
         sums = np.stack([np.bincount(row, times * value, rows) for value in each], axis=1)
@@ -128,7 +134,7 @@ class Arm:
     def _summed_by_key(self, looks: Array, again: Array, as_requests: bool) -> tuple[Array, Array]:
         """The same where a key has many requests: what is squared is the sum of a key, which grows with every look."""
         classes, size = len(CLASSES), int(self.key.max()) + 1
-        x, y = (self.steps + self.accepted).astype(float), self.steps.astype(float)
+        tokens = self.steps + self.accepted
         of_key = np.zeros(size, int)
         of_key[self.key] = self.of_class
         bucket, fine = self._bucket(), ~(self.failed | self.late)
@@ -136,7 +142,8 @@ class Arm:
         for at, n in enumerate(looks.tolist()):
             key = self.key[:n]
             met = [np.bincount(key, event[:n], size) > 0 for event in (self.failed, self.late, again)]
-            kx, ky, brought = (np.bincount(key, value, size) for value in (x[:n], y[:n], np.ones(n)))
+            kx, ky, brought = (np.bincount(key, value, size) for value in (tokens[:n], self.steps[:n], np.ones(n)))
+            kx, ky = self._weighed(kx, ky)
             each = (brought, brought > 0, kx, ky, kx * kx, ky * ky, kx * ky, *met)
             sums[at] = np.stack([np.bincount(of_key, value, classes) for value in each], axis=1)
             ended = np.flatnonzero(fine[:n])
@@ -145,6 +152,11 @@ class Arm:
             cell = self.of_class[ended] * BUCKETS + bucket[ended]
             counts[at] = np.bincount(cell, share, classes * BUCKETS).reshape(classes, BUCKETS)
         return sums, counts
+
+    def _weighed(self, tokens: Array, steps: Array) -> tuple[Array, Array]:
+        """x and y of keys, as ``store.segments`` has them: tokens per step, and 1."""
+        x, y = np.asarray(tokens, float), np.asarray(steps, float)
+        return (x, y) if self.by_steps else (np.divide(x, y, out=np.zeros_like(x), where=y > 0), (y > 0).astype(float))
 
     def _bucket(self) -> Array:
         where = np.ceil(np.log(self.latency) / histogram.LOG_GAMMA).astype(int) - SMALLEST
@@ -201,6 +213,17 @@ def _classes(rng: np.random.Generator, place: Array, moving: bool) -> Array:
     first = edges[0] * (1.0 - 0.8 * place) if moving else np.full(len(place), edges[0])
     found = np.searchsorted(edges[1:], draw, side="right") + 1
     return np.minimum(np.where(draw < first, 0, np.maximum(found, 1)), len(CLASSES) - 1)
+
+
+def _steps(rng: np.random.Generator, n: int, traffic: Traffic) -> Array:
+    """Verify steps of each request: 10 to 59, or log-normal with the same median; one of the first dozen may tower."""
+    if traffic.uneven:
+        steps = np.maximum(2, np.rint(np.exp(rng.normal(np.log(34.5), traffic.uneven, n)))).astype(int)
+    else:
+        steps = rng.integers(10, 60, n)
+    if traffic.big_key > 1:
+        steps[rng.integers(0, 12)] *= traffic.big_key
+    return steps
 
 
 def _latencies(rng: np.random.Generator, n: int, wrong: Regression, hit: Array, alike: Array | None) -> Array:

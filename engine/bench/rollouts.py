@@ -30,7 +30,10 @@ EQUAL = [
     World("mix_shift", traffic=Traffic(mix=True)),
     World("slow_replica", traffic=Traffic(slow_replica=0.25)),
     World("bad_records", traffic=Traffic(lost=0.05, doubled=0.03, late=20)),
+    World("one_big_key", traffic=Traffic(big_key=1_000)),
+    World("uneven_keys", traffic=Traffic(uneven=1.5)),
 ]
+BY_STEPS = World("one_big_key_by_steps", traffic=Traffic(big_key=1_000, by_steps=True))
 CONVERSATIONS = World("20_requests_per_key", traffic=Traffic(per_key=20))
 BY_REQUEST = World("20_per_key_latency_by_request", traffic=Traffic(per_key=20, as_requests=True))
 WORSE = [
@@ -81,7 +84,7 @@ def run(quick: bool, seed: int, progress: Callable[[str], None] = lambda _: None
         for world in EQUAL:
             count = many if world.name == "identical" else max(others, many // 2 if world.name == "margin" else 0)
             figures += _false(world, runs(world, count))
-        for world in (CONVERSATIONS, BY_REQUEST):
+        for world in (BY_STEPS, CONVERSATIONS, BY_REQUEST):
             ends = runs(world, others, 2 * horizon)
             figures.append(share_figure(f"false_rollback:{world.name}", _rolled_back(ends), len(ends)))
         for world in WORSE:

@@ -40,7 +40,8 @@ class TokensPerStep(_Guard):
     FAIL when it is certain that the canary is worse at all; PASS at the last step when it is certain that it is not
     worse by the share ``max_drop`` of the control. ``pass_alpha`` is the risk of calling a worse canary good enough.
     ``min_requests`` are assignment keys per arm, and ``horizon`` the pairs of them at which the test is sharpest: the
-    key was randomised, and ten requests of one conversation are one observation.
+    key was randomised, and ten requests of one conversation are one observation. A key weighs one, however many steps
+    it took: what is compared is the mean over keys of their tokens per verify step.
     """
 
     kind: ClassVar[str] = "tokens_per_step"

@@ -28,7 +28,9 @@ class Moments:
 
     A unit is what was randomised, an assignment key with all of its requests: units are independent, the requests of
     one are not, and taken for independent they make the variance too small by up to their number. For tokens per verify
-    step x_k = tokens committed by verify steps (steps + accepted), y_k = verify steps, each summed over key k.
+    step x_k = those of key k and y_k = 1, so that the ratio is the mean over keys and its variance that of a mean. With
+    steps as y_k one key that took most of them would decide the mean and hide its own variance: the residual of what
+    dominates a weighted mean is near 0, and no degree of freedom of t makes up for it.
     """
 
     n: Number = 0

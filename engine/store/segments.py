@@ -1,8 +1,9 @@
 """What the compared requests of an arm come to, in each traffic class and in all: sums that grow request by request.
 
-The assignment key was randomised, so the key is what is counted: what is squared is the sum of a key, a key that met
-ten errors met one event, and in a latency histogram a key weighs one, each of its m requests 1/m. A request that comes
-to a key therefore changes what the key counted before: its old share is taken out, its new one put in. Pure.
+The assignment key was randomised, so the key is what is counted, and each weighs one: its tokens per verify step are
+one observation however many steps it took, a key that met ten errors met one event, and in a latency histogram each of
+its m requests weighs 1/m. A request that comes to a key therefore changes what the key counted before: its old share is
+taken out, its new one put in. Pure.
 """
 
 from __future__ import annotations
@@ -33,9 +34,10 @@ class Segment:
 
     ``keys`` and ``…_keys`` count assignment keys, not requests: a client that retries one failing request ten times is
     one event; ``error_keys`` met an error of their request or, those of ``draft_error_keys``, of its draft, without
-    which the engine went on. ``n`` are the keys that took a verify step, and Σ is over them: x_k = steps +
-    accepted (tokens committed by verify steps, bonus included) and y_k = steps, each summed over all
-    requests of key k in this class.
+    which the engine went on. ``n`` are the keys that took a verify step, and Σ is over them: x_k = tokens that key k
+    committed per verify step, bonus included, over all of its requests in this class, and y_k = 1. Were y_k its steps,
+    one key with most of the steps would be most of the mean and leave next to nothing of its variance. So counted
+    decisions that were made before; the ratio of sums, Σx / Σy, judges both.
     ``latencies`` holds, per metric, the log histogram of requests that ended well, in which a key weighs one in all.
     ``stage_requests`` are those of the newest stage; ``audited`` and ``mismatches`` count outputs that were replayed
     without a draft, and those that differed.
@@ -137,7 +139,10 @@ KEY_COUNTS = tuple(f.name for f in fields(KeySums) if f.name != "latencies")
 
 @dataclass(slots=True)
 class Totals:
-    """Sums over the keys of one arm and class; ``stages`` counts requests by ledger generation."""
+    """Sums over the keys of one arm and class; ``stages`` counts requests by ledger generation.
+
+    ``x`` and ``xx`` sum the tokens per verify step of ``n`` keys, and their squares.
+    """
 
     requests: int = 0
     cancelled: int = 0
@@ -147,11 +152,8 @@ class Totals:
     timeout_keys: int = 0
     retry_keys: int = 0
     n: int = 0
-    x: int = 0
-    y: int = 0
-    xx: int = 0
-    yy: int = 0
-    xy: int = 0
+    x: float = 0.0
+    xx: float = 0.0
     stages: dict[int, int] = field(default_factory=dict)
     latencies: dict[Bucket, float] = field(default_factory=dict)
 
@@ -165,12 +167,10 @@ class Totals:
         self.timeout_keys += sign * (key.timeouts > 0)
         self.retry_keys += sign * (key.retries > 0)
         if key.y > 0:
+            per_step = key.x / key.y
             self.n += sign
-            self.x += sign * key.x
-            self.y += sign * key.y
-            self.xx += sign * key.x * key.x
-            self.yy += sign * key.y * key.y
-            self.xy += sign * key.x * key.y
+            self.x += sign * per_step
+            self.xx += sign * per_step * per_step
         of_metric = [0] * len(METRICS)
         for (metric, _), requests in key.latencies.items():
             of_metric[metric] += requests
@@ -180,7 +180,8 @@ class Totals:
     def segment(self, arm: str, traffic_class: str | None, stage: int | None, metrics: Collection[str]) -> Segment:
         """As guards read it; ``stage`` is the generation of the newest stage."""
         sums = {name: getattr(self, name) for name in _SUMMED}
-        sums |= {name: float(sums[name]) for name in ("x", "y", "xx", "yy", "xy")}
+        x, xx = round(self.x, 9), round(self.xx, 9)  # what was taken out again leaves its rounding behind
+        sums |= {"x": x, "y": float(self.n), "xx": xx, "yy": float(self.n), "xy": x}
         rounded = sorted((at, round(keys, 4)) for at, keys in self.latencies.items())
         latencies: dict[str, Counts] = {}
         for name in metrics:

@@ -20,9 +20,9 @@ def test_the_sums_are_those_of_the_requests(traffic: Traffic) -> None:
     n = int(AT[look])
     whole, *each = canary.segments(look, None)
     steps, accepted = canary.steps[:n].astype(float), canary.accepted[:n]
-    committed = steps + accepted
-    assert (whole.n, whole.x, whole.y) == (n, committed.sum(), steps.sum())
-    assert (whole.xx, whole.yy, whole.xy) == ((committed**2).sum(), (steps**2).sum(), (committed * steps).sum())
+    per_step = (steps + accepted) / steps
+    assert (whole.n, whole.y, whole.yy) == (n, n, n)
+    assert (whole.x, whole.xy, whole.xx) == pytest.approx((per_step.sum(), per_step.sum(), (per_step**2).sum()))
     assert whole.error_keys == canary.failed[:n].sum()
     fine = ~(canary.failed | canary.late)[:n]
     indices, counts = histogram.count(canary.latency[:n][fine])
@@ -72,7 +72,8 @@ def test_what_keys_share_is_summed_as_the_evidence_query_would() -> None:
     x, y, m = (np.bincount(arm.key[:n], value[:n]) for value in (arm.steps + arm.accepted, arm.steps, np.ones(n)))
     fine = ~(arm.failed | arm.late)[:n]
     assert (whole.requests, whole.keys) == (n, int((m > 0).sum()))
-    assert (whole.xx, whole.xy) == pytest.approx(((x * x).sum(), (x * y).sum()))
+    per_step = x[m > 0] / y[m > 0]
+    assert (whole.x, whole.xx) == pytest.approx((per_step.sum(), (per_step**2).sum()))
     assert whole.error_keys == len(set(arm.key[:n][arm.failed[:n]]))
     assert sum(whole.latencies["e2e"][1]) == pytest.approx(len(set(arm.key[:n][fine])))
 
@@ -85,3 +86,12 @@ def test_twenty_requests_of_a_key_are_one_observation(by_request: bool) -> None:
     fired = [r.guard for r in ends if r.ended == "rolled_back"]
     assert len(fired) >= 6 if by_request else not fired
     assert all(guard.startswith("e2e_") for guard in fired)
+
+
+@pytest.mark.parametrize("by_steps", [False, True])
+def test_a_key_with_most_of_the_steps_is_one_observation(by_steps: bool) -> None:
+    """Identical arms; the planted fault weighs keys by their steps."""
+    world = rollouts.BY_STEPS if by_steps else next(w for w in rollouts.EQUAL if w.name == "one_big_key")
+    ends = [rollouts.rollout(world, 100, "", seed) for seed in range(20)]
+    fired = [r.guard for r in ends if r.ended == "rolled_back"]
+    assert len(fired) >= 5 if by_steps else not fired

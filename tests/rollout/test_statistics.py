@@ -17,13 +17,14 @@ Bound = Callable[[Difference], np.ndarray]
 
 
 def arm(rng: np.random.Generator, rollouts: int, requests: int, acceptance: float) -> Moments:
-    """Cumulative moments [rollouts, requests]: each request takes 10–59 steps, drafts 2, and has its own acceptance."""
+    """Cumulative moments [rollouts, requests] of tokens per step: a request takes 10–59 steps, drafts 2 in each, and
+    has its own acceptance."""
     steps = rng.integers(10, 60, (rollouts, requests)).astype(float)
     own = np.clip(rng.beta(4, 6, (rollouts, requests)) + acceptance, 0, 1)
-    committed = steps + rng.binomial((2 * steps).astype(int), own)
+    per_step = 1.0 + rng.binomial((2 * steps).astype(int), own) / steps
     n = np.broadcast_to(np.arange(1, requests + 1.0), steps.shape)
-    sums = (np.cumsum(v, 1) for v in (committed, steps, committed**2, steps**2, committed * steps))
-    return Moments(n, *sums)
+    x, xx = np.cumsum(per_step, 1), np.cumsum(per_step**2, 1)
+    return Moments(n, x, n, xx, n, x)
 
 
 def alarms(bound: Bound, shift: float, rollouts: int, requests: int, seed: int) -> np.ndarray:

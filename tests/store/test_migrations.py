@@ -175,3 +175,16 @@ def test_without_a_default_its_traces_are_refused(db: Database, tmp_path: Path, 
         session.execute(text(f"ALTER TABLE {table} ALTER COLUMN {column} DROP DEFAULT"))
     with pytest.raises((DBAPIError, psycopg.Error), match=column):
         write(db, tmp_path, records()[:5])
+
+
+def test_what_running_rollouts_counted_by_steps_is_counted_anew(database_url: str) -> None:
+    config = migrate.alembic_config(database_url)
+    command.upgrade(config, "head")
+    command.downgrade(config, "0021")
+    with psycopg.connect(libpq_url(database_url)) as connection:
+        connection.execute('INSERT INTO comparisons VALUES (7, \'{"7": []}\', \'[{"arm": "canary", "y": 90}]\')')
+        connection.execute("INSERT INTO compared_keys VALUES (7, 1, 'canary', 'chat', 1, 0, 0, 0, 0, 0, 120, 90, '{}')")
+    command.upgrade(config, "head")
+    with psycopg.connect(libpq_url(database_url)) as connection:
+        for table in ("comparisons", "compared_keys"):
+            assert connection.execute(f"SELECT count(*) FROM {table}").fetchone() == (0,)

@@ -45,13 +45,14 @@ _SEGMENTS = text(
             sum(steps)::float8 AS y, bool_or(draft_errors > 0) AS failed
         FROM shadow_requests WHERE generation = :generation GROUP BY arm, traffic_class, assignment_key
     ), of_key AS (
-        SELECT arm, traffic_class, requests, x, y, failed FROM of_class UNION ALL
-        SELECT arm, NULL, sum(requests), sum(x), sum(y), bool_or(failed) FROM of_class GROUP BY arm, assignment_key
+        SELECT arm, traffic_class, requests, x / nullif(y, 0) AS per_step, failed FROM of_class UNION ALL
+        SELECT arm, NULL, sum(requests), sum(x) / nullif(sum(y), 0), bool_or(failed)
+        FROM of_class GROUP BY arm, assignment_key
     )
     SELECT arm, traffic_class, sum(requests)::bigint AS requests, sum(requests)::bigint AS stage_requests,
-        count(*) AS keys, count(*) FILTER (WHERE y > 0) AS n, sum(x) AS x, sum(y) AS y, sum(x * x) AS xx,
-        sum(y * y) AS yy, sum(x * y) AS xy, count(*) FILTER (WHERE failed) AS error_keys,
-        count(*) FILTER (WHERE failed) AS draft_error_keys
+        count(*) AS keys, count(per_step) AS n, coalesce(sum(per_step), 0) AS x, count(per_step)::float8 AS y,
+        coalesce(sum(per_step * per_step), 0) AS xx, count(per_step)::float8 AS yy, coalesce(sum(per_step), 0) AS xy,
+        count(*) FILTER (WHERE failed) AS error_keys, count(*) FILTER (WHERE failed) AS draft_error_keys
     FROM of_key GROUP BY arm, traffic_class ORDER BY arm, traffic_class NULLS FIRST
     """
 )

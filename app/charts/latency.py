@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from app.charts.figure import Figure
-from app.charts.theme import Palette, Window, empty, figure, instants, log_axis, mark_deploys, time_axis
+from app.charts.theme import Palette, Window, empty, figure, floats, instants, log_axis, mark_deploys, time_axis
 
 NOTHING = "No traffic in this window"
 QUANTILES = ("p50", "p95", "p99")
@@ -28,19 +28,20 @@ def percentiles(
 
     ``frame`` and ``canary``: at, {metric}_p50, _p95, _p99; canary also policy_version.
     """
-    names = [f"{metric}_{name}" for name in QUANTILES]
-    if frame.empty or frame[names].isna().all(axis=None):
+    found = [floats(frame, f"{metric}_{name}") for name in QUANTILES]
+    if all(np.isnan(values).all() for values in found):
         return empty(NOTHING, colours, TALL)
     made = figure(colours, TALL)
     at = instants(frame["at"]).to_numpy()
-    for name, colour in zip(QUANTILES, colours.quantiles, strict=True):
-        _line(made, at, _values(frame, f"{metric}_{name}"), name, {"color": colour})
+    for name, values, colour in zip(QUANTILES, found, colours.quantiles, strict=True):
+        _line(made, at, values, name, {"color": colour})
     for version, at, values in _each_version(canary, f"{metric}_p95"):
         style = {"dash": "dash", "color": colours.version(version)}
         _line(made, at, values, f"canary v{version} p95", style)
     made.update_traces(hovertemplate="%{y:,.0f} ms")
-    shown = pd.concat([frame[names], canary[names]]) if not canary.empty else frame[names]
-    log_axis(made, float(shown.min(axis=None)), float(shown.max(axis=None)))
+    found += [floats(canary, f"{metric}_{name}") for name in QUANTILES]
+    shown = np.concatenate(found)
+    log_axis(made, float(np.nanmin(shown)), float(np.nanmax(shown)))
     return mark_deploys(time_axis(made, window), plans, window, colours, width=560)
 
 
@@ -52,14 +53,14 @@ def heat_map(frame: pd.DataFrame, plans: pd.DataFrame, window: Window, colours: 
     """
     if frame.empty:
         return empty(NOTHING, colours, TALL)
-    width = frame["until"].iloc[0] - frame["at"].iloc[0]
-    low_ms = _values(frame, "low")
-    ratio = float(frame["high"].iloc[0] / frame["low"].iloc[0])
+    at, until = (instants(frame[name]).to_numpy() for name in ("at", "until"))
+    low_ms, high_ms, requests = (floats(frame, name) for name in ("low", "high", "requests"))
+    width, ratio = until[0] - at[0], float(high_ms[0] / low_ms[0])
     rows = np.round(np.log(low_ms / low_ms.min()) / math.log(ratio)).astype(int)
-    columns = ((frame["at"] - frame["at"].min()) // width).to_numpy()
+    columns = (at - at.min()) // width
     grid = np.full((rows.max() + 1, columns.max() + 1), np.nan)
-    grid[rows, columns] = frame["requests"]
-    times = instants(frame["at"]).min() + width * np.arange(grid.shape[1] + 1)
+    grid[rows, columns] = requests
+    times = at.min() + width * np.arange(grid.shape[1] + 1)
     lows = float(low_ms.min()) * ratio ** np.arange(grid.shape[0] + 1)
     made = figure(colours, TALL)
     low, middle, high = colours.heat
@@ -81,11 +82,11 @@ def heat_map(frame: pd.DataFrame, plans: pd.DataFrame, window: Window, colours: 
         },
     )
     made.add_scatter(
-        x=instants(frame["at"] + width / 2),
+        x=at + width / 2,
         y=low_ms * math.sqrt(ratio),
         mode="markers",
         marker={"size": 12, "opacity": 0, "color": middle},
-        customdata=frame[["low", "high", "requests"]].to_numpy(),
+        customdata=np.column_stack((low_ms, high_ms, requests)),
         hovertemplate="%{customdata[0]:,.0f} to %{customdata[1]:,.0f} ms: %{customdata[2]} requests<extra></extra>",
         showlegend=False,
         unselected={"marker": {"opacity": 0}},
@@ -149,12 +150,7 @@ def _each_version(frame: pd.DataFrame, column: str) -> Iterator[tuple[int, np.nd
     """(version, instants, values) of each, ascending."""
     if frame.empty:
         return
-    versions, at, values = frame["policy_version"].to_numpy(), instants(frame["at"]).to_numpy(), _values(frame, column)
+    versions, at, values = frame["policy_version"].to_numpy(), instants(frame["at"]).to_numpy(), floats(frame, column)
     for version in np.unique(versions):
         chosen = versions == version
         yield int(version), at[chosen], values[chosen]
-
-
-def _values(frame: pd.DataFrame, column: str) -> np.ndarray:
-    """A column as floats, nan where there is no value."""
-    return frame[column].to_numpy(dtype=float, na_value=np.nan)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import numpy as np
 import pandas as pd
 
 from app.charts.figure import Figure
-from app.charts.theme import Palette, Window, empty, figure, instants, mark_deploys, time_axis
+from app.charts.theme import Palette, Window, empty, figure, floats, instants, mark_deploys, time_axis
 
 NOTHING = "Nothing was drafted in this window"
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "star")
@@ -23,15 +24,17 @@ def by_class(
 
     ``frame``: at, traffic_class, ``column``.
     """
-    if frame.empty or frame[column].isna().all():
+    values = floats(frame, column)
+    if np.isnan(values).all():
         return empty(NOTHING, colours)
     made = figure(colours)
-    for place, (name, rows) in enumerate(sorted(frame.groupby("traffic_class"))):
+    at = instants(frame["at"]).to_numpy()
+    for place, (name, chosen) in enumerate(_each_class(frame)):
         shade = colours.quantiles[place % 3]
         made.add_scatter(
-            x=instants(rows["at"]),
-            y=rows[column],
-            name=str(name),
+            x=at[chosen],
+            y=values[chosen],
+            name=name,
             mode="lines",
             line={"width": 2, "color": shade, "dash": DASHES[place % len(DASHES)]},
             connectgaps=False,
@@ -44,16 +47,19 @@ def by_class(
 
 def share_by_class(frame: pd.DataFrame, plans: pd.DataFrame, window: Window, colours: Palette) -> Figure:
     """The mix of traffic: each class's share of the requests over time, %. ``frame``: at, traffic_class, requests."""
-    if frame.empty or frame["requests"].isna().all():
+    requests = floats(frame, "requests")
+    if np.isnan(requests).all():
         return empty("No traffic in this window", colours)
     made = figure(colours)
-    whole = frame.groupby("at")["requests"].transform("sum")
-    frame = frame.assign(share=100 * frame["requests"] / whole.where(whole > 0))
-    for place, (name, rows) in enumerate(sorted(frame.groupby("traffic_class"))):
+    at = instants(frame["at"]).to_numpy()
+    _, bins = np.unique(at, return_inverse=True)
+    whole = np.bincount(bins, weights=np.nan_to_num(requests))[bins]
+    share = 100 * requests / np.where(whole > 0, whole, np.nan)
+    for place, (name, chosen) in enumerate(_each_class(frame)):
         made.add_bar(
-            x=instants(rows["at"]),
-            y=rows["share"],
-            name=str(name),
+            x=at[chosen],
+            y=share[chosen],
+            name=name,
             marker={
                 "color": colours.quantiles[place % 3],
                 "pattern": {
@@ -72,14 +78,16 @@ def share_by_class(frame: pd.DataFrame, plans: pd.DataFrame, window: Window, col
 
 def positions_by_class(frame: pd.DataFrame, colours: Palette) -> Figure:
     """Unconditional acceptance by draft position, %, a line a class. ``frame``: traffic_class, position, acceptance."""
-    if frame.empty or frame["acceptance"].isna().all():
+    acceptance = floats(frame, "acceptance")
+    if np.isnan(acceptance).all():
         return empty(NOTHING, colours)
     made = figure(colours)
-    for place, (name, rows) in enumerate(sorted(frame.groupby("traffic_class"))):
+    positions = frame["position"].to_numpy()
+    for place, (name, chosen) in enumerate(_each_class(frame)):
         made.add_scatter(
-            x=rows["position"] + 1,
-            y=rows["acceptance"] * 100,
-            name=str(name),
+            x=positions[chosen] + 1,
+            y=acceptance[chosen] * 100,
+            name=name,
             mode="lines+markers",
             line={"width": 2, "color": colours.quantiles[place % 3], "dash": DASHES[place % len(DASHES)]},
             hovertemplate="%{y:.1f} %",
@@ -182,3 +190,10 @@ def _gains(observed: float, predicted: float) -> str:
 
 def _axis(text: str, colours: Palette) -> dict[str, object]:
     return {"text": text, "font": {"size": 11, "color": colours.muted}}
+
+
+def _each_class(frame: pd.DataFrame) -> Iterator[tuple[str, np.ndarray]]:
+    """(class, which rows are its own), by name."""
+    classes = frame["traffic_class"].to_numpy(dtype=object)
+    for name in sorted(set(classes)):
+        yield str(name), classes == name

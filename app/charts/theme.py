@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from app.charts.figure import Figure
@@ -123,6 +124,11 @@ def time_axis(made: Figure, window: Window) -> Figure:
 def instants(at: pd.Series) -> pd.Series:
     """UTC without saying so, which is what Plotly draws."""
     return at.dt.tz_convert(None) if len(at) else at
+
+
+def floats(frame: pd.DataFrame, column: str) -> np.ndarray:
+    """A column as floats, nan where there is no value; nothing of an empty frame, which may have no columns."""
+    return frame[column].to_numpy(dtype=float, na_value=np.nan) if len(frame) else np.empty(0)
 
 
 def log_axis(made: Figure, low: float, high: float) -> Figure:

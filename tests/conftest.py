@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tempfile
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,9 +13,15 @@ from engine.model.loading import Target, load_target
 from engine.ops import postgres
 from engine.store import migrate
 from engine.store.database import Database
+from tests.app.hour import Hour, seeded_hour
+from tests.databases import TEMPLATE, copied, with_database
 from tests.tiny_model import write_tiny_model
 
-TEMPLATE = "slipstream_template"
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that start many processes come first: begun last, one of them would keep a single worker to the end."""
+    long = {item.path for item in items if item.get_closest_marker("slow") or item.get_closest_marker("browser")}
+    items.sort(key=lambda item: item.path not in long)
 
 
 @pytest.fixture(scope="session")
@@ -45,22 +50,28 @@ def postgres_url(postgres_home: Path) -> str:
     """The server, at a migrated database that others are copied from and nobody connects to."""
     url = postgres.running_url(postgres_home)
     assert url is not None
-    template = _with_database(url, TEMPLATE)
+    template = with_database(url, TEMPLATE)
     with psycopg.connect(url, autocommit=True) as connection:
+        for careful in ("fsync", "full_page_writes"):  # of no use where the machine's end is the data's end too
+            connection.execute(f"ALTER SYSTEM SET {careful} = off")
+        connection.execute("SELECT pg_reload_conf()")
         connection.execute(f"CREATE DATABASE {TEMPLATE}")
     migrate.upgrade(template)
     return url
 
 
+@pytest.fixture(scope="module")
+def hour(postgres_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hour]:
+    """The seeded hour that the tests of a file copy; made anew for each file, because it ages."""
+    with seeded_hour(postgres_url, tmp_path_factory.mktemp("hour")) as made:
+        yield made
+
+
 @pytest.fixture
 def database_url(postgres_url: str) -> Iterator[str]:
     """A fresh database with the newest schema."""
-    name = f"test_{uuid.uuid4().hex[:12]}"
-    with psycopg.connect(postgres_url, autocommit=True) as connection:
-        connection.execute(f"CREATE DATABASE {name} TEMPLATE {TEMPLATE}")
-    yield _with_database(postgres_url, name)
-    with psycopg.connect(postgres_url, autocommit=True) as connection:
-        connection.execute(f"DROP DATABASE {name} WITH (FORCE)")
+    with copied(postgres_url) as url:
+        yield url
 
 
 @pytest.fixture
@@ -68,7 +79,3 @@ def db(database_url: str) -> Iterator[Database]:
     database = Database(database_url, application="tests")
     yield database
     database.close()
-
-
-def _with_database(url: str, name: str) -> str:
-    return url.replace("/slipstream?", f"/{name}?")

@@ -25,7 +25,7 @@ from engine.store.database import Database
 from engine.store.repositories import plans, traces
 from engine.store.repositories.overview import Slice
 from tests.app.seed import beat, seed
-from tests.conftest import TEMPLATE, _with_database
+from tests.databases import TEMPLATE, with_database
 from tests.waiting import free_ports, until
 
 playwright = pytest.importorskip("playwright.sync_api")
@@ -75,14 +75,14 @@ def shared(postgres_url: str, tmp_path_factory: pytest.TempPathFactory) -> Itera
     with psycopg.connect(postgres_url, autocommit=True) as connection:
         connection.execute(f"CREATE DATABASE {name} TEMPLATE {TEMPLATE}")
     folder, done = tmp_path_factory.mktemp("dashboard"), threading.Event()
-    db = Database(_with_database(postgres_url, name), application="tests")
+    db = Database(with_database(postgres_url, name), application="tests")
 
     def replica() -> None:
         while not done.wait(5):
             beat(db, datetime.now(UTC), folder / "spill" / "tokenizer.json")
 
     alive = threading.Thread(target=replica)
-    with _dashboard(_with_database(postgres_url, name), db, folder) as address:
+    with _dashboard(with_database(postgres_url, name), db, folder) as address:
         alive.start()
         yield address, db
         done.set()

@@ -15,7 +15,7 @@ from engine.cli.main import app
 from engine.contracts import SlipstreamError
 from engine.store.database import Database
 from engine.store.repositories import plans, rollouts
-from tests.app.seed import beat, seed
+from tests.app.seed import beat
 
 run = CliRunner()
 
@@ -61,7 +61,6 @@ def test_a_verb_without_a_database_says_how_to_get_one(tmp_path: Path) -> None:
 
 
 def test_rollback_writes_the_ledger(flags: list[str], db: Database, tmp_path: Path) -> None:
-    seed(db, tmp_path / "spill")
     with db.write() as session:  # no live replica: the verb must not wait for one
         from sqlalchemy import delete
 
@@ -77,13 +76,11 @@ def test_rollback_writes_the_ledger(flags: list[str], db: Database, tmp_path: Pa
 
 
 def test_rollback_to_a_version_that_is_not_there(flags: list[str], db: Database, tmp_path: Path) -> None:
-    seed(db, tmp_path / "spill")
     answer = run.invoke(app, [*flags, "rollback", "--reason", "x", "--to", "99"])
     assert "no policy version 99" in str(answer.exception)
 
 
 def test_lineage_in_both_directions(flags: list[str], db: Database, tmp_path: Path) -> None:
-    seed(db, tmp_path / "spill")
     shown = json.loads(run.invoke(app, [*flags, "policy", "show", "3", "--traces"]).output)
     train = next(part for part in shown["lineage"] if part["role"] == "train")
     assert train["traces"] == len(train["trace_ids"]) > 0
@@ -92,7 +89,6 @@ def test_lineage_in_both_directions(flags: list[str], db: Database, tmp_path: Pa
 
 
 def test_status_tells_plan_and_replicas(flags: list[str], db: Database, tmp_path: Path) -> None:
-    seed(db, tmp_path / "spill")
     beat(db, datetime.now(UTC))
     found = json.loads(run.invoke(app, [*flags, "status", "--json"]).output)
     assert found["plan"]["champion"] == 3
@@ -101,7 +97,6 @@ def test_status_tells_plan_and_replicas(flags: list[str], db: Database, tmp_path
 
 
 def test_rollout_verbs(flags: list[str], db: Database, tmp_path: Path) -> None:
-    seed(db, tmp_path / "spill")
     with db.read() as session:
         active = rollouts.active(session)
     assert active is not None
@@ -115,7 +110,6 @@ def test_rollout_verbs(flags: list[str], db: Database, tmp_path: Path) -> None:
 
 
 def test_a_draft_is_written_down_and_begun_later(flags: list[str], db: Database, tmp_path: Path) -> None:
-    seed(db, tmp_path / "spill")
     with db.read() as session:
         active = rollouts.active(session)
         assert active is not None
@@ -141,7 +135,6 @@ def test_a_draft_is_written_down_and_begun_later(flags: list[str], db: Database,
 
 
 def test_the_record_of_a_rollout_is_told(flags: list[str], db: Database, tmp_path: Path) -> None:
-    seed(db, tmp_path / "spill")
     with db.read() as session:
         active = rollouts.active(session)
     assert active is not None

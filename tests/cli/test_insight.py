@@ -14,7 +14,6 @@ from engine.cli.main import app
 from engine.contracts import SlipstreamError
 from engine.store.database import Database, without_password
 from engine.store.panels import PANELS
-from tests.app.seed import seed
 
 run = CliRunner()
 AWAY = "database_url=postgresql://joe:secret@127.0.0.1:1/none"
@@ -24,7 +23,6 @@ def test_panels_explanations_and_a_rebuild_from_the_command_line(
     database_url: str, db: Database, tmp_path: Path
 ) -> None:
     flags = ["--set", f"database_url={database_url}", "--set", f"home={tmp_path}"]
-    seed(db, tmp_path / "spill")
     listed = run.invoke(app, [*flags, "query"]).output
     assert all(name in listed for name in PANELS)
     found = json.loads(run.invoke(app, [*flags, "query", "overview.versions", "--range", "6h", "--json"]).output)

@@ -25,6 +25,7 @@ from engine.store.members import Members
 from engine.store.repositories import export, learning, plans, policies
 from engine.store.repositories.learning import Attempt
 from engine.store.repositories.policies import Lineage
+from tests.registry.conftest import NewMlflow
 from tests.rollout.database_world import take_in
 
 NOW = datetime.now(UTC)
@@ -37,8 +38,8 @@ GATE = {
 
 
 @pytest.fixture(scope="module")
-def tracking_uri(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return f"sqlite:///{tmp_path_factory.mktemp('mlflow') / 'mlflow.db'}"
+def tracking_uri(new_mlflow: NewMlflow, tmp_path_factory: pytest.TempPathFactory) -> str:
+    return new_mlflow(tmp_path_factory.mktemp("mlflow") / "mlflow.db")
 
 
 @pytest.fixture
@@ -273,11 +274,11 @@ def test_an_experiment_that_was_deleted_is_restored(
 
 
 def test_a_new_mlflow_is_shown_everything(
-    db: Database, store: ArtifactStore, registry: MlflowRegistry, learned: int, tmp_path: Path
+    db: Database, store: ArtifactStore, registry: MlflowRegistry, learned: int, tmp_path: Path, new_mlflow: NewMlflow
 ) -> None:
     """Its database was lost, and Postgres says that it has it all."""
     registry.sync(db, store)
-    fresh = mlflow_registry.connect(f"sqlite:///{tmp_path / 'new.db'}", "again")
+    fresh = mlflow_registry.connect(new_mlflow(tmp_path / "new.db"), "again")
     fresh.client.create_experiment("again", artifact_location=(tmp_path / "again").as_uri())
     assert fresh.sync(db, store) == 5
     assert alias_versions(fresh) == {"champion": learned - 1}

@@ -22,6 +22,7 @@ from engine.store.database import Database
 from engine.store.panels import system, traffic
 from engine.store.repositories import export, overview, policies
 from engine.store.repositories.overview import Slice
+from tests.registry.conftest import NewMlflow
 from tests.store.test_rollups import START, compact, records, write
 
 END = START + timedelta(hours=3)
@@ -43,8 +44,8 @@ class Flaky:
 
 
 @pytest.fixture(scope="module")
-def client(tmp_path_factory: pytest.TempPathFactory) -> MlflowClient:
-    return MlflowClient(f"sqlite:///{tmp_path_factory.mktemp('mlflow') / 'mlflow.db'}")
+def client(new_mlflow: NewMlflow, tmp_path_factory: pytest.TempPathFactory) -> MlflowClient:
+    return MlflowClient(new_mlflow(tmp_path_factory.mktemp("mlflow") / "mlflow.db"))
 
 
 @pytest.fixture
@@ -214,10 +215,10 @@ def test_a_catch_up_clears_an_old_error(db: Database, client: MlflowClient, runs
 
 
 def test_runs_that_mlflow_lost_are_sent_everything_again(
-    db: Database, client: MlflowClient, runs: dict[int, str], tmp_path: Path
+    db: Database, client: MlflowClient, runs: dict[int, str], tmp_path: Path, new_mlflow: NewMlflow
 ) -> None:
     assert send(ServingMetrics(db, client)) == 0
-    fresh = mlflow_registry.connect(f"sqlite:///{tmp_path / 'new.db'}", "again")
+    fresh = mlflow_registry.connect(new_mlflow(tmp_path / "new.db"), "again")
     fresh.client.create_experiment("again", artifact_location=(tmp_path / "again").as_uri())
     fresh.sync(db, ArtifactStore(tmp_path / "policies"))
     with db.read() as session:

@@ -23,8 +23,9 @@ ROWS = (0, 1, 2, 3, 4, 5, 6, 7, 13, 40)
 SHAPES = ((96, 64), (40, 34), (16, 2))  # whole panels, a part of one, a single one
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def compiled_anew() -> Iterator[None]:
+    """For a test with another source or another compiler."""
     product._product.cache_clear()
     yield
     product._product.cache_clear()
@@ -63,7 +64,7 @@ def test_a_product_is_that_of_floats_rounded_once() -> None:
     ],
 )
 def test_a_fault_in_the_product_is_seen(
-    right: str, wrong: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    compiled_anew: None, right: str, wrong: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = product.SOURCE.read_text()
     assert source.count(right) == 1
@@ -98,7 +99,7 @@ def test_what_cannot_be_laid_out_stays_as_it_is(monkeypatch: pytest.MonkeyPatch)
     assert isinstance(linear.pack(torch.randn(8, 32).bfloat16()), product.Panels)
 
 
-def test_without_a_compiler_there_is_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_compiler_there_is_torch(compiled_anew: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("engine.model.compiler.shutil.which", lambda name: None)
     assert not product.multiplies()
     assert to_panels(torch.randn(16, 32).bfloat16()) is None

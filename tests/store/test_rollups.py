@@ -5,11 +5,12 @@ The oracles are SQL over ``traces``, numpy and ddsketch.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from functools import cache
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -55,16 +56,17 @@ SQL = {
 }
 
 
-def records() -> list[TraceRecord]:
+@cache
+def records() -> tuple[TraceRecord, ...]:
     """1,200 requests over fifty-eight hours of four days, of two replicas."""
     made = []
     for number in range(1_200):
         at = START + timedelta(seconds=number * 174, milliseconds=number % 997)
         made.append(record(number, 5, started_at=at, replica_id=f"replica-{number % 2}", preemptions=number % 3))
-    return made
+    return tuple(made)
 
 
-def write(db: Database, folder: Path, chosen: list[TraceRecord]) -> None:
+def write(db: Database, folder: Path, chosen: Sequence[TraceRecord]) -> None:
     writer = TraceWriter(db, Spill(folder, 10**8), SETTINGS)
     for seq, start in enumerate(range(0, len(chosen), 37), start=1):
         writer._transaction(Batch(writer._writer_id, seq, chosen[start : start + 37]))

@@ -13,8 +13,9 @@ from pathlib import Path
 
 WORKERS = min((os.cpu_count() or 1) + 1, 4)
 """One more than there are processors: two of two workers waited for processes and databases two fifths of the time."""
-IN_PARALLEL = ("-n", str(WORKERS), "--dist", "loadfile")
-"""Files side by side: each worker has a Postgres of its own, and what a file sets up is set up once."""
+IN_PARALLEL = ("-n", str(WORKERS), "--dist", "loadfile", "--no-loadscope-reorder")
+"""Files side by side: each worker has a Postgres of its own, and what a file sets up is set up once. The order is that
+of tests/conftest.py; xdist would begin with the files of many tests, and the few long ones come last."""
 STEPS = (
     ("format", [sys.executable, "-m", "ruff", "format", "--check", "."]),
     ("lint", [sys.executable, "-m", "ruff", "check", "."]),

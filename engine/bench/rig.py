@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from engine.contracts import SlipstreamError
-from engine.model.weights import resolve_model
 from engine.ops import postgres, system
 from engine.ops.supervisor import Component, Say, Supervisor
 from engine.settings import Settings
@@ -42,6 +41,8 @@ def rig(
     keep: Path | None = None,
 ) -> Iterator[Rig]:
     """Postgres and an engine in a data directory of their own (``own_home``); the model of the usual one is used."""
+    from engine.model.weights import resolve_model  # brings torch, which the benchmarks of the store alone do without
+
     model = resolve_model(settings.engine.model, settings.dir("models"), say)
     with own_home(keep) as home:
         own = settings.model_copy(

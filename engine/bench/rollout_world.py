@@ -26,6 +26,7 @@ MEDIANS = (1.0, 1.2, 1.4, 1.1)
 SIGMA = 0.5
 SMALLEST, BUCKETS = histogram.bucket(0.02), histogram.bucket(600.0) - histogram.bucket(0.02) + 1
 COUNTED = ("requests", "n", "x", "y", "xx", "yy", "xy", "error_keys", "timeout_keys", "retry_keys")
+LONG = 30.0
 OPEN = 10
 """Conversations that go on at a time, where keys bring many requests."""
 Array = np.ndarray[Any, Any]
@@ -53,7 +54,8 @@ class Traffic:
     """What happens to both arms alike. ``shock`` and ``day`` multiply latencies, ``mix`` moves the classes' shares,
     ``slow_replica`` is the share of requests on a replica half as fast; records can be lost, doubled or late. With
     ``per_key`` requests a key, most of what makes requests differ is the key's. One of an arm's first dozen keys takes
-    ``big_key`` times the usual steps; ``uneven`` is the deviation of the logarithm of a key's steps.
+    ``big_key`` times the usual steps; ``uneven`` is the deviation of the logarithm of a key's steps. ``long_share`` of
+    the requests take LONG times as long, so that a gap opens between what is usual and what is not.
 
     Two rules that are wrong, to compare with: ``as_requests`` counts latencies as if each request had a key of its own,
     ``by_steps`` weighs a key's tokens per step by its steps."""
@@ -68,6 +70,7 @@ class Traffic:
     per_key: int = 1
     big_key: int = 1
     uneven: float = 0.0
+    long_share: float = 0.0
     as_requests: bool = False
     by_steps: bool = False
     faults: Regression = field(default_factory=Regression)
@@ -237,4 +240,5 @@ def _load(rng: np.random.Generator, place: Array, traffic: Traffic) -> Array:
     """Latency factor of the moment (the same for both arms) and of the replica that a request fell on."""
     shock = np.where((place > 0.3) & (place < 0.5), traffic.shock, 1.0)
     replica = np.where(rng.random(len(place)) < traffic.slow_replica, 2.0, 1.0)
-    return shock * replica * np.exp(traffic.day * np.sin(4 * np.pi * place))
+    rare = np.where(rng.random(len(place)) < traffic.long_share, LONG, 1.0) if traffic.long_share else 1.0
+    return shock * replica * rare * np.exp(traffic.day * np.sin(4 * np.pi * place))

@@ -31,6 +31,7 @@ EQUAL = [
     World("slow_replica", traffic=Traffic(slow_replica=0.25)),
     World("bad_records", traffic=Traffic(lost=0.05, doubled=0.03, late=20)),
     World("one_big_key", traffic=Traffic(big_key=1_000)),
+    World("rare_long_class", traffic=Traffic(long_share=0.05)),
     World("uneven_keys", traffic=Traffic(uneven=1.5)),
 ]
 BY_STEPS = World("one_big_key_by_steps", traffic=Traffic(big_key=1_000, by_steps=True))

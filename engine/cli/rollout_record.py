@@ -47,7 +47,8 @@ def validate(file: Annotated[Path, typer.Argument(help="YAML file of guards and 
         f"{file} is valid: {len(spec.guards)} guards, {len(spec.steps)} steps, hash {specs.spec_hash(spec)[:12]}"
     )
     typer.echo(
-        f"each statistical guard may spend {spec.guard_alpha():.3%} of false rollbacks, {spec.alpha:.0%} together"
+        f"each statistical guard may spend {spec.guard_alpha():.3%} of false rollbacks in the trial, "
+        f"{spec.alpha:.0%} together" + (", shadow included" if spec.shadow is not None else "")
     )
 
 
@@ -131,7 +132,7 @@ def explain(context: typer.Context, rollout_id: Id) -> None:
     rate = explaining.per_second(judged.evidence, began, judged.decided_at)
     typer.echo(f"{judged.decided_at:%Y-%m-%d %H:%M:%S}  {judged.verdict}: {judged.reason}")
     table, per_key = explaining.results(judged.evidence), explaining.per_key(judged.evidence)
-    for line in explaining.lines(specs.parse(found.spec), table, rate, per_key):
+    for line in explaining.lines(specs.thaw(found.spec), table, rate, per_key):
         typer.echo(line)
     for mismatch in evidence:
         typer.echo(str(mismatch))

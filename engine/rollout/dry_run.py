@@ -128,8 +128,9 @@ def incident(spec: RolloutSpec, rollout_id: int, ended: str, decisions: Sequence
         except (KeyError, TypeError, ValueError):  # written by an earlier version of the code
             unreadable += 1
             continue
-        watching = bool(decision.status_before.get("watch"))
-        for guard in evaluate(spec, evidence.segments, watching=watching):
+        before = decision.status_before
+        watching, in_shadow = bool(before.get("watch")), bool(before.get("shadow")) and not before.get("stages")
+        for guard in evaluate(spec, evidence.segments, watching=watching, in_shadow=in_shadow):
             if guard.verdict is Verdict.FAIL:
                 n = min(guard.n_canary, guard.n_control)
                 return Incident(rollout_id, ended, decision.decided_at, guard.guard, n, unreadable)

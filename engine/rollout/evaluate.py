@@ -16,6 +16,7 @@ import numpy as np
 from engine.contracts import CANARY, CONTROL, Verdict
 from engine.rollout import quantiles, statistics
 from engine.rollout.guards import (
+    IN_SHADOW,
     CostFuse,
     Errors,
     Guard,
@@ -44,12 +45,15 @@ def evaluate(
     restarts: Sequence[datetime] = (),
     now: datetime | None = None,
     watching: bool = False,
+    in_shadow: bool = False,
 ) -> tuple[GuardResult, ...]:
     """The guard table, in the order of the specification. ``restarts``: when replicas started again meanwhile;
-    ``watching``: the canary is champion already, and ``segments`` are what came after.
+    ``watching``: the canary is champion already, and ``segments`` are what came after; ``in_shadow``: it has served
+    nobody yet, ``segments`` are what it drafted on copies, and only guards ``IN_SHADOW`` judge.
     """
-    arms, alpha = Arms.of(segments), spec.guard_alpha(watching)
-    return tuple(_judged(guard, spec, alpha, arms, restarts, now) for guard in spec.guards)
+    arms, alpha = Arms.of(segments), spec.shadow_alpha() if in_shadow else spec.guard_alpha(watching)
+    guards = [guard for guard in spec.guards if not in_shadow or guard.kind in IN_SHADOW]
+    return tuple(_judged(guard, spec, alpha, arms, restarts, now) for guard in guards)
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +155,7 @@ def _latency(guard: Latency, spec: RolloutSpec, alpha: float, arms: Arms) -> Gua
         for a, b in zip(arms.canary, arms.control, strict=True)
     ]
     rho, limit = statistics.tuned_rho(guard.horizon, alpha), -log(alpha)
-    diff = quantiles.fast(pairs, guard.quantile, guard.margin)
+    diff = quantiles.fast(pairs, guard.quantile, guard.margin, quantiles.OUTER if spec.rules > 1 else 0.0)
     if guard.method == "fast":
         each = np.asarray(statistics.log_e_below(diff, 0.0, rho))
     else:

@@ -9,6 +9,11 @@ from engine.contracts import SlipstreamError
 from engine.store.segments import METRICS
 
 METHODS = ("fast", "certified")
+RULES = 2
+"""Which rules judge, frozen with the specification so that a replay judges by those of its time. Since 2 the spacing of
+a fast latency guard looks to one side as well, and what a shadow may spend of ``alpha`` is set aside: it spent the
+trial's again.
+"""
 
 
 class SpecError(SlipstreamError):
@@ -209,6 +214,10 @@ KINDS: dict[str, type[Guard]] = {
 }
 
 
+IN_SHADOW = (TokensPerStep.kind, Errors.kind)
+"""The guards that can say something of a canary that serves nobody."""
+
+
 @dataclass(frozen=True, slots=True)
 class RolloutSpec:
     """Durations are seconds, ``steps`` canary weights in (0, 0.5], ascending; the control always weighs the same.
@@ -221,7 +230,7 @@ class RolloutSpec:
     keeps the share ``holdback`` as its control, and ``watch_share`` of ``alpha`` is kept for that time.
     ``traffic_classes``, ``tenants`` and ``slices`` (the header X-Slice) say whose requests may be tried at all; None is
     everybody's.
-    ``shadow`` comes before the first step, and has ``deadline_s`` of its own.
+    ``shadow`` comes before the first step, and has ``deadline_s`` of its own and ``shadow_share`` of ``alpha``.
     """
 
     steps: tuple[float, ...]
@@ -241,6 +250,8 @@ class RolloutSpec:
     tenants: tuple[str, ...] | None = None
     slices: tuple[str, ...] | None = None
     shadow: Shadow | None = None
+    shadow_share: float = 0.1
+    rules: int = RULES
     preset: str = field(default="")
 
     def limits(self) -> tuple[str, ...]:
@@ -250,10 +261,18 @@ class RolloutSpec:
     def guard_alpha(self, watching: bool = False) -> float:
         """Bonferroni: the share of ``alpha`` that each statistical guard may spend before and after the promotion.
 
-        Watching is a comparison of its own: a canary that was better for an hour must not live on its past.
+        Watching is a comparison of its own: a canary that was better for an hour must not live on its past. So is a
+        shadow, whose share is set aside where there is one.
         """
-        share = self.watch_share if watching else 1.0 - self.watch_share
+        aside = self.shadow_share if self.shadow is not None and self.rules > 1 else 0.0
+        share = self.watch_share if watching else 1.0 - self.watch_share - aside
         return share * self.alpha / max(1, sum(guard.statistical for guard in self.guards))
+
+    def shadow_alpha(self) -> float:
+        """What each guard that judges in shadow may spend there."""
+        if self.rules == 1:
+            return self.guard_alpha()
+        return self.shadow_share * self.alpha / max(1, sum(guard.kind in IN_SHADOW for guard in self.guards))
 
     def tokens_per_step(self) -> TokensPerStep | None:
         return next((guard for guard in self.guards if isinstance(guard, TokensPerStep)), None)

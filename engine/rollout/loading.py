@@ -38,7 +38,7 @@ def load(rollout: Rollout) -> tuple[RolloutSpec, RolloutStatus]:
             "Its canary goes back to the champion; start a new one."
         )
     try:
-        return specs.parse(rollout.spec), status_from_json(rollout.status)
+        return specs.thaw(rollout.spec), status_from_json(rollout.status)
     except (SpecError, KeyError, TypeError, ValueError) as error:
         raise Untrusted(f"Rollout {rollout.id} cannot be read by this version of the code: {error!r}") from error
 

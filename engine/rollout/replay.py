@@ -23,7 +23,7 @@ class Disagreement:
 
 def replay(spec: Mapping[str, Any], decisions: Sequence[DecisionRecord]) -> list[Disagreement]:
     """The decisions that do not come out again as (verdict, to_state, action); none when all is well."""
-    parsed = specs.parse(spec)
+    parsed = specs.thaw(spec)
     found = []
     for record in decisions:
         if "inputs" not in record.evidence:  # the end of a rollout whose specification could not be read

@@ -12,12 +12,9 @@ from typing import Protocol
 
 from engine.contracts import CANARY, RolloutState, Verdict
 from engine.rollout.evaluate import evaluate
-from engine.rollout.guards import Errors, RolloutSpec, Shadow, TokensPerStep
+from engine.rollout.guards import RolloutSpec, Shadow, TokensPerStep
 from engine.rollout.records import Action, Decision, Evidence, GuardResult, RolloutStatus, consuming
 from engine.store.repositories.rollouts import Command
-
-JUDGED = (TokensPerStep.kind, Errors.kind)
-"""The guards that can say something of a canary that serves nobody."""
 
 
 def begin(shadow: Shadow, status: RolloutStatus, command: Command | None, now: datetime) -> Decision:
@@ -32,7 +29,7 @@ def decide(
 ) -> Decision:
     """Stay, go on to the first weight, or end. Enough requests without a FAIL go on; a PASS needs no proof here."""
     assert status.shadow is not None
-    guards = tuple(g for g in evaluate(spec, evidence.segments) if g.guard in JUDGED)
+    guards = evaluate(spec, evidence.segments, in_shadow=True)
     verdict, why, enough = _judge(spec, status, evidence, guards)
 
     def to(state: RolloutState, reason: str, action: Action = Action.NONE, **changes: object) -> Decision:

@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from engine.rollout.guards import KINDS, Guard, RolloutSpec, Shadow, SpecError
+from engine.rollout.guards import KINDS, RULES, Guard, RolloutSpec, Shadow, SpecError
 
 PRESETS = ("cautious", "standard", "fast")
 LISTS = ("steps", "traffic_classes", "tenants", "slices")
@@ -99,6 +99,11 @@ def parse(tree: Mapping[str, Any]) -> RolloutSpec:
     return validate(RolloutSpec(**values))
 
 
+def thaw(tree: Mapping[str, Any]) -> RolloutSpec:
+    """A specification as it was stored: judged by the rules of its time, the first where it does not name them."""
+    return parse({"rules": 1, **tree})
+
+
 def validate(spec: RolloutSpec) -> RolloutSpec:
     """The same specification, or a SpecError for the first thing that is wrong with it."""
     numbers = [(f.name, getattr(spec, f.name)) for f in fields(spec) if f.type in ("int", "float")]
@@ -121,8 +126,15 @@ def validate(spec: RolloutSpec) -> RolloutSpec:
         raise SpecError(f"rollout.holdback is at most 0.5, the weight of a control; got {spec.holdback:g}.")
     if not 0 < spec.watch_share < 1:
         raise SpecError(f"rollout.watch_share lies between 0 and 1, a share of alpha; got {spec.watch_share:g}.")
+    if not (0 < spec.shadow_share < 1 and spec.watch_share + spec.shadow_share < 1):
+        raise SpecError(
+            "rollout.shadow_share is a share of alpha above 0 that leaves, with watch_share, some for the trial; got "
+            f"{spec.shadow_share:g} and {spec.watch_share:g}."
+        )
     if spec.shadow is not None and not (type(spec.shadow.requests) is int and spec.shadow.requests >= 1):
         raise SpecError(f"rollout.shadow.requests must be a whole number of at least 1, got {spec.shadow.requests!r}.")
+    if spec.rules not in range(1, RULES + 1):
+        raise SpecError(f"rollout.rules is the version of the rules that judge, 1 to {RULES}; got {spec.rules!r}.")
     if not any(guard.rolls_back for guard in spec.guards):
         raise SpecError(
             "A rollout without rollback conditions cannot start: add a guard of kind "

@@ -13,7 +13,7 @@ from engine.rollout.guards import RolloutSpec, SampleRatio, SpecError, TokensPer
 @pytest.mark.parametrize("name", specs.PRESETS)
 def test_a_preset_survives_json_and_keeps_its_hash(name: str) -> None:
     spec = specs.preset(name)
-    again = specs.parse(specs.to_dict(spec))
+    again = specs.thaw(specs.to_dict(spec))
     assert again == spec
     assert specs.spec_hash(again) == specs.spec_hash(spec)
 
@@ -22,7 +22,8 @@ def test_no_preset_risks_more_false_rollbacks_than_another() -> None:
     for spec in map(specs.preset, specs.PRESETS):
         assert spec.alpha == 0.01
         spent = spec.guard_alpha() + spec.guard_alpha(watching=True)
-        assert spent * sum(guard.statistical for guard in spec.guards) == pytest.approx(0.01)
+        spent *= sum(guard.statistical for guard in spec.guards)
+        assert spent + 2 * spec.shadow_alpha() * (spec.shadow is not None) == pytest.approx(0.01)
 
 
 def test_every_change_of_a_guard_changes_the_hash() -> None:
@@ -68,3 +69,13 @@ def test_an_unknown_preset_is_refused() -> None:
 def test_a_spec_built_in_code_is_validated_as_well() -> None:
     with pytest.raises(SpecError, match="without rollback conditions"):
         specs.validate(RolloutSpec(steps=(0.5,), guards=(SampleRatio(),)))
+
+
+def test_what_was_frozen_before_is_judged_by_the_rules_of_its_time() -> None:
+    spec = specs.preset("cautious")
+    stored = {name: value for name, value in specs.to_dict(spec).items() if name != "rules"}
+    assert specs.parse(stored) == spec
+    assert specs.thaw(stored) == replace(spec, rules=1)
+    assert specs.thaw(specs.to_dict(spec)) == spec
+    with pytest.raises(SpecError, match=r"rollout.rules is the version"):
+        specs.parse(stored | {"rules": 3})

@@ -118,6 +118,23 @@ def test_the_margin_moves_the_null_by_whole_buckets_to_the_safe_side() -> None:
     assert by_margin[1] == by_margin[2] < by_margin[0]
 
 
+@pytest.mark.parametrize(("outer", "blamed"), [(quantiles.OUTER, False), (0.0, True)])
+def test_a_quantile_in_a_gap_between_two_modes_is_not_known_well(outer: float, blamed: bool) -> None:
+    """One request in twenty takes ten times as long; by chance (three deviations) 35 of 500 on one arm, 15 on
+    the other. The planted fault is the spacing to both sides alone, which sees the gap from within one mode.
+    """
+    rho, limit = statistics.tuned_rho(600, 0.00133), log(1 / 0.00133)
+    arms = [np.concatenate([even(500 - long), 10 * even(long)]) for long in (35, 15)]
+    pair = quantiles.dense(*(histogram.count(arm) for arm in arms))
+    log_e = statistics.log_e_below(quantiles.fast([pair], 0.95, 0.05, outer), 0.0, rho)[0]
+    assert log_e >= 3 * limit if blamed else log_e < 0.5 * limit
+
+
+def even(requests: int) -> np.ndarray:
+    """Log-normal latencies (σ = 0.3) at evenly spread levels."""
+    return np.asarray(np.exp(0.3 * stats.norm.ppf((np.arange(requests) + 0.5) / requests)))
+
+
 def test_the_curve_is_that_of_the_requests() -> None:
     values = np.random.default_rng(4).lognormal(0, 0.5, 20_000)
     levels, seconds = quantiles.curve(dict(zip(*histogram.count(values), strict=True)))

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from math import exp
 
 import pytest
 
 from engine.contracts import CANARY, CONTROL, RolloutState, Verdict
 from engine.rollout import specs
+from engine.rollout.evaluate import evaluate
 from engine.rollout.guards import Shadow, SpecError
 from engine.rollout.records import Action, status_from_json, status_to_json, weights
 from tests.rollout.world import World, segment
@@ -74,6 +76,19 @@ def test_a_draft_that_fails_is_rolled_back_without_having_served() -> None:
     assert decision.reason.startswith("in shadow: errors: 40 keys met errors in 60 requests of the canary")
     assert "40 were of its draft" in decision.reason
     assert {guard.guard for guard in decision.guards} == {"tokens_per_step", "errors"}
+
+
+@pytest.mark.parametrize(("rules", "spent"), [(2, 1.0), (1, 1.2)])
+def test_a_shadow_spends_what_is_set_aside_for_it(rules: int, spent: float) -> None:
+    """Twice the false rollbacks of two guards out of eight, in rollouts that were frozen before."""
+    spec = replace(specs.preset("cautious"), rules=rules)
+    limits = {
+        stage: [g.limit for g in evaluate(spec, (), **{stage: True}) if g.log_e is not None and g.guard != "srm"]
+        for stage in ("in_shadow", "watching")
+    } | {"trial": [g.limit for g in evaluate(spec, ()) if g.log_e is not None and g.guard != "srm"]}
+    assert [len(of) for of in limits.values()] == [2, 8, 8]
+    total = sum(exp(-limit) for of in limits.values() for limit in of if limit is not None)
+    assert total == pytest.approx(spent * spec.alpha)
 
 
 def test_what_people_ask_of_a_shadow() -> None:

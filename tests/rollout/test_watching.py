@@ -72,7 +72,7 @@ def test_how_evidence_is_shared_out_is_frozen_and_old_rollouts_keep_theirs() -> 
     assert specs.parse(tree).guard_alpha() == spec.guard_alpha() == spec.guard_alpha(watching=True)
     assert specs.spec_hash(spec) != specs.spec_hash(specs.preset("fast"))
     old = {name: value for name, value in tree.items() if name != "watch_share"}
-    assert specs.parse(old).guard_alpha(watching=True) == pytest.approx(0.2 * spec.alpha / 4)
+    assert specs.thaw(old).guard_alpha(watching=True) == pytest.approx(0.2 * spec.alpha / 4)
 
 
 def test_the_three_weights_follow_the_traffic_to_its_end() -> None:

@@ -1,13 +1,16 @@
 """Simulated traffic of a canary and its control, summed as the evidence query sums it, as fast as numpy goes.
 
 A key brings one request, or ``per_key`` of them in one class. A request of class c takes 10–59 verify steps with two
-drafted tokens each, its own acceptance around the level of its class, a log-normal end-to-end latency (σ = 0.5) around
-the median of its class, and now and then an error, a timeout or a retry. What happens to the traffic (shocks, days,
-mixes, slow replicas, lost records) happens to both arms; what happens to the canary is a ``Regression``.
+drafted tokens each, its own acceptance around the level of its class, a log-normal end-to-end latency (σ = 0.5)
+around the median of its class, and now and then an error, a timeout or a retry. Other latencies and the cost of a
+token are the end-to-end latency but for a noise of their own: what compares them knows no units. What happens to the
+traffic (shocks, days, mixes, slow replicas, lost records) happens to both arms; what happens to the canary is a
+``Regression``.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -24,6 +27,8 @@ LEVELS = (0.35, 0.5, 0.4, 0.45)
 MEDIANS = (1.0, 1.2, 1.4, 1.1)
 """End-to-end seconds, by class."""
 SIGMA = 0.5
+OWN_SIGMA = 0.3
+"""Deviation of what the logarithm of another metric has for itself."""
 SMALLEST, BUCKETS = histogram.bucket(0.02), histogram.bucket(600.0) - histogram.bucket(0.02) + 1
 COUNTED = ("requests", "n", "x", "y", "xx", "yy", "xy", "error_keys", "timeout_keys", "retry_keys")
 LONG = 30.0
@@ -53,9 +58,9 @@ class Regression:
 class Traffic:
     """What happens to both arms alike. ``shock`` and ``day`` multiply latencies, ``mix`` moves the classes' shares,
     ``slow_replica`` is the share of requests on a replica half as fast; records can be lost, doubled or late. With
-    ``per_key`` requests a key, most of what makes requests differ is the key's. One of an arm's first dozen keys takes
-    ``big_key`` times the usual steps; ``uneven`` is the deviation of the logarithm of a key's steps. ``long_share`` of
-    the requests take LONG times as long, so that a gap opens between what is usual and what is not.
+    ``per_key`` requests a key, most of what makes requests differ is the key's. One of an arm's first dozen keys
+    takes ``big_key`` times the usual steps; ``uneven`` is the deviation of the logarithm of a key's steps.
+    ``long_share`` of the requests take LONG times as long, so that a gap opens between what is usual and what is not.
 
     Two rules that are wrong, to compare with: ``as_requests`` counts latencies as if each request had a key of its own,
     ``by_steps`` weighs a key's tokens per step by its steps."""
@@ -77,7 +82,7 @@ class Traffic:
 
 
 class Arm:
-    """One arm's requests and, at each look, their sums: [looks, classes, COUNTED] and [looks, classes, BUCKETS].
+    """One arm's requests and their sums at each look: [looks, classes, COUNTED] and [looks, classes, metrics, BUCKETS].
 
     ``before`` is what was different about the canary until ``wrong`` began, for example that it was better.
     """
@@ -90,10 +95,11 @@ class Arm:
         traffic: Traffic,
         wrong: Regression,
         before: float = 0.0,
+        metrics: Sequence[str] = ("e2e",),
     ) -> None:
         n = int(looks[-1])
         place = np.arange(n) / n
-        self.name = name
+        self.name, self.metrics = name, tuple(metrics)
         self.of_class = _classes(rng, place, traffic.mix)
         keys, self.key = n, np.arange(n)
         if traffic.per_key > 1:  # some conversations at a time, each in one class
@@ -110,6 +116,11 @@ class Arm:
         alike = rng.standard_normal(keys)[self.key] if traffic.per_key > 1 else None
         own_time = _latencies(rng, n, wrong, hit, alike)
         self.latency = np.take(MEDIANS, self.of_class) * own_time * _load(rng, place, traffic)
+        apart = rng.spawn(1)[0]  # what is drawn otherwise does not depend on the metrics
+        self.seconds = {
+            metric: self.latency * (1.0 if metric == "e2e" else np.exp(OWN_SIGMA * apart.standard_normal(n)))
+            for metric in self.metrics
+        }
         usual = traffic.faults
         self.failed = rng.random(n) < np.where(hit, wrong.errors, usual.errors)
         self.late = rng.random(n) < np.where(hit, wrong.timeouts, usual.timeouts)
@@ -129,10 +140,12 @@ class Arm:
         rows = (len(looks) + 1) * classes
         sums = np.stack([np.bincount(row, times * value, rows) for value in each], axis=1)
         fine = ~(self.failed | self.late)
-        cell = row[fine] * BUCKETS + self._bucket()[fine]
-        counts = np.bincount(cell, times[fine], rows * BUCKETS)
         shape = (len(looks) + 1, classes, -1)
-        return sums.reshape(shape).cumsum(0)[:-1], counts.reshape(shape).cumsum(0)[:-1]
+        histograms = [
+            np.bincount(row[fine] * BUCKETS + bucket[fine], times[fine], rows * BUCKETS).reshape(shape)
+            for bucket in self._buckets()
+        ]
+        return sums.reshape(shape).cumsum(0)[:-1], np.stack(histograms, axis=2).cumsum(0)[:-1]
 
     def _summed_by_key(self, looks: Array, again: Array, as_requests: bool) -> tuple[Array, Array]:
         """The same where a key has many requests: what is squared is the sum of a key, which grows with every look."""
@@ -140,8 +153,9 @@ class Arm:
         tokens = self.steps + self.accepted
         of_key = np.zeros(size, int)
         of_key[self.key] = self.of_class
-        bucket, fine = self._bucket(), ~(self.failed | self.late)
-        sums, counts = np.zeros((len(looks), classes, len(COUNTED))), np.zeros((len(looks), classes, BUCKETS))
+        buckets, fine = self._buckets(), ~(self.failed | self.late)
+        sums = np.zeros((len(looks), classes, len(COUNTED)))
+        counts = np.zeros((len(looks), classes, len(buckets), BUCKETS))
         for at, n in enumerate(looks.tolist()):
             key = self.key[:n]
             met = [np.bincount(key, event[:n], size) > 0 for event in (self.failed, self.late, again)]
@@ -152,8 +166,9 @@ class Arm:
             ended = np.flatnonzero(fine[:n])
             times = np.bincount(self.key[ended], None, size)[self.key[ended]]
             share = np.ones(len(ended)) if as_requests else 1.0 / times
-            cell = self.of_class[ended] * BUCKETS + bucket[ended]
-            counts[at] = np.bincount(cell, share, classes * BUCKETS).reshape(classes, BUCKETS)
+            for metric, bucket in enumerate(buckets):
+                cell = self.of_class[ended] * BUCKETS + bucket[ended]
+                counts[at, :, metric] = np.bincount(cell, share, classes * BUCKETS).reshape(classes, BUCKETS)
         return sums, counts
 
     def _weighed(self, tokens: Array, steps: Array) -> tuple[Array, Array]:
@@ -161,9 +176,9 @@ class Arm:
         x, y = np.asarray(tokens, float), np.asarray(steps, float)
         return (x, y) if self.by_steps else (np.divide(x, y, out=np.zeros_like(x), where=y > 0), (y > 0).astype(float))
 
-    def _bucket(self) -> Array:
-        where = np.ceil(np.log(self.latency) / histogram.LOG_GAMMA).astype(int) - SMALLEST
-        return np.clip(where, 0, BUCKETS - 1)
+    def _buckets(self) -> list[Array]:
+        where = [np.ceil(np.log(seconds) / histogram.LOG_GAMMA).astype(int) for seconds in self.seconds.values()]
+        return [np.clip(at - SMALLEST, 0, BUCKETS - 1) for at in where]
 
     def segments(self, look: int, stage_look: int | None, watch_look: int | None = None) -> list[Segment]:
         """All classes together, then each; ``stage_look``: the look before the present stage began. With a
@@ -179,8 +194,10 @@ class Arm:
     def _segment(self, name: str | None, sums: Array, counts: Array, before: Array) -> Segment:
         found = dict(zip(COUNTED, sums.tolist(), strict=True))
         whole = {key: int(found.pop(key)) for key in ("requests", "n", "error_keys", "timeout_keys", "retry_keys")}
-        filled = np.flatnonzero(counts)
-        latencies: Any = {"e2e": (filled + SMALLEST, counts[filled])}
+        latencies: Any = {}
+        for metric, counted in zip(self.metrics, counts, strict=True):
+            filled = np.flatnonzero(counted)
+            latencies[metric] = (filled + SMALLEST, counted[filled])
         stage = whole["requests"] - int(before[0])
         return Segment(self.name, name, stage_requests=stage, keys=whole["n"], **whole, **found, latencies=latencies)
 
@@ -195,11 +212,13 @@ class World:
     traffic: Traffic = field(default_factory=Traffic)
     before: float = 0.0
 
-    def arms(self, seed: int, looks: Array, begins: int = 0) -> tuple[Arm, Arm]:
+    def arms(
+        self, seed: int | Sequence[int], looks: Array, begins: int = 0, metrics: Sequence[str] = ("e2e",)
+    ) -> tuple[Arm, Arm]:
         rng = np.random.default_rng(seed)
         wrong = replace(self.wrong, begins=begins) if begins else self.wrong
-        canary = Arm(CANARY, rng, looks, self.traffic, wrong, self.before)
-        return canary, Arm(CONTROL, rng, looks, self.traffic, self.traffic.faults)
+        canary = Arm(CANARY, rng, looks, self.traffic, wrong, self.before, metrics)
+        return canary, Arm(CONTROL, rng, looks, self.traffic, self.traffic.faults, metrics=metrics)
 
 
 def looks(horizon: int, most: int = 10**9, growth: float = 1.05) -> Array:

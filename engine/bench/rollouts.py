@@ -50,6 +50,8 @@ SEGMENT = World("one_class_of_10pct", Regression(acceptance=-0.10, only="batch")
 LATER = ("held", "soaking", "promoting", "watching")
 """Regressions that begin when a state is reached: the canary was better by five points of acceptance, and falls to ten
 points below its control."""
+OTHER_PRESETS = ("fast", "cautious")
+"""Those that identical arms are tried under as well."""
 NOT_REACHED = "not reached"
 LATER_LOOK = 20
 """Requests between two looks there at most: what is late in a rollout is looked at as often as what is early."""
@@ -72,19 +74,25 @@ class Run:
 
 def run(quick: bool, seed: int, progress: Callable[[str], None] = lambda _: None, workers: int | None = None) -> Report:
     """All worlds. ``quick``: 200 rollouts with identical arms and few elsewhere; otherwise 2,000."""
-    many, others, found, late, horizon = (200, 20, 20, 10, 2_000) if quick else (2_000, 200, 200, 100, 3_000)
+    many, others, found, late, horizon = (200, 20, 20, 6, 2_000) if quick else (2_000, 200, 200, 100, 3_000)
     figures: list[Figure] = []
     rng = np.random.default_rng(seed)
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers or min(4, os.cpu_count() or 1), mp_context=context) as pool:
 
-        def runs(world: World, count: int, length: int = horizon, until: str = "") -> list[Run]:
-            progress(f"{world.name}: {count} rollouts of {length} requests per arm")
-            return list(pool.map(partial(rollout, world, length, until), range(seed, seed + count), chunksize=5))
+        def runs(
+            world: World, count: int, length: int = horizon, until: str = "", preset: str = "standard"
+        ) -> list[Run]:
+            progress(f"{world.name}, {preset}: {count} rollouts of {length} requests per arm")
+            one = partial(rollout, world, length, until, preset=preset)
+            return list(pool.map(one, range(seed, seed + count), chunksize=5))
 
         for world in EQUAL:
             count = many if world.name == "identical" else max(others, many // 2 if world.name == "margin" else 0)
             figures += _false(world, runs(world, count))
+        for preset in OTHER_PRESETS:
+            ends = runs(EQUAL[0], others, preset=preset)
+            figures.append(share_figure(f"false_rollback:{preset}", _rolled_back(ends), len(ends)))
         for world in (BY_STEPS, CONVERSATIONS, BY_REQUEST):
             ends = runs(world, others, 2 * horizon)
             figures.append(share_figure(f"false_rollback:{world.name}", _rolled_back(ends), len(ends)))
@@ -103,7 +111,7 @@ def run(quick: bool, seed: int, progress: Callable[[str], None] = lambda _: None
     return Report("rollouts", seed, figures)
 
 
-def rollout(world: World, horizon: int, until: str, seed: int) -> Run:
+def rollout(world: World, horizon: int, until: str, seed: int, preset: str = "standard") -> Run:
     """One rollout. With ``until`` the regression begins when that state is reached, and ``at`` counts from there."""
     at = looks(horizon, LATER_LOOK) if until else looks(horizon)
     begins = 0
@@ -112,7 +120,7 @@ def rollout(world: World, horizon: int, until: str, seed: int) -> Run:
         if reached is None:  # by chance it leaned against a class to the end: nothing began, and nothing could be found
             return Run(NOT_REACHED, 0, 0.0, "", "", "", None, None)
         begins = int(at[reached])
-    going = Simulation(world, seed, at, begins)
+    going = Simulation(world, seed, at, begins, preset=preset)
     ended, look, failed = going.end(hold=until == "held")
     window, peek = naive_window(going.arms), naive_peek(going.arms, at)
     named = (failed.guard, failed.segment, failed.worst) if failed is not None else ("", "", "")

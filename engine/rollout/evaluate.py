@@ -37,6 +37,9 @@ from engine.rollout.statistics import Difference, Moments
 from engine.store.segments import Segment
 
 ALL = "all"
+FUSE_DEVIATIONS = 2.5
+"""By how many deviations of its rank the canary's quantile is taken lower, and the control's higher, before a fuse
+believes their ratio. Fuses stand outside ``alpha``: a quantile between two modes must not blow one by chance."""
 
 
 def evaluate(
@@ -95,7 +98,7 @@ def _judged(
         case Errors() | Timeouts() | Retries() | Mismatches():
             return _events(guard, spec, alpha, arms)
         case LatencyFuse() | CostFuse():
-            return _fuse(guard, arms)
+            return _fuse(guard, arms, FUSE_DEVIATIONS if spec.rules > 1 else 0.0)
         case MismatchFuse():
             return _mismatch(guard, arms)
         case RestartFuse():
@@ -228,13 +231,20 @@ def _events(
     return line
 
 
-def _fuse(guard: LatencyFuse | CostFuse, arms: Arms) -> GuardResult:
+def _fuse(guard: LatencyFuse | CostFuse, arms: Arms, deviations: float) -> GuardResult:
     n = [round(sum(arm[0].latencies.get(guard.metric, ((), ()))[1])) for arm in (arms.canary, arms.control)]
     q, what = (0.95, f"p95 of {guard.metric}") if isinstance(guard, LatencyFuse) else (0.5, "median cost of a token")
     slow, usual = (arm[0].quantile(guard.metric, q) for arm in (arms.canary, arms.control))
     line = GuardResult(guard.name, Verdict.INSUFFICIENT, "", ALL, n[0], n[1], slow, usual, limit=guard.ratio)
     if min(n) < guard.min_requests or slow is None or not usual:
         return replace(line, reason=f"needs {guard.min_requests} keys per arm")
+    bounds = (
+        quantiles.order_statistic(arm[0].latencies[guard.metric], q, side * deviations)
+        for arm, side in ((arms.canary, -1.0), (arms.control, 1.0))
+    )
+    least, most = bounds if deviations else (slow, usual)
+    if slow > guard.ratio * usual and least <= guard.ratio * most:
+        return replace(line, reason=f"{what} is more than {guard.ratio:g} × the control's, which may still be chance")
     if slow > guard.ratio * usual:
         reason = f"{what} is {slow:.3g} s on the canary, more than {guard.ratio:g} × the {usual:.3g} s of the control"
         return replace(line, verdict=Verdict.FAIL, reason=reason)

@@ -11,8 +11,8 @@ from engine.store.segments import METRICS
 METHODS = ("fast", "certified")
 RULES = 2
 """Which rules judge, frozen with the specification so that a replay judges by those of its time. Since 2 the spacing of
-a fast latency guard looks to one side as well, and what a shadow may spend of ``alpha`` is set aside: it spent the
-trial's again.
+a fast latency guard looks to one side as well, a fuse allows for chance, and what a shadow may spend of ``alpha`` is
+set aside: it spent the trial's again.
 """
 
 
@@ -139,7 +139,7 @@ class Mismatches(_Events):
 @dataclass(frozen=True, slots=True)
 class LatencyFuse(_Guard):
     """Absolute: FAIL when the canary's p95 of ``metric`` exceeds ``ratio`` times the control's, over ``min_requests``
-    assignment keys of each arm."""
+    assignment keys of each arm, and by more than the ranks of both can be wrong by chance."""
 
     kind: ClassVar[str] = "fuse_p95"
     metric: str = "e2e"

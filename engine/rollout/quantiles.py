@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from engine.rollout.statistics import Difference, log_upper_beta
+from engine.store import histogram
 from engine.store.histogram import LOG_GAMMA
 
 Counts = tuple[Sequence[int], Sequence[float]]
@@ -142,6 +143,15 @@ def _log_at(cumulated: Array, ranks: Array) -> Array:
     before = np.where(j > 0, cumulated[np.maximum(j - 1, 0)], 0.0)
     inside = (ranks - before) / np.maximum(cumulated[j] - before, 1e-9)
     return np.asarray((j + inside) * LOG_GAMMA)
+
+
+def order_statistic(counts: Counts, p: float, deviations: float) -> float:
+    """Seconds at the rank np + ``deviations`` · √(np(1−p)): a bound of the p-quantile whatever the distribution."""
+    indices, keys = counts
+    cumulated = np.cumsum(keys)
+    n = float(cumulated[-1])
+    rank = min(max(n * p + deviations * np.sqrt(n * p * (1.0 - p)), 0.5), n - 0.5)
+    return histogram.value(int(indices[int(np.searchsorted(cumulated, rank))]))
 
 
 def curve(counts: Mapping[int, float], points: int = 99) -> tuple[Array, Array]:

@@ -95,3 +95,19 @@ def test_a_key_with_most_of_the_steps_is_one_observation(by_steps: bool) -> None
     ends = [rollouts.rollout(world, 100, "", seed) for seed in range(20)]
     fired = [r.guard for r in ends if r.ended == "rolled_back"]
     assert len(fired) >= 5 if by_steps else not fired
+
+
+def test_other_presets_are_simulated_with_all_they_look_at() -> None:
+    """The shadow of ``cautious`` included; equal arms are not blamed, and worse ones are, if need be in shadow."""
+    for preset in rollouts.OTHER_PRESETS:
+        assert rollouts.rollout(World("identical"), 300, "", 0, preset).ended != "rolled_back"
+    shadowed = rollouts.rollout(World("x", Regression(acceptance=-0.3)), 300, "", 0, "cautious")
+    assert (shadowed.ended, shadowed.guard, shadowed.at) == ("rolled_back", "tokens_per_step", 10)
+    costly = rollouts.rollout(World("x", Regression(scale=8.0)), 300, "", 0, "fast")
+    assert costly.guard in ("tpot_p50", "fuse_cost", "fuse_p95")
+
+
+def test_a_rare_long_class_blows_no_fuse() -> None:
+    """Quantiles taken at their word did in four of five rollouts."""
+    world = next(w for w in rollouts.EQUAL if w.name == "rare_long_class")
+    assert {rollouts.rollout(world, 600, "", seed).ended for seed in range(6)} == {"undecided"}

@@ -102,7 +102,7 @@ def test_one_output_that_is_not_the_targets_own_is_enough() -> None:
 
 def test_the_latency_fuse_blows_without_statistics() -> None:
     world = ramping()
-    world.traffic(segment(CANARY, 100, p95=4.0), segment(CONTROL, 100, p95=1.0))
+    world.traffic(segment(CANARY, 200, p95=4.0), segment(CONTROL, 200, p95=1.0))
     assert "fuse_p95" in world.tick(10).reason
 
 

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from math import log
 
 import numpy as np
 import pytest
 from scipy import stats
 
-from engine.rollout import quantiles, statistics
+from engine.contracts import CANARY, CONTROL, Verdict
+from engine.rollout import quantiles, specs, statistics
+from engine.rollout.evaluate import evaluate
 from engine.rollout.quantiles import Pair
 from engine.store import histogram
+from engine.store.segments import Segment
 
 SIZE, FIRST = 700, -300
 ALPHA = 0.05
@@ -128,6 +132,22 @@ def test_a_quantile_in_a_gap_between_two_modes_is_not_known_well(outer: float, b
     pair = quantiles.dense(*(histogram.count(arm) for arm in arms))
     log_e = statistics.log_e_below(quantiles.fast([pair], 0.95, 0.05, outer), 0.0, rho)[0]
     assert log_e >= 3 * limit if blamed else log_e < 0.5 * limit
+
+
+@pytest.mark.parametrize(("rules", "verdict"), [(2, Verdict.INSUFFICIENT), (1, Verdict.FAIL)])
+def test_a_fuse_between_two_modes_does_not_fire_by_chance(rules: int, verdict: Verdict) -> None:
+    """As above; the planted fault, and the rule before, takes quantiles at their word."""
+    spec = replace(specs.preset("standard"), rules=rules)
+
+    def fuse(scale: float, *long: int) -> Verdict:
+        arms = (np.concatenate([even(500 - n), 10 * even(n)]) for n in long)
+        canary, control = (histogram.count(arm * by) for arm, by in zip(arms, (scale, 1.0), strict=True))
+        pair = (Segment(CANARY, None, latencies={"e2e": canary}), Segment(CONTROL, None, latencies={"e2e": control}))
+        return next(g.verdict for g in evaluate(spec, pair) if g.guard == "fuse_p95")
+
+    assert fuse(1.0, 35, 15) is verdict
+    assert fuse(1.0, 15, 35) is Verdict.PASS
+    assert fuse(6.0, 0, 0) is Verdict.FAIL
 
 
 def even(requests: int) -> np.ndarray:

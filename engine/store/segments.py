@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,9 @@ METRICS = ("e2e", "ttft", "tpot", "cost")
 """Latencies, and ``cost``: what a token committed by verify steps took of the engine, seconds. A request is charged for
 its own drafting and for its share of the passes, so requests of one batch, which all wait for the slowest draft in it,
 differ here where their latencies do not."""
+CLASSES, OTHER = 32, "other"
+"""So many traffic classes of a comparison are told apart, the first that came; the rest are one. Clients name classes:
+with one for every user a decision would hold thousands, and a class of its own evidence would weigh nothing."""
 Counts = tuple[Sequence[int], Sequence[float]]
 """A sparse log histogram: (bucket indices ascending, keys)."""
 Bucket = tuple[int, int]
@@ -120,6 +123,14 @@ class KeySums:
                     self.latencies[at] = self.latencies.get(at, 0) + 1
 
 
+def class_of(name: str, known: set[str]) -> str:
+    """The class that a request is counted in, of those ``known``, which it may be added to."""
+    if name not in known and len(known - {OTHER}) >= CLASSES:
+        name = OTHER
+    known.add(name)
+    return name
+
+
 def merged(parts: Collection[KeySums]) -> KeySums:
     """One key over all of its classes."""
     if len(parts) == 1:
@@ -208,9 +219,10 @@ class Tally:
 
         Gives (arm, key, class) of all that changed. It costs what the requests cost, not what was counted before.
         """
-        of_key = defaultdict[tuple[str, Hashable], list[Request]](list)
+        of_key, known = defaultdict[tuple[str, Hashable], list[Request]](list), self.classes()
         for request in requests:
-            of_key[request.arm, request.key].append(request)
+            counted = replace(request, traffic_class=class_of(request.traffic_class, known))
+            of_key[request.arm, request.key].append(counted)
         changed = set[tuple[str, Hashable, str]]()
         for (arm, key), brought in of_key.items():
             classes = keys.setdefault((arm, key), {})
@@ -224,6 +236,10 @@ class Tally:
             self._count(arm, classes, touched, 1)
             changed |= {(arm, key, name) for name in touched}
         return changed
+
+    def classes(self) -> set[str]:
+        """Those of either arm, at most CLASSES and OTHER."""
+        return {name for _, name in self.totals if name is not None}
 
     def segments(self, stage: int | None = None, metrics: Collection[str] = METRICS) -> list[Segment]:
         """Of each arm all classes together first, then each class."""

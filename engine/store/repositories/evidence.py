@@ -19,7 +19,7 @@ from engine.contracts import CANARY, SlipstreamError
 from engine.store.database import ReadSession, WriteSession
 from engine.store.repositories import compared
 from engine.store.repositories.compared import Window
-from engine.store.segments import METRICS, Request, Segment
+from engine.store.segments import METRICS, Request, Segment, class_of
 
 _AUDITS = text(
     """
@@ -92,12 +92,25 @@ def segments(
     if promoted is not None:
         asked = {"promoted": promoted.generation, "canary": promoted.version}
         asked["generations"] = [*generations, *promoted.before]
-    audits = {(row.arm, row.traffic_class): dict(row._mapping) for row in session.execute(_AUDITS, asked)}
-    found = []
-    for counted in compared.tally(session, generations[0]).segments(generations[-1], metrics):
+    tally, found = compared.tally(session, generations[0]), list[Segment]()
+    audits = _audits(session, asked, tally.classes())
+    for counted in tally.segments(generations[-1], metrics):
         audited = audits.pop((counted.arm, counted.traffic_class), {})
         found.append(replace(counted, **audited))
     return [*found, *(Segment(**audited) for audited in audits.values())]  # of arms whose requests do not count yet
+
+
+def _audits(
+    session: ReadSession | WriteSession, asked: dict[str, Any], known: set[str]
+) -> dict[tuple[str, str | None], dict[str, Any]]:
+    """Audited outputs by arm and class, in the classes that requests are counted in."""
+    audits: dict[tuple[str, str | None], dict[str, Any]] = {}
+    for arm, name, audited, mismatches in session.execute(_AUDITS, asked):
+        at = (arm, class_of(name, known) if name is not None else None)
+        sums = audits.setdefault(at, {"arm": arm, "traffic_class": at[1], "audited": 0, "mismatches": 0})
+        sums["audited"] += audited
+        sums["mismatches"] += mismatches
+    return audits
 
 
 @dataclass(frozen=True, slots=True)

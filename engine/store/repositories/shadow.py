@@ -12,7 +12,7 @@ from sqlalchemy.dialects.postgresql import insert
 
 from engine.store.database import ReadSession, WriteSession
 from engine.store.models import ShadowRequestRow
-from engine.store.segments import Segment
+from engine.store.segments import CLASSES, OTHER, Segment
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,10 +40,16 @@ def write(session: WriteSession, requests: Sequence[ShadowRequest]) -> None:
 
 _SEGMENTS = text(
     """
-    WITH of_class AS (
-        SELECT arm, traffic_class, assignment_key, count(*) AS requests, sum(steps + accepted)::float8 AS x,
+    WITH came AS (
+        SELECT traffic_class AS name, row_number() OVER (ORDER BY min(seen_at), traffic_class) AS place
+        FROM shadow_requests WHERE generation = :generation GROUP BY traffic_class
+    ), told AS (
+        SELECT shadow_requests.*, CASE WHEN place <= :classes THEN name ELSE :other END AS class
+        FROM shadow_requests JOIN came ON name = traffic_class WHERE generation = :generation
+    ), of_class AS (
+        SELECT arm, class AS traffic_class, assignment_key, count(*) AS requests, sum(steps + accepted)::float8 AS x,
             sum(steps)::float8 AS y, bool_or(draft_errors > 0) AS failed
-        FROM shadow_requests WHERE generation = :generation GROUP BY arm, traffic_class, assignment_key
+        FROM told GROUP BY arm, class, assignment_key
     ), of_key AS (
         SELECT arm, traffic_class, requests, x / nullif(y, 0) AS per_step, failed FROM of_class UNION ALL
         SELECT arm, NULL, sum(requests), sum(x) / nullif(sum(y), 0), bool_or(failed)
@@ -64,7 +70,8 @@ def segments(session: ReadSession | WriteSession, generation: int) -> list[Segme
     Both arms come from the same requests, so their difference varies less than two independent arms would: what is
     certain by these moments is certain.
     """
-    return [Segment(**row._mapping) for row in session.execute(_SEGMENTS, {"generation": generation})]
+    asked = {"generation": generation, "classes": CLASSES, "other": OTHER}
+    return [Segment(**row._mapping) for row in session.execute(_SEGMENTS, asked)]
 
 
 def newest(session: ReadSession | WriteSession, generation: int) -> datetime | None:

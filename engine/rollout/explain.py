@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from math import ceil, exp, log
+from math import ceil, exp, isfinite, log
 from typing import Any
 
 from engine.contracts import CANARY, CONTROL, Verdict
@@ -13,6 +13,7 @@ from engine.rollout import statistics
 from engine.rollout.guards import Latency, RolloutSpec, TokensPerStep
 from engine.rollout.records import GuardResult
 from engine.rollout.statistics import Difference
+from engine.rollout.verdict import LEANS
 
 FAR = 10_000_000
 """Requests beyond which nobody waits."""
@@ -20,21 +21,28 @@ FAR = 10_000_000
 
 @dataclass(frozen=True, slots=True)
 class Outlook:
-    """``requests`` more per arm until the guard says ``verdict`` if things stay as they look; None: not in sight."""
+    """``requests`` more per arm until the guard says ``verdict`` if things stay as they look; None: not in sight.
+
+    ``leaning``: the class whose evidence against the canary keeps the last step from its promotion (``verdict.LEANS``).
+    """
 
     verdict: Verdict
     requests: int | None
     minutes: float | None
+    leaning: str = ""
 
     def __str__(self) -> str:
-        if self.requests is None:
-            return (
-                "stays undecided at this difference" if self.verdict is Verdict.PASS else "no sign against the canary"
-            )
-        if self.requests == 0:
-            return f"{self.verdict.value} now"
         when = f" (about {self.minutes:,.0f} min)" if self.minutes is not None else ""
-        return f"needs about {self.requests:,} more requests per arm{when} to {self.verdict.value}"
+        if self.requests == 0:
+            said = f"{self.verdict.value} now"
+        elif self.requests is not None:
+            said = f"needs about {self.requests:,} more requests per arm{when} to {self.verdict.value}"
+        elif self.verdict is Verdict.PASS:
+            said = "stays undecided at this difference"
+        else:
+            said = "" if self.leaning else "no sign against the canary"
+        leans = f"leans against the canary in {self.leaning}, which keeps it from promotion" if self.leaning else ""
+        return "; ".join(part for part in (said, leans) if part)
 
 
 def results(tree: Mapping[str, Any]) -> list[GuardResult]:
@@ -60,45 +68,52 @@ def per_key(tree: Mapping[str, Any]) -> float:
 def outlook(spec: RolloutSpec, guard: GuardResult, rate: float, requests_per_key: float = 1.0) -> Outlook:
     """Until a guard decides, were the present estimate the truth.
 
-    Tokens per step and latencies stand on keys, events on requests.
+    Tokens per step and latencies stand on keys, events on requests. 0 requests are only those of a verdict that stands.
     """
     if guard.verdict is Verdict.FAIL:
         return Outlook(Verdict.FAIL, 0, 0.0)
     n = min(guard.n_canary, guard.n_control)
-    verdict, more = Verdict.FAIL, None  # type: Verdict, int | None
-    test = spec.tokens_per_step()
-    if guard.guard == TokensPerStep.kind and test is not None:
+    verdict, more = Verdict.FAIL, None  # type: Verdict, float | None
+    leaning, test = _leaning(guard), spec.tokens_per_step()
+    if guard.guard == TokensPerStep.kind and test is not None and (not leaning or guard.verdict is Verdict.PASS):
         verdict, more = _tokens_per_step(spec, test, guard, n)
-        more = ceil(more * requests_per_key) if more is not None else None
     elif guard.verdict is Verdict.INSUFFICIENT and n < spec.min_requests:
         verdict, more = Verdict.PASS, spec.min_requests - n
     elif guard.log_e is not None and guard.limit is not None and guard.log_e > 0 and n:
-        more = ceil(n * (guard.limit / guard.log_e - 1.0))  # evidence grows in proportion to what it stands on
-    if more is not None and any(isinstance(g, Latency) and g.name == guard.guard for g in spec.guards):
-        more = ceil(more * requests_per_key)
-    if more is not None and more > FAR:
-        more = None
-    return Outlook(verdict, more, more / rate / 60.0 if more is not None and rate > 0 else None)
+        more = n * (guard.limit / guard.log_e - 1.0)  # evidence grows in proportion to what it stands on
+    if more is not None and any(isinstance(g, TokensPerStep | Latency) and g.name == guard.guard for g in spec.guards):
+        more *= requests_per_key
+    requests = ceil(more) if more is not None and more <= FAR else None
+    minutes = requests / rate / 60.0 if requests is not None and rate > 0 else None
+    return Outlook(verdict, requests, minutes, leaning)
+
+
+def _leaning(guard: GuardResult) -> str:
+    if guard.lean is None or guard.lean <= LEANS:
+        return ""
+    return f"class {guard.worst}" if guard.worst else "all classes together"
 
 
 def _tokens_per_step(spec: RolloutSpec, test: TokensPerStep, guard: GuardResult, n: int) -> tuple[Verdict, int | None]:
     if guard.verdict is Verdict.PASS:
         return Verdict.PASS, 0
-    if guard.low is None or guard.high is None or guard.canary is None or guard.control is None or not n:
-        return Verdict.PASS, max(0, test.min_requests - n)
+    low, high = guard.low, guard.high
+    if low is None or high is None or not isfinite(high - low) or guard.canary is None or guard.control is None:
+        # too few keys, or keys that do not differ at all, such as where nothing is ever accepted
+        return Verdict.PASS, test.min_requests - n if n < test.min_requests else None
     alpha = exp(-guard.limit) if guard.limit else spec.guard_alpha()  # less of it is left after the promotion
     rho = statistics.tuned_rho(test.horizon, alpha)
-    deviation = (guard.high - guard.low) / 2.0 / float(statistics.half_width(Difference(0.0, 1.0, n), rho, alpha))
+    deviation = (high - low) / 2.0 / float(statistics.half_width(Difference(0.0, 1.0, n), rho, alpha))
     difference = guard.canary - guard.control
     enough = difference + test.max_drop * guard.control
     passing = statistics.tuned_rho(test.horizon, test.pass_alpha)
-    reached = n
+    reached = max(n, test.min_requests)
     while reached <= FAR:
         then = Difference(difference, deviation * (n / reached) ** 0.5, reached)
         if enough > 0 and float(statistics.half_width(then, passing, test.pass_alpha)) < enough:
-            return Verdict.PASS, reached - n
+            return Verdict.PASS, max(1, reached - n)
         if difference < 0 and float(statistics.log_e_below(then, 0.0, rho)) >= -log(alpha):
-            return Verdict.FAIL, reached - n
+            return Verdict.FAIL, max(1, reached - n)
         reached = max(reached + 5, int(reached * 1.05))
     return Verdict.PASS, None
 

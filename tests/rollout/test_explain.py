@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from engine.contracts import CANARY, CONTROL, Verdict
@@ -15,10 +17,10 @@ from tests.rollout.world import segment
 SPEC = specs.preset("standard")
 
 
-def judged(n: int, canary: float, errors: int = 0, noise: float = 0.4) -> dict[str, GuardResult]:
+def judged(n: int, canary: float, errors: int = 0, noise: float = 0.4, control: float = 2.0) -> dict[str, GuardResult]:
     pair: list[Segment] = [
         segment(CANARY, n, canary, errors=errors, noise=noise),
-        segment(CONTROL, n, 2.0, noise=noise),
+        segment(CONTROL, n, control, noise=noise),
     ]
     return {g.guard: g for g in evaluate(SPEC, pair)}
 
@@ -65,3 +67,27 @@ def test_what_is_missing_in_keys_is_told_in_requests() -> None:
     assert many.requests == 20 * alone.requests
     tree = {"inputs": {"segments": [{"traffic_class": None, "requests": 60, "keys": 3}]}}
     assert (explain.per_key(tree), explain.per_key({})) == (20.0, 1.0)
+
+
+def test_where_keys_do_not_differ_at_all_nothing_is_certain() -> None:
+    """Nothing is accepted in either arm: without a variance there is no interval, and no PASS."""
+    level = judged(500, 1.0, noise=0.0, control=1.0)["tokens_per_step"]
+    assert level.verdict is Verdict.INSUFFICIENT
+    for guard in (level, replace(level, low=None, high=None)):  # as judged, and as stored
+        assert str(explain.outlook(SPEC, guard, 1.0)) == "stays undecided at this difference"
+
+
+def test_a_class_that_leans_is_named_and_no_pass_is_promised() -> None:
+    guard = replace(judged(500, 2.0)["tokens_per_step"], verdict=Verdict.INSUFFICIENT, log_e=5.0, limit=6.6, lean=6.0)
+    guard = replace(guard, worst="batch")
+    leans = "leans against the canary in class batch, which keeps it from promotion"
+    assert str(explain.outlook(SPEC, guard, 0.0)) == f"needs about 160 more requests per arm to FAIL; {leans}"
+    assert str(explain.outlook(SPEC, replace(guard, log_e=-1.0), 0.0)) == leans
+    assert str(explain.outlook(SPEC, replace(guard, verdict=Verdict.PASS), 0.0)) == f"PASS now; {leans}"
+    alike = replace(guard, worst="", guard="errors", verdict=Verdict.PASS)
+    assert "in all classes together" in str(explain.outlook(SPEC, alike, 0.0))
+
+
+def test_next_to_no_evidence_is_no_sign() -> None:
+    guard = replace(judged(500, 2.0)["errors"], log_e=5e-324)
+    assert str(explain.outlook(SPEC, guard, 1.0)) == "no sign against the canary"

@@ -15,15 +15,12 @@ from datetime import datetime, timedelta
 from engine.contracts import TERMINAL_STATES, RolloutState, Verdict
 from engine.rollout import shadow
 from engine.rollout.evaluate import evaluate
-from engine.rollout.guards import RolloutSpec
+from engine.rollout.guards import MAX_RESTARTS, RolloutSpec
 from engine.rollout.records import Action, Decision, Evidence, GuardResult, Ledger, RolloutStatus, consuming
 from engine.rollout.verdict import judge
 from engine.store.repositories.rollouts import Command
 
 PROMOTED_STATES = frozenset({RolloutState.PROMOTING, RolloutState.PROMOTED, RolloutState.WATCHING})
-
-MAX_RESTARTS = 20
-"""Restarts that are remembered; a fuse that allows more is no fuse."""
 
 
 def decide(

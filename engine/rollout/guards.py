@@ -14,6 +14,10 @@ RULES = 2
 a fast latency guard looks to one side as well, a fuse allows for chance, and what a shadow may spend of ``alpha`` is
 set aside: it spent the trial's again.
 """
+LEAST_ALPHA = 1e-6
+"""Below it a guard needs so much evidence that it is none."""
+MAX_RESTARTS = 20
+"""Restarts that are remembered; a fuse that allows more is no fuse."""
 
 
 class SpecError(SlipstreamError):
@@ -59,6 +63,8 @@ class TokensPerStep(_Guard):
     def fault(self) -> str | None:
         if not (0 < self.pass_alpha < 0.5 and self.horizon >= 1):
             return "pass_alpha lies in (0, 0.5) and horizon is at least 1."
+        if self.max_drop >= 1:
+            return f"max_drop is a share of the control's tokens per step, below 1; got {self.max_drop:g}."
         return None
 
 
@@ -90,6 +96,8 @@ class Latency(_Guard):
             return f"method is one of {', '.join(METHODS)}, got {self.method!r}."
         if not 0.01 <= self.quantile <= 0.999 or self.horizon < 1:
             return f"quantile lies in [0.01, 0.999] and horizon is at least 1, got {self.quantile} and {self.horizon}."
+        if self.margin > 1:
+            return f"margin is a share of the control's latency, at most 1 (twice as slow); got {self.margin:g}."
         return None
 
 
@@ -136,6 +144,10 @@ class Mismatches(_Events):
     counted: ClassVar[str] = "mismatches"
 
 
+def _ratio_fault(ratio: float) -> str | None:
+    return None if 1 < ratio <= 100 else f"ratio lies in (1, 100], times the control's; got {ratio:g}."
+
+
 @dataclass(frozen=True, slots=True)
 class LatencyFuse(_Guard):
     """Absolute: FAIL when the canary's p95 of ``metric`` exceeds ``ratio`` times the control's, over ``min_requests``
@@ -147,7 +159,9 @@ class LatencyFuse(_Guard):
     min_requests: int = 200
 
     def fault(self) -> str | None:
-        return None if self.metric in METRICS else f"metric is one of {', '.join(METRICS)}, got {self.metric!r}."
+        if self.metric not in METRICS:
+            return f"metric is one of {', '.join(METRICS)}, got {self.metric!r}."
+        return _ratio_fault(self.ratio)
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,6 +173,9 @@ class CostFuse(_Guard):
     metric: ClassVar[str] = "cost"
     ratio: float = 1.5
     min_requests: int = 200
+
+    def fault(self) -> str | None:
+        return _ratio_fault(self.ratio)
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,7 +194,9 @@ class RestartFuse(_Guard):
     window_s: float = 300.0
 
     def fault(self) -> str | None:
-        return None if self.restarts >= 1 else "restarts is at least 1."
+        if not 1 <= self.restarts <= MAX_RESTARTS:
+            return f"restarts lies in [1, {MAX_RESTARTS}], got {self.restarts}."
+        return None if self.window_s > 0 else "window_s is above 0."
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,7 +208,7 @@ class SampleRatio(_Guard):
     alpha: float = 0.001
 
     def fault(self) -> str | None:
-        return None if 0 < self.alpha < 0.5 else "alpha lies in (0, 0.5)."
+        return None if LEAST_ALPHA <= self.alpha < 0.5 else f"alpha lies in [{LEAST_ALPHA:g}, 0.5)."
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,18 +5,20 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, asdict, fields, replace
 from functools import cache
 from importlib import resources
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from engine.rollout.guards import KINDS, RULES, Guard, RolloutSpec, Shadow, SpecError
+from engine.rollout.guards import KINDS, LEAST_ALPHA, RULES, Guard, RolloutSpec, Shadow, SpecError
 
 PRESETS = ("cautious", "standard", "fast")
+LONGEST_S, MOST_REQUESTS = 365 * 86_400, 10_000_000
 LISTS = ("steps", "traffic_classes", "tenants", "slices")
 
 
@@ -106,24 +108,22 @@ def thaw(tree: Mapping[str, Any]) -> RolloutSpec:
 
 def validate(spec: RolloutSpec) -> RolloutSpec:
     """The same specification, or a SpecError for the first thing that is wrong with it."""
-    numbers = [(f.name, getattr(spec, f.name)) for f in fields(spec) if f.type in ("int", "float")]
-    numbers += [("step", weight) for weight in spec.steps]
-    numbers += [
-        (f"{guard.kind}.{f.name}", getattr(guard, f.name))
-        for guard in spec.guards
-        for f in fields(guard)
-        if f.type in ("int", "float")
-    ]
-    for name, value in numbers:
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= 0:
-            raise SpecError(f"rollout.{name} must be a number that is not negative, got {value!r}.")
+    for name, kind, value in _numbers(spec):
+        _check_number(name, kind, value)
+    for name in ("traffic_classes", "tenants", "slices"):
+        said = getattr(spec, name)
+        if said is not None and not (said and all(isinstance(one, str) and one for one in said)):
+            raise SpecError(f"rollout.{name} must be a list of names, or absent for everybody's; got {list(said)}.")
     if not spec.steps or any(not 0 < w <= 0.5 for w in spec.steps) or list(spec.steps) != sorted(set(spec.steps)):
         raise SpecError(
             f"rollout.steps must be ascending weights above 0 and at most 0.5 (the control takes as much as the "
             f"canary), got {list(spec.steps)}."
         )
-    if spec.holdback > 0.5:
-        raise SpecError(f"rollout.holdback is at most 0.5, the weight of a control; got {spec.holdback:g}.")
+    if spec.holdback > 0.5 or (spec.watch_s > 0 and not spec.holdback):
+        raise SpecError(
+            "rollout.holdback is at most 0.5, the weight of a control, and above 0 while watch_s is: a champion is "
+            f"watched beside the one before; got {spec.holdback:g}."
+        )
     if not 0 < spec.watch_share < 1:
         raise SpecError(f"rollout.watch_share lies between 0 and 1, a share of alpha; got {spec.watch_share:g}.")
     if not (0 < spec.shadow_share < 1 and spec.watch_share + spec.shadow_share < 1):
@@ -149,9 +149,32 @@ def validate(spec: RolloutSpec) -> RolloutSpec:
         raise SpecError(f"rollout.guards has a guard twice: {', '.join(twice)}.")
     if spec.tokens_per_step() is None:
         raise SpecError("A rollout needs a guard of kind tokens_per_step: it is what lets the last step PASS.")
-    if not 0 < spec.alpha < 0.5 or spec.min_requests < 1 or not spec.deadline_s > spec.warmup_s:
-        raise SpecError("rollout: alpha lies in (0, 0.5), min_requests is at least 1, deadline_s exceeds warmup_s.")
+    if not LEAST_ALPHA <= spec.alpha < 0.5 or spec.min_requests < 1 or not spec.deadline_s > spec.warmup_s:
+        raise SpecError(
+            f"rollout: alpha lies in [{LEAST_ALPHA:g}, 0.5), min_requests is at least 1, deadline_s exceeds warmup_s."
+        )
     return spec
+
+
+def _numbers(spec: RolloutSpec) -> Iterator[tuple[str, object, Any]]:
+    """(name, declared type, value) of every number in a specification."""
+    for f in fields(spec):
+        yield f.name, f.type, getattr(spec, f.name)
+    yield from (("step", "float", weight) for weight in spec.steps)
+    for guard in spec.guards:
+        yield from ((f"{guard.kind}.{f.name}", f.type, getattr(guard, f.name)) for f in fields(guard))
+
+
+def _check_number(name: str, kind: object, value: Any) -> None:
+    """Numbers of any size pass no further: what never ends or never has enough is a guard taken away."""
+    if kind not in ("int", "float"):
+        return
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not (isfinite(value) and value >= 0):
+        raise SpecError(f"rollout.{name} must be a number that is finite and not negative, got {value!r}.")
+    if kind == "int" and (value != int(value) or value > MOST_REQUESTS):
+        raise SpecError(f"rollout.{name} must be a whole number of at most {MOST_REQUESTS:,}, got {value!r}.")
+    if name.endswith("_s") and value > LONGEST_S:
+        raise SpecError(f"rollout.{name} is at most {LONGEST_S:,} s, a year; got {value!r}.")
 
 
 def spec_hash(spec: RolloutSpec) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from math import inf, nan
 
 import pytest
 
@@ -46,9 +47,25 @@ def test_every_change_of_a_guard_changes_the_hash() -> None:
         ({"steps": [0.5, 0.25]}, "ascending"),
         ({"steps": [0.6]}, "at most 0.5"),
         ({"steps": []}, "ascending"),
-        ({"warmup_s": -1}, "warmup_s must be a number that is not negative"),
+        ({"warmup_s": -1}, "warmup_s must be a number that is finite and not negative"),
         ({"min_requests": "many"}, "min_requests must be a number"),
         ({"alpha": 0.7}, "alpha lies in"),
+        ({"alpha": 1e-300}, "alpha lies in"),
+        ({"stale_s": inf}, "stale_s must be a number that is finite"),
+        ({"stale_s": nan}, "stale_s must be a number that is finite"),
+        ({"deadline_s": 1e300}, "deadline_s is at most 31,536,000 s, a year"),
+        ({"min_requests": 1.5}, "min_requests must be a whole number"),
+        ({"min_requests": 10**12}, "min_requests must be a whole number of at most"),
+        ({"holdback": 0}, "above 0 while watch_s is"),
+        ({"traffic_classes": [3]}, "traffic_classes must be a list of names"),
+        ({"tenants": []}, "tenants must be a list of names, or absent"),
+        ({"guards": [{"kind": "tokens_per_step", "max_drop": 5}]}, "max_drop is a share"),
+        ({"guards": [{"kind": "tokens_per_step", "horizon": 0.5}]}, "horizon must be a whole number"),
+        ({"guards": [{"kind": "latency", "margin": 1e9}]}, "margin is a share"),
+        ({"guards": [{"kind": "fuse_p95", "ratio": 1e9}]}, r"ratio lies in \(1, 100\]"),
+        ({"guards": [{"kind": "fuse_cost", "ratio": 0}]}, r"ratio lies in \(1, 100\]"),
+        ({"guards": [{"kind": "fuse_restarts", "restarts": 50}]}, r"restarts lies in \[1, 20\]"),
+        ({"guards": [{"kind": "errors"}, {"kind": "srm", "alpha": 1e-300}]}, "alpha lies in"),
     ],
 )
 def test_a_wrong_specification_says_what_is_wrong(change: dict[str, object], message: str) -> None:

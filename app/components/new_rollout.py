@@ -127,6 +127,8 @@ def form(serving: ledger.Serving, part: Slice) -> None:
             st.caption(
                 f"This is frozen at the start under **{specs.spec_hash(made)[:12]}**; nobody can change it after."
             )
+            if limits := made.limits():
+                st.caption(f"Tried on {', '.join(limits)} only: it ends when proved there, and the champion stays.")
             with st.expander("YAML", expanded=False):
                 st.code(specs.to_yaml(made), language="yaml")
     _buttons(version, made, serving)

@@ -148,7 +148,7 @@ def launch(version: int, spec: RolloutSpec, draft: bool) -> Rollout:
 
 def begin(rollout_id: int) -> Rollout:
     """Start a draft, against what is champion now."""
-    made = launching.release(database(), rollout_id)
+    made = launching.release(database(), rollout_id, "dashboard")
     serving.clear()
     all_rollouts.clear()
     return made

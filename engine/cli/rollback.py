@@ -29,8 +29,12 @@ def rollback(
 ) -> None:
     """Take the canary back at once. Needs the database and nothing else."""
     with connection.transaction(postgres.database_url(settings(context)), "slipstream rollback") as ledger:
+        before = plans.latest(ledger)
         plan = plans.roll_back(ledger, actor=actor(), reason=reason, to=to, idempotency_key=f"cli-{uuid.uuid4().hex}")
-    typer.echo(f"generation {plan.generation}: v{plan.champion} serves all traffic")
+    if before is not None and before.generation == plan.generation:
+        typer.echo(f"nothing to take back: v{plan.champion} serves all traffic since generation {plan.generation}")
+    else:
+        typer.echo(f"generation {plan.generation}: v{plan.champion} serves all traffic")
     _report_effect(context, plan)
 
 

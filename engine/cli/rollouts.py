@@ -43,12 +43,17 @@ def start(
 
     with database(context) as opened:
         if draft is not None:
-            made = release(opened, draft)
+            if version is not None or preset or file is not None or name or traffic_class:
+                raise typer.BadParameter(
+                    "--draft begins what `create` wrote down, as it is; leave the version and the other options out"
+                )
+            made = release(opened, draft, actor())
         elif version is not None:
             made = _launch(context, opened, version, preset, file, name, traffic_class, draft=False)
         else:
             raise typer.BadParameter("name a policy version, or --draft ID of a rollout that `create` made")
     typer.echo(f"rollout {made.id} ({made.name}) of v{made.canary} against v{made.champion}: {made.state}")
+    _say_limits(made)
 
 
 @rollout.command("create")
@@ -65,6 +70,14 @@ def create(
         made = _launch(context, opened, version, preset, file, name, traffic_class, draft=True)
     typer.echo(f"rollout {made.id} ({made.name}) of v{made.canary} is a draft, guards {made.spec_hash[:12]}")
     typer.echo(f"begin it: slipstream rollout start --draft {made.id}")
+    _say_limits(made)
+
+
+def _say_limits(made: Rollout) -> None:
+    from engine.rollout import specs
+
+    if limits := specs.thaw(made.spec).limits():
+        typer.echo(f"tried on {', '.join(limits)} only: it ends when proved there, and v{made.champion} stays champion")
 
 
 def _launch(

@@ -32,7 +32,7 @@ from engine.rollout.records import (
 )
 from engine.settings import Settings
 from engine.store.database import Database, WriteSession
-from engine.store.repositories import compared, eligibility, learning, leases, plans, rollouts
+from engine.store.repositories import compared, eligibility, learning, leases, plans, replicas, rollouts
 from engine.store.repositories.rollouts import Command, DecisionRecord, Rollout
 
 LEASE = "rollout-controller"
@@ -98,6 +98,7 @@ class Controller:
             rollout = rollouts.active(session)
         if rollout is None:
             with self.db.write() as session:
+                leases.check(session, LEASE, self.holder, token)  # or it deletes what the next holder has counted
                 compared.forget(session, None)
             return None
         try:
@@ -189,12 +190,20 @@ class Controller:
             log.info("rollout %d: %s → %s, %s: %s", status.rollout_id, before.state, status.state, *_said(decision))
 
     def _give_up(self, rollout: Rollout, fault: str, token: int, now: datetime) -> None:
-        """A rollout whose guards cannot be trusted must not serve: its canary goes back, and nobody is blamed."""
+        """A rollout whose guards cannot be trusted must not serve: its canary goes back, and nobody is blamed.
+
+        INCONCLUSIVE once no replica can route by an older plan, as after every rollback.
+        """
         with self.db.write() as session:
             leases.check(session, LEASE, self.holder, token)
             plan = plans.latest(session)
             ours = plan if plan is not None and plan.rollout_id == rollout.id else None
             serving = ours is not None and (bool(ours.arms) or ours.champion == rollout.canary)
+            if plan is not None and not serving:
+                seen = [replica.observed_generation or 0 for replica in replicas.may_serve(session, now)]
+                if rollout.state is RolloutState.ROLLING_BACK and min(seen, default=plan.generation) < plan.generation:
+                    return
+            ends = RolloutState.ROLLING_BACK if serving else RolloutState.INCONCLUSIVE
             if plan is not None and serving:
                 plan = plans.append(
                     session,
@@ -209,7 +218,7 @@ class Controller:
                 rollout_id=rollout.id,
                 decided_at=now,
                 from_state=rollout.state,
-                to_state=RolloutState.INCONCLUSIVE,
+                to_state=ends,
                 verdict=Verdict.ERROR,
                 reason=fault,
                 action=(Action.ROLL_BACK if serving else Action.NONE).value,
@@ -223,8 +232,8 @@ class Controller:
                 session,
                 rollout.id,
                 expected=rollout.state,
-                state=RolloutState.INCONCLUSIVE,
-                status=rollout.status | {"state": RolloutState.INCONCLUSIVE.value, "reason": fault},
+                state=ends,
+                status=rollout.status | {"state": ends.value, "reason": fault},
                 decision=record,
                 now=now,
             )

@@ -1,5 +1,8 @@
 """One tick of a rollout: ``decide`` is pure, and everything it knows is in its arguments.
 
+A rollout that is tried on a slice ends when it is proved there, with the champion back: a champion serves everybody,
+and nothing is known of the others.
+
 The order is the safety argument: somebody who has already taken the canary back is believed; then the guards, on every
 tick in every state with traffic; then an abort; then what ends without blame (traffic that nobody can measure, the
 deadline); only then holds, approvals and progress. Only PASS advances, only FAIL rolls back by itself, everything else
@@ -12,13 +15,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 from datetime import datetime, timedelta
 
-from engine.contracts import TERMINAL_STATES, RolloutState, Verdict
+from engine.contracts import CANARY, TERMINAL_STATES, RolloutState, Verdict
 from engine.rollout import shadow
 from engine.rollout.evaluate import evaluate
 from engine.rollout.guards import MAX_RESTARTS, RolloutSpec
 from engine.rollout.records import Action, Decision, Evidence, GuardResult, Ledger, RolloutStatus, consuming
 from engine.rollout.verdict import judge
 from engine.store.repositories.rollouts import Command
+from engine.store.segments import Segment
 
 PROMOTED_STATES = frozenset({RolloutState.PROMOTING, RolloutState.PROMOTED, RolloutState.WATCHING})
 
@@ -41,6 +45,7 @@ def decide(
     guards = evaluate(spec, evidence.segments, status.restarts, now, watching=status.watch is not None)
     verdict, why = judge(spec, status, evidence, guards, now)
     if status.state in PROMOTED_STATES and verdict is not Verdict.FAIL:
+        why = f"; {why}" if verdict is Verdict.ERROR else ""  # a broken split is said all the same
         verdict = Verdict.PASS  # nothing is left to prove: it is watched beside a control, and only FAIL takes it back
     tick = _Tick(spec, status, evidence, guards, verdict, why, now)
     if (moved := tick.moved_by_others()) is not None:
@@ -228,8 +233,10 @@ class _Tick:
             return self._to(RolloutState.WATCHING, f"watching for {self.spec.watch_s:g} s")
         if self._for(self.spec.watch_s) and self.evidence.fault is None:
             action = Action.SETTLE if self.status.watch is not None else Action.NONE
-            return self._to(RolloutState.DONE, f"v{self.status.canary} is champion and stays", action)
-        return self._to(RolloutState.WATCHING, f"watching for {self.spec.watch_s:g} s")
+            seen = self._all_of(CANARY)
+            unwatched = "" if seen is not None and seen.requests else ", unwatched: nothing was served beside a control"
+            return self._to(RolloutState.DONE, f"v{self.status.canary} is champion and stays{unwatched}", action)
+        return self._to(RolloutState.WATCHING, f"watching for {self.spec.watch_s:g} s{self.why}")
 
     def obey(self, command: Command) -> Decision:
         by = f"{command.actor}: {command.reason}"
@@ -237,6 +244,9 @@ class _Tick:
             return self._hold(f"held by {by}", "operator")
         if command.verb == "resume":
             return self._resume(f"resumed by {by}")
+        if limits := self.spec.limits():
+            why = f"it is tried on {', '.join(limits)} only, and a champion serves everybody"
+            return self._to(self.status.state, f"promotion refused ({command.actor}): {why}")
         verdict, why = judge(self.spec, self.status, self.evidence, self.guards, self.now, needs_proof=False)
         if verdict is not Verdict.PASS:
             return self._to(self.status.state, f"promotion refused ({command.actor}): {why}")
@@ -255,18 +265,29 @@ class _Tick:
             return self._to(self.status.state, self.why)
         if self.status.state is RolloutState.SOAKING:
             if self._for(self.spec.soak_s):
-                return self._promote(f"soaked for {self.spec.soak_s:g} s; {self.why}")
+                why = f"soaked for {self.spec.soak_s:g} s; {self.why}"
+                return self._proved(why) if self.spec.limits() else self._promote(why)
             return self._to(RolloutState.SOAKING, f"soaking for {self.spec.soak_s:g} s; {self.why}")
         if len(self.status.stages) < len(self.spec.steps):
             weight = self.spec.steps[len(self.status.stages)]
             return self._to(RolloutState.RAMPING, f"to {weight:.0%}: {self.why}", Action.SET_WEIGHT, weight)
         return self._to(RolloutState.SOAKING, f"every step passed: {self.why}")
 
+    def _proved(self, why: str) -> Decision:
+        limits = ", ".join(self.spec.limits())
+        proved = f"proved for {limits}; {why}{self._unaudited()}. Try it on all traffic next"
+        return self.roll_back(proved, RolloutState.DONE)
+
+    def _unaudited(self) -> str:
+        """Said of a promotion, and no reason against it: payloads may be switched off, and then nothing is audited."""
+        seen = self._all_of(CANARY)
+        return "" if seen is not None and seen.audited else "; unaudited: no output was compared with the target's own"
+
+    def _all_of(self, arm: str) -> Segment | None:
+        return next((s for s in self.evidence.segments if s.arm == arm and s.traffic_class is None), None)
+
     def _promote(self, why: str) -> Decision:
-        if limits := self.spec.limits():
-            # A champion serves everybody, and nothing is known of the others.
-            proved = ", ".join(limits)
-            return self._hold(f"proved for {proved} only: try it on all traffic before it becomes champion", "operator")
+        why += self._unaudited()
         decision = self._to(RolloutState.PROMOTING, why, Action.PROMOTE, self.spec.holdback)
         return replace(decision, status=replace(decision.status, held_by="", resumes_to=None))
 

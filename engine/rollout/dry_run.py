@@ -12,7 +12,7 @@ import numpy as np
 from engine.contracts import CANARY, CONTROL, Verdict
 from engine.rollout.evaluate import evaluate
 from engine.rollout.guards import RolloutSpec, TokensPerStep
-from engine.rollout.records import evidence_from_json
+from engine.rollout.records import evidence_from_json, status_from_json
 from engine.store.repositories.evidence import Past
 from engine.store.repositories.rollouts import DecisionRecord
 from engine.store.segments import Keys, Request, Segment, Tally
@@ -44,7 +44,10 @@ class Found:
 
 @dataclass(frozen=True, slots=True)
 class Incident:
-    """What these guards would have said of a rollout that is over; ``at`` None where they would not have fired."""
+    """What these guards would have said of a rollout that is over; ``at`` None where they would not have fired.
+
+    ``unknown`` are latencies that its evidence does not have: no guard of it looked at them.
+    """
 
     rollout_id: int
     ended: str
@@ -52,6 +55,7 @@ class Incident:
     guard: str
     requests: int
     unreadable: int
+    unknown: tuple[str, ...] = ()
 
 
 def equal_arms(spec: RolloutSpec, past: Past, splits: int) -> Equal:
@@ -119,50 +123,49 @@ def _worse(request: Request, rng: np.random.Generator) -> Request:
 
 def incident(spec: RolloutSpec, rollout_id: int, ended: str, decisions: Sequence[DecisionRecord]) -> Incident:
     """The guards on the evidence that each decision about a rollout was made of."""
-    unreadable = 0
+    unreadable, wanted, known = 0, set(spec.metrics()), set[str]()
     for decision in decisions:
         if "inputs" not in decision.evidence:
             continue
         try:
             evidence, _ = evidence_from_json(decision.evidence)
+            restarts = status_from_json(decision.status_before).restarts
         except (KeyError, TypeError, ValueError):  # written by an earlier version of the code
             unreadable += 1
             continue
         before = decision.status_before
         watching, in_shadow = bool(before.get("watch")), bool(before.get("shadow")) and not before.get("stages")
-        for guard in evaluate(spec, evidence.segments, watching=watching, in_shadow=in_shadow):
+        known |= {metric for segment in evidence.segments for metric in segment.latencies}
+        for guard in evaluate(spec, evidence.segments, restarts, decision.decided_at, watching, in_shadow):
             if guard.verdict is Verdict.FAIL:
                 n = min(guard.n_canary, guard.n_control)
                 return Incident(rollout_id, ended, decision.decided_at, guard.guard, n, unreadable)
-    return Incident(rollout_id, ended, None, "", 0, unreadable)
+    unknown = tuple(sorted(wanted - known)) if known else ()
+    return Incident(rollout_id, ended, None, "", 0, unreadable, unknown)
 
 
 def report(
     spec: RolloutSpec, equal: Equal | None, found: Sequence[Found], incidents: Sequence[Incident]
 ) -> Iterator[str]:
     """What a dry run says, line by line."""
+    if spec.slices is not None:
+        yield "traces do not say which slice a request asked for: tried on the requests of all slices"
     if equal is None:
         yield "no past traffic of the champion to try the guards on"
     else:
-        share = len(equal.fired) / equal.splits
-        yield (
-            f"equal arms: {len(equal.fired)} of {equal.splits} splits of {equal.requests:,} past requests would have "
-            f"been rolled back falsely ({share:.1%}; the budget is {spec.alpha:.0%})"
-            + (f", by {', '.join(sorted(set(equal.fired)))}" if equal.fired else "")
-        )
+        yield _falsely(equal, spec)
         if not equal.per_second:
             yield "too little past traffic to reckon how long anything takes"
         elif equal.passed:
-            rate = equal.per_second * spec.steps[-1]
-            need = float(np.median(equal.passed))
+            need = max(float(np.median(equal.passed)), float(spec.min_requests * len(spec.steps)))
             yield (
                 f"an equal canary is called not worse after {need:,.0f} requests per arm (median of "
-                f"{len(equal.passed)} splits), {need / rate / 60:,.0f} min at {equal.per_second:.2g} requests/s"
+                f"{len(equal.passed)} splits), {_minutes(spec, equal.per_second, need)}"
             )
         else:
             yield f"{equal.requests // 2:,} requests per arm are not enough to call an equal canary not worse"
         if equal.per_second:
-            least = sum(spec.min_requests / (equal.per_second * step) + spec.warmup_s for step in spec.steps)
+            least = seconds(spec, equal.per_second, spec.min_requests * len(spec.steps))
             yield f"the steps and the soak alone take {(least + spec.soak_s) / 60:,.0f} min at that traffic"
         for one in found:
             yield _told(one, equal, spec)
@@ -170,13 +173,43 @@ def report(
         yield _retold(past)
 
 
+def seconds(spec: RolloutSpec, per_second: float, per_arm: float) -> float:
+    """How long it takes until ``per_arm`` requests of each arm count, through the steps: each begins with its warm-up
+    and is left after ``min_requests``, the last one never. ``per_second`` is the eligible traffic."""
+    took, left = 0.0, per_arm
+    for place, weight in enumerate(spec.steps):
+        here = left if place == len(spec.steps) - 1 else min(left, spec.min_requests)
+        took += spec.warmup_s + here / (per_second * weight)
+        left -= here
+        if left <= 0:
+            break
+    return took
+
+
+def _minutes(spec: RolloutSpec, per_second: float, per_arm: float) -> str:
+    return f"{seconds(spec, per_second, per_arm) / 60:,.0f} min at {per_second:.2g} requests/s"
+
+
+def _falsely(equal: Equal, spec: RolloutSpec) -> str:
+    """With its bound: no splits of forty prove a hundredth, and the splits share their requests."""
+    from scipy.stats import binomtest
+
+    fired = len(equal.fired)
+    high = float(binomtest(fired, equal.splits).proportion_ci(method="exact").high)
+    by = f", by {', '.join(sorted(set(equal.fired)))}" if equal.fired else ""
+    return (
+        f"equal arms: {fired} of {equal.splits} splits of {equal.requests:,} past requests would have been rolled back "
+        f"falsely ({fired / equal.splits:.1%}, up to {high:.1%} at 95 % were the splits independent; they share their "
+        f"requests; the budget is {spec.alpha:.0%}){by}"
+    )
+
+
 def _told(found: Found, equal: Equal, spec: RolloutSpec) -> str:
     where = f"{found.guard}: {found.planted}"
     if 2 * len(found.requests) <= found.splits:
         return f"{where} would mostly not be found in {equal.requests // 2:,} requests per arm"
     need = float(np.median(found.requests))
-    rate = equal.per_second * spec.steps[-1]
-    minutes = f", {need / rate / 60:,.0f} min at {equal.per_second:.2g} requests/s" if rate > 0 else ""
+    minutes = f", {_minutes(spec, equal.per_second, need)}" if equal.per_second > 0 else ""
     missed = found.splits - len(found.requests)
     late = f"; {missed} of {found.splits} splits needed more than there are" if missed else ""
     return f"{where} would be found after {need:,.0f} requests per arm{minutes}{late}"
@@ -189,7 +222,8 @@ def _retold(found: Incident) -> str:
     else:
         said = f"{found.guard} would have rolled it back at {found.at:%Y-%m-%d %H:%M:%S} ({found.requests:,} per arm)"
     lost = f"; {found.unreadable} decisions could not be read" if found.unreadable else ""
-    return f"rollout {found.rollout_id} ended as {did}: {said}{lost}"
+    blind = f"; its evidence does not have {', '.join(found.unknown)}" if found.unknown else ""
+    return f"rollout {found.rollout_id} ended as {did}: {said}{blind}{lost}"
 
 
 def _split(past: Sequence[Request], salt: str) -> tuple[list[Request], list[Request]]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from engine.contracts import CANARY, CONTROL, Verdict
 from engine.rollout import statistics
-from engine.rollout.guards import Latency, RolloutSpec, TokensPerStep
+from engine.rollout.guards import Latency, RolloutSpec, SampleRatio, TokensPerStep
 from engine.rollout.records import GuardResult
 from engine.rollout.statistics import Difference
 from engine.rollout.verdict import LEANS
@@ -48,6 +48,12 @@ class Outlook:
 def results(tree: Mapping[str, Any]) -> list[GuardResult]:
     """The guard table of a stored decision."""
     return [GuardResult(**{**guard, "verdict": Verdict(guard["verdict"])}) for guard in tree.get("guards", [])]
+
+
+def began(status: Mapping[str, Any], otherwise: datetime) -> datetime:
+    """When the newest stage of a stored status began, or ``otherwise``."""
+    newest = status.get("watch") or next(reversed(status.get("stages") or ()), None) or status.get("shadow")
+    return datetime.fromisoformat(newest["began"]) if newest else otherwise
 
 
 def per_second(tree: Mapping[str, Any], began: datetime, decided: datetime) -> float:
@@ -94,6 +100,13 @@ def _leaning(guard: GuardResult) -> str:
     return f"class {guard.worst}" if guard.worst else "all classes together"
 
 
+def needed(spec: RolloutSpec, guard: GuardResult, rate: float, requests_per_key: float = 1.0) -> str:
+    """What a guard still needs, in words; empty where more requests are not what it waits for."""
+    if guard.log_e is None or guard.guard == SampleRatio.kind or guard.verdict is Verdict.FAIL:
+        return ""
+    return str(outlook(spec, guard, rate, requests_per_key))
+
+
 def _tokens_per_step(spec: RolloutSpec, test: TokensPerStep, guard: GuardResult, n: int) -> tuple[Verdict, int | None]:
     if guard.verdict is Verdict.PASS:
         return Verdict.PASS, 0
@@ -125,8 +138,7 @@ def lines(spec: RolloutSpec, guards: Sequence[GuardResult], rate: float, request
         where = guard.segment + (f" (worst {guard.worst})" if guard.worst and guard.worst != guard.segment else "")
         interval = f"{guard.low:+.3f} to {guard.high:+.3f}" if guard.low is not None and guard.high is not None else ""
         evidence = f"{guard.log_e:.2f}/{guard.limit:.2f}" if guard.log_e is not None and guard.limit is not None else ""
-        told = guard.log_e is not None and guard.guard != "srm" and guard.verdict is not Verdict.FAIL
-        said = str(outlook(spec, guard, rate, requests_per_key)) if told else guard.reason
+        said = needed(spec, guard, rate, requests_per_key) or guard.reason
         n = f"{guard.n_canary:,}/{guard.n_control:,}"
         rows.append(
             (guard.verdict.value, guard.guard, where, n, _value(guard.canary), _value(guard.control), interval,

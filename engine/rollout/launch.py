@@ -11,7 +11,7 @@ from engine.rollout.guards import RolloutSpec
 from engine.rollout.records import RolloutStatus, status_to_json
 from engine.store.database import Database, WriteSession, server_clock
 from engine.store.repositories import plans, policies, rollouts
-from engine.store.repositories.rollouts import Rollout
+from engine.store.repositories.rollouts import DecisionRecord, Rollout
 
 
 def launch(
@@ -56,7 +56,7 @@ def launch(
             expected=state,
             state=state,
             status=status_to_json(status),
-            decision=None,
+            decision=None if draft else _begun(status, f"started by {actor}"),
             now=started,
         )
         found = rollouts.get(session, made.id)
@@ -64,7 +64,7 @@ def launch(
     return found
 
 
-def release(db: Database, rollout_id: int, now: datetime | None = None) -> Rollout:
+def release(db: Database, rollout_id: int, actor: str, now: datetime | None = None) -> Rollout:
     """Begin a draft. What is champion at this moment is what it is compared with and what a rollback returns to."""
     with db.write() as session:
         started = now or server_clock(session)
@@ -87,8 +87,21 @@ def release(db: Database, rollout_id: int, now: datetime | None = None) -> Rollo
             champion=champion,
             state=RolloutState.READY,
             status=status_to_json(status),
+            reason=f"started by {actor}",
             now=started,
         )
+
+
+def _begun(status: RolloutStatus, reason: str) -> DecisionRecord:
+    return rollouts.moved_by_hand(
+        status.rollout_id,
+        RolloutState.DRAFT,
+        RolloutState.READY,
+        reason,
+        status.since,
+        canary=status.canary,
+        champion=status.champion,
+    )
 
 
 def _champion(session: WriteSession, canary: int) -> int:

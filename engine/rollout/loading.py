@@ -30,17 +30,30 @@ class Untrusted(SlipstreamError):
     """A rollout whose guards are not those it was started with, or cannot be read."""
 
 
-def load(rollout: Rollout) -> tuple[RolloutSpec, RolloutStatus]:
-    """The frozen specification, verified against its hash, and the status."""
+def frozen(rollout: Rollout) -> RolloutSpec:
+    """The specification a rollout was started with, verified against its hash; Untrusted where it is another."""
     if specs.tree_hash(rollout.spec) != rollout.spec_hash:
         raise Untrusted(
             f"The guards of rollout {rollout.id} are not those it was started with (hash {rollout.spec_hash[:12]}…). "
             "Its canary goes back to the champion; start a new one."
         )
     try:
-        return specs.thaw(rollout.spec), status_from_json(rollout.status)
+        return specs.thaw(rollout.spec)
     except (SpecError, KeyError, TypeError, ValueError) as error:
-        raise Untrusted(f"Rollout {rollout.id} cannot be read by this version of the code: {error!r}") from error
+        raise _unreadable(rollout, error) from error
+
+
+def load(rollout: Rollout) -> tuple[RolloutSpec, RolloutStatus]:
+    """The frozen specification, verified against its hash, and the status."""
+    spec = frozen(rollout)
+    try:
+        return spec, status_from_json(rollout.status)
+    except (KeyError, TypeError, ValueError) as error:
+        raise _unreadable(rollout, error) from error
+
+
+def _unreadable(rollout: Rollout, error: Exception) -> Untrusted:
+    return Untrusted(f"Rollout {rollout.id} cannot be read by this version of the code: {error!r}")
 
 
 def count(session: WriteSession, spec: RolloutSpec, status: RolloutStatus, now: datetime) -> str | None:

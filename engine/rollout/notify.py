@@ -29,8 +29,9 @@ from engine.store.repositories.notifications import Cursor
 from engine.store.repositories.rollouts import DecisionRecord
 
 TIMEOUT_S, COMMAND_TIMEOUT_S = 5.0, 30.0
-TRIES = 8
-"""After so many failures, about ten minutes, a notification is given up: the next ones matter more."""
+KEPT = timedelta(days=1)
+"""So old a notification is given up at its next failure: the ones after it matter more. Each is tried at least once."""
+MOST_WAIT_S = 300.0
 BATCH = 20
 LEASE, LEASE_S = "notify", 90.0
 """Prolonged before each delivery, which takes at most a third of it."""
@@ -171,11 +172,11 @@ class Notifier:
     ) -> bool:
         """Note the failure; True where it is given up and the next one may go."""
         tries = cursor.tries + 1
-        if tries >= TRIES:
+        if now - decision.decided_at >= KEPT:
             log.error("%s: decision %s given up after %d tries: %s", sink.name, decision.id, tries, _said(error))
             return True
         log.warning("%s: decision %s did not arrive, trying again: %s", sink.name, decision.id, _said(error))
-        later = now + timedelta(seconds=min(300.0, 2.0**tries))
+        later = now + timedelta(seconds=min(MOST_WAIT_S, 2.0 ** min(tries, 10)))
         self._advance(Cursor(sink.name, cursor.decision_id, tries, later, _said(error)), token)
         return False
 

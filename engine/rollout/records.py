@@ -47,11 +47,11 @@ class RolloutStatus:
 
     ``generation`` is the last plan this rollout made, ``since`` when the present state began. ``held_by`` is operator
     (until resumed) or evidence (until the evidence is fit again), ``resumes_to`` the state before the hold, ``ends_as``
-    what it will be called once its traffic is seen to be back. ``restarts`` holds when a replica started after a crash
-    meanwhile; ``blind_since`` is the first tick of those in a row that could not measure the traffic; ``shadow`` is the
-    plan in which the canary drafted and served nobody, ``watch`` the stage after the promotion, in which the champion
-    before is the control. ``asked_at`` is when somebody asked for its start: a hold before traffic does not begin its
-    patience anew.
+    what it will be called once its traffic is seen to be back (DONE: proved on its slice). ``restarts`` holds when a
+    replica started after a crash meanwhile; ``blind_since`` is the first tick of those in a row that could not measure
+    the traffic; ``shadow`` is the plan in which the canary drafted and served nobody, ``watch`` the stage after the
+    promotion, in which the champion before is the control. ``asked_at`` is when somebody asked for its start: a hold
+    before traffic does not begin its patience anew.
     """
 
     rollout_id: int
@@ -211,7 +211,8 @@ def weights(status: RolloutStatus, evidence: Evidence) -> dict[str, float | None
     if status.watch is not None:
         shares.append((status.watch.generation, 1.0 - status.watch.weight))
     if (status.generation or 0) > shares[-1][0]:  # the plan that ended the comparison
-        shares.append((status.generation or 0, 0.0 if status.state in GIVEN_BACK else 1.0))
+        given_back = status.state in GIVEN_BACK or status.ends_as is RolloutState.DONE
+        shares.append((status.generation or 0, 0.0 if given_back else 1.0))
     taken = [share for generation, share in shares if seen and generation <= min(seen)]
     acknowledged = taken[-1] if taken else 0.0
     return {"desired": shares[-1][1], "acknowledged": acknowledged, "observed": evidence.observed}

@@ -1,37 +1,76 @@
-"""Replaying the record: every decision, made again from its own evidence, must come out the same."""
+"""Replaying the record: each decision, made again from its own evidence, comes out the same and leads to the next."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from engine.rollout import specs
 from engine.rollout.decide import decide
-from engine.rollout.records import evidence_from_json, status_from_json
-from engine.store.repositories.rollouts import DecisionRecord
+from engine.rollout.loading import frozen
+from engine.rollout.records import Action, RolloutStatus, evidence_from_json, status_from_json, with_plan
+from engine.store.repositories.rollouts import DecisionRecord, Rollout
 
 
 @dataclass(frozen=True, slots=True)
 class Disagreement:
-    """A stored decision, and what the same evidence gives today."""
+    """A stored decision, and what the same evidence, or the decision before it, gives today."""
 
     decision_id: int | None
-    stored: tuple[str, str, str]
-    replayed: tuple[str, str, str]
+    stored: tuple[str, ...]
+    replayed: tuple[str, ...]
 
 
-def replay(spec: Mapping[str, Any], decisions: Sequence[DecisionRecord]) -> list[Disagreement]:
-    """The decisions that do not come out again as (verdict, to_state, action); none when all is well."""
-    parsed = specs.thaw(spec)
-    found = []
+@dataclass(frozen=True, slots=True)
+class Replayed:
+    """``unreadable`` are the decisions whose evidence this version of the code cannot read: nothing is said of them."""
+
+    differing: tuple[Disagreement, ...]
+    unreadable: tuple[int | None, ...]
+
+    @property
+    def agrees(self) -> bool:
+        return not self.differing and not self.unreadable
+
+
+def replay(rollout: Rollout, decisions: Sequence[DecisionRecord]) -> Replayed:
+    """Make ``decisions`` again, oldest first: verdict, state, action, and weights that the next one started from.
+
+    Untrusted where the specification is not the one that was frozen. What a person moved was decided by nobody, nor was
+    the end of a rollout that could not be read: such rows have no evidence.
+    """
+    spec = frozen(rollout)
+    differing, unreadable = list[Disagreement](), list[int | None]()
+    after: RolloutStatus | None = None
     for record in decisions:
-        if "inputs" not in record.evidence:  # the end of a rollout whose specification could not be read
+        if "inputs" not in record.evidence:
+            after = None
             continue
-        evidence, commands = evidence_from_json(record.evidence)
-        again = decide(parsed, status_from_json(record.status_before), evidence, commands, record.decided_at)
+        try:
+            evidence, commands = evidence_from_json(record.evidence)
+            before = status_from_json(record.status_before)
+        except (KeyError, TypeError, ValueError):  # written by another version of the code
+            unreadable.append(record.id)
+            after = None
+            continue
+        if after is not None and _standing(before) != _standing(after):
+            differing.append(Disagreement(record.id, _standing(before), _standing(after)))
+        again = decide(spec, before, evidence, commands, record.decided_at)
         stored = (record.verdict.value, record.to_state.value, record.action)
         replayed = (again.verdict.value, again.to_state.value, again.action.value)
         if stored != replayed:
-            found.append(Disagreement(record.id, stored, replayed))
-    return found
+            differing.append(Disagreement(record.id, stored, replayed))
+        after = again.status
+        if again.action is not Action.NONE and record.generation is not None:
+            after = with_plan(again, record.generation, record.decided_at)
+    return Replayed(tuple(differing), tuple(unreadable))
+
+
+def _standing(status: RolloutStatus) -> tuple[str, ...]:
+    """What one decision leaves and the next one starts from; plans are dated by the database's clock, not compared."""
+    stages = [*status.stages, *([status.watch] if status.watch is not None else [])]
+    return (
+        status.state.value,
+        f"v{status.canary} against v{status.champion}",
+        f"generation {status.generation}",
+        *(f"{stage.weight:g} in generation {stage.generation}" for stage in stages),
+    )

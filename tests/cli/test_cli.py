@@ -73,6 +73,8 @@ def test_rollback_writes_the_ledger(flags: list[str], db: Database, tmp_path: Pa
         plan = plans.latest(session)
     assert plan is not None
     assert (plan.champion, plan.arms, plan.reason) == (3, (), "p99 went up")
+    again = run.invoke(app, [*flags, "rollback", "--reason", "again"], catch_exceptions=False)
+    assert f"nothing to take back: v3 serves all traffic since generation {plan.generation}" in again.output
 
 
 def test_rollback_to_a_version_that_is_not_there(flags: list[str], db: Database, tmp_path: Path) -> None:
@@ -106,6 +108,8 @@ def test_rollout_verbs(flags: list[str], db: Database, tmp_path: Path) -> None:
     with db.read() as session:
         assert [c.verb for c in rollouts.commands(session, active.id)] == ["hold"]
     assert run.invoke(app, [*flags, "rollout", "status", str(active.id)]).exit_code == 2
+    both = run.invoke(app, [*flags, "rollout", "start", "7", "--draft", "3"])
+    assert (both.exit_code, "leave the version" in both.output) == (2, True)
     assert "no rollout 99" in str(run.invoke(app, [*flags, "rollout", "status", "99"]).exception)
 
 

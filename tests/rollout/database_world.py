@@ -34,7 +34,7 @@ def versions(db: Database, count: int) -> list[int]:
 
 def first_plan(db: Database, champion: int, fallback: int) -> ServingPlan:
     with db.write() as session:
-        return plans.append(session, champion=champion, fallback=fallback, actor="server", reason="first start")
+        return plans.append(session, champion=champion, fallback=fallback, actor="engine", reason="first start")
 
 
 def beat(db: Database, now: datetime, resident: Sequence[int], generation: int | None = None, **stats: object) -> None:

@@ -15,7 +15,7 @@ from engine.rollout import specs
 from engine.rollout.controller import Controller, launch_awaiting
 from engine.rollout.decide import decide
 from engine.rollout.launch import launch, release
-from engine.rollout.loading import gather, load
+from engine.rollout.loading import Untrusted, gather, load
 from engine.rollout.records import Action
 from engine.rollout.replay import replay
 from engine.store.database import Database
@@ -76,9 +76,9 @@ def test_a_better_version_becomes_champion_and_the_record_replays(ready: Databas
     assert plan is not None
     assert (plan.champion, plan.arms, plan.rollback_to) == (TRIED, (), CHAMPION)
     assert [d.action for d in decisions if d.action != "none"] == ["set_weight", "set_weight", "promote", "settle"]
-    assert replay(current(ready).spec, decisions) == []
-    assert decisions[1].evidence["guards"][0]["guard"] == "tokens_per_step"
-    assert set(decisions[1].evidence["weights"]) == {"desired", "acknowledged", "observed"}
+    assert replay(current(ready), decisions).agrees
+    assert decisions[2].evidence["guards"][0]["guard"] == "tokens_per_step"
+    assert set(decisions[2].evidence["weights"]) == {"desired", "acknowledged", "observed"}
 
 
 def test_replay_notices_a_record_that_was_changed(ready: Database, now: datetime) -> None:
@@ -87,7 +87,25 @@ def test_replay_notices_a_record_that_was_changed(ready: Database, now: datetime
         decisions = rollouts.decisions(session, current(ready).id)
     failed = next(i for i, d in enumerate(decisions) if d.verdict is Verdict.FAIL)
     decisions[failed] = replace(decisions[failed], verdict=Verdict.PASS)
-    assert [d.stored[0] for d in replay(current(ready).spec, decisions)] == ["PASS"]
+    assert [d.stored[0] for d in replay(current(ready), decisions).differing] == ["PASS"]
+
+
+def test_replay_checks_weights_and_hash_and_counts_what_it_cannot_read(ready: Database, now: datetime) -> None:
+    run(ready, now, 0.1, lambda state: state is RolloutState.ROLLED_BACK)
+    with ready.read() as session:
+        decisions = rollouts.decisions(session, current(ready).id)
+    served = next(i for i, d in enumerate(decisions) if d.status_before.get("stages"))
+    was = decisions[served]
+    heavier = [stage | {"weight": 0.5} for stage in was.status_before["stages"]]
+    decisions[served] = replace(was, status_before=was.status_before | {"stages": heavier})
+    assert [d.decision_id for d in replay(current(ready), decisions).differing][:1] == [was.id]
+    strange = [segment | {"colour": "red"} for segment in was.evidence["inputs"]["segments"] or [{}]]
+    inputs = was.evidence["inputs"] | {"segments": strange}
+    decisions[served] = replace(was, evidence=was.evidence | {"inputs": inputs})
+    made = replay(current(ready), decisions)
+    assert (made.differing, made.unreadable, made.agrees) == ((), (was.id,), False)
+    with pytest.raises(Untrusted, match="not those it was started with"):
+        replay(replace(current(ready), spec_hash="0" * 64), decisions)
 
 
 @pytest.mark.parametrize(("tried", "rate"), [(0.1, 0.0), (1.0, 0.6)])
@@ -108,7 +126,7 @@ def test_of_two_controllers_one_acts(ready: Database, now: datetime) -> None:
     assert second.tick(later) is not None
     with ready.read() as session:
         tokens = [d.fencing_token for d in rollouts.decisions(session, current(ready).id)]
-    assert tokens == [1, 2]
+    assert tokens == [0, 1, 2]  # the start is nobody's turn
 
 
 def test_a_controller_that_slept_through_its_lease_writes_nothing(ready: Database, now: datetime) -> None:
@@ -251,6 +269,7 @@ def test_a_draft_can_be_cancelled_and_nothing_else(ready: Database, now: datetim
         found = rollouts.get(session, dropped.id)
     assert found is not None
     assert (found.state, found.status["reason"]) == (RolloutState.CANCELLED, "cancelled by ann: wrong version")
+    assert told(ready, dropped.id) == ["DRAFT → CANCELLED, cancelled by ann: wrong version"]
 
 
 def test_what_was_asked_of_a_draft_does_not_strike_when_it_begins(db: Database, now: datetime) -> None:
@@ -261,9 +280,10 @@ def test_what_was_asked_of_a_draft_does_not_strike_when_it_begins(db: Database, 
     made = launch(db, canary=TRIED, actor="ann", preset="fast", draft=True, now=now)
     with db.write() as session:
         session.add(RolloutCommandRow(rollout_id=made.id, verb="abort", actor="ann", reason="old"))
-    release(db, made.id, now)
+    release(db, made.id, "bob", now)
     controller(db).tick(now)
     assert current(db).state is RolloutState.RAMPING
+    assert told(db, made.id)[0] == "DRAFT → READY, started by bob"
 
 
 def test_guards_changed_after_launch_end_the_rollout(ready: Database, now: datetime) -> None:
@@ -274,7 +294,11 @@ def test_guards_changed_after_launch_end_the_rollout(ready: Database, now: datet
         row = session.get(RolloutRow, current(ready).id)
         assert row is not None
         row.spec = specs.to_dict(replace(specs.preset("fast"), alpha=0.4))
-    acting.tick(now + timedelta(seconds=1))
+    for second in (1, 2):
+        acting.tick(now + timedelta(seconds=second))
+        assert current(ready).state is RolloutState.ROLLING_BACK, "the replica routes by the canary's plan still"
+    world.beat(ready, now + timedelta(seconds=3), (NONE, CHAMPION, TRIED))
+    acting.tick(now + timedelta(seconds=3))
     with ready.read() as session:
         plan = plans.latest(session)
         decisions = rollouts.decisions(session, current(ready).id)
@@ -310,6 +334,13 @@ def test_what_passed_the_gate_is_tried_once(db: Database, now: datetime) -> None
     world.beat(db, now, (NONE, CHAMPION))
     controller(db).tick(now)
     assert launch_awaiting(db, "fast", now) is None
+
+
+def told(db: Database, rollout_id: int) -> list[str]:
+    """Every transition that notifications and the history know of."""
+    with db.read() as session:
+        turns = [d for d in rollouts.transitions(session, 0, 100) if d.rollout_id == rollout_id]
+    return [f"{d.from_state} → {d.to_state}, {d.reason}" for d in turns]
 
 
 def _generation(db: Database) -> int:

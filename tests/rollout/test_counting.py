@@ -14,7 +14,7 @@ from engine.rollout import controller as controller_module
 from engine.rollout.controller import LEASE, Controller
 from engine.rollout.records import Action
 from engine.store.database import Database
-from engine.store.repositories import compared, leases
+from engine.store.repositories import compared, leases, rollouts
 from engine.store.repositories.leases import LeaseLost
 from tests.rollout import database_world as world
 
@@ -102,6 +102,57 @@ def test_who_has_lost_the_lease_counts_nothing(
     monkeypatch.setattr(controller_module, "load", asleep)
     with pytest.raises(LeaseLost, match="held by b"):
         acting.tick(now + timedelta(seconds=12))
+    assert counted(db) == (0, 0)
+
+
+def test_who_has_lost_the_lease_deletes_nothing_of_the_next_holder(
+    going: tuple[Database, Controller, datetime], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    db, acting, now = going
+    serve(db, now + timedelta(seconds=10), 40, EQUAL)
+    acting.tick(now + timedelta(seconds=12))
+
+    def saw_none(*_: object) -> None:
+        with db.write() as session:
+            assert leases.acquire(session, LEASE, "b", now + timedelta(minutes=5), 15.0) == 2
+
+    monkeypatch.setattr(controller_module.rollouts, "active", saw_none)
+    with pytest.raises(LeaseLost, match="held by b"):
+        acting.tick(now + timedelta(seconds=13))
+    assert counted(db) == (served(db), served(db))
+
+
+def test_totals_are_forgotten_with_their_last_key(going: tuple[Database, Controller, datetime]) -> None:
+    db, acting, now = going
+    serve(db, now + timedelta(seconds=10), 40, EQUAL)
+    acting.tick(now + timedelta(seconds=12))
+    with db.write() as session:
+        compared.forget(session, None, limit=1)
+    assert counted(db) == (served(db), served(db) - 1)
+    with db.write() as session:
+        compared.forget(session, None)
+    assert counted(db) == (0, 0)
+
+
+def test_a_replica_whose_clock_is_behind_hides_nothing(going: tuple[Database, Controller, datetime]) -> None:
+    db, acting, now = going
+    serve(db, now + timedelta(seconds=10), 400, WORSE)
+    with db.write() as session:
+        session.execute(text("UPDATE traces SET started_at = started_at - interval '1 hour'"))
+    decision = acting.tick(now + timedelta(seconds=12))
+    assert decision is not None
+    assert counted(db)[0] == served(db) > 0
+    assert decision.action is Action.ROLL_BACK
+
+
+def test_what_began_in_the_warm_up_does_not_count(going: tuple[Database, Controller, datetime]) -> None:
+    """Each of these took a second and was written 4.5 s after the stage began, of which 4 are warm-up."""
+    db, acting, now = going
+    with db.read() as session:
+        active = rollouts.active(session)
+    assert active is not None
+    serve(db, datetime.fromisoformat(active.status["stages"][0]["began"]) + timedelta(seconds=4.5), 40, EQUAL)
+    acting.tick(now + timedelta(seconds=30))
     assert counted(db) == (0, 0)
 
 

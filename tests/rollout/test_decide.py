@@ -10,7 +10,7 @@ import pytest
 from engine.contracts import CANARY, CONTROL, RolloutState, Verdict
 from engine.rollout import specs
 from engine.rollout.decide import decide
-from engine.rollout.records import Action, Replica
+from engine.rollout.records import Action, Replica, weights
 from engine.store import histogram
 from tests.rollout.world import CANARY_VERSION, CHAMPION, FALLBACK, World, ramping, segment
 
@@ -37,14 +37,36 @@ def test_a_better_canary_climbs_its_steps_and_becomes_champion() -> None:
     assert [stage.weight for stage in world.status.stages] == list(world.spec.steps)
 
 
-def test_what_was_proved_for_one_class_does_not_become_champion_of_all() -> None:
+def test_what_is_proved_for_one_class_ends_well_and_is_not_champion_of_all() -> None:
     world = ramping(replace(specs.preset("fast"), traffic_classes=("chat",)))
     to_soaking(world)
+    world.ask("promote", "I am sure")
     world.both(400, canary=2.3)
+    assert "a champion serves everybody" in world.tick(1).reason
     decision = world.tick(world.spec.soak_s)
-    assert (decision.to_state, decision.action) == (RolloutState.HELD, Action.NONE)
-    assert "proved for chat only" in decision.reason
-    assert world.ledger.champion == CHAMPION
+    assert (decision.verdict, decision.to_state) == (Verdict.PASS, RolloutState.ROLLING_BACK)
+    assert "proved for chat" in decision.reason
+    assert world.tick().to_state is RolloutState.DONE
+    assert (world.ledger.champion, world.ledger.canary) == (CHAMPION, None)
+    assert weights(world.status, world.evidence())["desired"] == 0.0
+
+
+def test_what_was_not_audited_or_not_watched_is_said() -> None:
+    world = ramping()
+    to_soaking(world)
+    world.both(400, canary=2.3)
+    assert "unaudited" in world.tick(world.spec.soak_s).reason
+    world.segments = ()
+    assert [world.tick(1).to_state for _ in range(2)] == [RolloutState.PROMOTED, RolloutState.WATCHING]
+    world.replicas = (replace(world.replicas[0], load_error="no such file"),)
+    assert "no such file" in world.tick(1).reason
+    assert "unwatched" in world.tick(world.spec.watch_s).reason
+    world = ramping()
+    to_soaking(world)
+    world.traffic(replace(segment(CANARY, 400, 2.3), audited=1), segment(CONTROL, 400))
+    assert "unaudited" not in world.tick(world.spec.soak_s).reason
+    world.both(80, canary=2.3)
+    assert "unwatched" not in [world.tick(s).reason for s in (1, 1, world.spec.watch_s)][-1]
 
 
 def test_a_canary_that_drafts_badly_is_rolled_back_to_the_recorded_champion() -> None:

@@ -35,13 +35,14 @@ class Machine(RuleBasedStateMachine):
     """A rollout among people, replicas and traffic that do what they like; checked after every tick."""
 
     @initialize(
-        preset=st.sampled_from(["fast", "standard", "shadow"]),
+        preset=st.sampled_from(["fast", "standard", "shadow", "slice"]),
         quality=st.sampled_from([1.0, 2.0, 2.6]),
         there=st.integers(0, 3),
         thinks_again=st.integers(0, 14),
     )
     def begin(self, preset: str, quality: float, there: int, thinks_again: int) -> None:
-        spec = replace(specs.preset("fast"), shadow=Shadow(60)) if preset == "shadow" else specs.preset(preset)
+        kinds = {"shadow": {"shadow": Shadow(60)}, "slice": {"traffic_classes": ("chat",)}}
+        spec = specs.preset(preset) if preset not in kinds else replace(specs.preset("fast"), **kinds[preset])
         self.world, self.quality, self.requests = World(spec), quality, 0
         self.world.replicas = self.world.replicas if there else ()
         self.rng = np.random.default_rng(0)
@@ -156,7 +157,11 @@ def check(world: World, before: RolloutStatus, decision: Decision, generation: i
         assert world.ledger.champion == CHAMPION
         assert world.ledger.canary is None
         by_person = decision.command_id is not None
-        assert decision.verdict is Verdict.FAIL or by_person or decision.status.ends_as is RolloutState.INCONCLUSIVE
+        proved = decision.verdict is Verdict.PASS and bool(world.spec.limits())
+        blamed = decision.verdict is Verdict.FAIL
+        assert blamed or by_person or proved or decision.status.ends_as is RolloutState.INCONCLUSIVE
+    if world.spec.limits():
+        assert world.ledger.champion == CHAMPION
     if before.serves and decision.action in (Action.SET_WEIGHT, Action.PROMOTE):
         assert decision.verdict is Verdict.PASS
     if after in PROGRESS and before.state in PROGRESS and PROGRESS[after] > PROGRESS[before.state]:

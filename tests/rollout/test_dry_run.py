@@ -4,14 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from datetime import UTC, datetime
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from engine.rollout import dry_run, specs
 from engine.rollout.guards import TokensPerStep
-from engine.store.repositories.evidence import Past
+from engine.rollout.records import evidence_to_json, status_to_json
+from engine.store.database import Database
+from engine.store.repositories.evidence import Past, past
 from engine.store.segments import Request, Tally
+from tests.rollout import database_world as world
+from tests.rollout.world import ramping
 
 PER_KEY = 20
 
@@ -80,6 +86,48 @@ def test_what_past_traffic_cannot_show_is_said() -> None:
     found = dry_run.planted(spec, past, 3)
     told = "\n".join(dry_run.report(spec, dry_run.equal_arms(spec, past, 3), found, []))
     assert "errors: 5 % more errors would mostly not be found in 60 requests per arm" in told
+
+
+def test_what_is_found_early_is_found_at_the_first_steps_weight() -> None:
+    """100 requests of a tenth of one request a second take 1,000 s, not the 200 that half of the traffic would take."""
+    spec = specs.preset("standard")
+    assert dry_run.seconds(spec, 1.0, 100) == pytest.approx(60 + 1_000)
+    assert dry_run.seconds(spec, 1.0, 150) == pytest.approx(60 + 1_000 + 60 + 50 / 0.25)
+    assert dry_run.seconds(spec, 1.0, 1_200) == pytest.approx(3 * 60 + 1_000 + 400 + 1_000 / 0.5)
+
+
+def test_a_rate_of_false_rollbacks_is_told_with_its_bound_and_a_slice_that_cannot_be_tried_is_named() -> None:
+    spec = replace(specs.preset("standard"), slices=("beta",))
+    first, second = list(dry_run.report(spec, dry_run.Equal(40, (), (), 100, 0.0), [], []))[:2]
+    assert "do not say which slice" in first
+    assert "0 of 40" in second
+    assert "up to 8.8% at 95 %" in second
+
+
+def test_past_traffic_is_that_of_the_classes_and_tenants_that_are_tried(db: Database) -> None:
+    world.versions(db, 2)
+    world.first_plan(db, champion=2, fallback=1)
+    now = datetime(2026, 3, 1, tzinfo=UTC)
+    for traffic_class, requests in (("chat", 30), ("batch", 3)):
+        world.serve(db, np.random.default_rng(requests), now, requests, {1: 0.0, 2: 1.0}, traffic_class=traffic_class)
+    with db.read() as session:
+        assert len(past(session, 2, now).requests) == 33
+        assert len(past(session, 2, now, traffic_classes=("batch",)).requests) == 3
+        assert len(past(session, 2, now, tenants=("acme",)).requests) == 0
+
+
+def test_a_past_incident_is_judged_with_its_restarts_and_says_what_it_cannot_know() -> None:
+    world_now = ramping()
+    world_now.both(30)
+    world_now.tick(10)
+    status = replace(world_now.status, restarts=(world_now.now, world_now.now))
+    evidence = evidence_to_json(world_now.evidence(), (), (), status)
+    decision = SimpleNamespace(evidence=evidence, status_before=status_to_json(status), decided_at=world_now.now)
+    found = dry_run.incident(specs.preset("fast"), 7, "DONE", [decision])  # type: ignore[list-item]
+    assert found.guard == "fuse_restarts"
+    calm = SimpleNamespace(**vars(decision) | {"status_before": status_to_json(world_now.status)})
+    found = dry_run.incident(specs.preset("fast"), 7, "DONE", [calm])  # type: ignore[list-item]
+    assert (found.at, found.unknown) == (None, ("cost",))
 
 
 def test_a_key_weighs_one_in_a_histogram() -> None:

@@ -16,7 +16,7 @@ from engine.contracts import RolloutState
 from engine.rollout import notify
 from engine.rollout.controller import Controller
 from engine.rollout.launch import launch
-from engine.rollout.notify import TRIES, Command, Notifier, Webhook, sign
+from engine.rollout.notify import KEPT, Command, Notifier, Webhook, sign
 from engine.settings import RolloutSettings
 from engine.store.database import Database
 from engine.store.repositories import notifications, operations, rollouts
@@ -25,6 +25,7 @@ from tests.rollout import database_world as world
 
 NONE, CHAMPION, TRIED = 1, 2, 3
 NOW = datetime.now(UTC)
+TURNS = ["READY", "RAMPING", "ROLLING_BACK", "ROLLED_BACK"]
 
 
 @pytest.fixture
@@ -62,11 +63,11 @@ class Recorder:
 def test_each_transition_is_told_once_in_order(going: Database) -> None:
     sink = Recorder()
     notifier = Notifier(going, [sink], "a")
-    assert notifier.tick(NOW) == 3
+    assert notifier.tick(NOW) == len(TURNS)
     assert notifier.tick(NOW) == 0
-    assert [told["to"] for _, told in sink.got] == ["RAMPING", "ROLLING_BACK", "ROLLED_BACK"]
-    assert [told["canary"] for _, told in sink.got] == [TRIED] * 3
-    assert len({delivery for delivery, _ in sink.got}) == 3
+    assert [told["to"] for _, told in sink.got] == TURNS
+    assert [told["canary"] for _, told in sink.got] == [TRIED] * len(TURNS)
+    assert len({delivery for delivery, _ in sink.got}) == len(TURNS)
 
 
 def test_what_did_not_arrive_is_tried_again_later_and_others_are_not_held_up(going: Database) -> None:
@@ -79,19 +80,24 @@ def test_what_did_not_arrive_is_tried_again_later_and_others_are_not_held_up(goi
     assert notifier.tick(NOW) == 0
     down.down = False
     assert notifier.tick(NOW + timedelta(seconds=1)) == 0  # not due yet
-    assert notifier.tick(NOW + timedelta(seconds=2)) == 3
-    assert [told["to"] for _, told in down.got] == ["RAMPING", "ROLLING_BACK", "ROLLED_BACK"]
+    assert notifier.tick(NOW + timedelta(seconds=2)) == len(TURNS)
+    assert [told["to"] for _, told in down.got] == TURNS
 
 
-def test_a_notification_that_never_arrives_is_given_up(going: Database) -> None:
+def test_a_notification_outlives_an_outage_of_hours_and_is_given_up_after_a_day(going: Database) -> None:
     down, at = Recorder(down=True), NOW
     notifier = Notifier(going, [down], "a")
-    for _ in range(TRIES):
+    while at < NOW + KEPT / 4:
         notifier.tick(at)
-        at += timedelta(seconds=301)
+        with going.read() as session:
+            (standing,) = notifications.standings(session)
+        assert standing.next_at - at <= timedelta(seconds=300)
+        at = standing.next_at
+    assert standing.tries > 20
+    notifier.tick(NOW + KEPT)  # READY is a day old, and what came after it is a second younger
     down.down = False
-    notifier.tick(at)
-    assert [told["to"] for _, told in down.got] == ["ROLLING_BACK", "ROLLED_BACK"]
+    notifier.tick(NOW + KEPT + timedelta(seconds=301))
+    assert [told["to"] for _, told in down.got] == TURNS[2:]
 
 
 @pytest.mark.parametrize(
@@ -111,15 +117,13 @@ def test_a_sink_that_is_set_up_wrongly_is_shown_given_up_and_holds_up_no_other(
     with going.write() as session:
         notifications.advance(session, notifications.Cursor(other.name, 0, 0, NOW, None))
         session.execute(text("UPDATE notification_cursors SET decision_id = 0"))
-    assert Notifier(going, [broken, other], "a").tick(at) == 3
+    assert Notifier(going, [broken, other], "a").tick(at) == len(TURNS)
     with going.read() as session:
         shown = {s.sink: s for s in notifications.standings(session)}
     assert (shown[broken.name].decision_id, shown[broken.name].tries) == (0, 1)
     assert (shown[broken.name].error or "").startswith(error)
     assert (shown[other.name].tries, shown[other.name].error) == (0, None)
-    for _ in range(TRIES):
-        at += timedelta(seconds=301)
-        Notifier(going, [broken], "a").tick(at)
+    Notifier(going, [broken], "a").tick(at + KEPT)
     with going.read() as session:
         assert {s.sink: s for s in notifications.standings(session)}[broken.name].decision_id > 0
 
@@ -142,7 +146,7 @@ def test_no_error_ends_the_notifiers_thread(going: Database, monkeypatch: pytest
 
 def test_a_cursor_never_goes_back(going: Database) -> None:
     sink = Recorder()
-    assert Notifier(going, [sink], "a").tick(NOW) == 3
+    assert Notifier(going, [sink], "a").tick(NOW) == len(TURNS)
     with going.write() as session:
         notifications.advance(session, notifications.Cursor(sink.name, 0, 1, NOW, "a slow notifier, long overtaken"))
     assert Notifier(going, [sink], "a").tick(NOW) == 0
@@ -163,8 +167,8 @@ def test_of_two_notifiers_one_tells(going: Database, monkeypatch: pytest.MonkeyP
 
     slow, quick = Slow(), Recorder()
     Notifier(going, [slow], "a").tick(NOW)
-    assert [told["to"] for _, told in slow.got] == ["RAMPING", "ROLLING_BACK", "ROLLED_BACK"]
-    assert len(quick.got) == (0 if leased else 3)
+    assert [told["to"] for _, told in slow.got] == TURNS
+    assert len(quick.got) == (0 if leased else len(TURNS))
 
 
 def test_a_notifier_that_was_asleep_tells_no_more_and_moves_no_cursor(going: Database) -> None:
@@ -179,7 +183,7 @@ def test_a_notifier_that_was_asleep_tells_no_more_and_moves_no_cursor(going: Dat
     sleepy = Sleepy()
     with pytest.raises(LeaseLost, match="held by b"):
         Notifier(going, [sleepy], "a").tick(NOW)
-    assert (len(sleepy.got), len(awake.got)) == (1, 3)
+    assert (len(sleepy.got), len(awake.got)) == (1, len(TURNS))
     assert Notifier(going, [asleep], "a").tick(NOW) == 0
 
 

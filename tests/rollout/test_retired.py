@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from datetime import datetime
+from datetime import datetime, timedelta
 
 import pytest
 
@@ -14,6 +14,7 @@ from engine.rollout.records import Action
 from engine.store.database import Database
 from engine.store.models import RolloutRow
 from engine.store.repositories import plans, policies
+from tests.rollout import database_world as world
 from tests.rollout.test_controller import CHAMPION, NONE, TRIED, controller, current, now, ready, run
 
 __all__ = ["now", "ready"]  # fixtures
@@ -48,8 +49,10 @@ def test_nor_is_giving_up_what_was_promoted(ready: Database, now: datetime) -> N
         row = session.get(RolloutRow, current(ready).id)
         assert row is not None
         row.spec = specs.to_dict(replace(specs.preset("fast"), alpha=0.4))
-    controller(ready).tick(now)
-    assert (current(ready).state, _champion(ready)) == (RolloutState.INCONCLUSIVE, NONE)
+    for second, state in ((1, RolloutState.ROLLING_BACK), (2, RolloutState.INCONCLUSIVE)):
+        world.beat(ready, now + timedelta(seconds=second), (NONE, CHAMPION, TRIED))
+        controller(ready).tick(now + timedelta(seconds=second))
+        assert (current(ready).state, _champion(ready)) == (state, NONE)
 
 
 def _champion(db: Database) -> int:

@@ -64,7 +64,7 @@ class World:
 
     spec: RolloutSpec = field(default_factory=lambda: specs.preset("fast"))
     now: datetime = START
-    ledger: Ledger = field(default_factory=lambda: Ledger(10, CHAMPION, FALLBACK, None, None, "server", "first start"))
+    ledger: Ledger = field(default_factory=lambda: Ledger(10, CHAMPION, FALLBACK, None, None, "engine", "first start"))
     replicas: tuple[Replica, ...] = (Replica("replica-0", 10, (FALLBACK, CHAMPION)),)
     segments: tuple[Segment, ...] = ()
     newest_trace: datetime | None = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from types import SimpleNamespace
 from uuid import uuid4
 
 import pytest
@@ -15,6 +16,7 @@ from engine.rollout.controller import Controller
 from engine.rollout.launch import launch
 from engine.runner.live import Live
 from engine.runner.target_pass import EagerPass
+from engine.server.auditor import Auditor
 from engine.server.samples import KEPT, SamplePool
 from engine.server.spare import IN_LINE, PIECE_TOKENS, SETTLED_S, Allowance, SpareTime
 from engine.speculation.verify import VerifyOutcome
@@ -115,6 +117,27 @@ def test_the_canary_is_looked_at_first_and_every_arm_and_class_in_turn() -> None
     }  # fmt: skip
     assert groups.count((CANARY, "code")) == 6
     assert all(one is not None and one.policy_version != 9 for one in taken), "of policies that are gone nothing"
+
+
+def test_the_first_output_of_a_canarys_stage_is_audited_in_line() -> None:
+    done = SimpleNamespace(advance=lambda tokens: tokens, is_done=True, mismatch=None)
+    engine = SimpleNamespace(resident={1, 3}, rescore=lambda *_: done)
+    seen: list[TraceRecord] = []
+    findings = SimpleNamespace(audited=lambda one, _: seen.append(one))
+    auditor = Auditor(engine, findings, 1_000, Clock())  # type: ignore[arg-type]
+    auditor.offer(record(CHAMPION, 1))
+    assert not auditor.in_line
+    auditor.offer(record())
+    assert auditor.in_line
+    auditor.piece()
+    assert [one.arm for one in seen] == [CANARY]
+    auditor.offer(record())
+    assert not auditor.in_line, "its stage has an audit"
+    auditor.offer(dataclasses.replace(record(), generation=6))
+    assert auditor.in_line
+    engine.resident = {1}
+    auditor.piece()
+    assert not auditor.in_line, "it is gone"
 
 
 def test_audits_run_in_idle_time_and_never_beside_a_request(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:

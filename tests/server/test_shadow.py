@@ -83,7 +83,7 @@ def shadowed(served: Served, files: dict[str, bytes], until_state: RolloutState)
         found = rollouts.get(session, made.id)
         assert session.scalar(select(func.count()).where(TraceRow.policy_version == version)) == 0, "it served somebody"
         seen = session.scalar(select(func.count()).where(ShadowRequestRow.policy_version == version)) or 0
-        assert replay(made.spec, rollouts.decisions(session, made.id)) == []
+        assert replay(made, rollouts.decisions(session, made.id)).agrees
     assert found is not None
     assert seen >= 12
     return found

@@ -21,6 +21,9 @@ from tests.rollout import database_world as world
 
 NOW = datetime.now(UTC)
 LATER = NOW + timedelta(hours=1)
+TOOK = timedelta(seconds=1)
+"""What each request took; it is written when it ends."""
+BEGAN = NOW - 4 * TOOK
 
 
 def counted(db: Database, *windows: Window, limit: int = compared.LIMIT, now: datetime = LATER) -> list[Segment]:
@@ -51,7 +54,7 @@ def served(db: Database) -> Database:
 
 def test_moments_and_counts_are_those_of_the_rows(served: Database) -> None:
     with served.read() as session:
-        found = counted(served, Window(1, NOW, NOW))
+        found = counted(served, Window(1, NOW, BEGAN))
         rows = session.scalars(select(TraceRow)).all()
     assert {(s.arm, s.traffic_class) for s in found} == {
         (a, c) for a in (CANARY, CONTROL) for c in (None, "chat", "code")
@@ -76,7 +79,7 @@ def test_a_retrying_client_is_one_key_and_one_error(served: Database) -> None:
             update(TraceRow).where(TraceRow.arm == CANARY).values(assignment_key="one", status="error", retry=3)
         )
     with served.read() as session:
-        canary = next(s for s in counted(served, Window(1, NOW, NOW)) if s.arm == CANARY)
+        canary = next(s for s in counted(served, Window(1, NOW, BEGAN)) if s.arm == CANARY)
         assert canary.traffic_class is None
     assert (canary.keys, canary.error_keys) == (1, 1)
     assert (canary.retry_keys, canary.timeout_keys) == (1, 0)
@@ -88,7 +91,7 @@ def test_a_draft_that_failed_is_an_error_of_a_request_that_ended_well(served: Da
         session.execute(update(TraceRow).values(status="ok"))
         session.execute(update(TraceRow).where(TraceRow.arm == CANARY).values(draft_errors=3))
     with served.read() as session:
-        found = {s.arm: s for s in counted(served, Window(1, NOW, NOW)) if s.traffic_class is None}
+        found = {s.arm: s for s in counted(served, Window(1, NOW, BEGAN)) if s.traffic_class is None}
         past = evidence.past(session, 2, NOW)
     canary, control = found[CANARY], found[CONTROL]
     assert canary.error_keys == canary.draft_error_keys == canary.keys > 0
@@ -100,7 +103,7 @@ def test_a_key_of_two_classes_counts_once_over_all(served: Database) -> None:
     with served.write() as session:
         session.execute(update(TraceRow).where(TraceRow.arm == CANARY).values(assignment_key="one"))
     with served.read() as session:
-        found = {s.traffic_class: s for s in counted(served, Window(1, NOW, NOW)) if s.arm == CANARY}
+        found = {s.traffic_class: s for s in counted(served, Window(1, NOW, BEGAN)) if s.arm == CANARY}
     assert {name: s.error_keys for name, s in found.items()} == {None: 1, "chat": 1, "code": 1}
     assert found[None].keys == 1
 
@@ -113,7 +116,7 @@ def test_what_is_squared_are_the_tokens_per_step_of_a_key(served: Database) -> N
             text("UPDATE traces SET steps = 0, accepted = 0 WHERE assignment_key = 'k0' AND arm = 'control'")
         )
     with served.read() as session:
-        found = counted(served, Window(1, NOW, NOW))
+        found = counted(served, Window(1, NOW, BEGAN))
         rows = session.scalars(select(TraceRow)).all()
     for s in found:
         x, y = defaultdict(int), defaultdict(int)  # type: dict[str, int], dict[str, int]
@@ -139,7 +142,7 @@ def test_histograms_count_each_request_once_wherever_the_warm_up_ends(db: Databa
     cut = began + timedelta(seconds=since)
     with db.read() as session:
         found = counted(db, Window(1, began, cut))
-        rows = session.scalars(select(TraceRow).where(TraceRow.started_at >= cut)).all()
+        rows = session.scalars(select(TraceRow).where(TraceRow.written_at - TOOK >= cut)).all()
     for s in found:
         mine = [r for r in rows if r.arm == s.arm and s.traffic_class in (None, r.traffic_class)]
         for metric in ("e2e", "ttft", "tpot"):
@@ -157,7 +160,7 @@ def test_a_key_weighs_one_however_many_requests_it_brought(served: Database, key
         session.execute(text("UPDATE traces SET e2e_s = 0.5 + get_byte(uuid_send(trace_id), 1) / 100.0"))
         session.execute(text("UPDATE traces SET tpot_s = NULL WHERE get_byte(uuid_send(trace_id), 2) % 3 = 0"))
     with served.read() as session:
-        found = counted(served, Window(1, NOW, NOW))
+        found = counted(served, Window(1, NOW, BEGAN))
         rows = session.scalars(select(TraceRow).where(TraceRow.status == "ok")).all()
     for s in found:
         mine = [r for r in rows if r.arm == s.arm and s.traffic_class in (None, r.traffic_class)]
@@ -172,14 +175,14 @@ def test_a_key_weighs_one_however_many_requests_it_brought(served: Database, key
 
 
 def test_warm_up_and_other_generations_do_not_count(served: Database) -> None:
-    later = NOW + timedelta(milliseconds=50)
+    later = NOW - TOOK + timedelta(milliseconds=50)
     with served.read() as session:
-        whole = counted(served, Window(1, NOW, NOW))
+        whole = counted(served, Window(1, NOW, BEGAN))
         warm = counted(served, Window(1, NOW, later))
         assert 0 < sum(s.requests for s in warm) < sum(s.requests for s in whole)
-        assert counted(served, Window(2, NOW, NOW)) == []
+        assert counted(served, Window(2, NOW, BEGAN)) == []
         assert counted(served) == []
-        assert evidence.newest(session, Window(2, NOW, NOW)) is None
+        assert evidence.newest(session, Window(2, NOW, BEGAN)) is None
 
 
 @pytest.mark.parametrize("limit", [1, 7, 50])
@@ -188,7 +191,7 @@ def test_counting_in_pieces_gives_what_counting_at_once_gives(served: Database, 
     with served.write() as session:
         session.execute(text("UPDATE traces SET assignment_key = 'k' || get_byte(uuid_send(trace_id), 0) % 9"))
         session.execute(text("UPDATE traces SET e2e_s = 0.5 + get_byte(uuid_send(trace_id), 1) / 100.0"))
-    at_once, in_pieces = counted(served, Window(1, NOW, NOW)), counted(served, Window(1, NOW, NOW), limit=limit)
+    at_once, in_pieces = counted(served, Window(1, NOW, BEGAN)), counted(served, Window(1, NOW, BEGAN), limit=limit)
     assert [replace(s, latencies={}) for s in in_pieces] == [replace(s, latencies={}) for s in at_once]
     for one, other in zip(in_pieces, at_once, strict=True):
         for metric in ("e2e", "ttft", "tpot"):
@@ -198,7 +201,7 @@ def test_counting_in_pieces_gives_what_counting_at_once_gives(served: Database, 
 
 def test_what_was_counted_is_never_read_again(served: Database) -> None:
     """So a tick costs what came since the last one, however much came before."""
-    window = Window(1, NOW, NOW)
+    window = Window(1, NOW, BEGAN)
     before = counted(served, window, now=NOW + timedelta(milliseconds=900))
     with served.write() as session:
         session.execute(text("DELETE FROM traces"))
@@ -215,7 +218,7 @@ def test_what_was_counted_is_never_read_again(served: Database) -> None:
 
 
 def test_a_new_stage_goes_on_from_the_one_before_and_stage_requests_are_its_own(served: Database) -> None:
-    first, second = Window(1, NOW, NOW), Window(2, NOW, NOW)
+    first, second = Window(1, NOW, BEGAN), Window(2, NOW, BEGAN)
     before = {s.arm: s for s in counted(served, first) if s.traffic_class is None}
     world.serve(served, np.random.default_rng(1), NOW + timedelta(seconds=1), 60, {1: 1.0, 2: 1.5})
     with served.write() as session:
@@ -236,7 +239,7 @@ def test_a_trace_that_is_committed_late_is_counted(
     """A younger one is there before it. The planted fault passes the older one over for ever."""
     if not waits:
         monkeypatch.setattr(compared, "settled_before", lambda session, now: now)
-    window = Window(1, NOW, NOW)
+    window = Window(1, NOW, BEGAN)
     total = sum(s.requests for s in counted(served, window, now=served.now())[::3])
     with served.read() as session:
         late, early = session.scalars(select(TraceRow.trace_id).where(TraceRow.arm == "champion").limit(2)).all()
@@ -258,13 +261,13 @@ def test_a_transaction_that_stays_open_is_said_to_keep_the_counts_back(served: D
     with served.write() as slow, served.write() as session:
         slow.execute(text("UPDATE traces SET retry = 1 WHERE false"))
         slow.execute(text("SELECT pg_current_xact_id()"))
-        reached = compared.take_in(session, [Window(1, NOW, NOW)], served.now() + timedelta(minutes=5))
+        reached = compared.take_in(session, [Window(1, NOW, BEGAN)], served.now() + timedelta(minutes=5))
     assert reached is not None
     assert reached < served.now()
 
 
 def test_counts_of_rollouts_that_are_over_are_forgotten_in_bites(served: Database) -> None:
-    counted(served, Window(1, NOW, NOW))
+    counted(served, Window(1, NOW, BEGAN))
     left = []
     with served.read() as session:
         for _ in range(3):
@@ -276,9 +279,9 @@ def test_counts_of_rollouts_that_are_over_are_forgotten_in_bites(served: Databas
 
 def test_the_observed_share_is_the_canarys(served: Database) -> None:
     with served.read() as session:
-        share = evidence.observed_share(session, Window(1, NOW, NOW))
+        share = evidence.observed_share(session, Window(1, NOW, BEGAN))
         assert share == pytest.approx(0.4, abs=0.12)
-        assert evidence.observed_share(session, Window(1, NOW, NOW), {"batch"}) is None
+        assert evidence.observed_share(session, Window(1, NOW, BEGAN), {"batch"}) is None
 
 
 def test_a_lease_changes_hands_only_when_it_has_ended_and_its_token_grows(db: Database) -> None:

@@ -12,10 +12,10 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import delete, text
+from sqlalchemy import delete, exists, text
 
 from engine.store.database import ReadSession, WriteSession
-from engine.store.models import ComparisonRow
+from engine.store.models import ComparedKeyRow, ComparisonRow
 from engine.store.repositories.export import settled_before
 from engine.store.segments import KEY_COUNTS, METRICS, Keys, KeySums, Request, Tally
 
@@ -40,13 +40,19 @@ _NEXT = text(
     SELECT arm, hashtextextended(assignment_key, 0), generation, traffic_class, status, retry, steps, accepted,
         draft_errors, e2e_s, ttft_s, tpot_s, nullif(cost_s, 0) / nullif(steps + accepted, 0), written_at, trace_id
     FROM traces
-    WHERE generation = :generation AND started_at >= :counts_from
+    WHERE generation = :generation AND started_at >= CAST(:counts_from AS timestamptz) - interval '1 day'
+      AND written_at - make_interval(secs => coalesce(e2e_s, 0)) >= :counts_from
       AND arm IN ('canary', 'control') AND status <> 'rejected'
       AND written_at >= :written_at AND (written_at, trace_id) > (:written_at, :trace_id) AND written_at < :before
     ORDER BY written_at, trace_id LIMIT :limit
     """
 )
-"""Keys are hashed: two of a million share one of 2^64 values with odds of 3e-8."""
+"""Keys are hashed: two of a million share one of 2^64 values with odds of 3e-8.
+
+When a request began is reckoned back from when it was written, by the database's clock, as the stage is: a replica
+whose clock is an hour behind must not hide its canary's errors for an hour. ``started_at`` only says which partitions
+to read.
+"""
 
 _KNOWN = text(
     """
@@ -124,10 +130,14 @@ def tally(session: ReadSession | WriteSession, comparison: int) -> Tally:
 
 
 def forget(session: WriteSession, before: int | None, limit: int = LIMIT) -> None:
-    """Delete up to ``limit`` keys of comparisons before this one (None: of all); decisions hold what they came to."""
+    """Delete up to ``limit`` keys of comparisons before this one (None: of all); decisions hold what they came to.
+
+    The totals go with the last key: keys without them would be counted again.
+    """
     end = before if before is not None else 2**63 - 1
-    session.execute(delete(ComparisonRow).where(ComparisonRow.generation < end))
     session.execute(_FORGET, {"before": end, "limit": limit})
+    keys_left = exists().where(ComparedKeyRow.comparison == ComparisonRow.generation)
+    session.execute(delete(ComparisonRow).where(ComparisonRow.generation < end, ~keys_left))
 
 
 def _position(cursor: Sequence[str] | None) -> tuple[datetime, UUID]:

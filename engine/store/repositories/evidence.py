@@ -121,16 +121,31 @@ class Past:
     seconds: float
 
 
-def past(session: ReadSession, version: int, since: datetime, limit: int = 20_000) -> Past:
-    """The newest ``limit`` requests that a version served since then."""
+def past(
+    session: ReadSession,
+    version: int,
+    since: datetime,
+    traffic_classes: Collection[str] | None = None,
+    tenants: Collection[str] | None = None,
+    limit: int = 20_000,
+) -> Past:
+    """The newest ``limit`` requests that a version served since then, of these classes and tenants (None: of all)."""
     rows = session.execute(
         text(
             "SELECT assignment_key, generation, traffic_class, status, retry, steps, accepted, e2e_s, ttft_s, tpot_s, "
             "draft_errors, nullif(cost_s, 0) / nullif(steps + accepted, 0) AS token_s, started_at FROM traces "
             "WHERE policy_version = :version AND started_at >= :since AND status <> 'rejected' "
+            "AND (CAST(:classes AS text[]) IS NULL OR traffic_class = ANY(:classes)) "
+            "AND (CAST(:tenants AS text[]) IS NULL OR tenant = ANY(:tenants)) "
             "ORDER BY started_at DESC LIMIT :limit"
         ),
-        {"version": version, "since": since, "limit": limit},
+        {
+            "version": version,
+            "since": since,
+            "limit": limit,
+            "classes": sorted(traffic_classes) if traffic_classes is not None else None,
+            "tenants": sorted(tenants) if tenants is not None else None,
+        },
     ).all()
     requests = [
         Request("", r.assignment_key, r.generation, r.traffic_class, r.status, r.retry, r.steps, r.accepted,
@@ -144,8 +159,8 @@ def newest(session: ReadSession | WriteSession, window: Window) -> datetime | No
     """When the last trace of either compared arm in this stage was written, warm-up included."""
     return session.scalar(
         text(
-            "SELECT max(written_at) FROM traces WHERE generation = :generation AND started_at >= :began "
-            "AND arm IN ('canary', 'control')"
+            "SELECT max(written_at) FROM traces WHERE generation = :generation AND arm IN ('canary', 'control') "
+            "AND started_at >= CAST(:began AS timestamptz) - interval '1 day'"  # by the replica's clock
         ),
         {"generation": window.generation, "began": window.began},
     )

@@ -60,7 +60,7 @@ _WEEKS = text(
     ), acted AS (
         SELECT created_at FROM rollout_commands
         UNION ALL SELECT created_at FROM serving_plans
-        WHERE actor NOT IN ('server', 'learner') AND actor NOT LIKE 'rollout %'
+        WHERE actor NOT IN ('engine', 'learner') AND actor NOT LIKE 'rollout %'
     ), asked AS (SELECT date_trunc('week', created_at, 'UTC') AS week, count(*) AS n FROM acted GROUP BY 1)
     SELECT coalesce(b.week, a.week) AS week, coalesce(changes, 0), coalesce(ended, 0), coalesce(failed, 0), detect_s,
         restore_s, coalesce(canary_hours, 0), coalesce(a.n, 0)

@@ -48,7 +48,10 @@ class Command:
 
 @dataclass(frozen=True, slots=True)
 class DecisionRecord:
-    """One decision. ``evidence`` holds what it was made of and the guard table: replaying it gives the same verdict."""
+    """One decision. ``evidence`` holds what it was made of and the guard table: replaying it gives the same verdict.
+
+    What a person moved (a start, a cancelled draft) has neither evidence nor a fencing token: the token is 0.
+    """
 
     rollout_id: int
     decided_at: datetime
@@ -63,6 +66,33 @@ class DecisionRecord:
     status_before: dict[str, Any]
     evidence: dict[str, Any]
     id: int | None = None
+
+
+def moved_by_hand(
+    rollout_id: int,
+    from_state: RolloutState,
+    to_state: RolloutState,
+    reason: str,
+    now: datetime,
+    *,
+    canary: int,
+    champion: int,
+) -> DecisionRecord:
+    """The record of a transition that somebody made without the controller."""
+    return DecisionRecord(
+        rollout_id=rollout_id,
+        decided_at=now,
+        from_state=from_state,
+        to_state=to_state,
+        verdict=Verdict.INSUFFICIENT,
+        reason=reason,
+        action="none",
+        generation=None,
+        command_id=None,
+        fencing_token=0,
+        status_before={"canary": canary, "champion": champion},
+        evidence={},
+    )
 
 
 def create(
@@ -99,7 +129,14 @@ def create(
 
 
 def release(
-    session: WriteSession, rollout_id: int, *, champion: int, state: RolloutState, status: dict[str, Any], now: datetime
+    session: WriteSession,
+    rollout_id: int,
+    *,
+    champion: int,
+    state: RolloutState,
+    status: dict[str, Any],
+    reason: str,
+    now: datetime,
 ) -> Rollout:
     """Begin a rollout that was written down as a draft, against what is champion now."""
     _alone(session)
@@ -110,7 +147,9 @@ def release(
         raise SlipstreamError(f"Rollout {rollout_id} is {row.state}, not a draft: it was started before.")
     asked = session.scalar(select(func.max(RolloutCommandRow.id)).where(RolloutCommandRow.rollout_id == rollout_id))
     status = status | {"last_command": asked or 0}  # what was asked of a draft must not strike what begins now
+    moved = moved_by_hand(row.id, RolloutState.DRAFT, state, reason, now, canary=row.canary, champion=champion)
     row.champion, row.state, row.status, row.updated_at = champion, state.value, status, now
+    _write_down(session, moved)
     session.flush()
     return _rollout(row)
 
@@ -180,8 +219,12 @@ def command(
                 f"slipstream rollout start --draft {rollout_id}"
             )
         now, why = server_clock(session), f"cancelled by {actor}: {reason}"
+        cancelled = moved_by_hand(
+            rollout_id, RolloutState.DRAFT, RolloutState.CANCELLED, why, now, canary=row.canary, champion=row.champion
+        )
         row.status = row.status | {"state": RolloutState.CANCELLED.value, "since": now.isoformat(), "reason": why}
         row.state, row.updated_at = RolloutState.CANCELLED.value, now
+        _write_down(session, cancelled)
     asked = {"rollout_id": rollout_id, "verb": verb, "actor": actor, "reason": reason}
     fill = insert(RolloutCommandRow).values(**asked, idempotency_key=idempotency_key)
     statement = fill.on_conflict_do_nothing(index_elements=["idempotency_key"])
@@ -251,22 +294,26 @@ def apply(
     if changed is None:
         raise SlipstreamError(f"Rollout {rollout_id} is no longer {expected}: somebody else moved it meanwhile.")
     if decision is not None:
-        session.add(
-            RolloutDecisionRow(
-                rollout_id=decision.rollout_id,
-                decided_at=decision.decided_at,
-                from_state=decision.from_state.value,
-                to_state=decision.to_state.value,
-                verdict=decision.verdict.value,
-                reason=decision.reason,
-                action=decision.action,
-                generation=decision.generation,
-                command_id=decision.command_id,
-                fencing_token=decision.fencing_token,
-                status_before=decision.status_before,
-                evidence=decision.evidence,
-            )
+        _write_down(session, decision)
+
+
+def _write_down(session: WriteSession, decision: DecisionRecord) -> None:
+    session.add(
+        RolloutDecisionRow(
+            rollout_id=decision.rollout_id,
+            decided_at=decision.decided_at,
+            from_state=decision.from_state.value,
+            to_state=decision.to_state.value,
+            verdict=decision.verdict.value,
+            reason=decision.reason,
+            action=decision.action,
+            generation=decision.generation,
+            command_id=decision.command_id,
+            fencing_token=decision.fencing_token,
+            status_before=decision.status_before,
+            evidence=decision.evidence,
         )
+    )
 
 
 def _rollout(row: RolloutRow) -> Rollout:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
+from itertools import repeat
 from typing import Any
 
 import pandas as pd
@@ -14,7 +15,9 @@ from app.charts.theme import Palette
 from app.components.tables import in_colour, in_utc, table
 from app.queries.ledger import Serving
 from engine.contracts import CANARY, CHAMPION, CONTROL, RolloutState, ServingPlan
-from engine.rollout import quantiles
+from engine.rollout import explain, quantiles
+from engine.rollout.guards import SpecError
+from engine.rollout.specs import thaw
 from engine.store import histogram
 from engine.store.repositories.rollouts import DecisionRecord, Rollout
 
@@ -69,7 +72,8 @@ def steps(rollout: Rollout, colours: Palette) -> str:
     stages = len(rollout.status.get("stages", []))
     state = RolloutState(rollout.state)
     weights = [f"{weight * 100:g} %" for weight in rollout.spec.get("steps", [])]
-    names = [*weights, "soak", "champion"]
+    limited = any(rollout.spec.get(name) for name in ("traffic_classes", "tenants", "slices"))
+    names = [*weights, "soak", "proved" if limited else "champion"]
     if rollout.spec.get("shadow"):  # serves nobody, and comes before the first weight
         weights, names, stages = ["shadow", *weights], ["shadow", *names], stages + bool(rollout.status.get("shadow"))
     won = {RolloutState.PROMOTED, RolloutState.WATCHING, RolloutState.DONE}
@@ -96,13 +100,16 @@ def steps(rollout: Rollout, colours: Palette) -> str:
     return f'<div style="display:flex;align-items:center;font-size:0.88rem;padding:8px 4px 2px">{"".join(parts)}</div>'
 
 
-def guard_rows(guards: list[dict[str, Any]], specs: Sequence[Mapping[str, Any]] = ()) -> pd.DataFrame:
+def guard_rows(
+    guards: list[dict[str, Any]], specs: Sequence[Mapping[str, Any]] = (), outlooks: Sequence[str] = ()
+) -> pd.DataFrame:
     """The guard table as text: each guard in its own unit, with its interval and how near it is to its limit.
 
     ``specs``: the guards as the rollout was started with; the fuse says which latency it judges only there.
+    ``outlooks``: what each of ``guards`` still needs.
     """
     rows = []
-    for guard in guards:
+    for guard, outlook in zip(guards, outlooks or repeat(""), strict=False):
         relative = guard["guard"].partition("_p")[0] in METRICS  # a latency: its interval is a relative change
         form = _milliseconds if relative else _FORMS.get(guard["guard"], "{:.3g}".format)
         low, high = guard["low"], guard["high"]
@@ -120,6 +127,7 @@ def guard_rows(guards: list[dict[str, Any]], specs: Sequence[Mapping[str, Any]] 
                 "control": form(guard["control"]) if guard["control"] is not None else "",
                 "interval": _interval(low, high, relative) if low is not None and high is not None else "",
                 "near": near,
+                "outlook": outlook,
                 "because": guard["reason"],
             }
         )
@@ -143,9 +151,22 @@ _FORMS: dict[str, Callable[[float], str]] = {
 METRICS = {"e2e": "e2e", "ttft": "TTFT", "tpot": "TPOT", "cost": "cost of a token"}
 
 
-def guard_table(decision: DecisionRecord, rollout: Rollout, colours: Palette) -> None:
-    """What each guard saw, and how far it is from its limit."""
-    frame = guard_rows(decision.evidence.get("guards", []), rollout.spec.get("guards", []))
+def outlooks(decision: DecisionRecord, rollout: Rollout, counts: list[dict[str, Any]]) -> list[str]:
+    """What each guard of a decision still needs at the present traffic, as `slipstream rollout explain` says it."""
+    tree = decision.evidence | {"inputs": {"segments": counts}}
+    try:
+        spec = thaw(rollout.spec)
+    except SpecError:  # of another version of the code: the controller ends it, and says why
+        return []
+    rate = explain.per_second(tree, explain.began(decision.status_before, decision.decided_at), decision.decided_at)
+    per_key = explain.per_key(tree)
+    return [explain.needed(spec, guard, rate, per_key) for guard in explain.results(tree)]
+
+
+def guard_table(decision: DecisionRecord, rollout: Rollout, counts: list[dict[str, Any]], colours: Palette) -> None:
+    """What each guard saw, how far it is from its limit, and what it still needs."""
+    said = outlooks(decision, rollout, counts)
+    frame = guard_rows(decision.evidence.get("guards", []), rollout.spec.get("guards", []), said)
     if frame.empty:
         st.caption("No guard has been evaluated yet: the canary has not served.")
         return
@@ -159,6 +180,7 @@ def guard_table(decision: DecisionRecord, rollout: Rollout, colours: Palette) ->
         "near": st.column_config.ProgressColumn(
             "to its limit", format=PERCENT, min_value=0, max_value=100, help="At 100 % the guard fails", width=110
         ),
+        "outlook": text("outlook", width="medium", help="Were the present estimate the truth, at the present traffic"),
         "because": text("because", width="large"),
     }
     table(judged(frame, colours), columns, "guards")

@@ -113,9 +113,11 @@ def _offered(serving: Serving) -> tuple[str, ...]:
     verbs: list[str] = [ROLL_BACK] if serving.target is not None else []
     rollout, plan = serving.rollout, serving.plan
     if rollout is not None and plan is not None:
-        if plan.canary is not None and plan.canary.policy_version == rollout.canary:
+        undecided = rollout.state not in PROMOTED_STATES | {State.ROLLING_BACK}
+        limited = plan.traffic_classes or plan.tenants or plan.slices  # a champion serves everybody
+        if undecided and not limited and plan.canary is not None and plan.canary.policy_version == rollout.canary:
             verbs.append("promote")
-        if rollout.state not in PROMOTED_STATES | {State.ROLLING_BACK}:
+        if undecided:
             verbs.append("resume" if rollout.state is State.HELD else "hold")
         if rollout.state is not State.ROLLING_BACK:
             verbs.append("abort")

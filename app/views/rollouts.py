@@ -53,7 +53,7 @@ def page() -> None:
         heading("Guards", "set before the start, evaluated on every tick")
         judged = [decision for decision in decisions if decision.evidence.get("guards")]
         if active is not None and judged:
-            rollout.guard_table(judged[-1], active, here.colours)
+            rollout.guard_table(judged[-1], active, ledger.counts(active.id), here.colours)
         else:
             st.caption(
                 "No guard has anything to judge. `slipstream rollout start VERSION` begins a rollout; "

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from app.charts.theme import LIGHT
-from app.components.rollout import differences, guard_rows, steps
-from engine.contracts import RolloutState, Verdict
+from app.components import verbs
+from app.components.rollout import differences, guard_rows, outlooks, steps
+from engine.contracts import Arm, RolloutState, ServingPlan, Verdict
+from engine.rollout import specs
 from engine.store.repositories.rollouts import DecisionRecord, Rollout
 
 AT = datetime(2026, 3, 1, tzinfo=UTC)
@@ -60,6 +64,41 @@ def test_the_fuse_says_which_latency_it_judges_and_how_much_it_allows() -> None:
     fuse = {"kind": "fuse_p95", "metric": "tpot", "ratio": 3.0, "min_requests": 60}
     frame = guard_rows([guard("fuse_p95", canary=0.0142, control=1.5)], [{"kind": "srm"}, fuse])
     assert (frame["guard"][0], frame["canary"][0], frame["control"][0]) == ("p95 TPOT ≤ 3 ×", "14.2 ms", "1,500 ms")
+
+
+def test_a_guard_says_what_it_still_needs() -> None:
+    sizes = {"requests": 50, "keys": 50, "stage_requests": 50, "traffic_class": None}
+    counts = [{"arm": arm, **sizes} for arm in ("canary", "control")]
+    spec = specs.to_dict(specs.preset("fast"))
+    one = replace(rollout(RolloutState.RAMPING, 1), spec=spec)
+    judged = decision(
+        guard("errors", verdict="INSUFFICIENT", canary=4, control=1, n_canary=50, n_control=50, log_e=2.0, limit=6.0),
+        guard("srm", log_e=0.1, limit=6.9),
+        guard("fuse_restarts"),
+    )
+    began = {"stages": [{"began": (AT - timedelta(seconds=50)).isoformat()}]}
+    said = outlooks(replace(judged, status_before=began), one, counts)
+    assert said == ["needs about 100 more requests per arm (about 2 min) to FAIL", "", ""]
+    assert guard_rows(judged.evidence["guards"], outlooks=said)["outlook"].tolist() == said
+
+
+@pytest.mark.parametrize(
+    ("state", "classes", "offered"),
+    [
+        (RolloutState.SOAKING, None, True),
+        (RolloutState.HELD, None, True),
+        (RolloutState.PROMOTING, None, False),
+        (RolloutState.WATCHING, None, False),
+        (RolloutState.ROLLING_BACK, None, False),
+        (RolloutState.SOAKING, frozenset({"chat"}), False),
+    ],
+)
+def test_promote_is_offered_only_where_the_controller_may_obey(
+    state: RolloutState, classes: frozenset[str] | None, offered: bool
+) -> None:
+    plan = ServingPlan(4, 3, 1, (Arm("canary", 5, 0.5), Arm("control", 3, 0.5)), "s", "t", "r", AT, classes)
+    serving = SimpleNamespace(target=3, rollout=rollout(state, 2), plan=plan)
+    assert ("promote" in verbs._offered(serving)) is offered  # type: ignore[arg-type]
 
 
 def test_no_guard_no_rows() -> None:

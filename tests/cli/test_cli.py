@@ -109,7 +109,7 @@ def test_rollout_verbs(flags: list[str], db: Database, tmp_path: Path) -> None:
         assert [c.verb for c in rollouts.commands(session, active.id)] == ["hold"]
     assert run.invoke(app, [*flags, "rollout", "status", str(active.id)]).exit_code == 2
     both = run.invoke(app, [*flags, "rollout", "start", "7", "--draft", "3"])
-    assert (both.exit_code, "leave the version" in both.output) == (2, True)
+    assert (both.exit_code, "--draft begins what" in both.output) == (2, True)
     assert "no rollout 99" in str(run.invoke(app, [*flags, "rollout", "status", "99"]).exception)
 
 

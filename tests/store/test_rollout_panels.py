@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import UTC, datetime, timedelta
 
 import pytest
-from sqlalchemy import event, insert, select
+from sqlalchemy import event, insert, select, update
 
 from engine.contracts import RolloutState, Verdict
 from engine.store.database import Database
@@ -91,6 +91,25 @@ def test_many_rollouts_and_many_decisions_are_all_told(db: Database) -> None:
         (made[0], 1),
         (made[0], 2),
     ]
+
+
+def test_a_page_draws_a_long_rollout_from_its_beginning(db: Database) -> None:
+    (made,) = begun(db, 1)
+    decide(db, made, MANY_DECISIONS)
+    with db.read() as session:
+        turn = rollouts.decisions(session, made)[3].id
+    with db.write() as session:
+        session.execute(update(RolloutDecisionRow).where(RolloutDecisionRow.id == turn).values(to_state="HELD"))
+    with db.read() as session:
+        whole, some = decisions.verdicts(session, made), decisions.verdicts(session, made, 100)
+        few = decisions.verdicts(session, made, 10_000)
+    assert len(few) == MANY_DECISIONS
+    assert 300 <= len(whole) <= 601
+    assert 90 <= len(some) <= 103
+    assert some[-1].decided_at == AT + timedelta(seconds=MANY_DECISIONS - 1)
+    assert some[1].decided_at < AT + timedelta(seconds=7)
+    assert turn in {one.id for one in some}
+    assert [one.id for one in some] == sorted(one.id or 0 for one in some)
 
 
 @pytest.mark.parametrize("ahead", [timedelta(0), timedelta(days=300)])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import ColumnElement, Select, func, select, true
+from sqlalchemy import ColumnElement, Select, func, or_, select, true
 
 from engine.store.database import ReadSession, WriteSession
 from engine.store.models import RolloutDecisionRow, RolloutRow
@@ -13,10 +13,19 @@ from engine.store.repositories.rollouts import DecisionRecord, at_work_in, to_de
 
 
 def verdicts(session: ReadSession | WriteSession, rollout_id: int, limit: int = 600) -> list[DecisionRecord]:
-    """The newest decisions, oldest first, without the counts they were made of: what a page draws again and again."""
-    query = _without_counts().where(RolloutDecisionRow.rollout_id == rollout_id)
-    newest = query.order_by(RolloutDecisionRow.id.desc()).limit(limit)
-    return [to_decision(row) for row in reversed(session.execute(newest).all())]
+    """Decisions from the first to the newest, without the counts they were made of: what a page draws again and again.
+
+    All of them, or about ``limit``: every so-many-th from the newest on, and whatever moved the rollout.
+    """
+    row = RolloutDecisionRow
+    place = func.row_number().over(order_by=row.id.desc()) - 1
+    turns = or_(row.from_state != row.to_state, row.action != "none")
+    every = select(row.id, place.label("place"), func.count().over().label("n"), turns.label("turns"))
+    numbered = every.where(row.rollout_id == rollout_id).subquery()
+    nth = (numbered.c.n + limit - 1) // limit  # of whole numbers: rounded up
+    kept = select(numbered.c.id).where(or_(numbered.c.turns, numbered.c.place % nth == 0))
+    found = session.execute(_without_counts().where(row.id.in_(kept)).order_by(row.id))
+    return [to_decision(one) for one in found]
 
 
 def decided(session: ReadSession | WriteSession, since: datetime, until: datetime) -> list[DecisionRecord]:

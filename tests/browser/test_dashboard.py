@@ -46,7 +46,7 @@ PAGES = {
 }
 LAST = {
     "overview": "Why did it change?",
-    "speculation": "gain over plain decoding",
+    "speculation": "gain: time of plain decoding / time spent",
     "drift": "a slide at a constant version",
     "explain": "slowest of the traffic that moved it most",
     "system": "that were not in the cache",

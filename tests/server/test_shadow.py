@@ -56,10 +56,10 @@ def memory_files(served: Served) -> dict[str, bytes]:
     )
 
 
-def shadowed(served: Served, files: dict[str, bytes], until_state: RolloutState) -> Rollout:
+def shadowed(served: Served, files: dict[str, bytes], until_state: RolloutState, wanted: int = WANTED) -> Rollout:
     """A rollout of these files from its start to a state; every request meanwhile goes to the champion."""
     version = publish(served.db, ArtifactStore(served.server.settings.dir("policies")), files).version
-    spec = replace(specs.preset("fast"), shadow=Shadow(WANTED))
+    spec = replace(specs.preset("fast"), shadow=Shadow(wanted))
     made, controller = launch(served.db, canary=version, actor="ann", spec=spec), Controller(served.db, "c", 15.0)
     controller.tick(served.db.now())
     with served.db.read() as session:
@@ -69,7 +69,7 @@ def shadowed(served: Served, files: dict[str, bytes], until_state: RolloutState)
     assert arm is not None
     assert (arm.policy_version, arm.weight, plan.rollback_to) == (version, 0.0, plan.champion)
     served.observes(plan.generation)
-    for key in range(WANTED + 10):
+    for key in range(wanted + 10):
         ask(served, key)
 
     def there() -> bool:
@@ -105,7 +105,7 @@ def test_garbage_is_found_in_its_shadow_and_serves_nobody(start: Start) -> None:
         assert plan is not None
         made = plans.append(session, champion=champion, fallback=plan.fallback, actor="ann", reason="good")
     served.observes(made.generation)
-    found = shadowed(served, spoil(good, np.random.default_rng(0)), RolloutState.ROLLED_BACK)
+    found = shadowed(served, spoil(good, np.random.default_rng(0)), RolloutState.ROLLED_BACK, wanted=3 * WANTED)
     assert found.status["reason"].startswith("in shadow: tokens_per_step")
     assert not found.status["stages"]
 

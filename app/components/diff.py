@@ -55,9 +55,9 @@ def side_by_side(a: Side, b: Side, colours: Palette) -> None:
         if frame.empty:
             st.caption("Neither served in this window: choose a longer one.")
         else:
-            judged = frame.style.apply(_judge, colours=colours, axis=1)
-            columns = {"a": names[0], "b": names[1], "judgement": None}
-            table(judged, columns, "diff-measured", height="content")
+            columns = {"a": names[0], "b": names[1], "judgement": f"{names[0]} is"}
+            shades = {"better": colours.good, "worse": colours.bad}
+            table(frame, columns, "diff-measured", {"judgement": lambda word: shades[word]}, height="content")
     with right:
         table(facts(a, b), {"a": names[0], "b": names[1]}, "diff-facts", height="content")
 
@@ -152,12 +152,7 @@ def _changed(change: Estimate, form: str) -> str:
 
 
 def _judgement(change: Estimate | None, measure: Measure) -> str:
-    """good or bad where the interval leaves nothing out on the other side, else empty."""
+    """better or worse where the interval leaves nothing out on the other side, else empty."""
     if change is None or change.low is None or change.high is None or change.low <= 0 <= change.high:
         return ""
-    return "good" if (change.value > 0) == (measure.better == "higher") else "bad"
-
-
-def _judge(row: pd.Series, colours: Palette) -> list[str]:
-    shade = {"good": colours.good, "bad": colours.bad}.get(row["judgement"])
-    return [f"color: {shade}; font-weight: 600" if shade and name == "difference" else "" for name in row.index]
+    return "better" if (change.value > 0) == (measure.better == "higher") else "worse"

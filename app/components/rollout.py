@@ -9,10 +9,9 @@ from typing import Any
 
 import pandas as pd
 import streamlit as st
-from pandas.io.formats.style import Styler
 
 from app.charts.theme import Palette
-from app.components.tables import in_colour, in_utc, table
+from app.components.tables import by_identity, table
 from app.queries.ledger import Serving
 from engine.contracts import CANARY, CHAMPION, CONTROL, RolloutState, ServingPlan
 from engine.rollout import explain, quantiles
@@ -54,9 +53,7 @@ def slice_now(serving: Serving, counts: Mapping[str, int], colours: Palette) -> 
         "acknowledged": number("acknowledged", format=PERCENT, help="What every live replica routes by"),
         "observed": number("observed", format=PERCENT, help="Share of the requests under this plan, last hour at most"),
     }
-    st.dataframe(
-        in_colour(pd.DataFrame(rows), colours), column_config=columns, hide_index=True, placeholder="–", key="arms"
-    )
+    table(pd.DataFrame(rows), columns, "arms", {"version": by_identity(colours)})
     behind = [r.replica_id for r in serving.replicas if (r.observed_generation or 0) < plan.generation]
     if behind:
         st.warning(f"Generation {plan.generation} is not yet observed by {', '.join(behind)}.")
@@ -183,17 +180,13 @@ def guard_table(decision: DecisionRecord, rollout: Rollout, counts: list[dict[st
         "outlook": text("outlook", width="medium", help="Were the present estimate the truth, at the present traffic"),
         "because": text("because", width="large"),
     }
-    table(judged(frame, colours), columns, "guards")
+    table(frame, columns, "guards", {"verdict": by_verdict(colours)})
 
 
-def judged(frame: pd.DataFrame, colours: Palette) -> Styler:
+def by_verdict(colours: Palette) -> Callable[[str], str]:
     """Verdicts in colour: only PASS and FAIL judge, the rest wait."""
     shades = {"PASS": colours.good, "FAIL": colours.bad, "ERROR": colours.warn, "STALE": colours.warn}
-
-    def colour(verdict: str) -> str:
-        return f"color: {shades.get(verdict, colours.muted)}; font-weight: 600"
-
-    return in_utc(frame).style.map(colour, subset=["verdict"])
+    return lambda verdict: shades.get(verdict, colours.muted)
 
 
 def differences(decisions: list[DecisionRecord], max_drop: float) -> pd.DataFrame:
@@ -306,9 +299,7 @@ def log(decisions: list[DecisionRecord], colours: Palette) -> None:
         "because": st.column_config.TextColumn("because", width="large"),
     }
     height = min(38 * (len(frame) + 1) + 2, 300)
-    st.dataframe(
-        judged(frame, colours), column_config=columns, hide_index=True, placeholder="–", key="decisions", height=height
-    )
+    table(frame, columns, "decisions", {"verdict": by_verdict(colours)}, height=height)
 
 
 def _weight(plan: ServingPlan, name: str) -> float:

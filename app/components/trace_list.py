@@ -12,7 +12,7 @@ import pandas as pd
 import streamlit as st
 
 from app.charts.theme import Palette
-from app.components.tables import NUMBER, Columns, in_colour, table
+from app.components.tables import NUMBER, Columns, by_identity, table
 from app.queries.traces import PAGE
 from engine.contracts import Status
 from engine.store.repositories.overview import Slice
@@ -168,9 +168,10 @@ def rows(frame: pd.DataFrame, colours: Palette) -> None:
         "trace_id": "trace",
     }
     event = table(
-        in_colour(frame[list(columns)], colours),
+        frame[list(columns)],
         columns,
         "list",
+        {"version": by_identity(colours)},
         on_select="rerun",
         selection_mode="single-row",
         height=min(38 + 35 * len(frame), 720),

@@ -12,7 +12,7 @@ import streamlit as st
 from app.charts.theme import Palette
 from app.charts.versions import Node
 from app.components.context import plain
-from app.components.tables import SHARE, Columns, in_colour, in_utc, sparkline, table, trends
+from app.components.tables import SHARE, Columns, by_identity, sparkline, table, trends
 from app.queries import versions
 from app.queries.database import settings
 from app.queries.ledger import Serving
@@ -102,8 +102,8 @@ def listing(frame: pd.DataFrame, colours: Palette, key: str, choose: Any) -> Non
     }
     height: Any = "content" if len(frame) <= TALL else 38 + 35 * TALL
     table(
-        in_colour(frame, colours), columns, key, column_order=ORDER, on_select=choose, selection_mode="single-row",
-        height=height,
+        frame, columns, key, {"version": by_identity(colours)}, column_order=ORDER, on_select=choose,
+        selection_mode="single-row", height=height,
     )  # fmt: skip
 
 
@@ -222,13 +222,11 @@ def attempts(found: Sequence[Attempt], colours: Palette) -> None:
     )
     columns = {
         "at": st.column_config.DatetimeColumn("at", format="MMM D, HH:mm:ss"),
+        "outcome": "outcome",
         "CPU, s": st.column_config.NumberColumn("CPU, s", format="%.2f"),
     }
     shades = {"registered": colours.good, "refused": colours.bad}
-    judged = in_utc(frame).style.map(
-        lambda outcome: f"color: {shades.get(outcome, colours.muted)}; font-weight: 600", subset=["outcome"]
-    )
-    table(judged, columns, "attempts")
+    table(frame, columns, "attempts", {"outcome": lambda outcome: shades.get(outcome, colours.muted)})
 
 
 def _time(at: datetime) -> str:

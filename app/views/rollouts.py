@@ -12,7 +12,7 @@ from app.charts.theme import CONFIG
 from app.components import context, operations, rollout, verbs
 from app.components.context import heading, plain
 from app.components.export import export
-from app.components.tables import Columns, in_colour, table
+from app.components.tables import Columns, by_identity, table
 from app.queries import ledger, overview
 from engine.contracts import CANARY, CONTROL, RolloutState
 from engine.store.repositories.rollouts import DecisionRecord, Rollout
@@ -159,9 +159,10 @@ def _history() -> None:
     }
     colours = current().colours
     event = table(
-        in_colour(pd.DataFrame(rows), colours),
+        pd.DataFrame(rows),
         columns,
         "history",
+        {"version": by_identity(colours)},
         on_select="rerun",
         selection_mode="single-row",
     )

@@ -10,7 +10,7 @@ from app.components import context
 from app.components.context import few, heading
 from app.components.drawing import draw, draw_to_traces
 from app.components.export import export
-from app.components.tables import Columns, in_colour, table
+from app.components.tables import Columns, by_identity, table
 from app.queries import ledger, overview
 from engine.store.panels.versions import SHOWN
 
@@ -119,7 +119,7 @@ def _table(costs: pd.DataFrame, here: context.Context) -> None:
         "gain": number("observed gain", format="%.2f ×", help=OBSERVED),
     }
     frame = frame.sort_values(["policy_version", "requests"], ascending=[False, False])
-    table(in_colour(frame[list(columns)], here.colours), columns, "costs")
+    table(frame[list(columns)], columns, "costs", {"version": by_identity(here.colours)})
 
 
 context.live(page)

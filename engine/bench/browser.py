@@ -52,6 +52,7 @@ def browser(system: Rig, say: Say) -> Iterator[Operator]:
 def chromium(what: str) -> Iterator[Any]:
     """A headless Chromium under Playwright; SlipstreamError that says what is missing. ``what`` needs it, plural."""
     try:
+        from playwright.sync_api import TimeoutError as Late
         from playwright.sync_api import sync_playwright
     except ImportError:
         raise SlipstreamError(f"{what} need Playwright: `pip install -e '.[test]'`.") from None
@@ -62,6 +63,11 @@ def chromium(what: str) -> Iterator[Any]:
         launched = started.chromium.launch(executable_path=path, args=list(ARGS))
         try:
             yield launched
+        except Late as late:
+            raise SlipstreamError(
+                f"{what}: the browser waited in vain. {late.message.splitlines()[0]} The machine may be too busy: end "
+                "what runs beside this and try again."
+            ) from late
         finally:
             launched.close()
 

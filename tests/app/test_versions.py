@@ -116,12 +116,12 @@ def test_a_difference_is_judged_only_where_its_interval_leaves_nothing_out() -> 
            "acceptance_length_low": 1.5, "acceptance_length_high": 2.5, "e2e_p95": 300.0}  # fmt: skip
     other = {**one, "e2e_p50": 100.0, "e2e_p50_low": 97.0, "e2e_p50_high": 103.0, "acceptance_length": 2.2}
     rows = diff.measures(one, other).set_index("metric")
-    assert rows.loc["p50 latency, ms", "judgement"] == "good", "faster"
+    assert rows.loc["p50 latency, ms", "judgement"] == "better", "faster"
     assert rows.loc["p50 latency, ms", "difference"].startswith("-20 (-24 to -16")
     assert rows.loc["acceptance length, tokens a step", "judgement"] == ""
     assert rows.loc["p95 latency, ms", "difference"] == "+0 (too few to tell)", "no interval, no judgement"
     assert "errors, %" not in rows.index
-    assert diff.measures(other, one).set_index("metric").loc["p50 latency, ms", "judgement"] == "bad"
+    assert diff.measures(other, one).set_index("metric").loc["p50 latency, ms", "judgement"] == "worse"
     assert diff.measures(None, None).empty
 
 

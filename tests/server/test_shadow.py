@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any, cast
@@ -69,10 +70,10 @@ def shadowed(served: Served, files: dict[str, bytes], until_state: RolloutState,
     assert arm is not None
     assert (arm.policy_version, arm.weight, plan.rollback_to) == (version, 0.0, plan.champion)
     served.observes(plan.generation)
-    for key in range(wanted + 10):
-        ask(served, key)
+    keys = itertools.count()
 
     def there() -> bool:
+        ask(served, next(keys))  # copies wait in a short queue: traffic must go on
         controller.tick(served.db.now())
         with served.db.read() as session:
             found = rollouts.get(session, made.id)

@@ -13,12 +13,13 @@ from app.queries.database import database
 from engine.contracts import ReplicaState, ServingPlan
 from engine.rollout import launch as launching
 from engine.rollout.guards import RolloutSpec
+from engine.store.repositories import commands, operations, plans, policies, replicas, rollouts, traces
 from engine.store.repositories import decisions as history
-from engine.store.repositories import operations, plans, policies, replicas, rollouts, traces
+from engine.store.repositories.commands import Command
 from engine.store.repositories.overview import Slice
 from engine.store.repositories.plans import Observation
 from engine.store.repositories.replicas import Effect
-from engine.store.repositories.rollouts import Command, DecisionRecord, Rollout
+from engine.store.repositories.rollouts import DecisionRecord, Rollout
 
 TTL = timedelta(seconds=2)
 
@@ -67,7 +68,7 @@ def serving() -> Serving:
             live,
             active,
             next((p for p in plans.history(session, limit=50) if p.generation == seen), None),
-            tuple(rollouts.commands(session, active.id, active.status.get("last_command", 0))) if active else (),
+            tuple(commands.asked(session, active.id, active.status.get("last_command", 0))) if active else (),
         )
 
 
@@ -157,7 +158,7 @@ def begin(rollout_id: int) -> Rollout:
 def command(rollout_id: int, verb: str, reason: str, key: str) -> None:
     """Ask the controller for something; the same key again does nothing more."""
     with database().write() as session:
-        rollouts.command(session, rollout_id, verb, "dashboard", reason, key)
+        commands.ask(session, rollout_id, verb, "dashboard", reason, key)
     decisions.clear()
     serving.clear()
     all_rollouts.clear()

@@ -14,7 +14,7 @@ from engine.rollout import specs
 from engine.rollout.decide import PROMOTED_STATES, decide
 from engine.rollout.guards import RolloutSpec
 from engine.rollout.records import Action, Decision, Evidence, GuardResult, Ledger, Replica, RolloutStatus, with_plan
-from engine.store.repositories.rollouts import Command
+from engine.store.repositories.commands import Command
 from engine.store.segments import Segment
 
 START = datetime(2026, 1, 1, tzinfo=UTC)

@@ -123,10 +123,10 @@ def _verb(name: str, verb: str, text: str) -> None:
         rollout_id: int,
         reason: Annotated[str, typer.Option(help="why; it stays in the record")],
     ) -> None:
-        from engine.store.repositories import rollouts
+        from engine.store.repositories import commands
 
         with database(context) as opened, opened.write() as session:
-            rollouts.command(session, rollout_id, verb, actor(), reason, f"cli-{uuid.uuid4().hex}")
+            commands.ask(session, rollout_id, verb, actor(), reason, f"cli-{uuid.uuid4().hex}")
         typer.echo(f"asked the controller to {name} rollout {rollout_id}")
 
     rollout.command(name, help=text)(command)

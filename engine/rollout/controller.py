@@ -33,7 +33,8 @@ from engine.rollout.records import (
 from engine.settings import Settings
 from engine.store.database import Database, WriteSession
 from engine.store.repositories import compared, eligibility, learning, leases, plans, replicas, rollouts
-from engine.store.repositories.rollouts import Command, DecisionRecord, Rollout
+from engine.store.repositories.commands import Command
+from engine.store.repositories.rollouts import DecisionRecord, Rollout
 
 LEASE = "rollout-controller"
 REPEAT_S = 15.0

@@ -21,7 +21,7 @@ from engine.rollout.evaluate import evaluate
 from engine.rollout.guards import MAX_RESTARTS, RolloutSpec
 from engine.rollout.records import Action, Decision, Evidence, GuardResult, Ledger, RolloutStatus, consuming
 from engine.rollout.verdict import judge
-from engine.store.repositories.rollouts import Command
+from engine.store.repositories.commands import Command
 from engine.store.segments import Segment
 
 PROMOTED_STATES = frozenset({RolloutState.PROMOTING, RolloutState.PROMOTED, RolloutState.WATCHING})

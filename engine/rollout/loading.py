@@ -15,11 +15,12 @@ from engine.rollout.decide import PROMOTED_STATES
 from engine.rollout.guards import RolloutSpec, SpecError
 from engine.rollout.records import Evidence, Ledger, Replica, RolloutStatus, status_from_json
 from engine.store.database import ReadSession, WriteSession
-from engine.store.repositories import compared, plans, policies, replicas, rollouts, shadow
+from engine.store.repositories import commands, compared, plans, policies, replicas, shadow
 from engine.store.repositories import evidence as evidence_store
+from engine.store.repositories.commands import Command
 from engine.store.repositories.compared import Window
 from engine.store.repositories.evidence import Promoted
-from engine.store.repositories.rollouts import Command, Rollout
+from engine.store.repositories.rollouts import Rollout
 
 COUNT_S, MEASURE_S = 5.0, 3.0
 """Longest that counting new requests and reading what was counted may take: together inside a controller's lease."""
@@ -83,7 +84,7 @@ def gather(
     plan = plans.latest(session)
     canary = policies.get(session, status.canary)
     errors = {o.replica_id: o.error for o in plans.observations(session, plan.generation)} if plan else {}
-    asked = tuple(rollouts.commands(session, status.rollout_id, status.last_command))
+    asked = tuple(commands.asked(session, status.rollout_id, status.last_command))
     evidence = Evidence(
         ledger=_ledger(plan) if plan else None,
         replicas=tuple(

@@ -10,7 +10,7 @@ from math import isfinite
 from typing import Any
 
 from engine.contracts import RolloutState, Verdict
-from engine.store.repositories.rollouts import Command
+from engine.store.repositories.commands import Command
 from engine.store.segments import Segment
 
 

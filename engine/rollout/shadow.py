@@ -14,7 +14,7 @@ from engine.contracts import CANARY, RolloutState, Verdict
 from engine.rollout.evaluate import evaluate
 from engine.rollout.guards import RolloutSpec, Shadow, TokensPerStep
 from engine.rollout.records import Action, Decision, Evidence, GuardResult, RolloutStatus, consuming
-from engine.store.repositories.rollouts import Command
+from engine.store.repositories.commands import Command
 
 
 def begin(shadow: Shadow, status: RolloutStatus, command: Command | None, now: datetime) -> Decision:

@@ -14,7 +14,7 @@ from engine.contracts import RolloutState
 from engine.rollout import specs
 from engine.rollout.guards import Latency, SpecError, TokensPerStep
 from engine.store.database import Database
-from engine.store.repositories import rollouts
+from engine.store.repositories import commands, rollouts
 from tests.app.test_pages import confirmed, page
 
 
@@ -137,7 +137,7 @@ def test_a_draft_is_written_down_beside_a_rollout_at_work_started_and_cancelled(
     test = page("rollouts")
     confirmed(test, "abort", "wrong version")
     with seeded.read() as session:
-        (asked,) = rollouts.commands(session, draft.id)
+        (asked,) = commands.asked(session, draft.id)
     assert (asked.verb, asked.reason, asked.actor) == ("abort", "wrong version", "dashboard")
 
 

@@ -17,7 +17,7 @@ from engine.settings import TelemetrySettings
 from engine.store import frames
 from engine.store.database import Database
 from engine.store.panels import PANELS
-from engine.store.repositories import drift, plans, rollouts, traces
+from engine.store.repositories import commands, drift, plans, rollouts, traces
 from engine.store.repositories.overview import Slice
 from engine.telemetry.spill import Batch, Spill
 from engine.telemetry.writer import TraceWriter
@@ -178,7 +178,7 @@ def test_hold_asks_the_controller_and_writes_no_plan(seeded: Database) -> None:
     with seeded.read() as session:
         active = rollouts.active(session)
         assert active is not None
-        asked = rollouts.commands(session, active.id)
+        asked = commands.asked(session, active.id)
         assert len(plans.history(session)) == 7
     assert "asked to hold: let us look first" in text(test)
     assert [(c.verb, c.actor, c.reason) for c in asked] == [("hold", "dashboard", "let us look first")]

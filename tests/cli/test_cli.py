@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from engine.cli.main import app
 from engine.contracts import SlipstreamError
 from engine.store.database import Database
-from engine.store.repositories import plans, rollouts
+from engine.store.repositories import commands, plans, rollouts
 from tests.app.seed import beat
 
 run = CliRunner()
@@ -106,7 +106,7 @@ def test_rollout_verbs(flags: list[str], db: Database, tmp_path: Path) -> None:
     asked = run.invoke(app, [*flags, "rollout", "pause", str(active.id), "--reason", "look first"])
     assert asked.exit_code == 0, asked.output
     with db.read() as session:
-        assert [c.verb for c in rollouts.commands(session, active.id)] == ["hold"]
+        assert [c.verb for c in commands.asked(session, active.id)] == ["hold"]
     assert run.invoke(app, [*flags, "rollout", "status", str(active.id)]).exit_code == 2
     both = run.invoke(app, [*flags, "rollout", "start", "7", "--draft", "3"])
     assert (both.exit_code, "--draft begins what" in both.output) == (2, True)

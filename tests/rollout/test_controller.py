@@ -20,7 +20,7 @@ from engine.rollout.records import Action
 from engine.rollout.replay import replay
 from engine.store.database import Database
 from engine.store.models import RolloutCommandRow, RolloutRow
-from engine.store.repositories import learning, plans, rollouts
+from engine.store.repositories import commands, learning, plans, rollouts
 from engine.store.repositories.learning import Attempt
 from engine.store.repositories.leases import LeaseLost
 from engine.store.repositories.plans import StalePlan
@@ -195,7 +195,7 @@ def test_traffic_that_cannot_be_measured_stops_neither_an_abort_nor_the_deadline
     assert (decision.verdict, decision.to_state) == (Verdict.ERROR, RolloutState.HELD)
     assert "could not be measured" in decision.reason
     with ready.write() as session:
-        rollouts.command(session, current(ready).id, "abort", "ann", "enough", "key")
+        commands.ask(session, current(ready).id, "abort", "ann", "enough", "key")
     decision = acting.tick(now + timedelta(seconds=2))
     assert decision is not None
     assert (decision.to_state, decision.action) == (RolloutState.ROLLING_BACK, Action.ROLL_BACK)
@@ -246,8 +246,8 @@ def test_a_command_is_consumed_once_and_recorded(ready: Database, now: datetime)
     acting = controller(ready)
     acting.tick(now)
     with ready.write() as session:
-        asked = rollouts.command(session, current(ready).id, "hold", "ann", "lunch", "key-1")
-        assert rollouts.command(session, current(ready).id, "hold", "ann", "lunch", "key-1") == asked
+        asked = commands.ask(session, current(ready).id, "hold", "ann", "lunch", "key-1")
+        assert commands.ask(session, current(ready).id, "hold", "ann", "lunch", "key-1") == asked
     for second in (1, 2, 3):
         acting.tick(now + timedelta(seconds=second))
     with ready.read() as session:
@@ -255,16 +255,16 @@ def test_a_command_is_consumed_once_and_recorded(ready: Database, now: datetime)
     assert consumed == [asked.id]
     assert current(ready).state is RolloutState.HELD
     with ready.write() as session, pytest.raises(SlipstreamError, match="knows no command"):
-        rollouts.command(session, current(ready).id, "explode", "ann", "")
+        commands.ask(session, current(ready).id, "explode", "ann", "")
 
 
 def test_a_draft_can_be_cancelled_and_nothing_else(ready: Database, now: datetime) -> None:
     kept, dropped = (launch(ready, canary=TRIED, actor="ann", preset="fast", draft=True, now=now) for _ in range(2))
     with ready.write() as session, pytest.raises(SlipstreamError, match=f"is a draft.*start --draft {kept.id}"):
-        rollouts.command(session, kept.id, "hold", "ann", "lunch")
+        commands.ask(session, kept.id, "hold", "ann", "lunch")
     with ready.write() as session:
-        asked = rollouts.command(session, dropped.id, "abort", "ann", "wrong version", "key-1")
-        assert rollouts.command(session, dropped.id, "abort", "ann", "wrong version", "key-1") == asked
+        asked = commands.ask(session, dropped.id, "abort", "ann", "wrong version", "key-1")
+        assert commands.ask(session, dropped.id, "abort", "ann", "wrong version", "key-1") == asked
     with ready.read() as session:
         found = rollouts.get(session, dropped.id)
     assert found is not None
@@ -330,7 +330,7 @@ def test_what_passed_the_gate_is_tried_once(db: Database, now: datetime) -> None
     assert (made.canary, made.actor) == (TRIED, "learner")
     assert launch_awaiting(db, "fast", now) is None
     with db.write() as session:
-        rollouts.command(session, made.id, "abort", "ann", "no")
+        commands.ask(session, made.id, "abort", "ann", "no")
     world.beat(db, now, (NONE, CHAMPION))
     controller(db).tick(now)
     assert launch_awaiting(db, "fast", now) is None

@@ -35,7 +35,7 @@ class Machine(RuleBasedStateMachine):
     """A rollout among people, replicas and traffic that do what they like; checked after every tick."""
 
     @initialize(
-        preset=st.sampled_from(["fast", "standard", "shadow", "slice"]),
+        preset=st.sampled_from(["fast", "fast", "standard", "shadow", "slice"]),
         quality=st.sampled_from([1.0, 2.0, 2.6]),
         there=st.integers(0, 3),
         thinks_again=st.integers(0, 14),

@@ -19,7 +19,7 @@ from engine.rollout.launch import launch
 from engine.rollout.notify import KEPT, Command, Notifier, Webhook, sign
 from engine.settings import RolloutSettings
 from engine.store.database import Database
-from engine.store.repositories import notifications, operations, rollouts
+from engine.store.repositories import commands, notifications, operations, rollouts
 from engine.store.repositories.leases import LeaseLost
 from tests.rollout import database_world as world
 
@@ -39,7 +39,7 @@ def going(db: Database) -> Database:
     acting = Controller(db, "a", 15.0)
     acting.tick(NOW)
     with db.write() as session:
-        rollouts.command(session, made.id, "abort", "ann", "wrong version")
+        commands.ask(session, made.id, "abort", "ann", "wrong version")
     for second in (1, 2, 3):
         world.beat(db, NOW + timedelta(seconds=second), (NONE, CHAMPION, TRIED))
         acting.tick(NOW + timedelta(seconds=second))

@@ -14,7 +14,7 @@ from engine.rollout.decide import decide
 from engine.rollout.guards import RolloutSpec
 from engine.rollout.records import Action, Decision, Evidence, Ledger, Replica, RolloutStatus, with_plan
 from engine.store import histogram
-from engine.store.repositories.rollouts import Command
+from engine.store.repositories.commands import Command
 from engine.store.segments import Segment
 
 START = datetime(2026, 3, 1, 12, 0, tzinfo=UTC)

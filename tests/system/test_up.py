@@ -18,12 +18,12 @@ from engine.ops.system import answers
 from tests.tiny_model import write_tiny_model
 from tests.waiting import free_ports, until
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 def soon(condition: Callable[[], bool], what: str) -> None:
-    """Processes take their time: two minutes of looking ten times a second."""
-    until(condition, what, tries=1_200, pause_s=0.1)
+    """Six processes take their time where others want the processors too: five minutes of looking."""
+    until(condition, what, tries=3_000, pause_s=0.1)
 
 
 @pytest.fixture

@@ -49,7 +49,7 @@ class RolloutDecisionRow(Base):
 
 
 class RolloutCommandRow(Base):
-    """What people asked for: hold, resume, promote, abort. Append-only. Writer: store.repositories.rollouts.command."""
+    """What people asked for: hold, resume, promote, abort. Append-only. Writer: store.repositories.commands."""
 
     __tablename__ = "rollout_commands"
     id: Mapped[int] = mapped_column(Identity(always=True), primary_key=True)

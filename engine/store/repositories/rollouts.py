@@ -1,4 +1,4 @@
-"""Rollouts, what was asked of them, and what was decided about them with which evidence."""
+"""Rollouts, and what was decided about them with which evidence."""
 
 from __future__ import annotations
 
@@ -7,14 +7,11 @@ from datetime import datetime
 from typing import Any
 
 from sqlalchemy import ColumnElement, func, select, text, update
-from sqlalchemy.dialects.postgresql import insert
 
 from engine.contracts import TERMINAL_STATES, RolloutState, SlipstreamError, Verdict
 from engine.store import locks
 from engine.store.database import ReadSession, WriteSession, server_clock
 from engine.store.models import RolloutCommandRow, RolloutDecisionRow, RolloutRow
-
-VERBS = ("hold", "resume", "promote", "abort")
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,18 +29,6 @@ class Rollout:
     status: dict[str, Any]
     created_at: datetime
     updated_at: datetime
-
-
-@dataclass(frozen=True, slots=True)
-class Command:
-    """What a person asked for, once."""
-
-    id: int
-    rollout_id: int
-    verb: str
-    actor: str
-    reason: str
-    created_at: datetime
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,54 +177,17 @@ def active(session: ReadSession | WriteSession) -> Rollout | None:
     return _rollout(row) if row else None
 
 
-def command(
-    session: WriteSession, rollout_id: int, verb: str, actor: str, reason: str, idempotency_key: str | None = None
-) -> Command:
-    """Ask the controller for something. A key that was used before gives the command it made.
-
-    No controller looks at a draft: an abort cancels it here and now, and nothing else can be asked of it.
-    """
-    if verb not in VERBS:
-        raise SlipstreamError(f"A rollout knows no command {verb!r}; it knows {', '.join(VERBS)}.")
-    row = session.get(RolloutRow, rollout_id)
-    if row is None:
-        raise SlipstreamError(f"There is no rollout {rollout_id}. `slipstream rollout list` shows them.")
-    if idempotency_key is not None:
-        made = session.scalar(select(RolloutCommandRow).where(RolloutCommandRow.idempotency_key == idempotency_key))
-        if made is not None:
-            return _command(made)
-    if RolloutState(row.state) in TERMINAL_STATES:
-        raise SlipstreamError(f"Rollout {rollout_id} is {row.state}: it is over, and {verb} has nothing to act on.")
-    if RolloutState(row.state) is RolloutState.DRAFT:
-        session.refresh(row, with_for_update=True)  # somebody may start it at this moment
-    if RolloutState(row.state) is RolloutState.DRAFT:
-        if verb != "abort":
-            raise SlipstreamError(
-                f"Rollout {rollout_id} is a draft, {verb} has nothing to act on. Begin it first: "
-                f"slipstream rollout start --draft {rollout_id}"
-            )
-        now, why = server_clock(session), f"cancelled by {actor}: {reason}"
-        cancelled = moved_by_hand(
-            rollout_id, RolloutState.DRAFT, RolloutState.CANCELLED, why, now, canary=row.canary, champion=row.champion
-        )
-        row.status = row.status | {"state": RolloutState.CANCELLED.value, "since": now.isoformat(), "reason": why}
-        row.state, row.updated_at = RolloutState.CANCELLED.value, now
-        _write_down(session, cancelled)
-    asked = {"rollout_id": rollout_id, "verb": verb, "actor": actor, "reason": reason}
-    fill = insert(RolloutCommandRow).values(**asked, idempotency_key=idempotency_key)
-    statement = fill.on_conflict_do_nothing(index_elements=["idempotency_key"])
-    fresh = session.scalar(statement.returning(RolloutCommandRow))
-    if fresh is None:  # the same key, committed by another session since we looked
-        fresh = session.scalars(
-            select(RolloutCommandRow).where(RolloutCommandRow.idempotency_key == idempotency_key)
-        ).one()
-    return _command(fresh)
-
-
-def commands(session: ReadSession | WriteSession, rollout_id: int, after: int = 0) -> list[Command]:
-    """What was asked of a rollout since the command ``after``, oldest first."""
-    query = select(RolloutCommandRow).where(RolloutCommandRow.rollout_id == rollout_id, RolloutCommandRow.id > after)
-    return [_command(row) for row in session.scalars(query.order_by(RolloutCommandRow.id))]
+def cancel_draft(session: WriteSession, rollout_id: int, reason: str) -> bool:
+    """End a rollout that never began, here and now: no controller looks at a draft. False if it is none any more."""
+    row = session.get(RolloutRow, rollout_id, with_for_update=True, populate_existing=True)
+    if row is None or row.state != RolloutState.DRAFT.value:
+        return False
+    now, ended = server_clock(session), RolloutState.CANCELLED
+    moved = moved_by_hand(rollout_id, RolloutState.DRAFT, ended, reason, now, canary=row.canary, champion=row.champion)
+    row.status = row.status | {"state": ended.value, "since": now.isoformat(), "reason": reason}
+    row.state, row.updated_at = ended.value, now
+    _write_down(session, moved)
+    return True
 
 
 def decisions(
@@ -330,10 +278,6 @@ def _rollout(row: RolloutRow) -> Rollout:
         created_at=row.created_at,
         updated_at=row.updated_at,
     )
-
-
-def _command(row: RolloutCommandRow) -> Command:
-    return Command(row.id, row.rollout_id, row.verb, row.actor, row.reason, row.created_at)
 
 
 def to_decision(row: Any) -> DecisionRecord:

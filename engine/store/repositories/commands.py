@@ -46,13 +46,15 @@ def ask(
             return _command(made)
     if rollout.state in TERMINAL_STATES:
         raise SlipstreamError(f"Rollout {rollout_id} is {rollout.state}: it is over, and {verb} has nothing to act on.")
+    if rollout.state is RolloutState.DRAFT:  # somebody may start it at this moment
+        rollout = rollouts.get(session, rollout_id, for_update=True) or rollout
     if rollout.state is RolloutState.DRAFT:
         if verb != "abort":
             raise SlipstreamError(
                 f"Rollout {rollout_id} is a draft, {verb} has nothing to act on. Begin it first: "
                 f"slipstream rollout start --draft {rollout_id}"
             )
-        rollouts.cancel_draft(session, rollout_id, f"cancelled by {actor}: {reason}")
+        rollouts.cancel_draft(session, rollout, f"cancelled by {actor}: {reason}")
     asked = {"rollout_id": rollout_id, "verb": verb, "actor": actor, "reason": reason}
     fill = insert(RolloutCommandRow).values(**asked, idempotency_key=idempotency_key)
     statement = fill.on_conflict_do_nothing(index_elements=["idempotency_key"])

@@ -149,8 +149,9 @@ def _alone(session: WriteSession) -> None:
         )
 
 
-def get(session: ReadSession | WriteSession, rollout_id: int) -> Rollout | None:
-    row = session.get(RolloutRow, rollout_id)
+def get(session: ReadSession | WriteSession, rollout_id: int, for_update: bool = False) -> Rollout | None:
+    """A rollout by its number; ``for_update``: as it stands now, and nobody else moves it in this transaction."""
+    row = session.get(RolloutRow, rollout_id, with_for_update=for_update or None, populate_existing=for_update)
     return _rollout(row) if row else None
 
 
@@ -177,17 +178,14 @@ def active(session: ReadSession | WriteSession) -> Rollout | None:
     return _rollout(row) if row else None
 
 
-def cancel_draft(session: WriteSession, rollout_id: int, reason: str) -> bool:
-    """End a rollout that never began, here and now: no controller looks at a draft. False if it is none any more."""
-    row = session.get(RolloutRow, rollout_id, with_for_update=True, populate_existing=True)
-    if row is None or row.state != RolloutState.DRAFT.value:
-        return False
+def cancel_draft(session: WriteSession, draft: Rollout, reason: str) -> None:
+    """End a rollout that never began, here and now: no controller looks at a draft. The caller has it locked."""
     now, ended = server_clock(session), RolloutState.CANCELLED
-    moved = moved_by_hand(rollout_id, RolloutState.DRAFT, ended, reason, now, canary=row.canary, champion=row.champion)
-    row.status = row.status | {"state": ended.value, "since": now.isoformat(), "reason": reason}
-    row.state, row.updated_at = ended.value, now
-    _write_down(session, moved)
-    return True
+    status = draft.status | {"state": ended.value, "since": now.isoformat(), "reason": reason}
+    moved = moved_by_hand(
+        draft.id, RolloutState.DRAFT, ended, reason, now, canary=draft.canary, champion=draft.champion
+    )
+    apply(session, draft.id, expected=RolloutState.DRAFT, state=ended, status=status, decision=moved, now=now)
 
 
 def decisions(

@@ -43,9 +43,7 @@ def browser(system: Rig, say: Say) -> Iterator[Operator]:
     with chromium("Clicks") as started:
         say("starting the dashboard")
         address = start_dashboard(system)
-        page = started.new_page(viewport=VIEWPORT)
-        page.set_default_timeout(PATIENCE_MS)
-        yield Operator(page, f"{address}/rollouts")
+        yield Operator(fresh_page(started), f"{address}/rollouts")
 
 
 @contextmanager
@@ -70,6 +68,13 @@ def chromium(what: str) -> Iterator[Any]:
             ) from late
         finally:
             launched.close()
+
+
+def fresh_page(browser: Any) -> Any:
+    """A page in a browser that has seen nothing yet; close it by its context."""
+    context = browser.new_context(viewport=VIEWPORT)
+    context.set_default_timeout(PATIENCE_MS)
+    return context.new_page()
 
 
 def start_dashboard(system: Rig) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import psutil
 
-from engine.bench.browser import PATIENCE_MS, VIEWPORT
+from engine.bench.browser import PATIENCE_MS, fresh_page
 from engine.bench.report import Figure, quantile_figure
 from engine.contracts import SlipstreamError
 from engine.ops.supervisor import Say
@@ -121,9 +121,7 @@ def _reruns(tab: Tab, step_s: float | None, server: psutil.Process, reruns: int)
 
 def _open(browser: Any, url: str, panel: str) -> Tab:
     """A page in a browser that has seen nothing yet, as soon as its main panel is drawn."""
-    context = browser.new_context(viewport=VIEWPORT)
-    context.set_default_timeout(PATIENCE_MS)
-    page, sent = context.new_page(), list[bytes | str]()
+    page, sent = fresh_page(browser), list[bytes | str]()
     page.on("websocket", lambda socket: socket.on("framesent", lambda payload: sent.append(payload)))
     began = time.perf_counter()
     page.goto(url, wait_until="commit")

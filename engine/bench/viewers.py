@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from engine.bench.browser import PATIENCE_MS, VIEWPORT
+from engine.bench.browser import fresh_page
 from engine.bench.pages import RESTS
 from engine.bench.rig import wait_until
 from engine.contracts import SlipstreamError
@@ -42,9 +42,7 @@ def record(browser: Any, address: str, path: str, refresh_s: float) -> Recording
     The interval begins when the page is drawn, so what is sent before it is over opens the page, and what is sent in
     the interval after that is one refresh of each live part.
     """
-    context = browser.new_context(viewport=VIEWPORT)
-    context.set_default_timeout(PATIENCE_MS)
-    page, sent, came = context.new_page(), list[tuple[float, bytes]](), list[tuple[float, int]]()
+    page, sent, came = fresh_page(browser), list[tuple[float, bytes]](), list[tuple[float, int]]()
 
     def listen(socket: Any) -> None:
         socket.on("framesent", lambda payload: sent.append((time.monotonic(), payload)))
@@ -57,7 +55,7 @@ def record(browser: Any, address: str, path: str, refresh_s: float) -> Recording
     drawn = time.monotonic()
     page.wait_for_timeout(1e3 * 1.5 * refresh_s)
     page.locator(RESTS).wait_for()
-    context.close()
+    page.context.close()
     border = drawn + 0.6 * refresh_s
     opening, refresh = (tuple(bytes(p) for at, p in sent if (at < border) is early) for early in (True, False))
     answer = sum(size for at, size in came if at >= border)

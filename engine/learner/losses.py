@@ -12,8 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from engine.model.draft_unroll import launches_cost
+
 CHUNK = 256
-CHUNK_ON_CUDA = 4096
+WIDE_CHUNK = 4096
+"""Where launches cost more than memory."""
 RowLoss = Callable[[Tensor, Tensor], Tensor]
 """(logits [R, vocab], p [R, vocab], the target's probabilities of these tokens: they sum to at most 1) → [R]."""
 
@@ -86,7 +89,7 @@ class _HeadLoss(torch.autograd.Function):
         loss: RowLoss,
     ) -> tuple[Tensor, Tensor]:
         losses, gradients, rights = [], [], []
-        chunk = CHUNK_ON_CUDA if hidden.is_cuda else CHUNK
+        chunk = WIDE_CHUNK if launches_cost(hidden.device) else CHUNK
         for first in range(0, hidden.shape[0], chunk):
             rows = slice(first, first + chunk)
             logits = (hidden[rows] @ head.t()).requires_grad_()

@@ -18,12 +18,13 @@ from engine.rollout.launch import launch, release
 from engine.rollout.loading import Untrusted, gather, load
 from engine.rollout.records import Action
 from engine.rollout.replay import replay
-from engine.store.database import Database
+from engine.store.database import Database, WriteSession
 from engine.store.models import RolloutCommandRow, RolloutRow
 from engine.store.repositories import commands, learning, plans, rollouts
 from engine.store.repositories.learning import Attempt
 from engine.store.repositories.leases import LeaseLost
 from engine.store.repositories.plans import StalePlan
+from engine.store.repositories.rollouts import Rollout
 from tests.rollout import database_world as world
 
 NONE, CHAMPION, TRIED = 1, 2, 3
@@ -270,6 +271,24 @@ def test_a_draft_can_be_cancelled_and_nothing_else(ready: Database, now: datetim
     assert found is not None
     assert (found.state, found.status["reason"]) == (RolloutState.CANCELLED, "cancelled by ann: wrong version")
     assert told(ready, dropped.id) == ["DRAFT → CANCELLED, cancelled by ann: wrong version"]
+
+
+def test_a_draft_that_begins_while_somebody_asks_hears_it(
+    db: Database, now: datetime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was a draft at the first look and is none at the second."""
+    world.versions(db, 3)
+    world.first_plan(db, CHAMPION, NONE)
+    draft = launch(db, canary=TRIED, actor="ann", preset="fast", draft=True, now=now)
+    release(db, draft.id, "ann", now=now)
+    get = rollouts.get
+
+    def late(session: WriteSession, rollout_id: int, for_update: bool = False) -> Rollout | None:
+        return get(session, rollout_id, for_update) if for_update else draft
+
+    monkeypatch.setattr(rollouts, "get", late)
+    with db.write() as session:
+        assert commands.ask(session, draft.id, "hold", "bob", "lunch").verb == "hold"
 
 
 def test_what_was_asked_of_a_draft_does_not_strike_when_it_begins(db: Database, now: datetime) -> None:

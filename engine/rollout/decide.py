@@ -16,11 +16,11 @@ from dataclasses import replace
 from datetime import datetime, timedelta
 
 from engine.contracts import CANARY, TERMINAL_STATES, RolloutState, Verdict
-from engine.rollout import shadow
+from engine.rollout import ready, shadow
 from engine.rollout.evaluate import evaluate
 from engine.rollout.guards import MAX_RESTARTS, RolloutSpec
 from engine.rollout.records import Action, Decision, Evidence, GuardResult, Ledger, RolloutStatus, consuming
-from engine.rollout.verdict import judge
+from engine.rollout.verdict import blindness, judge
 from engine.store.repositories.commands import Command
 from engine.store.segments import Segment
 
@@ -39,9 +39,10 @@ def decide(
     if status.in_shadow:
         return shadow.decide(spec, status, evidence, command, now)
     if not status.serves:
-        return _before_traffic(spec, status, evidence, command, now)
+        return ready.decide(spec, status, evidence, command, now)
 
-    status = _noting_blindness(_noting_restarts(status, evidence), evidence, now)
+    status, blind = _noting_restarts(status, evidence), blindness(spec, status, evidence, now)
+    status = _noting_blindness(status, blind, now)
     guards = evaluate(spec, evidence.segments, status.restarts, now, watching=status.watch is not None)
     verdict, why = judge(spec, status, evidence, guards, now)
     if status.state in PROMOTED_STATES and verdict is not Verdict.FAIL:
@@ -55,8 +56,8 @@ def decide(
     if command is not None and command.verb == "abort":
         aborted = tick.roll_back(f"aborted by {command.actor}: {command.reason}")
         return consuming(aborted, command)
-    if (blind := tick.blind()) is not None:
-        return blind
+    if blind is not None and (unguarded := tick.unguarded(blind)) is not None:
+        return unguarded
     if status.state in PROMOTED_STATES:
         return consuming(tick.after_promotion(command), command)
     if now - status.stages[0].began > timedelta(seconds=spec.deadline_s):
@@ -67,47 +68,6 @@ def decide(
     return tick.proceed()
 
 
-def _before_traffic(
-    spec: RolloutSpec, status: RolloutStatus, evidence: Evidence, command: Command | None, now: datetime
-) -> Decision:
-    """READY, and a hold before traffic: start when everything a rollback needs is in place."""
-
-    def stay(state: RolloutState, why: str, **changes: object) -> Decision:
-        moved = replace(status.moved(state, now), reason=why, **changes)  # type: ignore[arg-type]
-        decision = Decision(Verdict.INSUFFICIENT, Action.NONE, why, moved)
-        return consuming(decision, command)
-
-    if command is not None and command.verb == "abort":
-        return stay(RolloutState.CANCELLED, f"cancelled by {command.actor}: {command.reason}")
-    ledger = evidence.ledger
-    if ledger is not None and ledger.champion != status.champion:
-        return stay(
-            RolloutState.CANCELLED,
-            f"v{ledger.champion} is champion now, the rollout was made against v{status.champion}",
-        )
-    if now - (status.asked_at or status.since) > timedelta(seconds=spec.deadline_s):
-        return stay(
-            RolloutState.INCONCLUSIVE,
-            f"did not start within {spec.deadline_s:g} s ({status.reason}): nobody was served",
-        )
-    if command is not None and command.verb == "hold":
-        return stay(RolloutState.HELD, f"held by {command.actor}: {command.reason}", held_by="operator")
-    if command is not None and command.verb == "promote":
-        return stay(status.state, f"promotion refused ({command.actor}): the canary has served no request yet")
-    if status.state is RolloutState.HELD:
-        if command is None:
-            return stay(status.state, status.reason)
-        return stay(RolloutState.READY, f"released by {command.actor}: {command.reason}", held_by="")
-    if (missing := _missing(status, evidence)) is not None:
-        return stay(RolloutState.READY, missing)
-    if spec.shadow is not None:
-        return shadow.begin(spec.shadow, status, command, now)
-    weight = spec.steps[0]
-    why = f"canary v{status.canary} to {weight:.0%}, an equal control beside it"
-    started = replace(status.moved(RolloutState.RAMPING, now), reason=why, verdict=Verdict.INSUFFICIENT)
-    return consuming(Decision(Verdict.INSUFFICIENT, Action.SET_WEIGHT, why, started, weight=weight), command)
-
-
 def _noting_restarts(status: RolloutStatus, evidence: Evidence) -> RolloutStatus:
     """Which replicas have come back after a crash since the canary serves."""
     began = status.stages[0].began
@@ -116,27 +76,9 @@ def _noting_restarts(status: RolloutStatus, evidence: Evidence) -> RolloutStatus
     return replace(status, restarts=tuple(restarts[-MAX_RESTARTS:]))
 
 
-def _noting_blindness(status: RolloutStatus, evidence: Evidence, now: datetime) -> RolloutStatus:
-    """Since when the traffic could not be measured, without a gap."""
-    return replace(status, blind_since=(status.blind_since or now) if evidence.fault is not None else None)
-
-
-def _missing(status: RolloutStatus, evidence: Evidence) -> str | None:
-    """The first precondition of traffic that does not hold: a rollback must never have to load anything."""
-    ledger = evidence.ledger
-    if ledger is None:
-        return "there is no serving plan yet"
-    if ledger.canary is not None:
-        return f"the ledger carries another canary, v{ledger.canary}"
-    if not evidence.canary_known:
-        return f"there is no policy version {status.canary} that may be served"
-    if not evidence.alive:
-        return "no replica is alive"
-    for replica in evidence.alive:
-        for role, version in (("champion", status.champion), ("fallback", ledger.fallback)):
-            if version not in replica.resident:
-                return f"{replica.replica_id} does not hold the {role}, v{version}: nothing to roll back to"
-    return None
+def _noting_blindness(status: RolloutStatus, blind: str | None, now: datetime) -> RolloutStatus:
+    """Since when nobody has seen what the canary does, without a gap."""
+    return replace(status, blind_since=(status.blind_since or now) if blind is not None else None)
 
 
 def _rolling_back(spec: RolloutSpec, status: RolloutStatus, evidence: Evidence, now: datetime) -> Decision:
@@ -198,13 +140,13 @@ class _Tick:
         decision = self._to(RolloutState.ROLLING_BACK, why, Action.ROLL_BACK)
         return replace(decision, status=replace(decision.status, ends_as=ends_as))
 
-    def blind(self) -> Decision | None:
-        """Nobody has been able to measure the traffic for too long: the canary serves unguarded, so it goes back."""
+    def unguarded(self, blind: str) -> Decision | None:
+        """Nobody has seen what the canary does for too long: it serves unguarded, so it goes back."""
         since = self.status.blind_since
         if since is None or self.now - since <= timedelta(seconds=self.spec.blind_s):
             return None
         self.verdict = Verdict.ERROR
-        why = f"unguarded for more than {self.spec.blind_s:g} s ({self.evidence.fault}): back to the champion"
+        why = f"unguarded for more than {self.spec.blind_s:g} s ({blind}): back to the champion"
         return self.roll_back(why, RolloutState.INCONCLUSIVE)
 
     def after_promotion(self, command: Command | None) -> Decision:
@@ -231,7 +173,7 @@ class _Tick:
             return self._to(RolloutState.PROMOTED, f"v{self.status.canary} is champion on every replica")
         if self.status.state is RolloutState.PROMOTED:
             return self._to(RolloutState.WATCHING, f"watching for {self.spec.watch_s:g} s")
-        if self._for(self.spec.watch_s) and self.evidence.fault is None:
+        if self._for(self.spec.watch_s) and self.status.blind_since is None:
             action = Action.SETTLE if self.status.watch is not None else Action.NONE
             seen = self._all_of(CANARY)
             unwatched = "" if seen is not None and seen.requests else ", unwatched: nothing was served beside a control"

@@ -242,11 +242,11 @@ class RolloutSpec:
     """Durations are seconds, ``steps`` canary weights in (0, 0.5], ascending; the control always weighs the same.
 
     ``min_requests`` is per arm and step. ``alpha`` is the probability of rolling back an identical canary, split
-    evenly over the statistical guards. ``deadline_s`` counts from the first canary traffic, and
-    before it from the start that was asked for. ``blind_s`` is how long a
-    canary may serve while its traffic cannot be measured, ``promote_s`` how long a promotion may wait for replicas to
-    follow; beyond either the champion is back and nobody is blamed. While a new champion is watched, the one before
-    keeps the share ``holdback`` as its control, and ``watch_share`` of ``alpha`` is kept for that time.
+    evenly over the statistical guards. ``deadline_s`` counts from the first canary traffic, and before it from the
+    start that was asked for. ``blind_s`` is how long a canary may serve while its traffic cannot be measured or its
+    traces do not come, ``promote_s`` how long a promotion may wait for replicas to follow; beyond either the champion
+    is back and nobody is blamed. While a new champion is watched, the one before keeps the share ``holdback`` as its
+    control, and ``watch_share`` of ``alpha`` is kept for that time.
     ``traffic_classes``, ``tenants`` and ``slices`` (the header X-Slice) say whose requests may be tried at all; None is
     everybody's.
     ``shadow`` comes before the first step, and has ``deadline_s`` of its own and ``shadow_share`` of ``alpha``.

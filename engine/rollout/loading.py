@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import replace
 from datetime import datetime, timedelta
 from typing import Any
 
 from sqlalchemy.exc import SQLAlchemyError
 
-from engine.contracts import SHADOW, ServingPlan, SlipstreamError
+from engine.contracts import CANARY, SHADOW, ServingPlan, SlipstreamError
 from engine.rollout import specs
 from engine.rollout.decide import PROMOTED_STATES
 from engine.rollout.guards import RolloutSpec, SpecError
@@ -96,6 +97,7 @@ def gather(
                 alive=now - r.heartbeat_at <= replicas.ALIVE,
                 started_at=r.started_at,
                 after_crash=bool(r.stats.get("after_crash")),
+                canary_at=_given(r.stats.get("canary_given"), status),
             )
             for r in replicas.may_serve(session, now)
         ),
@@ -115,7 +117,14 @@ def unmeasured(status: RolloutStatus, evidence: Evidence, error: Exception) -> E
     said = str(error).strip().splitlines() or [""]
     fault = f"the traffic could not be measured: {type(error).__name__}: {said[0]}"
     log.error("rollout %d: %s", status.rollout_id, fault, exc_info=not isinstance(error, SQLAlchemyError))
-    return replace(evidence, segments=(), newest_trace=None, observed=None, fault=fault)
+    return replace(evidence, segments=(), newest_trace=None, newest_canary=None, observed=None, fault=fault)
+
+
+def _given(said: Mapping[str, Any] | None, status: RolloutStatus) -> datetime | None:
+    """When a replica gave the canary of the present stage a request; one of an earlier plan has its trace there."""
+    if said is None or not status.serves or said["generation"] < status.present.generation:
+        return None
+    return datetime.fromisoformat(said["at"])
 
 
 def _windows(spec: RolloutSpec, status: RolloutStatus) -> tuple[Window, ...]:
@@ -136,9 +145,11 @@ def _measured(session: ReadSession | WriteSession, spec: RolloutSpec, status: Ro
     if not (windows := _windows(spec, status)):
         return {}
     with evidence_store.within(session, MEASURE_S):
+        newest = evidence_store.newest(session, windows[-1])
         return {
             "segments": tuple(evidence_store.segments(session, windows, spec.metrics(), _promoted(status))),
-            "newest_trace": evidence_store.newest(session, windows[-1]),
+            "newest_trace": max((at for at in newest.values() if at is not None), default=None),
+            "newest_canary": newest[CANARY],
             "observed": None if status.watch is not None else _observed(session, spec, windows[-1]),
         }
 

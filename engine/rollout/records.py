@@ -48,10 +48,10 @@ class RolloutStatus:
     ``generation`` is the last plan this rollout made, ``since`` when the present state began. ``held_by`` is operator
     (until resumed) or evidence (until the evidence is fit again), ``resumes_to`` the state before the hold, ``ends_as``
     what it will be called once its traffic is seen to be back (DONE: proved on its slice). ``restarts`` holds when a
-    replica started after a crash meanwhile; ``blind_since`` is the first tick of those in a row that could not measure
-    the traffic; ``shadow`` is the plan in which the canary drafted and served nobody, ``watch`` the stage after the
-    promotion, in which the champion before is the control. ``asked_at`` is when somebody asked for its start: a hold
-    before traffic does not begin its patience anew.
+    replica started after a crash meanwhile; ``blind_since`` is the first tick of those in a row in which nobody saw
+    what the canary does; ``shadow`` is the plan in which the canary drafted and served nobody, ``watch`` the stage
+    after the promotion, in which the champion before is the control. ``asked_at`` is when somebody asked for its start:
+    a hold before traffic does not begin its patience anew.
     """
 
     rollout_id: int
@@ -76,6 +76,11 @@ class RolloutStatus:
     @property
     def stage(self) -> Stage:
         return self.stages[-1]
+
+    @property
+    def present(self) -> Stage:
+        """The stage that serves now: the last weight, or what came after the promotion."""
+        return self.watch or self.stage
 
     @property
     def serves(self) -> bool:
@@ -109,7 +114,7 @@ class Replica:
     """A replica that may serve a canary: alive, or silent for less than its lease.
 
     ``load_error`` is what of the newest plan it could not load, ``after_crash`` whether the one of its name before it
-    ended without saying so.
+    ended without saying so. ``canary_at`` is when it gave the canary of the present stage a request for the last time.
     """
 
     replica_id: str
@@ -119,12 +124,15 @@ class Replica:
     alive: bool = True
     started_at: datetime | None = None
     after_crash: bool = False
+    canary_at: datetime | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
     """Everything a tick saw. ``observed`` is the canary's share of the eligible requests of this stage.
 
+    ``newest_trace`` is when the last trace of either compared arm in this stage was written, ``newest_canary`` the same
+    of the canary alone.
     ``fault`` is why the traffic could not be measured; commands and the deadline count all the same.
     """
 
@@ -135,6 +143,7 @@ class Evidence:
     observed: float | None = None
     canary_known: bool = True
     fault: str | None = None
+    newest_canary: datetime | None = None
 
     @property
     def alive(self) -> tuple[Replica, ...]:
@@ -262,14 +271,15 @@ def evidence_from_json(tree: Mapping[str, Any]) -> tuple[Evidence, tuple[Command
         observed=inputs["observed"],
         canary_known=inputs["canary_known"],
         fault=inputs.get("fault"),
+        newest_canary=_instant(inputs.get("newest_canary")),
     )
     commands = tuple(Command(**{**c, "created_at": datetime.fromisoformat(c["created_at"])}) for c in tree["commands"])
     return evidence, commands
 
 
 def _replica(tree: Mapping[str, Any]) -> Replica:
-    started = _instant(tree.get("started_at"))
-    return Replica(**{**tree, "resident": tuple(tree["resident"]), "started_at": started})
+    instants = {name: _instant(tree.get(name)) for name in ("started_at", "canary_at")}
+    return Replica(**{**tree, "resident": tuple(tree["resident"]), **instants})
 
 
 def _stage(tree: Mapping[str, Any]) -> Stage:

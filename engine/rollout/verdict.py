@@ -14,6 +14,21 @@ LEANS = log(10.0)
 """No promotion while some guard has evidence of 10 against the canary in some class: the blend may hide a small one."""
 
 
+def blindness(spec: RolloutSpec, status: RolloutStatus, evidence: Evidence, now: datetime) -> str | None:
+    """Why nobody sees what the canary does; None where it is seen, or is given nothing: no traffic is no blindness.
+
+    Traces that do not come are as bad as counts that cannot be read: replicas say when they gave the canary a request,
+    and each one leaves a trace, however it ends.
+    """
+    if evidence.fault is not None:
+        return evidence.fault
+    given = max((r.canary_at for r in evidence.replicas if r.canary_at is not None), default=None)
+    heard = max(evidence.newest_canary or status.present.began, status.present.began)
+    if given is None or given <= heard or now - heard <= timedelta(seconds=spec.stale_s):
+        return None
+    return f"the canary is given requests, and none of its traces has come since {heard:%H:%M:%S} UTC"
+
+
 def judge(
     spec: RolloutSpec,
     status: RolloutStatus,
@@ -29,8 +44,8 @@ def judge(
     by_verdict = {v: [g for g in guards if g.verdict is v] for v in Verdict}
     if failed := by_verdict[Verdict.FAIL]:
         return Verdict.FAIL, "; ".join(f"{g.guard}: {g.reason}" for g in failed)
-    if evidence.fault is not None:
-        return Verdict.ERROR, evidence.fault
+    if (blind := blindness(spec, status, evidence, now)) is not None:
+        return Verdict.ERROR, blind
     stage = status.stage
     for replica in evidence.alive:
         if replica.load_error:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
-from engine.contracts import CHAMPION, Assignment, PolicyVersion, ProposerKind, ServingPlan, SlipstreamError
+from engine.contracts import CANARY, CHAMPION, Assignment, PolicyVersion, ProposerKind, ServingPlan, SlipstreamError
 from engine.model.loading import Target
 from engine.registry.artifacts import ArtifactStore
 from engine.routing import assign, without
@@ -77,6 +77,7 @@ class Residency:
         self._failed: dict[int, tuple[str, float]] = {}  # version → why, when it is tried again
         self._wanted: tuple[int, float] = (0, 0.0)  # the newest generation asked for, when it was first
         self._news: Applied | None = None  # what follow has yet to say
+        self._tried: tuple[int, float] | None = None
         self.is_reading = False  # whether the newest plan waits for a policy that is being read
 
     def start(self) -> None:
@@ -123,6 +124,11 @@ class Residency:
     def lease_expired(self) -> bool:
         return self._clock() - self._heard_at > self.lease_s
 
+    @property
+    def tried(self) -> tuple[int, float] | None:
+        """The last request that was given to a canary: under which generation, and when (monotonic seconds)."""
+        return self._tried
+
     def assign(
         self, key: str, traffic_class: str, tenant: str | None = None, slice_name: str | None = None
     ) -> Assignment:
@@ -130,7 +136,10 @@ class Residency:
         plan = self._served
         if plan is None:
             return Assignment(CHAMPION, PLAIN, 0)
-        return assign(plan, key, traffic_class, self.lease_expired, tenant, slice_name)
+        made = assign(plan, key, traffic_class, self.lease_expired, tenant, slice_name)
+        if made.arm == CANARY:
+            self._tried = (made.generation, self._clock())
+        return made
 
     def follow(self, plan: ServingPlan, lookup: Lookup) -> Applied | None:
         """Come closer to ``plan``; never waits for files. To be called again until it is in force.

@@ -188,12 +188,19 @@ class PlanSubscriber:
                 heartbeat_at=now,
                 observed_generation=plan.generation if plan is not None else None,
                 resident=self._residency.resident,
-                stats=stats | {"after_crash": self._after_crash},
+                stats=stats | {"after_crash": self._after_crash, "canary_given": self._given(now, ticks)},
                 lease_s=self._residency.lease_s,
             )
             replicas.beat(session, state)
         self._unsaid.clear()
         self._beat_at = self._clock()
+
+    def _given(self, now: datetime, ticks: float) -> dict[str, Any] | None:
+        """When a canary was given its last request, by the database's clock: its traces must be seen to follow."""
+        if (tried := self._residency.tried) is None:
+            return None
+        generation, at = tried
+        return {"generation": generation, "at": (now - timedelta(seconds=ticks - at)).isoformat()}
 
     def _say(self, error: str | None) -> None:
         if error is not None and self.error != error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ from engine.rollout import specs
 from engine.rollout.decide import decide
 from engine.rollout.evaluate import evaluate
 from engine.rollout.guards import RolloutSpec, Shadow
-from engine.rollout.records import Action, Decision, Evidence, RolloutStatus
+from engine.rollout.records import GIVEN_BACK, Action, Decision, Evidence, Replica, RolloutStatus
 from tests.rollout import world as world_module
 from tests.rollout.world import CANARY_VERSION, CHAMPION, START, World, classes, segment
 
@@ -44,6 +44,7 @@ class Machine(RuleBasedStateMachine):
         kinds = {"shadow": {"shadow": Shadow(60)}, "slice": {"traffic_classes": ("chat",)}}
         spec = specs.preset(preset) if preset not in kinds else replace(specs.preset("fast"), **kinds[preset])
         self.world, self.quality, self.requests = World(spec), quality, 0
+        self.unseen_since: datetime | None = None
         self.world.replicas = self.world.replicas if there else ()
         self.rng = np.random.default_rng(0)
         if thinks_again == 0:
@@ -53,11 +54,23 @@ class Machine(RuleBasedStateMachine):
     @rule(seconds=st.sampled_from([1, 5, 30, 200]), again=st.integers(0, 3))
     def tick(self, seconds: float, again: int = 0) -> None:
         for _ in range(1 + again):
-            before, ledger = self.world.status, self.world.ledger
+            before, ledger, replicas = self.world.status, self.world.ledger, self.world.replicas
             answered = [c.id for c in self.world.pending()]
             decision = self.world.tick(seconds)
             ticks[decision.to_state] += 1
             check(self.world, before, decision, ledger.generation, answered)
+            self.unguarded(before, decision, replicas)
+
+    def unguarded(self, before: RolloutStatus, decision: Decision, replicas: tuple[Replica, ...]) -> None:
+        """A canary that is given requests and not seen must not serve for longer than that may last."""
+        world, given = self.world, [r.canary_at for r in replicas if r.canary_at is not None]
+        in_traffic = before.serves and before.state not in TERMINAL_STATES | {RolloutState.ROLLING_BACK}
+        if not in_traffic or not given or max(given) <= (heard := max(before.present.began, world.heard)):
+            self.unseen_since = None
+        elif world.now - heard > timedelta(seconds=world.spec.stale_s):
+            self.unseen_since = self.unseen_since or world.now
+            if world.now - self.unseen_since > timedelta(seconds=world.spec.blind_s):
+                assert decision.to_state in GIVEN_BACK
 
     @rule(verb=st.sampled_from(["hold", "resume", "resume", "promote", "promote"]))
     def somebody_asks(self, verb: str) -> None:
@@ -104,6 +117,14 @@ class Machine(RuleBasedStateMachine):
         self.world.replicas = World().replicas
         self.world.observe()
         self.tick(5)
+
+    @rule(sure=st.integers(0, 3), more=st.integers(1, 4), silent=st.booleans())
+    def the_canary_is_not_seen(self, sure: int, more: int, silent: bool) -> None:
+        """It is given requests whose traces do not come; those of its control do, or nobody's."""
+        for _ in range(0 if sure else more):
+            self.world.given()
+            self.world.newest_trace = self.world.newest_trace if silent else self.world.now
+            self.tick(30)
 
     @rule(sure=st.integers(0, 4))
     def a_replica_starts_again(self, sure: int) -> None:
@@ -263,6 +284,9 @@ FAULTS = {
     ),
     "skips a step": deciding(skips_a_step),
     "looks away while held": deciding(looks_away_while_held),
+    "takes lost traces for no traffic": lambda patch: patch.setattr(
+        decide_module, "blindness", lambda spec, status, evidence, now: evidence.fault
+    ),
     "lets go of what a person holds": deciding(lets_go_of_what_a_person_holds),
 }
 

@@ -43,13 +43,63 @@ def test_a_canary_that_nobody_can_measure_goes_back_and_is_not_blamed(reach: Cal
     reach(world)
     world.fault = "the traffic could not be measured: canceling statement"
     began = world.now
+    goes_back(world, began, world.spec.blind_s)
+
+
+@pytest.mark.parametrize("silent", [True, False], ids=["neither arm is seen", "its control is seen"])
+@pytest.mark.parametrize("reach", [lambda world: None, held, watched], ids=["ramping", "held", "watching"])
+def test_a_canary_that_serves_and_is_not_seen_any_more_goes_back(reach: Callable[[World], None], silent: bool) -> None:
+    """Its traces do not come: lost on their way, or of requests that never end."""
+    world = ramping(replace(specs.preset("fast"), watch_s=10_000.0))
+    reach(world)
+    world.both(10, canary=2.3)
+    world.tick(0)
+    goes_back(world, world.now, world.spec.stale_s + world.spec.blind_s, each=lambda: unseen(world, silent))
+
+
+def unseen(world: World, silent: bool) -> None:
+    world.given()
+    world.newest_trace = world.newest_trace if silent else world.now
+
+
+def goes_back(world: World, began: datetime, after_s: float, each: Callable[[], None] = lambda: None) -> None:
     while world.status.state not in (RolloutState.ROLLING_BACK, RolloutState.INCONCLUSIVE):
-        assert world.tick(5).verdict is not Verdict.FAIL
-        assert world.now - began <= timedelta(seconds=world.spec.blind_s + 10)
-    assert world.now - began > timedelta(seconds=world.spec.blind_s)
+        each()
+        decision = world.tick(5)
+        assert decision.verdict is not Verdict.FAIL
+        assert decision.action in (Action.NONE, Action.ROLL_BACK)
+        assert world.now - began <= timedelta(seconds=after_s + 15)
+    assert world.now - began > timedelta(seconds=after_s)
     assert "unguarded for more than 60 s" in world.status.reason
     assert world.ledger.champion == CHAMPION
     assert world.tick().to_state is RolloutState.INCONCLUSIVE
+
+
+def test_a_canary_that_is_given_nothing_is_waited_for_until_its_deadline() -> None:
+    """No traffic is no blindness, not even after a request whose trace has come."""
+    world = ramping()
+    world.given()
+    world.tick(5)
+    world.both(3, canary=2.3)
+    began = world.status.stages[0].began
+    while world.status.state is not RolloutState.ROLLING_BACK:
+        world.tick(20)
+        assert world.status.blind_since is None
+    assert world.now - began > timedelta(seconds=world.spec.deadline_s)
+    assert "no verdict within 900 s" in world.status.reason
+    assert world.status.ends_as is RolloutState.INCONCLUSIVE
+
+
+def test_a_request_that_comes_after_a_long_silence_is_waited_for() -> None:
+    world = ramping()
+    world.both(5)
+    for _ in range(6):
+        world.tick(world.spec.stale_s + 1)
+        world.given()
+        assert world.tick(world.spec.blind_s / 2).status.blind_since is not None
+        world.both(6)
+        assert world.tick(1).status.blind_since is None
+    assert world.status.state is RolloutState.RAMPING
 
 
 def test_one_look_that_succeeds_begins_the_patience_anew() -> None:
@@ -72,6 +122,14 @@ def test_forgetting_since_when_nobody_could_measure_is_caught(monkeypatch: pytes
     monkeypatch.setattr(decide_module, "_noting_blindness", forgetful)
     with pytest.raises(AssertionError):
         test_a_canary_that_nobody_can_measure_goes_back_and_is_not_blamed(lambda world: None)
+
+
+def test_taking_lost_traces_for_no_traffic_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The planted fault: only what cannot be measured counts as blindness, and what is not seen is waited for."""
+    monkeypatch.setattr(decide_module, "blindness", lambda spec, status, evidence, now: evidence.fault)
+    for silent in (True, False):
+        with pytest.raises(AssertionError):
+            test_a_canary_that_serves_and_is_not_seen_any_more_goes_back(lambda world: None, silent)
 
 
 def test_a_new_champion_is_not_called_safe_while_nobody_can_measure_it() -> None:
@@ -157,6 +215,26 @@ def test_whatever_breaks_in_measuring_reaches_the_decision(
     assert (found.state, plan.champion, plan.arms) == (RolloutState.INCONCLUSIVE, CHAMPION, ())
     assert "ZeroDivisionError" in found.status["reason"]
     assert Verdict.FAIL not in {d.verdict for d in decisions}
+    assert replay(found, decisions).agrees
+
+
+@pytest.mark.parametrize("generation", [1, 2])
+def test_what_replicas_say_they_gave_the_canary_is_believed_under_its_own_plan(
+    going: tuple[Database, Controller, datetime], generation: int
+) -> None:
+    """No trace is written. What was given under the plan before left its traces there, and is not looked for here."""
+    db, acting, now = going
+    for _ in range(30):
+        now += timedelta(seconds=5)
+        given = {"generation": generation, "at": now.isoformat()}
+        database_world.beat(db, now, (NONE, CHAMPION, TRIED), canary_given=given)
+        acting.tick(now)
+    with db.read() as session:
+        found = rollouts.list_rollouts(session)[0]
+        decisions = rollouts.decisions(session, found.id)
+    unseen = generation == 2
+    assert found.state is (RolloutState.INCONCLUSIVE if unseen else RolloutState.HELD)
+    assert ("none of its traces has come" in found.status["reason"]) is unseen
     assert replay(found, decisions).agrees
 
 

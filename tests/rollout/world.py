@@ -68,6 +68,7 @@ class World:
     replicas: tuple[Replica, ...] = (Replica("replica-0", 10, (FALLBACK, CHAMPION)),)
     segments: tuple[Segment, ...] = ()
     newest_trace: datetime | None = None
+    newest_canary: datetime | None = None
     fault: str | None = None
     commands: list[Command] = field(default_factory=list)
     decisions: list[Decision] = field(default_factory=list)
@@ -87,7 +88,13 @@ class World:
         return decision
 
     def evidence(self) -> Evidence:
-        return Evidence(self.ledger, self.replicas, self.segments, self.newest_trace, fault=self.fault)
+        found = Evidence(self.ledger, self.replicas, self.segments, self.newest_trace, fault=self.fault)
+        return replace(found, newest_canary=self.newest_canary)
+
+    @property
+    def heard(self) -> datetime:
+        """When the canary was seen last."""
+        return self.newest_canary or START
 
     def pending(self) -> list[Command]:
         return [command for command in self.commands if command.id > self.status.last_command]
@@ -96,7 +103,11 @@ class World:
         self.commands.append(Command(len(self.commands) + 1, 7, verb, "ann", reason, self.now))
 
     def traffic(self, *segments: Segment) -> None:
-        self.segments, self.newest_trace = segments, self.now
+        self.segments, self.newest_trace, self.newest_canary = segments, self.now, self.now
+
+    def given(self) -> None:
+        """Every replica gives the canary a request of which no trace has come yet."""
+        self.replicas = tuple(replace(r, canary_at=self.now) for r in self.replicas)
 
     def both(self, requests: int, canary: float = 2.0, control: float = 2.0, **extra: int) -> None:
         """All traffic in one class, ``requests`` per arm in this stage."""

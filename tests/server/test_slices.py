@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Mapping
+from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from engine.contracts import CANARY, CHAMPION, CONTROL, Arm
 from engine.ops import postgres
-from engine.store.repositories import plans
+from engine.store.repositories import plans, replicas
 from tests.server.conftest import Served, Start
 from tests.server.driving import memory_version
 from tests.waiting import until
@@ -82,6 +84,25 @@ def test_only_the_slice_is_tried(
     tried = arms(served, inside)
     assert set(tried) == {CANARY, CONTROL}
     assert arms(served, inside) == tried
+
+
+def test_a_replica_says_when_it_gave_the_canary_a_request(served: Served) -> None:
+    sliced(served, 0.5)
+    with served.db.read() as session:
+        plan = plans.latest(session)
+    assert plan is not None
+    asked = served.db.now()
+    assert any(arm(served, key) == CANARY for key in range(KEYS))
+
+    def said() -> dict[str, Any] | None:
+        with served.db.read() as session:
+            return replicas.live(session)[0].stats["canary_given"]
+
+    until(lambda: said() is not None, "the heartbeat says so")
+    given = said()
+    assert given is not None
+    assert given["generation"] == plan.generation
+    assert asked <= datetime.fromisoformat(given["at"]) <= served.db.now()
 
 
 def test_cut_off_from_postgres_the_canary_goes_home_after_the_lease(start: Start, postgres_home: Path) -> None:

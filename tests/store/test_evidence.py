@@ -182,7 +182,8 @@ def test_warm_up_and_other_generations_do_not_count(served: Database) -> None:
         assert 0 < sum(s.requests for s in warm) < sum(s.requests for s in whole)
         assert counted(served, Window(2, NOW, BEGAN)) == []
         assert counted(served) == []
-        assert evidence.newest(session, Window(2, NOW, BEGAN)) is None
+        assert evidence.newest(session, Window(2, NOW, BEGAN)) == {"canary": None, "control": None}
+        assert None not in evidence.newest(session, Window(1, NOW, BEGAN)).values()
 
 
 @pytest.mark.parametrize("limit", [1, 7, 50])

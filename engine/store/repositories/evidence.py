@@ -15,7 +15,7 @@ from typing import Any
 
 from sqlalchemy import event, text
 
-from engine.contracts import CANARY, SlipstreamError
+from engine.contracts import CANARY, CONTROL, SlipstreamError
 from engine.store.database import ReadSession, WriteSession
 from engine.store.repositories import compared
 from engine.store.repositories.compared import Window
@@ -155,15 +155,15 @@ def past(
     return Past(requests, (rows[0].started_at - rows[-1].started_at).total_seconds() if rows else 0.0)
 
 
-def newest(session: ReadSession | WriteSession, window: Window) -> datetime | None:
-    """When the last trace of either compared arm in this stage was written, warm-up included."""
-    return session.scalar(
-        text(
-            "SELECT max(written_at) FROM traces WHERE generation = :generation AND arm IN ('canary', 'control') "
-            "AND started_at >= CAST(:began AS timestamptz) - interval '1 day'"  # by the replica's clock
-        ),
-        {"generation": window.generation, "began": window.began},
+def newest(session: ReadSession | WriteSession, window: Window) -> dict[str, datetime | None]:
+    """When the last trace of each compared arm in this stage was written, warm-up included."""
+    query = text(
+        "SELECT max(written_at) FROM traces WHERE generation = :generation AND arm = :arm "
+        "AND arm IN ('canary', 'control') "  # what the index is of
+        "AND started_at >= CAST(:began AS timestamptz) - interval '1 day'"  # by the replica's clock
     )
+    asked = {"generation": window.generation, "began": window.began}
+    return {arm: session.scalar(query, asked | {"arm": arm}) for arm in (CANARY, CONTROL)}
 
 
 def observed_share(

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from datetime import datetime, timedelta
 
-from engine.contracts import CANARY, TERMINAL_STATES, RolloutState, Verdict
+from engine.contracts import CANARY, CONTROL, TERMINAL_STATES, RolloutState, Verdict
 from engine.rollout import ready, shadow
 from engine.rollout.evaluate import evaluate
 from engine.rollout.guards import MAX_RESTARTS, RolloutSpec
@@ -173,12 +173,24 @@ class _Tick:
             return self._to(RolloutState.PROMOTED, f"v{self.status.canary} is champion on every replica")
         if self.status.state is RolloutState.PROMOTED:
             return self._to(RolloutState.WATCHING, f"watching for {self.spec.watch_s:g} s")
-        if self._for(self.spec.watch_s) and self.status.blind_since is None:
+        return self._watching()
+
+    def _watching(self) -> Decision:
+        """Until its time has passed and its guards had something to judge, which no seconds promise; the deadline ends
+        that, and what was not seen is said."""
+        least = min(one.requests if (one := self._all_of(arm)) is not None else 0 for arm in (CANARY, CONTROL))
+        waits = self.spec.rules > 2 and self.spec.watch_s > 0 and self.status.watch is not None
+        short = waits and least < self.spec.min_requests
+        longest = max(self.spec.watch_s, self.spec.deadline_s) if short else self.spec.watch_s
+        if self._for(longest) and self.status.blind_since is None:
             action = Action.SETTLE if self.status.watch is not None else Action.NONE
             seen = self._all_of(CANARY)
             unwatched = "" if seen is not None and seen.requests else ", unwatched: nothing was served beside a control"
+            if short and not unwatched:
+                unwatched = f", hardly watched: {least} of {self.spec.min_requests} requests per arm beside a control"
             return self._to(RolloutState.DONE, f"v{self.status.canary} is champion and stays{unwatched}", action)
-        return self._to(RolloutState.WATCHING, f"watching for {self.spec.watch_s:g} s{self.why}")
+        until = f" and {self.spec.min_requests} requests per arm, {least} so far" if waits else ""
+        return self._to(RolloutState.WATCHING, f"watching for {self.spec.watch_s:g} s{until}{self.why}")
 
     def obey(self, command: Command) -> Decision:
         by = f"{command.actor}: {command.reason}"

@@ -9,10 +9,10 @@ from engine.contracts import SlipstreamError
 from engine.store.segments import METRICS
 
 METHODS = ("fast", "certified")
-RULES = 2
+RULES = 3
 """Which rules judge, frozen with the specification so that a replay judges by those of its time. Since 2 the spacing of
 a fast latency guard looks to one side as well, a fuse allows for chance, and what a shadow may spend of ``alpha`` is
-set aside: it spent the trial's again.
+set aside: it spent the trial's again. Since 3 a watch waits for ``min_requests``.
 """
 LEAST_ALPHA = 1e-6
 """Below it a guard needs so much evidence that it is none."""
@@ -245,8 +245,9 @@ class RolloutSpec:
     evenly over the statistical guards. ``deadline_s`` counts from the first canary traffic, and before it from the
     start that was asked for. ``blind_s`` is how long a canary may serve while its traffic cannot be measured or its
     traces do not come, ``promote_s`` how long a promotion may wait for replicas to follow; beyond either the champion
-    is back and nobody is blamed. While a new champion is watched, the one before keeps the share ``holdback`` as its
-    control, and ``watch_share`` of ``alpha`` is kept for that time.
+    is back and nobody is blamed. A new champion is watched for ``watch_s``, and until ``min_requests`` of each arm came
+    (``deadline_s`` at most); meanwhile the one before keeps the share ``holdback`` as its control, and ``watch_share``
+    of ``alpha`` is kept for that time.
     ``traffic_classes``, ``tenants`` and ``slices`` (the header X-Slice) say whose requests may be tried at all; None is
     everybody's.
     ``shadow`` comes before the first step, and has ``deadline_s`` of its own and ``shadow_share`` of ``alpha``.

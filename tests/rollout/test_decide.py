@@ -60,7 +60,7 @@ def test_what_was_not_audited_or_not_watched_is_said() -> None:
     assert [world.tick(1).to_state for _ in range(2)] == [RolloutState.PROMOTED, RolloutState.WATCHING]
     world.replicas = (replace(world.replicas[0], load_error="no such file"),)
     assert "no such file" in world.tick(1).reason
-    assert "unwatched" in world.tick(world.spec.watch_s).reason
+    assert "unwatched" in world.tick(world.spec.deadline_s).reason
     world = ramping()
     to_soaking(world)
     world.traffic(replace(segment(CANARY, 400, 2.3), audited=1), segment(CONTROL, 400))

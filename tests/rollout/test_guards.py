@@ -95,4 +95,4 @@ def test_what_was_frozen_before_is_judged_by_the_rules_of_its_time() -> None:
     assert specs.thaw(stored) == replace(spec, rules=1)
     assert specs.thaw(specs.to_dict(spec)) == spec
     with pytest.raises(SpecError, match=r"rollout.rules is the version"):
-        specs.parse(stored | {"rules": 3})
+        specs.parse(stored | {"rules": 4})

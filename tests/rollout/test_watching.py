@@ -40,6 +40,33 @@ def test_a_regression_after_the_promotion_takes_the_new_champion_back() -> None:
     assert world.tick().to_state is RolloutState.ROLLED_BACK
 
 
+@pytest.mark.parametrize(
+    ("rules", "more", "ends_after", "says"),
+    [
+        (3, 0, 900, ", unwatched"),
+        (3, 24, 900, ", hardly watched: 24 of 25"),
+        (3, 25, 10, "and stays"),
+        (2, 0, 10, ", unwatched"),
+    ],
+)
+def test_a_watch_lasts_until_its_guards_had_something_to_judge(
+    rules: int, more: int, ends_after: int, says: str
+) -> None:
+    """On a slow machine no request begins and ends within ten seconds. What was frozen before keeps its seconds."""
+    world = ramping(replace(specs.preset("fast"), rules=rules))
+    promoted(world)
+    world.segments = ()
+    assert [world.tick(1).to_state for _ in range(2)] == [RolloutState.PROMOTED, RolloutState.WATCHING]
+    world.both(more, canary=2.3)
+    began = world.now
+    while (decision := world.tick(5)).to_state is RolloutState.WATCHING:
+        assert rules == 2 or f"and 25 requests per arm, {more} so far" in decision.reason
+    assert (decision.to_state, decision.action) == (RolloutState.DONE, Action.SETTLE)
+    assert world.now - began == timedelta(seconds=ends_after)
+    assert says in decision.reason
+    assert ("watched" in decision.reason) is (more < 25)
+
+
 @pytest.mark.parametrize("holdback", [0.0, 0.2])
 def test_the_control_ends_with_the_watch(holdback: float) -> None:
     world = ramping(replace(specs.preset("fast"), holdback=holdback))

@@ -9,11 +9,11 @@ from uuid import UUID, uuid4
 import numpy as np
 from sqlalchemy import insert, text
 
-from engine.contracts import Objectives, ProposerKind, ReplicaState, ServingPlan, Status, TraceRecord
+from engine.contracts import CANARY, CONTROL, Objectives, ProposerKind, ReplicaState, ServingPlan, Status, TraceRecord
 from engine.routing import assign
 from engine.store.database import Database
 from engine.store.models import LearningIntakeRow, TracePayloadRow, TraceRow
-from engine.store.repositories import ingest, partitions, plans, policies, replicas
+from engine.store.repositories import ingest, partitions, plans, policies, replicas, shadow
 from engine.telemetry import rollup
 from engine.telemetry.spill import Batch
 from engine.telemetry.writer import _rollup_rows
@@ -80,6 +80,24 @@ def serve(
             }
         )
     _write(db, began, rows, [])
+
+
+def draft_in_shadow(
+    db: Database, rng: np.random.Generator, generation: int, requests: int, acceptance: dict[int, float]
+) -> None:
+    """Copies of served requests, drafted on by the champion (the first of ``acceptance``) and the canary beside it."""
+    rows = []
+    for _ in range(requests):
+        trace_id, steps = UUID(bytes=rng.bytes(16)), int(rng.integers(10, 40))
+        for arm, (version, accepted) in zip((CONTROL, CANARY), acceptance.items(), strict=True):
+            hits = int(rng.binomial(steps * 4, accepted / 4))
+            rows.append(
+                shadow.ShadowRequest(
+                    generation, trace_id, arm, version, "chat", str(trace_id), steps, 4 * steps, hits, draft_s=0.01
+                )
+            )
+    with db.write() as session:
+        shadow.write(session, rows)
 
 
 def remember(

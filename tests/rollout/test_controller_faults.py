@@ -8,101 +8,65 @@ then once more, in the next controller, right after its commit. Times are told t
 from __future__ import annotations
 
 import signal
-import subprocess
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
 
 import numpy as np
 import pytest
+from sqlalchemy import text
 
 from engine.contracts import RolloutState
+from engine.rollout import specs
+from engine.rollout.guards import RolloutSpec, Shadow
 from engine.rollout.launch import launch
 from engine.rollout.replay import replay
 from engine.store.database import Database
-from engine.store.repositories import plans, rollouts
+from engine.store.repositories import commands, rollouts
 from engine.store.repositories.rollouts import DecisionRecord
 from tests.rollout import database_world as world
+from tests.rollout.struck import LEASE_S, Child
 
 NONE, CHAMPION, TRIED = 1, 2, 3
 BETTER, WORSE = 1.6, 0.1
-LEASE_S = 15.0
-MOST_ROUNDS = 60
-PATHS = [
-    pytest.param(BETTER, ["RAMPING", "SOAKING", "PROMOTING", "PROMOTED", "WATCHING", "DONE"], marks=pytest.mark.slow),
-    (WORSE, ["RAMPING", "ROLLING_BACK", "ROLLED_BACK"]),
-]
-CHILD = """
-import os, signal, sys
-from datetime import datetime
-from sqlalchemy import event
-from sqlalchemy.orm import Session
-from engine.contracts import SlipstreamError
-from engine.rollout.controller import Controller
-from engine.store.database import Database
-
-url, holder, moment = sys.argv[1:]
-database, written, tokens = Database(url), [], []
-
-def note(connection, cursor, statement, values, *_):
-    if statement.startswith("INSERT INTO rollout_decisions"):
-        tokens.append(values["fencing_token"])
-        if values["from_state"] != values["to_state"] or values["action"] != "none":
-            written.append(values["to_state"])
-
-def strike(*_):
-    if written:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-event.listen(database.engine, "before_cursor_execute", note)
-if moment == "before":
-    event.listen(database.engine, "commit", strike)
-if moment == "after":
-    event.listen(Session, "after_commit", strike)
-controller = Controller(database, holder, 15.0)
-print("ready", flush=True)
-for line in sys.stdin:
-    tokens.clear()
-    try:
-        decision = controller.tick(datetime.fromisoformat(line.strip()))
-        print("idle" if decision is None else decision.to_state.value, *tokens, flush=True)
-    except SlipstreamError as error:
-        print(type(error).__name__, flush=True)
-"""
+MOST_ROUNDS = 90
+FAST = specs.preset("fast")
+SHADOWED = replace(FAST, shadow=Shadow(40))
 
 
-class Child:
-    """A controller in a process of its own."""
+@dataclass(frozen=True)
+class Journey:
+    """What a rollout goes through. ``asked``: in which state somebody asks for what, in this order; ``tried``: the
+    accepted tokens per verify step of the canary, None for no traffic at all, from a state of the path on."""
 
-    def __init__(self, url: str, holder: str, moment: str) -> None:
-        argv = [sys.executable, "-c", CHILD, url, holder, moment]
-        self.moment, self.tokens = moment, set[int]()  # those it wrote decisions under
-        self._process = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    path: str
+    spec: RolloutSpec = FAST
+    tried: Mapping[str, float | None] = field(default_factory=lambda: {"": BETTER})
+    asked: tuple[tuple[str, str], ...] = ()
 
-    def ask(self, now: datetime) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.write(now.isoformat() + "\n")
-        self._process.stdin.flush()
 
-    def answer(self) -> str:
-        """What became of the tick; empty where it killed the process."""
-        assert self._process.stdout is not None
-        said, *tokens = self._process.stdout.readline().split() or [""]
-        self.tokens |= set(map(int, tokens))
-        return said if said != "ready" else self.answer()
-
-    def tick(self, now: datetime) -> str:
-        self.ask(now)
-        return self.answer()
-
-    def died(self) -> int:
-        return self._process.wait(timeout=60)
-
-    def end(self) -> None:
-        self._process.kill()
-        self._process.communicate()
+PROMOTED = "RAMPING SOAKING PROMOTING PROMOTED WATCHING DONE"
+BAD = Journey("RAMPING ROLLING_BACK ROLLED_BACK", tried={"": WORSE})
+HOLDS = "READY HELD SHADOW HELD RAMPING HELD SOAKING HELD"
+PROMOTED_AFTER_EVERY_HOLD = Journey(
+    "HELD READY SHADOW HELD SHADOW RAMPING HELD RAMPING SOAKING HELD SOAKING PROMOTING PROMOTED WATCHING DONE",
+    SHADOWED,
+    asked=tuple((state, "hold" if state != "HELD" else "resume") for state in HOLDS.split()),
+)
+JOURNEYS = {
+    "promoted after every hold": PROMOTED_AFTER_EVERY_HOLD,
+    "bad": BAD,
+    "bad while held": Journey(
+        "RAMPING HELD ROLLING_BACK ROLLED_BACK", tried={"": BETTER, "HELD": WORSE}, asked=(("RAMPING", "hold"),)
+    ),
+    "bad in shadow": Journey("SHADOW ROLLING_BACK ROLLED_BACK", SHADOWED, {"": WORSE}),
+    "aborted in a held shadow": Journey(
+        "SHADOW HELD ROLLING_BACK CANCELLED", SHADOWED, asked=(("SHADOW", "hold"), ("HELD", "abort"))
+    ),
+    "without traffic": Journey("RAMPING HELD ROLLING_BACK INCONCLUSIVE", replace(FAST, deadline_s=150.0), {"": None}),
+}
 
 
 @contextmanager
@@ -122,20 +86,39 @@ def began(db: Database) -> datetime:
     world.versions(db, 3)
     world.first_plan(db, CHAMPION, NONE)
     world.beat(db, now, (NONE, CHAMPION, TRIED))
-    launch(db, canary=TRIED, actor="ann", preset="fast", now=now)
     return now
 
 
-@pytest.mark.parametrize(("tried", "path"), PATHS)
+@pytest.mark.parametrize(
+    "name", [name if name == "bad" else pytest.param(name, marks=pytest.mark.slow) for name in JOURNEYS]
+)
 def test_killed_at_every_transition_the_next_one_goes_on(
-    db: Database, database_url: str, began: datetime, tried: float, path: list[str]
+    db: Database, database_url: str, began: datetime, name: str
+) -> None:
+    killed_at_every_transition(db, database_url, began, JOURNEYS[name])
+
+
+def test_a_plan_that_is_committed_before_its_decision_is_caught(
+    db: Database, database_url: str, began: datetime
+) -> None:
+    """The planted fault of the test above."""
+    with pytest.raises(AssertionError, match="a transaction that was not committed has left something"):
+        killed_at_every_transition(db, database_url, began, BAD, torn=True)
+
+
+def killed_at_every_transition(
+    db: Database, database_url: str, began: datetime, journey: Journey, torn: bool = False
 ) -> None:
     now, rng, kills = began, np.random.default_rng(0), 0
+    path, wishes = journey.path.split(), list(journey.asked)
+    launch(db, canary=TRIED, actor="ann", spec=journey.spec, now=now)
     with children() as alive:
-        acting, waiting = Child(database_url, "c0", "before"), Child(database_url, "c1", "after")
+        acting, waiting = Child(database_url, "c0", "before", torn), Child(database_url, "c1", "after")
         alive += [acting, waiting]
         for _ in range(MOST_ROUNDS):
-            now = traffic(db, rng, now + timedelta(seconds=5), tried)
+            now = traffic(db, rng, now + timedelta(seconds=5), journey)
+            if wishes and standing(db)[0] == wishes[0][0]:
+                ask(db, wishes.pop(0)[1])
             before, said, after = standing(db), acting.tick(now), standing(db)
             if said:
                 assert said in [*RolloutState]
@@ -160,21 +143,22 @@ def test_killed_at_every_transition_the_next_one_goes_on(
     turns = [d for d in decisions if d.from_state is not d.to_state or d.action != "none"]
     assert kills == 2 * len(turns)
     assert len({d.fencing_token for d in turns}) == len(turns), "each by a later holder than the one before"
-    assert [d.action for d in decisions].count("promote") == (tried == BETTER)
+    assert [d.action for d in decisions].count("promote") == (path[-1] == "DONE")
+    answered = [d.command_id for d in decisions if d.command_id is not None]
+    assert len(answered) == len(set(answered)) == len(journey.asked), "each was obeyed once"
 
 
-@pytest.mark.parametrize(("tried", "path"), PATHS)
-def test_two_that_race_make_one_rollout(
-    db: Database, database_url: str, began: datetime, tried: float, path: list[str]
-) -> None:
+@pytest.mark.parametrize("journey", [pytest.param(Journey(PROMOTED), marks=pytest.mark.slow), BAD], ids=["good", "bad"])
+def test_two_that_race_make_one_rollout(db: Database, database_url: str, began: datetime, journey: Journey) -> None:
     """Both tick at once, and to the one whose clock is ahead the other's lease has always ended."""
-    now, rng = began, np.random.default_rng(0)
+    now, rng, path = began, np.random.default_rng(0), journey.path.split()
+    launch(db, canary=TRIED, actor="ann", spec=journey.spec, now=now)
     with children() as alive:
         first, second = Child(database_url, "a", "never"), Child(database_url, "b", "never")
         alive += [first, second]
         answers = []
         for _ in range(MOST_ROUNDS):
-            now = traffic(db, rng, now + timedelta(seconds=20), tried)
+            now = traffic(db, rng, now + timedelta(seconds=20), journey)
             ahead = now + timedelta(seconds=LEASE_S + 1)
             world.beat(db, ahead, (NONE, CHAMPION, TRIED))
             first.ask(now)
@@ -194,19 +178,34 @@ def test_two_that_race_make_one_rollout(
     assert len(turns) == len(set(turns)), "a transition was made twice"
 
 
-def traffic(db: Database, rng: np.random.Generator, now: datetime, tried: float) -> datetime:
+def traffic(db: Database, rng: np.random.Generator, now: datetime, journey: Journey) -> datetime:
+    """A heartbeat, and what was served since the last one; copies for a shadow where there is one."""
     world.beat(db, now, (NONE, CHAMPION, TRIED))
+    state, generation, _ = standing(db)
+    tried = journey.tried.get(state, journey.tried[""])
+    if tried is None:
+        return now
     world.serve(db, rng, now, 30, {NONE: 0.0, CHAMPION: 1.0, TRIED: tried})
+    if journey.spec.shadow is not None and state in ("SHADOW", "HELD"):
+        world.draft_in_shadow(db, rng, generation, 15, {CHAMPION: 1.0, TRIED: tried})
     return now
 
 
+def ask(db: Database, verb: str) -> None:
+    with db.write() as session:
+        commands.ask(session, rollouts.list_rollouts(session)[0].id, verb, "ann", "because")
+
+
 def standing(db: Database) -> tuple[str, int, int]:
-    """(state, newest generation, number of decisions)."""
-    found, decisions = record(db)
+    """(state, newest generation, number of decisions of a controller)."""
     with db.read() as session:
-        plan = plans.latest(session)
-    assert plan is not None
-    return found.state.value, plan.generation, len(decisions)
+        found = session.execute(
+            text(
+                "SELECT state, (SELECT max(generation) FROM serving_plans), "
+                "(SELECT count(*) FROM rollout_decisions WHERE fencing_token > 0) FROM rollouts"
+            )
+        ).one()
+    return found[0], found[1], found[2]
 
 
 def record(db: Database) -> tuple[rollouts.Rollout, list[DecisionRecord]]:

@@ -57,9 +57,9 @@ def test_made_up_compared_requests_are_counted_like_served_ones(db: Database) ->
 
 
 def test_a_database_that_is_full_is_filled_no_further(db: Database) -> None:
-    said = list[str]()
+    said, now = list[str](), datetime.now(UTC)
     for _ in range(2):
-        seeded.top_up(db, TelemetrySettings(), 600, datetime.now(UTC), 0, said.append)
+        seeded.top_up(db, TelemetrySettings(), 600, now, 0, said.append)
     with db.read() as session:
         there = audit.traces(session)
         assert there >= 0.95 * 600

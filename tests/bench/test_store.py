@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import UTC, date, datetime
+from datetime import UTC, date, datetime, timedelta
 
 import numpy as np
 import pytest
@@ -14,7 +14,17 @@ from engine.ops import upkeep
 from engine.rollout.replay import replay
 from engine.settings import TelemetrySettings
 from engine.store.database import Database, ReadSession
-from engine.store.repositories import audit, compared, evidence, partitions, policies, rollouts, rollups, seeding
+from engine.store.repositories import (
+    audit,
+    compared,
+    evidence,
+    overview,
+    partitions,
+    policies,
+    rollouts,
+    rollups,
+    seeding,
+)
 from engine.telemetry.writer import TraceWriter
 
 DAY = date(2026, 3, 1)
@@ -57,9 +67,12 @@ def test_made_up_compared_requests_are_counted_like_served_ones(db: Database) ->
 
 
 def test_a_database_that_is_full_is_filled_no_further(db: Database) -> None:
-    said, now = list[str](), datetime.now(UTC)
-    for _ in range(2):
-        seeded.top_up(db, TelemetrySettings(), 600, now, 0, said.append)
+    said = list[str]()
+    seeded.top_up(db, TelemetrySettings(), 600, datetime.now(UTC), 0, said.append)
+    with db.read() as session:
+        newest = overview.newest(session)
+    assert newest is not None
+    seeded.top_up(db, TelemetrySettings(), 600, newest + timedelta(minutes=1), 0, said.append)
     with db.read() as session:
         there = audit.traces(session)
         assert there >= 0.95 * 600

@@ -8,7 +8,8 @@ from typing import Any
 
 import streamlit as st
 
-from app.components.rollout import name_of
+from app.components import rehearsal
+from app.components.guard_table import name_of
 from app.queries import ledger, overview
 from app.queries.overview import Slice
 from engine.contracts import SlipstreamError
@@ -95,6 +96,7 @@ def is_asking() -> bool:
 
 def _close() -> None:
     st.session_state.pop(ASKING, None)
+    rehearsal.forget()
 
 
 @st.dialog("New rollout", width="large", on_dismiss=_close)
@@ -131,6 +133,7 @@ def form(serving: ledger.Serving, part: Slice) -> None:
                 st.caption(f"Tried on {', '.join(limits)} only: it ends when proved there, and the champion stays.")
             with st.expander("YAML", expanded=False):
                 st.code(specs.to_yaml(made), language="yaml")
+            rehearsal.panel(made)
     _buttons(version, made, serving)
 
 
@@ -214,6 +217,11 @@ def _buttons(version: int, made: RolloutSpec | None, serving: ledger.Serving) ->
         st.button(
             "Write down as a draft", key="new-draft", icon=":material/edit_note:", disabled=made is None,
             on_click=_write, args=(version, made, True),
+        )  # fmt: skip
+        st.button(
+            "Dry run", key="new-dry-run", icon=":material/science:", disabled=made is None, on_click=rehearsal.ask,
+            args=(specs.spec_hash(made) if made is not None else "",),
+            help="What these guards would have done on past traffic: false alarms, and what each needs to decide",
         )  # fmt: skip
         st.button("Cancel", key="new-cancel", on_click=_close)
     if not is_asking():

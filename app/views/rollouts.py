@@ -9,7 +9,7 @@ from app.charts import latency
 from app.charts import rollout as charts
 from app.charts.figure import Figure
 from app.charts.theme import CONFIG
-from app.components import context, operations, rollout, verbs
+from app.components import context, decision_log, guard_table, operations, rollout, verbs
 from app.components.context import heading, plain
 from app.components.export import export
 from app.components.tables import Columns, by_identity, table
@@ -53,7 +53,7 @@ def page() -> None:
         heading("Guards", "set before the start, evaluated on every tick")
         judged = [decision for decision in decisions if decision.evidence.get("guards")]
         if active is not None and judged:
-            rollout.guard_table(judged[-1], active, ledger.counts(active.id), here.colours)
+            guard_table.guard_table(judged[-1], active, ledger.counts(active.id), here.colours)
         else:
             st.caption(
                 "No guard has anything to judge. `slipstream rollout start VERSION` begins a rollout; "
@@ -120,7 +120,7 @@ def _evidence(one: Rollout, decisions: list[DecisionRecord], key: str) -> None:
         heading("Evidence against the canary", "share of what rolls back, by guard")
         _draw(charts.boundaries(rollout.evidence(decisions, guards), colours), f"boundaries-{key}")
     with columns[2].container(border=True):
-        heading("Latency of both arms", f"{rollout.METRICS.get(metric, metric)} by quantile, all compared requests")
+        heading("Latency of both arms", f"{guard_table.METRICS.get(metric, metric)} by quantile, all compared requests")
         frame = rollout.curves(counts, metric)
         _draw(charts.quantile_curves(frame, one.canary, one.champion, colours), f"curves-{key}")
     with st.container(border=True):
@@ -173,8 +173,7 @@ def _history() -> None:
         serving = ledger.serving()
         if one.state not in (RolloutState.DRAFT,) and (serving.rollout is None or serving.rollout.id != one.id):
             _evidence(one, decisions, "chosen")
-        heading(f"Decisions on v{one.canary}", f"rollout {one.id}, each with its evidence in the ledger")
-        rollout.log(decisions, colours)
+        decision_log.panel(one, decisions, colours)
 
 
 context.live(head, still=verbs.is_asking())

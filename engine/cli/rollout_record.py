@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from engine.store.repositories.rollouts import DecisionRecord, Rollout
 
 WATCH_S = 1.0
-PLANTED_SPLITS = 7
 Id = Annotated[int, typer.Argument(help="number of the rollout")]
 
 
@@ -61,23 +60,12 @@ def dry_run(
     """Try guards on the past: equal arms made of the champion's traffic, worse ones, and every rollout that is over."""
     from engine.rollout import dry_run as dry
     from engine.rollout import specs
-    from engine.store.repositories import evidence, plans, rollouts
+    from engine.rollout.rehearsal import rehearse
 
     spec = specs.preset(str(file)) if str(file) in specs.PRESETS else specs.read_file(file)
-    with database(context) as opened, opened.read() as session:
-        plan = plans.latest(session)
-        since = opened.now() - timedelta(hours=hours)
-        past = None
-        if plan is not None:
-            limits = (spec.traffic_classes, spec.tenants)
-            past = evidence.past(session, plan.champion, since, *limits)
-        over = [r for r in rollouts.list_rollouts(session) if r.state in TERMINAL_STATES and r.created_at >= since]
-        incidents = [dry.incident(spec, r.id, r.state.value, rollouts.decisions(session, r.id)) for r in over]
-    equal, found = None, []
-    if past is not None and past.requests:
-        equal = dry.equal_arms(spec, past, splits)
-        found = dry.planted(spec, past, min(splits, PLANTED_SPLITS))
-    for line in dry.report(spec, equal, found, incidents):
+    with database(context) as opened:
+        made = rehearse(opened, spec, opened.now() - timedelta(hours=hours), splits)
+    for line in dry.report(spec, made.equal, made.found, made.incidents):
         typer.echo(line)
 
 
@@ -159,9 +147,7 @@ def replay(context: typer.Context, rollout_id: Id) -> None:
     for one in made.differing:
         stored, replayed = ", ".join(one.stored), ", ".join(one.replayed)
         typer.echo(f"decision {one.decision_id}: the record says {stored}; made again, {replayed}")
-    differ = len({one.decision_id for one in made.differing})
-    judged = sum("inputs" in decision.evidence for decision in decisions)
-    typer.echo(f"{judged - differ - len(made.unreadable)} of {judged} decisions come out as recorded")
+    typer.echo(f"{made.same} of {made.judged} decisions come out as recorded")
     if made.unreadable:
         typer.echo(f"{len(made.unreadable)} could not be read by this version of the code")
     if not made.agrees:

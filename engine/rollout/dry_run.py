@@ -153,24 +153,13 @@ def report(
     if equal is None:
         yield "no past traffic of the champion to try the guards on"
     else:
-        yield _falsely(equal, spec)
-        if not equal.per_second:
-            yield "too little past traffic to reckon how long anything takes"
-        elif equal.passed:
-            need = max(float(np.median(equal.passed)), float(spec.min_requests * len(spec.steps)))
-            yield (
-                f"an equal canary is called not worse after {need:,.0f} requests per arm (median of "
-                f"{len(equal.passed)} splits), {_minutes(spec, equal.per_second, need)}"
-            )
-        else:
-            yield f"{equal.requests // 2:,} requests per arm are not enough to call an equal canary not worse"
-        if equal.per_second:
-            least = seconds(spec, equal.per_second, spec.min_requests * len(spec.steps))
-            yield f"the steps and the soak alone take {(least + spec.soak_s) / 60:,.0f} min at that traffic"
+        yield falsely(spec, equal)
+        yield from until_passed(spec, equal)
         for one in found:
             yield _told(one, equal, spec)
     for past in incidents:
-        yield _retold(past)
+        did = past.ended.lower().replace("_", " ")
+        yield f"rollout {past.rollout_id} ended as {did}: {retold(past)}"
 
 
 def seconds(spec: RolloutSpec, per_second: float, per_arm: float) -> float:
@@ -190,8 +179,26 @@ def _minutes(spec: RolloutSpec, per_second: float, per_arm: float) -> str:
     return f"{seconds(spec, per_second, per_arm) / 60:,.0f} min at {per_second:.2g} requests/s"
 
 
-def _falsely(equal: Equal, spec: RolloutSpec) -> str:
-    """With its bound: no splits of forty prove a hundredth, and the splits share their requests."""
+def until_passed(spec: RolloutSpec, equal: Equal) -> Iterator[str]:
+    """How long an equal canary takes to be called not worse, and how long its steps take at least."""
+    if not equal.per_second:
+        yield "too little past traffic to reckon how long anything takes"
+        return
+    if equal.passed:
+        need = max(float(np.median(equal.passed)), float(spec.min_requests * len(spec.steps)))
+        yield (
+            f"an equal canary is called not worse after {need:,.0f} requests per arm (median of "
+            f"{len(equal.passed)} splits), {_minutes(spec, equal.per_second, need)}"
+        )
+    else:
+        yield f"{equal.requests // 2:,} requests per arm are not enough to call an equal canary not worse"
+    least = seconds(spec, equal.per_second, spec.min_requests * len(spec.steps))
+    yield f"the steps and the soak alone take {(least + spec.soak_s) / 60:,.0f} min at that traffic"
+
+
+def falsely(spec: RolloutSpec, equal: Equal) -> str:
+    """How often equal arms would have been rolled back, with its bound: none of forty splits proves no hundredth, and
+    the splits share their requests."""
     from scipy.stats import binomtest
 
     fired = len(equal.fired)
@@ -215,15 +222,15 @@ def _told(found: Found, equal: Equal, spec: RolloutSpec) -> str:
     return f"{where} would be found after {need:,.0f} requests per arm{minutes}{late}"
 
 
-def _retold(found: Incident) -> str:
-    did = found.ended.lower().replace("_", " ")
+def retold(found: Incident) -> str:
+    """What these guards would have said of a rollout that is over."""
     if found.at is None:
         said = "these guards would not have rolled it back"
     else:
         said = f"{found.guard} would have rolled it back at {found.at:%Y-%m-%d %H:%M:%S} ({found.requests:,} per arm)"
     lost = f"; {found.unreadable} decisions could not be read" if found.unreadable else ""
     blind = f"; its evidence does not have {', '.join(found.unknown)}" if found.unknown else ""
-    return f"rollout {found.rollout_id} ended as {did}: {said}{blind}{lost}"
+    return f"{said}{blind}{lost}"
 
 
 def _split(past: Sequence[Request], salt: str) -> tuple[list[Request], list[Request]]:

@@ -22,10 +22,17 @@ class Disagreement:
 
 @dataclass(frozen=True, slots=True)
 class Replayed:
-    """``unreadable`` are the decisions whose evidence this version of the code cannot read: nothing is said of them."""
+    """``judged`` decisions were made of evidence; that of the ``unreadable`` ones this version of the code cannot read:
+    nothing is said of them."""
 
+    judged: int
     differing: tuple[Disagreement, ...]
     unreadable: tuple[int | None, ...]
+
+    @property
+    def same(self) -> int:
+        """How many come out as recorded."""
+        return self.judged - len({one.decision_id for one in self.differing}) - len(self.unreadable)
 
     @property
     def agrees(self) -> bool:
@@ -40,6 +47,7 @@ def replay(rollout: Rollout, decisions: Sequence[DecisionRecord]) -> Replayed:
     """
     spec = frozen(rollout)
     differing, unreadable = list[Disagreement](), list[int | None]()
+    judged = sum("inputs" in record.evidence for record in decisions)
     after: RolloutStatus | None = None
     for record in decisions:
         if "inputs" not in record.evidence:
@@ -62,7 +70,7 @@ def replay(rollout: Rollout, decisions: Sequence[DecisionRecord]) -> Replayed:
         after = again.status
         if again.action is not Action.NONE and record.generation is not None:
             after = with_plan(again, record.generation, record.decided_at)
-    return Replayed(tuple(differing), tuple(unreadable))
+    return Replayed(judged, tuple(differing), tuple(unreadable))
 
 
 def _standing(status: RolloutStatus) -> tuple[str, ...]:

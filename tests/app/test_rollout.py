@@ -11,7 +11,8 @@ import pytest
 
 from app.charts.theme import LIGHT
 from app.components import verbs
-from app.components.rollout import differences, guard_rows, outlooks, steps
+from app.components.guard_table import guard_rows, outlooks
+from app.components.rollout import differences, steps
 from engine.contracts import Arm, RolloutState, ServingPlan, Verdict
 from engine.rollout import specs
 from engine.store.repositories.rollouts import DecisionRecord, Rollout

@@ -11,6 +11,7 @@ import pytest
 from app.charts import rollout as charts
 from app.charts.theme import DARK, LIGHT
 from app.components import rollout
+from app.components.guard_table import name_of
 
 AT = pd.Series(pd.date_range(datetime(2026, 3, 1, tzinfo=UTC), periods=3, freq=timedelta(minutes=1)))
 NAN = float("nan")
@@ -63,4 +64,4 @@ def test_a_class_that_one_arm_has_not_seen_has_gaps_not_errors() -> None:
     [("e2e_p95", "p95 e2e"), ("tpot_p99.9", "p99.9 TPOT"), ("fuse_p95", "p95 TTFT ≤ 3 ×"), ("srm", "even split")],
 )
 def test_guards_have_names_that_people_read(guard: str, name: str) -> None:
-    assert rollout.name_of(guard, [{"kind": "fuse_p95", "metric": "ttft", "ratio": 3.0}]) == name
+    assert name_of(guard, [{"kind": "fuse_p95", "metric": "ttft", "ratio": 3.0}]) == name

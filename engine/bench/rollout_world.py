@@ -196,7 +196,7 @@ class Arm:
         whole = {key: int(found.pop(key)) for key in ("requests", "n", "error_keys", "timeout_keys", "retry_keys")}
         latencies: Any = {}
         for metric, counted in zip(self.metrics, counts, strict=True):
-            filled = np.flatnonzero(counted)
+            filled = counted.nonzero()[0]
             latencies[metric] = (filled + SMALLEST, counted[filled])
         stage = whole["requests"] - int(before[0])
         return Segment(self.name, name, stage_requests=stage, keys=whole["n"], **whole, **found, latencies=latencies)

@@ -7,7 +7,7 @@ whatever their dependence, and one class that is ruined fails the whole and is n
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from math import exp, log, log1p
 
@@ -66,6 +66,8 @@ class Arms:
     names: tuple[str, ...]
     canary: tuple[Segment, ...]
     control: tuple[Segment, ...]
+    histograms: dict[str, Array] = field(default_factory=dict)
+    """The running sums of both arms' latencies by metric, made when the first guard asks for them."""
 
     @classmethod
     def of(cls, segments: Sequence[Segment]) -> Arms:
@@ -77,6 +79,12 @@ class Arms:
             for arm in (CANARY, CONTROL)
         )
         return cls(names, canary, control)
+
+    def sums(self, metric: str) -> Array:
+        if metric not in self.histograms:
+            arms = ([s.latencies.get(metric, ((), ())) for s in arm] for arm in (self.canary, self.control))
+            self.histograms[metric] = quantiles.dense(*arms)
+        return self.histograms[metric]
 
     def worst(self, log_e: Array) -> int:
         return int(np.argmax(log_e))
@@ -142,7 +150,7 @@ def _tokens_per_step(guard: TokensPerStep, alpha: float, arms: Arms) -> GuardRes
         )
     if not known[0]:
         return replace(line, reason=f"needs {guard.min_requests} keys per arm with a verify step")
-    least = statistics.difference(_entry_moments(canary), _scaled(_entry_moments(control), 1.0 - guard.max_drop))
+    least = _entry(statistics.difference(canary, control, 1.0 - guard.max_drop), 0)
     rho = statistics.tuned_rho(guard.horizon, guard.pass_alpha)
     if least.estimate - statistics.half_width(least, rho, guard.pass_alpha) > 0:
         better = line.low is not None and line.low > 0
@@ -152,22 +160,18 @@ def _tokens_per_step(guard: TokensPerStep, alpha: float, arms: Arms) -> GuardRes
 
 
 def _latency(guard: Latency, spec: RolloutSpec, alpha: float, arms: Arms) -> GuardResult:
-    nothing = ((), ())
-    pairs = [
-        quantiles.dense(a.latencies.get(guard.metric, nothing), b.latencies.get(guard.metric, nothing))
-        for a, b in zip(arms.canary, arms.control, strict=True)
-    ]
+    sums = arms.sums(guard.metric)
     rho, limit = statistics.tuned_rho(guard.horizon, alpha), -log(alpha)
-    diff = quantiles.fast(pairs, guard.quantile, guard.margin, quantiles.OUTER if spec.rules > 1 else 0.0)
+    diff = quantiles.fast(sums, guard.quantile, guard.margin, quantiles.OUTER if spec.rules > 1 else 0.0)
     if guard.method == "fast":
         each = np.asarray(statistics.log_e_below(diff, 0.0, rho))
     else:
-        each = np.array([quantiles.certified(p, guard.quantile, guard.margin) if p is not None else 0.0 for p in pairs])
+        each = quantiles.certified(sums, guard.quantile, guard.margin)
     log_e = statistics.log_mean(each[0], list(each[1:]))
     failed = log_e >= limit
     at = arms.worst(each) if failed else 0
     slow, usual = (arm[at].quantile(guard.metric, guard.quantile) for arm in (arms.canary, arms.control))
-    pair, one = pairs[at], _entry(diff, at)
+    one = _entry(diff, at)
     width = float(statistics.half_width(one, rho, alpha))
     middle = log1p(guard.margin) - float(one.estimate)  # log(canary / control)
     known = np.isfinite(width)
@@ -176,8 +180,8 @@ def _latency(guard: Latency, spec: RolloutSpec, alpha: float, arms: Arms) -> Gua
         Verdict.PASS,
         f"not seen to be more than {guard.margin:.0%} slower",
         arms.names[at],
-        round(pair.canary.sum()) if pair is not None else 0,
-        round(pair.control.sum()) if pair is not None else 0,
+        round(sums[0, at, -1]),
+        round(sums[1, at, -1]),
         slow,
         usual,
         exp(middle - width) - 1.0 if known and middle - width < 50 else None,
@@ -306,15 +310,6 @@ def _moments(segments: Sequence[Segment]) -> Moments:
 
 def _entry(diff: Difference, at: int) -> Difference:
     return Difference(diff.estimate[at], diff.se[at], diff.pairs[at])
-
-
-def _entry_moments(m: Moments, at: int = 0) -> Moments:
-    return Moments(m.n[at], m.x[at], m.y[at], m.xx[at], m.yy[at], m.xy[at])
-
-
-def _scaled(m: Moments, by: float) -> Moments:
-    """The moments of ``by``·x and y."""
-    return Moments(m.n, m.x * by, m.y, m.xx * by * by, m.yy, m.xy * by)
 
 
 def _worst_said(line: GuardResult) -> str:

@@ -9,14 +9,14 @@ of Z. With one request per key nothing changes. Quantiles are those of keys: a c
 
 ``certified`` is an e-process by a theorem; ``fast`` needs fewer requests and is calibrated by simulation with identical
 arms (`slipstream bench rollouts`). Both ask the same question: is the canary's p-quantile more than (1 + margin) times
-the control's? Histograms are dense count arrays over the same consecutive buckets (``dense``); latencies in one replica
+the control's? All segments are judged at once, over the same consecutive buckets (``dense``); latencies in one replica
 share its batches, so what is compared is two arms under one load, and a canary that slows everybody slows its control.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from functools import lru_cache
 from math import ceil, log
 from typing import Any
 
@@ -41,29 +41,23 @@ MIN_TAIL = 8.0
 """``fast`` says nothing while fewer requests than this are expected beyond the quantile in an arm."""
 
 
-@dataclass(frozen=True, slots=True)
-class Pair:
-    """Dense histograms of both arms; ``first`` is the index of bucket 0."""
-
-    canary: Array
-    control: Array
-    first: int
-
-
-def dense(canary: Counts, control: Counts) -> Pair | None:
-    """Both arms over the same buckets; None where either has no request."""
-    if not len(canary[0]) or not len(control[0]):
-        return None
-    first = min(canary[0][0], control[0][0])
-    size = max(canary[0][-1], control[0][-1]) - first + 1
-    arms = np.zeros((2, size))
-    for arm, (indices, counts) in zip(arms, (canary, control), strict=True):
-        arm[np.asarray(indices) - first] = counts
-    return Pair(arms[0], arms[1], int(first))
+def dense(canary: Sequence[Counts], control: Sequence[Counts]) -> Array:
+    """The running sums of the histograms of both arms, one entry per segment, over the same buckets: [2, segments,
+    buckets], the canary first. They end with what was counted: 0 where an arm has no request."""
+    known = [indices for indices, _ in (*canary, *control) if len(indices)]
+    first = min((int(indices[0]) for indices in known), default=0)
+    size = max((int(indices[-1]) + 1 for indices in known), default=1) - first
+    arms = np.zeros((2, len(canary), size))
+    for arm, segments in zip(arms, (canary, control), strict=True):
+        for row, (indices, counts) in zip(arm, segments, strict=True):
+            if len(indices):
+                row[np.asarray(indices) - first] = counts
+    return np.asarray(arms.cumsum(-1))
 
 
-def certified(pair: Pair, p: float, margin: float) -> float:
-    """log E against "the canary's p-quantile is at most (1 + margin) times the control's". Counts need not be whole.
+def certified(sums: Array, p: float, margin: float) -> Array:
+    """log E, per segment of ``dense`` sums, against "the canary's p-quantile is at most (1 + margin) times the
+    control's"; 0 where an arm has no request. Counts need not be whole.
 
     Howard and Ramdas, arXiv 1906.09712, theorem 5, one-sided: were the null true with the control's quantile in the
     bucket (e_{j−1}, e_j], then P(control > e_{j−1}) ≥ 1−p and P(canary > (1 + margin)·e_j) ≤ 1−p, so the product of
@@ -72,33 +66,40 @@ def certified(pair: Pair, p: float, margin: float) -> float:
     """
     tail, strength = 1.0 - p, PRIOR.get(p, 30.0)
     shift = ceil(log(1.0 + margin) / LOG_GAMMA - 1e-9)
-    n_canary, n_control = pair.canary.sum(), pair.control.sum()
-    above = np.concatenate([[n_control], n_control - np.cumsum(pair.control)])  # control above the lower edge of j
-    over = n_canary - np.cumsum(pair.canary)  # canary above the upper edge of j
-    over = np.concatenate([over[shift:], np.zeros(min(shift, len(over)) + 1)])[: len(above)]
+    under, below = sums
+    n_canary, n_control = under[:, -1:], below[:, -1:]
+    above = np.hstack([n_control, n_control - below])  # control above the lower edge of j
+    over = n_canary - under  # canary above the upper edge of j
+    over = np.hstack([over[:, shift:], np.zeros((len(over), min(shift, over.shape[1]) + 1))])[:, : above.shape[1]]
 
-    def at(j: Any) -> Any:
-        worse = _mixture(over[j], n_canary, tail, strength)
-        return worse + _mixture(n_control - above[j], n_control, p, strength)
+    def at(row: Any, j: Any) -> Array:
+        worse = _mixture(over[row, j], n_canary[row, 0], tail, strength)
+        return np.asarray(worse + _mixture(n_control[row, 0] - above[row, j], n_control[row, 0], p, strength))
 
-    usual = int(np.searchsorted(np.cumsum(pair.control), p * n_control))
-    here = float(at(usual))
-    if here < 0:  # the minimum is lower still, and no evidence either way
-        return here
-    changes = np.concatenate([[True], (np.diff(above) != 0) | (np.diff(over) != 0)])
-    return float(np.min(at(np.flatnonzero(changes))))
+    rows, known = np.arange(len(below)), (n_canary[:, 0] > 0) & (n_control[:, 0] > 0)
+    log_e = np.where(known, at(rows, (below < p * n_control).sum(-1)), 0.0)
+    for row in np.flatnonzero(log_e > 0):  # elsewhere the minimum is lower still, and no evidence either way
+        changes = np.concatenate([[True], (np.diff(above[row]) != 0) | (np.diff(over[row]) != 0)])
+        log_e[row] = np.min(at(row, np.flatnonzero(changes)))
+    return log_e
 
 
-def _mixture(k: Any, n: float, share: float, strength: float) -> Any:
+def _mixture(k: Any, n: Any, share: float, strength: float) -> Any:
     """log E of "more than ``share`` of n requests" given that k did, over beta(strength·share, …) cut to (share, 1)."""
     a, b = strength * share, strength * (1.0 - share)
     k = np.asarray(k, float)
-    evidence = log_upper_beta(k + a, n - k + b, share) - log_upper_beta(a, b, share)
+    evidence = log_upper_beta(k + a, n - k + b, share) - _log_prior(a, b, share)
     return evidence - k * np.log(share) - (n - k) * np.log1p(-share)
 
 
-def fast(pairs: Sequence[Pair | None], p: float, margin: float, outer: float = OUTER) -> Difference:
-    """How much smaller log quantiles are on the canary than allowed, for ``log_e_below``: one entry per segment.
+@lru_cache
+def _log_prior(a: float, b: float, share: float) -> float:
+    return float(log_upper_beta(a, b, share))
+
+
+def fast(sums: Array, p: float, margin: float, outer: float = OUTER) -> Difference:
+    """How much smaller log quantiles are on the canary than allowed, for ``log_e_below``: one entry per segment of
+    ``dense`` sums.
 
     estimate = log((1 + margin)·q_control) − log(q_canary). With d = √(np(1−p)), the deviation of the rank r = np, a
     standard error is the larger of two order-statistic spacings on the log scale (Woodruff 1952),
@@ -107,42 +108,45 @@ def fast(pairs: Sequence[Pair | None], p: float, margin: float, outer: float = O
     mode: it averages the gap with the mode, or ends before it. No theorem covers sequential quantiles this way: it is
     calibrated on identical arms. ``outer`` 0 leaves the one to both sides alone, as decisions were made before.
     """
-    rows = [(0.0, 0.0, 0.0) if pair is None else _row(pair, p, margin, outer) for pair in pairs]
-    estimate, se, n = (np.array(column) for column in zip(*rows, strict=True))
-    return Difference(estimate, se, n)
+    n = sums[..., -1]
+    known = n.min(0) * min(p, 1.0 - p) >= MIN_TAIL
+    estimate, se, pairs = np.zeros((3, len(known)))
+    if known.any():
+        (slow, usual), deviations = _log_quantiles(sums[:, known], p, np.array([[-outer], [outer]]))
+        estimate[known] = usual + log(1.0 + margin) - slow
+        se[known] = np.hypot(*deviations)
+        pairs[known] = 2.0 * n[0, known] * n[1, known] / (n[0, known] + n[1, known])
+    return Difference(estimate, se, pairs)
 
 
-def _row(pair: Pair, p: float, margin: float, outer: float) -> tuple[float, float, float]:
-    n = (float(pair.canary.sum()), float(pair.control.sum()))
-    if min(n) * min(p, 1.0 - p) < MIN_TAIL:
-        return 0.0, 0.0, 0.0
-    slow, slow_se = _log_quantile(pair.canary, p, -outer)
-    usual, usual_se = _log_quantile(pair.control, p, outer)
-    harmonic = 2.0 * n[0] * n[1] / (n[0] + n[1])
-    return usual + log(1.0 + margin) - slow, float(np.hypot(slow_se, usual_se)), harmonic
-
-
-def _log_quantile(counts: Array, p: float, outer: float) -> tuple[float, float]:
-    """The logarithm of a quantile (from the first bucket's lower edge) and its standard error.
+def _log_quantiles(sums: Array, p: float, outer: Array) -> tuple[Array, Array]:
+    """Logarithms of quantiles (from the first bucket's lower edge) and their standard errors; [..., buckets] → [...].
 
     ``outer``: how far the spacing to one side reaches, in deviations of the rank, downwards where negative.
     """
-    cumulated = np.cumsum(counts)
-    n = cumulated[-1]
+    n = sums[..., -1]
     deviation = np.sqrt(n * p * (1.0 - p))
-    most = min(n * p, n * (1.0 - p)) - 0.5
-    width, reach = min(WINDOW * deviation, most), min(abs(outer) * deviation, most)
-    low, middle, high, far = _log_at(cumulated, n * p + np.array([-width, 0.0, width, np.copysign(reach, outer)]))
-    spacing = max((high - low) / (2.0 * width), abs(far - middle) / reach if reach else 0.0) * deviation
-    return float(middle), float(np.hypot(spacing, LOG_GAMMA / np.sqrt(12.0)))
+    most = np.minimum(n * p, n * (1.0 - p)) - 0.5
+    width, reach = np.minimum(WINDOW * deviation, most), np.minimum(np.abs(outer) * deviation, most)
+    ranks = (n * p)[..., None] + width[..., None] * _BOTH_SIDES + np.copysign(reach, outer)[..., None] * _ONE_SIDE
+    logs = _log_at(sums, ranks)
+    low, middle, high, far = logs[..., 0], logs[..., 1], logs[..., 2], logs[..., 3]
+    to_one = np.divide(np.abs(far - middle), reach, out=np.zeros_like(n), where=reach > 0)
+    spacing = np.maximum((high - low) / (2.0 * width), to_one) * deviation
+    return middle, np.hypot(spacing, LOG_GAMMA / np.sqrt(12.0))
 
 
-def _log_at(cumulated: Array, ranks: Array) -> Array:
-    """Ranks → logarithms of values, linear inside a bucket."""
-    j = np.searchsorted(cumulated, ranks)
-    before = np.where(j > 0, cumulated[np.maximum(j - 1, 0)], 0.0)
-    inside = (ranks - before) / np.maximum(cumulated[j] - before, 1e-9)
-    return np.asarray((j + inside) * LOG_GAMMA)
+_BOTH_SIDES, _ONE_SIDE = np.array([-1.0, 0.0, 1.0, 0.0]), np.array([0.0, 0.0, 0.0, 1.0])
+
+
+def _log_at(sums: Array, ranks: Array) -> Array:
+    """Ranks [..., ranks] of running sums [..., buckets] → logarithms of values, linear inside a bucket."""
+    j = (sums[..., None, :] < ranks[..., :, None]).sum(-1)
+    flat, at = sums.reshape(-1, sums.shape[-1]), j.reshape(-1, j.shape[-1])
+    row = np.arange(len(flat))[:, None]
+    here, before = (flat[row, place].reshape(j.shape) for place in (at, np.maximum(at - 1, 0)))
+    before = np.where(j > 0, before, 0.0)
+    return np.asarray((j + (ranks - before) / np.maximum(here - before, 1e-9)) * LOG_GAMMA)
 
 
 def order_statistic(counts: Counts, p: float, deviations: float) -> float:

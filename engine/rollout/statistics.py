@@ -81,11 +81,14 @@ class Difference:
         return -np.sign(t) * special.ndtri(tail)
 
 
-def difference(canary: Moments, control: Moments) -> Difference:
-    """Of two arms that serve at the same time. ``pairs`` is the harmonic mean of the arms' counts of units."""
+def difference(canary: Moments, control: Moments, share: float = 1.0) -> Difference:
+    """Canary − ``share`` · control, of two arms that serve at the same time.
+
+    ``pairs`` is the harmonic mean of the arms' counts of units.
+    """
     pairs = _quotient(2.0 * canary.n * control.n, canary.n + control.n)
-    se = np.sqrt(canary.variance + control.variance)
-    return Difference(canary.ratio - control.ratio, se, pairs)
+    se = np.sqrt(canary.variance + share * share * control.variance)
+    return Difference(canary.ratio - share * control.ratio, se, pairs)
 
 
 def tuned_rho(horizon: float, alpha: float) -> float:
@@ -163,5 +166,5 @@ def log_mean(blend: float, classes: Sequence[float]) -> float:
 
 def _quotient(a: Number, b: Number) -> Number:
     """a / b, and 0 where b is 0."""
-    a, b = np.asarray(a, float), np.asarray(b, float)
-    return np.divide(a, b, out=np.zeros(np.broadcast(a, b).shape), where=b != 0)[()]
+    b = np.asarray(b, float)
+    return np.where(b != 0, a / np.where(b != 0, b, 1.0), 0.0)[()]

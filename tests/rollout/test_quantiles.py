@@ -13,7 +13,7 @@ from scipy import stats
 from engine.contracts import CANARY, CONTROL, Verdict
 from engine.rollout import quantiles, specs, statistics
 from engine.rollout.evaluate import evaluate
-from engine.rollout.quantiles import Pair
+from engine.rollout.quantiles import Array
 from engine.store import histogram
 from engine.store.segments import Segment
 
@@ -28,6 +28,11 @@ def buckets(rng: np.random.Generator, requests: int, scale: float = 1.0, tail: f
     return np.ceil((np.where(z > 0, tail * z, z) + log(scale)) / histogram.LOG_GAMMA).astype(int) - FIRST
 
 
+def sums(canary: np.ndarray, control: np.ndarray) -> Array:
+    """Dense counts of one segment, as ``dense`` sums them."""
+    return np.stack([canary, control]).astype(float).cumsum(-1)[:, None, :]
+
+
 def looks(requests: int) -> list[int]:
     """About every twentieth part more."""
     found = [20]
@@ -36,36 +41,35 @@ def looks(requests: int) -> list[int]:
     return [n for n in found if n <= requests]
 
 
-def first_alarm(bound: Callable[[Pair], bool], canary: np.ndarray, control: np.ndarray) -> int | None:
+def first_alarm(bound: Callable[[Array], bool], canary: np.ndarray, control: np.ndarray) -> int | None:
     for n in looks(len(canary)):
-        counts = [np.bincount(arm[:n], minlength=SIZE).astype(float) for arm in (canary, control)]
-        if bound(Pair(counts[0], counts[1], FIRST)):
+        if bound(sums(*(np.bincount(arm[:n], minlength=SIZE) for arm in (canary, control)))):
             return n
     return None
 
 
-def certified(p: float, margin: float = 0.0) -> Callable[[Pair], bool]:
-    return lambda pair: quantiles.certified(pair, p, margin) >= log(1 / ALPHA)
+def certified(p: float, margin: float = 0.0) -> Callable[[Array], bool]:
+    return lambda sums: bool(quantiles.certified(sums, p, margin)[0] >= log(1 / ALPHA))
 
 
-def fast(p: float, margin: float = 0.0) -> Callable[[Pair], bool]:
-    def bound(pair: Pair) -> bool:
-        return bool(statistics.log_e_below(quantiles.fast([pair], p, margin), 0.0, RHO)[0] >= log(1 / ALPHA))
+def fast(p: float, margin: float = 0.0) -> Callable[[Array], bool]:
+    def bound(sums: Array) -> bool:
+        return bool(statistics.log_e_below(quantiles.fast(sums, p, margin), 0.0, RHO)[0] >= log(1 / ALPHA))
 
     return bound
 
 
-def fixed_sample(p: float) -> Callable[[Pair], bool]:
+def fixed_sample(p: float) -> Callable[[Array], bool]:
     """The planted fault: a z-test of the same level, looked at as often."""
 
-    def bound(pair: Pair) -> bool:
-        diff = quantiles.fast([pair], p, 0.0)
+    def bound(sums: Array) -> bool:
+        diff = quantiles.fast(sums, p, 0.0)
         return bool(diff.se[0] > 0 and diff.estimate[0] / diff.se[0] < stats.norm.ppf(ALPHA))
 
     return bound
 
 
-def false_alarms(bound: Callable[[Pair], bool], runs: int, margin: float = 0.0) -> float:
+def false_alarms(bound: Callable[[Array], bool], runs: int, margin: float = 0.0) -> float:
     rng = np.random.default_rng(1)
     alarms = [first_alarm(bound, buckets(rng, 800, 1.0 + margin), buckets(rng, 800)) is not None for _ in range(runs)]
     return float(np.mean(alarms))
@@ -91,7 +95,7 @@ def test_the_simulation_catches_a_test_that_may_not_be_peeked_at() -> None:
         (fast(0.95, 0.05), 1.0, 1.5, 500),
     ],
 )
-def test_a_slower_canary_is_found(bound: Callable[[Pair], bool], scale: float, tail: float, within: int) -> None:
+def test_a_slower_canary_is_found(bound: Callable[[Array], bool], scale: float, tail: float, within: int) -> None:
     rng = np.random.default_rng(2)
     found = [first_alarm(bound, buckets(rng, 2_000, scale, tail), buckets(rng, 2_000)) or 9_999 for _ in range(20)]
     assert np.median(found) <= within
@@ -100,10 +104,9 @@ def test_a_slower_canary_is_found(bound: Callable[[Pair], bool], scale: float, t
 def test_a_faster_canary_is_never_blamed_however_much_one_sees() -> None:
     """Where a float can no longer hold how unlikely it would be that the canary is slower."""
     canary, control = (np.array([n, 0.0, 0.0, m]) for n, m in ((60_000, 400), (40_000, 20_000)))
-    pair = Pair(canary, control, FIRST)
     for p in (0.5, 0.95):
-        assert quantiles.certified(pair, p, 0.0) < 0
-    assert quantiles.certified(Pair(control, control, FIRST), 0.5, 0.1) < 0
+        assert quantiles.certified(sums(canary, control), p, 0.0) < 0
+    assert quantiles.certified(sums(control, control), 0.5, 0.1) < 0
 
 
 def test_the_mixture_of_one_arm_has_expectation_one_at_the_null() -> None:
@@ -115,9 +118,8 @@ def test_the_mixture_of_one_arm_has_expectation_one_at_the_null() -> None:
 
 def test_the_margin_moves_the_null_by_whole_buckets_to_the_safe_side() -> None:
     rng = np.random.default_rng(3)
-    arms = [np.bincount(buckets(rng, 500, scale), minlength=SIZE).astype(float) for scale in (1.6, 1.0)]
-    pair = Pair(arms[0], arms[1], FIRST)
-    by_margin = [quantiles.certified(pair, 0.5, margin) for margin in (0.0, 0.01, 0.0202, 0.05, 0.3, 0.7)]
+    arms = sums(*(np.bincount(buckets(rng, 500, scale), minlength=SIZE) for scale in (1.6, 1.0)))
+    by_margin = [quantiles.certified(arms, 0.5, margin)[0] for margin in (0.0, 0.01, 0.0202, 0.05, 0.3, 0.7)]
     assert by_margin == sorted(by_margin, reverse=True)
     assert by_margin[1] == by_margin[2] < by_margin[0]
 
@@ -129,8 +131,8 @@ def test_a_quantile_in_a_gap_between_two_modes_is_not_known_well(outer: float, b
     """
     rho, limit = statistics.tuned_rho(600, 0.00133), log(1 / 0.00133)
     arms = [np.concatenate([even(500 - long), 10 * even(long)]) for long in (35, 15)]
-    pair = quantiles.dense(*(histogram.count(arm) for arm in arms))
-    log_e = statistics.log_e_below(quantiles.fast([pair], 0.95, 0.05, outer), 0.0, rho)[0]
+    found = quantiles.dense(*([histogram.count(arm)] for arm in arms))
+    log_e = statistics.log_e_below(quantiles.fast(found, 0.95, 0.05, outer), 0.0, rho)[0]
     assert log_e >= 3 * limit if blamed else log_e < 0.5 * limit
 
 
@@ -162,8 +164,27 @@ def test_the_curve_is_that_of_the_requests() -> None:
     assert not len(quantiles.curve({})[0])
 
 
-def test_an_arm_without_requests_is_no_pair() -> None:
-    assert quantiles.dense(([], []), ([3], [1])) is None
-    pair = quantiles.dense(([5], [2]), ([3, 4], [1, 1]))
-    assert pair is not None
-    assert (pair.canary.tolist(), pair.control.tolist(), pair.first) == ([0, 0, 2], [1, 1, 0], 3)
+def test_running_sums_are_over_the_same_buckets() -> None:
+    sums = quantiles.dense([([5], [2]), ([], [])], [([3, 4], [1, 1]), ([6], [0.5])])
+    assert sums.tolist() == [[[0, 0, 2, 2], [0, 0, 0, 0]], [[1, 2, 2, 2], [0, 0, 0, 0.5]]]
+
+
+def test_segments_judged_at_once_are_judged_as_if_alone() -> None:
+    """Few and many requests, fast and slow, an arm without any: what one segment has says nothing about another."""
+    rng = np.random.default_rng(5)
+    sizes, scales = ((800, 790), (60, 700), (30, 25), (0, 40), (500, 500)), ((1.5, 1.0), (1, 1), (9, 8), (1, 1), (3, 1))
+    arms = [
+        [histogram.count(s[arm] * rng.lognormal(0.0, 0.5, n[arm])) for n, s in zip(sizes, scales, strict=True)]
+        for arm in (0, 1)
+    ]
+    together = quantiles.dense(*arms)
+    assert np.argmax(quantiles.certified(together, 0.5, 0.05)) == 4
+    for p in (0.5, 0.95):
+        at_once, certified = quantiles.fast(together, p, 0.05), quantiles.certified(together, p, 0.05)
+        for k, pair in enumerate(zip(*arms, strict=True)):
+            alone = quantiles.dense(*([arm] for arm in pair))
+            one = quantiles.fast(alone, p, 0.05)
+            assert at_once.estimate[k] == pytest.approx(one.estimate[0])
+            assert at_once.se[k] == pytest.approx(one.se[0])
+            assert certified[k] == pytest.approx(quantiles.certified(alone, p, 0.05)[0])
+        assert (at_once.pairs[3], certified[3]) == (0.0, 0.0)

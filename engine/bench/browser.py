@@ -13,6 +13,7 @@ from engine.ops.supervisor import Say
 from engine.ops.system import READY_S, dashboard_component
 
 ARGS = ("--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update")
+BROWSERS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
 VIEWPORT = {"width": 1500, "height": 1000}
 PATIENCE_MS = 60_000
 SETTLED_MS = 1_500
@@ -54,9 +55,9 @@ def chromium(what: str) -> Iterator[Any]:
         from playwright.sync_api import sync_playwright
     except ImportError:
         raise SlipstreamError(f"{what} need Playwright: `pip install -e '.[test]'`.") from None
-    path = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    path = executable()
     if path is None:
-        raise SlipstreamError(f"{what} need Chromium: install the package chromium of your distribution.")
+        raise SlipstreamError(f"{what} need Chromium: install your distribution's chromium-headless-shell or chromium.")
     with sync_playwright() as started:
         launched = started.chromium.launch(executable_path=path, args=list(ARGS))
         try:
@@ -68,6 +69,11 @@ def chromium(what: str) -> Iterator[Any]:
             ) from late
         finally:
             launched.close()
+
+
+def executable() -> str | None:
+    """The Chromium of this machine; that without a window first, which spends nothing on drawing one."""
+    return next(filter(None, map(shutil.which, BROWSERS)), None)
 
 
 def fresh_page(browser: Any) -> Any:

@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -19,6 +18,7 @@ from pathlib import Path
 import psycopg
 import pytest
 
+from engine.bench.browser import executable
 from engine.ops.system import answers
 from engine.settings import child_environment, load_settings
 from engine.store.database import Database
@@ -34,11 +34,11 @@ WAIT_MS = 60_000
 """How long a page may take for anything: only a failure waits so long."""
 expect = playwright.expect
 expect.set_options(timeout=WAIT_MS)
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 ARGS = [
     *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
     *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
 ]
+WIDE, NARROW = 1500, 900
 SHOTS = Path(os.environ.get("SCREENSHOTS", Path(__file__).parents[2] / "screenshots"))
 PAGES = {
     "overview": "/",
@@ -60,12 +60,38 @@ LAST = {
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[playwright.Browser]:
-    if CHROMIUM is None:
-        pytest.skip("no Chromium on this machine: install Debian's package chromium")
+    found = executable()
+    if found is None:
+        pytest.skip("no Chromium on this machine: install Debian's package chromium-headless-shell, or chromium")
     with playwright.sync_playwright() as started:
-        chromium = started.chromium.launch(executable_path=CHROMIUM, args=ARGS)
+        chromium = started.chromium.launch(executable_path=found, args=ARGS)
         yield chromium
         chromium.close()
+
+
+OpenPage = Callable[..., playwright.Page]
+
+
+@pytest.fixture(scope="module")
+def windows(browser: playwright.Browser) -> dict[str, playwright.Page]:
+    """Of one who likes it light and one who likes it dark. They stay open: what is warm costs less."""
+    return {scheme: browser.new_context(color_scheme=scheme).new_page() for scheme in ("light", "dark")}
+
+
+@pytest.fixture
+def open_page(windows: dict[str, playwright.Page]) -> Iterator[OpenPage]:
+    """Opens an address of the dashboard; what a page of the last test did, it does no more."""
+
+    def opened(address: str, scheme: str = "light", width: int = WIDE) -> playwright.Page:
+        page = windows[scheme]
+        page.set_default_timeout(WAIT_MS)
+        page.set_viewport_size({"width": width, "height": 1000})
+        page.goto(address)
+        return page
+
+    yield opened
+    for page in windows.values():
+        page.goto("about:blank")
 
 
 @pytest.fixture(scope="module")
@@ -112,16 +138,6 @@ def _dashboard(database_url: str, db: Database, folder: Path) -> Iterator[str]:
         process.wait(20)
 
 
-def open_page(
-    browser: playwright.Browser, address: str, scheme: str = "light", width: int = 1500, height: int = 1000
-) -> playwright.Page:
-    context = browser.new_context(viewport={"width": width, "height": height}, color_scheme=scheme)
-    context.set_default_timeout(WAIT_MS)
-    page = context.new_page()
-    page.goto(address)
-    return page
-
-
 def settled(page: playwright.Page, name: str) -> None:
     """Drawn to its end, without an error box, fonts and charts included."""
     page.get_by_text(LAST[name]).last.wait_for()
@@ -134,45 +150,45 @@ def settled(page: playwright.Page, name: str) -> None:
     expect(page.get_by_test_id("stException")).to_have_count(0)
 
 
+def shot(page: playwright.Page, name: str) -> None:
+    SHOTS.mkdir(parents=True, exist_ok=True)
+    page.screenshot(path=SHOTS / f"{name}.png")
+
+
+def scrolls_sideways(page: playwright.Page) -> bool:
+    return bool(page.evaluate("document.documentElement.scrollWidth > document.documentElement.clientWidth"))
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_every_page_in_light_and_dark(browser: playwright.Browser, url: str, scheme: str) -> None:
-    SHOTS.mkdir(parents=True, exist_ok=True)
-    for name, path in PAGES.items():
-        page = open_page(browser, url + path, scheme)
-        outside: list[str] = []
-        page.on("request", lambda request, seen=outside: seen.append(request.url))
+@pytest.mark.parametrize("name", PAGES)
+def test_every_page_in_light_and_dark_wide_and_narrow(open_page: OpenPage, url: str, name: str, scheme: str) -> None:
+    page = open_page(url + PAGES[name], scheme)
+    settled(page, name)
+    shot(page, f"{name}_{scheme}")
+    asked = page.evaluate("performance.getEntriesByType('resource').map(entry => entry.name)")
+    assert any(u.startswith(url) for u in asked)
+    assert [u for u in asked if not u.startswith((url, "data:", "blob:", "ws"))] == []
+    if scheme == "light":
+        page.set_viewport_size({"width": NARROW, "height": 1000})
         settled(page, name)
-        page.screenshot(path=SHOTS / f"{name}_{scheme}.png")
-        assert [u for u in outside if not u.startswith((url, "data:", "blob:", "ws"))] == []
-        page.context.close()
+        shot(page, f"{name}_narrow")
+        assert not scrolls_sideways(page)
 
 
-def test_a_narrow_window_scrolls_only_downwards(browser: playwright.Browser, url: str) -> None:
-    SHOTS.mkdir(parents=True, exist_ok=True)
-    for name, path in PAGES.items():
-        page = open_page(browser, url + path, width=900)
-        settled(page, name)
-        wide = page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
-        page.screenshot(path=SHOTS / f"{name}_narrow.png")
-        assert wide <= 0, name
-        page.context.close()
-
-
-def test_a_deep_link_opens_one_trace_with_its_tokens(browser: playwright.Browser, shared: tuple[str, Database]) -> None:
+def test_a_deep_link_opens_one_trace_with_its_tokens(open_page: OpenPage, shared: tuple[str, Database]) -> None:
     url, db = shared
     now = datetime.now(UTC)
     with db.read() as session:
         found = traces.listed(session, Slice(now - timedelta(hours=2), now), order="slowest", limit=1)[0]
-    page = open_page(browser, f"{url}/traces?trace={found['trace_id']}")
+    page = open_page(f"{url}/traces?trace={found['trace_id']}")
     page.get_by_text("hover a token to see its step").wait_for()
     page.locator("span[title^='step 1: ']").first.wait_for()
     settled(page, "trace")
-    page.screenshot(path=SHOTS / "trace_light.png")
-    page.context.close()
+    shot(page, "trace_light")
 
 
-def test_a_row_of_the_list_opens_its_trace_and_the_way_back_is_there(browser: playwright.Browser, url: str) -> None:
-    page = open_page(browser, f"{url}/traces?class=code")
+def test_a_row_of_the_list_opens_its_trace_and_the_way_back_is_there(open_page: OpenPage, url: str) -> None:
+    page = open_page(f"{url}/traces?class=code")
     settled(page, "traces")
     documented = page.get_by_text("Rows of a download")
     expect(documented, "no page shows the documentation in its script").to_have_count(0)
@@ -185,23 +201,21 @@ def test_a_row_of_the_list_opens_its_trace_and_the_way_back_is_there(browser: pl
     page.get_by_text("Choose one to open it").wait_for()
     expect(page).not_to_have_url(re.compile("[?&]trace="))
     expect(page).to_have_url(re.compile("[?&]class=code"))
-    page.context.close()
 
 
-def test_a_filter_is_in_the_url_and_survives_the_link(browser: playwright.Browser, url: str) -> None:
-    page = open_page(browser, f"{url}/?class=code&range=6h")
+def test_a_filter_is_in_the_url_and_survives_the_link(open_page: OpenPage, url: str) -> None:
+    page = open_page(f"{url}/?class=code&range=6h")
     settled(page, "overview")
     expect(page.get_by_label("classes")).to_have_value("code")
     expect(page).to_have_url(re.compile("[?&]class=code"))
-    page.context.close()
 
 
 def test_one_click_rollback_with_its_time_to_effect(
-    browser: playwright.Browser, database_url: str, db: Database, tmp_path: Path
+    open_page: OpenPage, database_url: str, db: Database, tmp_path: Path
 ) -> None:
     """The engine's part, observing the plan, is played by a thread that waits for the ledger as a replica does."""
     with _dashboard(database_url, db, tmp_path) as url:
-        page = open_page(browser, f"{url}/rollouts")
+        page = open_page(f"{url}/rollouts")
         page.get_by_role("button", name="Roll back to v3").click()
         page.get_by_placeholder("It stays in the record").fill("p99 went up")
         done = threading.Event()
@@ -221,7 +235,7 @@ def test_one_click_rollback_with_its_time_to_effect(
             page.get_by_test_id("stDialog").get_by_role("button", name="Roll back", exact=True).click()
             page.get_by_text("Rolled back: effective on 1 of 1 replicas after 0.12 s").wait_for()
             page.get_by_test_id("stDialog").wait_for(state="detached")
-            page.screenshot(path=SHOTS / "rolled_back_light.png")
+            shot(page, "rolled_back_light")
         finally:
             done.set()
             thread.join()
@@ -229,14 +243,13 @@ def test_one_click_rollback_with_its_time_to_effect(
             newest = plans.latest(session)
         assert newest is not None
         assert (newest.generation, newest.champion, newest.arms, newest.reason) == (8, 3, (), "p99 went up")
-        page.context.close()
 
 
-@pytest.mark.parametrize(("scheme", "width"), [("light", 1500), ("dark", 1500), ("light", 900), ("dark", 900)])
+@pytest.mark.parametrize(("scheme", "width"), [("light", NARROW), ("dark", WIDE)])
 def test_a_rollout_is_made_in_a_form_that_shows_what_it_freezes(
-    browser: playwright.Browser, url: str, scheme: str, width: int
+    open_page: OpenPage, url: str, scheme: str, width: int
 ) -> None:
-    page = open_page(browser, f"{url}/rollouts", scheme, width)
+    page = open_page(f"{url}/rollouts", scheme, width)
     page.get_by_role("button", name="New rollout").click()
     form = page.get_by_test_id("stDialog")
     form.get_by_text("This is frozen at the start under").wait_for()
@@ -253,18 +266,15 @@ def test_a_rollout_is_made_in_a_form_that_shows_what_it_freezes(
     form.get_by_text("YAML").click()
     form.get_by_text("steps: [0.1, 0.4]").wait_for()
     page.wait_for_timeout(400)
-    page.screenshot(path=SHOTS / f"new_rollout_{scheme}_{width}.png")
-    wide = page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
-    assert wide <= 0
+    shot(page, f"new_rollout_{scheme}_{width}")
+    assert not scrolls_sideways(page)
     form.get_by_role("button", name="Cancel").click()
     form.wait_for(state="detached")
-    page.context.close()
 
 
-def test_a_change_is_explained_by_its_planted_cause(browser: playwright.Browser, url: str) -> None:
+def test_a_change_is_explained_by_its_planted_cause(open_page: OpenPage, url: str) -> None:
     """In the seeded hour better policies came, with the same traffic."""
-    page = open_page(browser, f"{url}/explain?metric=acceptance")
+    page = open_page(f"{url}/explain?metric=acceptance")
     settled(page, "explain")
     page.get_by_text("by the policy (v2 → v3)").wait_for()
-    page.screenshot(path=SHOTS / "explained_light.png")
-    page.context.close()
+    shot(page, "explained_light")

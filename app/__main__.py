@@ -1,21 +1,17 @@
-"""`python -m app`: become the Streamlit server of the dashboard."""
+"""`python -m app`: become the server of the dashboard."""
 
 from __future__ import annotations
 
 import os
 import sys
-from pathlib import Path
-
-from engine.settings import load_settings
 
 
 def main() -> None:
-    dashboard = load_settings().dashboard
-    script = str(Path(__file__).with_name("main.py"))
-    # -P: a file of the working directory must not stand in for a package that Streamlit needs.
-    argv = [sys.executable, "-P", "-m", "streamlit", "run", script]
-    argv += ["--server.address", dashboard.host, "--server.port", str(dashboard.port)]
-    os.execv(sys.executable, argv)
+    if not sys.flags.safe_path:  # a file of the working directory must not stand in for a package that Streamlit needs
+        os.execv(sys.executable, [sys.executable, "-P", "-m", "app"])
+    from app.server import serve
+
+    serve()
 
 
 main()

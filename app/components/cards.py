@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Literal
+from urllib.parse import quote
 
+import numpy as np
 import pandas as pd
-import streamlit as st
 
+from app.charts.theme import Palette, floats
 from app.components.context import plain
 from app.queries.ledger import Serving
 
@@ -38,33 +39,44 @@ CARDS = (
 )
 
 
-def cards(now: pd.Series, before: pd.Series, trend: pd.DataFrame) -> None:
-    """A row of cards: value, change against the window before, sparkline."""
-    with st.grid(len(CARDS), min_column_width=116, gap="xsmall", key="cards"):
-        for card in CARDS:
-            _card(card, now.get(card.column), before.get(card.column), trend)
+def cards(now: pd.Series, before: pd.Series, trend: pd.DataFrame, colours: Palette) -> str:
+    """A row of cards as HTML: value, change against the window before, sparkline.
+
+    One element and no widgets: Streamlit's metric draws each sparkline with Vega, which a first page waited for.
+    """
+    row = "".join(_card(card, now.get(card.column), before.get(card.column), trend, colours) for card in CARDS)
+    return f'<div class="cards">{row}</div>'
 
 
-def _card(card: Card, value: float | None, before: float | None, trend: pd.DataFrame) -> None:
-    moved = trend[card.column].to_numpy(dtype=float, na_value=float("nan")) * card.scale if card.column in trend else ()
-    series = [round(float(v), 4) for v in moved if not math.isnan(v)]
-    delta: str | int | None = None
+def _card(card: Card, value: float | None, before: float | None, trend: pd.DataFrame, colours: Palette) -> str:
+    shade, change = colours.muted, ""
     if _is_number(value) and _is_number(before):
         assert value is not None
         assert before is not None
         form, scale = _form(card, value)
-        change = (value - before) * scale
-        shown = form.format(change).removesuffix(" %").removesuffix(" ms").removesuffix(" s")
-        delta = 0 if float(shown.replace(",", "")) == 0 else f"{'+' if change > 0 else ''}{shown}"
-    st.metric(
-        card.label,
-        _written(card, value),
-        delta,
-        delta_color="inverse" if card.better == "lower" else "normal",
-        border=True,
-        height="stretch",
-        chart_data=series if len(series) > 1 else None,
+        shown = form.format((value - before) * scale).removesuffix(" %").removesuffix(" ms").removesuffix(" s")
+        moved = float(shown.replace(",", ""))
+        if moved:
+            shade = colours.good if (moved < 0) == (card.better == "lower") else colours.bad
+        said = f"↑ +{shown}" if moved > 0 else f"↓ {shown}" if moved < 0 else "0"
+        change = f'<span class="change" style="color:{shade};background:{shade}1f">{said}</span>'
+    series = floats(trend, card.column) if card.column in trend else np.empty(0)
+    text = f'<span class="label">{card.label}</span><span class="value">{_written(card, value)}</span>'
+    return f'<div class="card">{text}{change}{_sparkline(series[~np.isnan(series)], shade)}</div>'
+
+
+def _sparkline(values: np.ndarray, colour: str) -> str:
+    """How a number moved, from its least to its most; nothing of less than two values."""
+    if len(values) < 2:
+        return ""
+    across, span = np.linspace(0, 100, len(values)), values.max() - values.min()
+    down = 28 - 26 * (values - values.min()) / span if span else np.full(len(values), 28)
+    points = " ".join(f"{x:.1f},{y:.1f}" for x, y in zip(across, down, strict=True))
+    drawn = (
+        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 100 30" preserveAspectRatio="none"><polyline fill="none" '
+        f'stroke="{colour}" stroke-width="1.7" vector-effect="non-scaling-stroke" points="{points}"/></svg>'
     )
+    return f'<img alt="" src="data:image/svg+xml,{quote(drawn)}">'  # Streamlit takes drawings out of HTML
 
 
 def _written(card: Card, value: float | None) -> str:

@@ -41,7 +41,7 @@ def page() -> None:
         _how_to_begin()
         return
     trend = overview.over_time(part)
-    cards(_first(now), _first(before), trend)
+    st.html(cards(_first(now), _first(before), trend, colours))
     marks, lines = ledger.marks(part), overview.leading(part)
     capped, requests = few(part, lines), float(_first(now)["requests"])
     left, right = st.columns([3, 2])

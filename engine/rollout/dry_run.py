@@ -46,7 +46,8 @@ class Found:
 class Incident:
     """What these guards would have said of a rollout that is over; ``at`` None where they would not have fired.
 
-    ``unknown`` are latencies that its evidence does not have: no guard of it looked at them.
+    ``unknown`` are latencies that its evidence does not have: no guard of it looked at them. ``looked`` decisions had
+    evidence that could be read.
     """
 
     rollout_id: int
@@ -56,6 +57,7 @@ class Incident:
     requests: int
     unreadable: int
     unknown: tuple[str, ...] = ()
+    looked: int = 0
 
 
 def equal_arms(spec: RolloutSpec, past: Past, splits: int) -> Equal:
@@ -123,7 +125,7 @@ def _worse(request: Request, rng: np.random.Generator) -> Request:
 
 def incident(spec: RolloutSpec, rollout_id: int, ended: str, decisions: Sequence[DecisionRecord]) -> Incident:
     """The guards on the evidence that each decision about a rollout was made of."""
-    unreadable, wanted, known = 0, set(spec.metrics()), set[str]()
+    unreadable, looked, wanted, known = 0, 0, set(spec.metrics()), set[str]()
     for decision in decisions:
         if "inputs" not in decision.evidence:
             continue
@@ -133,15 +135,16 @@ def incident(spec: RolloutSpec, rollout_id: int, ended: str, decisions: Sequence
         except (KeyError, TypeError, ValueError):  # written by an earlier version of the code
             unreadable += 1
             continue
+        looked += 1
         before = decision.status_before
         watching, in_shadow = bool(before.get("watch")), bool(before.get("shadow")) and not before.get("stages")
         known |= {metric for segment in evidence.segments for metric in segment.latencies}
         for guard in evaluate(spec, evidence.segments, restarts, decision.decided_at, watching, in_shadow):
             if guard.verdict is Verdict.FAIL:
                 n = min(guard.n_canary, guard.n_control)
-                return Incident(rollout_id, ended, decision.decided_at, guard.guard, n, unreadable)
+                return Incident(rollout_id, ended, decision.decided_at, guard.guard, n, unreadable, looked=looked)
     unknown = tuple(sorted(wanted - known)) if known else ()
-    return Incident(rollout_id, ended, None, "", 0, unreadable, unknown)
+    return Incident(rollout_id, ended, None, "", 0, unreadable, unknown, looked)
 
 
 def report(
@@ -224,7 +227,9 @@ def _told(found: Found, equal: Equal, spec: RolloutSpec) -> str:
 
 def retold(found: Incident) -> str:
     """What these guards would have said of a rollout that is over."""
-    if found.at is None:
+    if not found.looked:
+        said = "it left no evidence to try these guards on"
+    elif found.at is None:
         said = "these guards would not have rolled it back"
     else:
         said = f"{found.guard} would have rolled it back at {found.at:%Y-%m-%d %H:%M:%S} ({found.requests:,} per arm)"

@@ -79,11 +79,13 @@ def test_what_a_dry_run_cannot_reckon_is_left_open() -> None:
     assert rows["minutes"].fillna(-1).tolist() == [pytest.approx((60 + 1_000) / 60), -1.0]
     assert found_rows(spec, Equal(4, (), (), 1_000, 0.0), found)["minutes"].isna().all()
     at = datetime(2026, 3, 1)
-    retold = incident_rows((Incident(4, "ROLLED_BACK", at, "errors", 40, 0), Incident(3, "DONE", None, "", 0, 2)))
-    assert retold["ended"].tolist() == ["rolled back", "done"]
+    over = Incident(3, "DONE", None, "", 0, 2, looked=9)
+    retold = incident_rows((Incident(4, "ROLLED_BACK", at, "errors", 40, 0, looked=3), over, replace(over, looked=0)))
+    assert retold["ended"].tolist() == ["rolled back", "done", "done"]
     assert "errors would have rolled it back" in retold["by"][0]
     assert "would not have" in retold["by"][1]
     assert "2 decisions could not be read" in retold["by"][1]
+    assert "left no evidence" in retold["by"][2]
 
 
 def active(db: Database) -> rollouts.Rollout:

@@ -34,6 +34,10 @@ STEADY_S = 60.0
 """A component that ran this long starts its backoff from the beginning."""
 
 
+class Late(SlipstreamError):
+    """A component that runs and is not ready in its time."""
+
+
 @dataclass(frozen=True, slots=True)
 class Component:
     """One process of the system: how it starts and how one sees that it is ready.
@@ -76,14 +80,15 @@ class Supervisor:
             self._write_state()
 
     def wait_ready(self, name: str, timeout_s: float) -> None:
-        """Wait until a component says it is ready; SlipstreamError with the end of its log when it does not."""
+        """Wait until a component says it is ready; SlipstreamError with its log's end where it ended, Late where it has
+        not."""
         running = self._running[name]
         deadline = self.clock() + timeout_s
         while not running.component.ready():
             if running.process.poll() is not None:
                 raise SlipstreamError(f"{name} ended with code {running.process.returncode}.\n{self.log_tail(name)}")
             if self.clock() > deadline:
-                raise SlipstreamError(f"{name} was not ready after {timeout_s:.0f} s.\n{self.log_tail(name)}")
+                raise Late(f"{name} was not ready after {timeout_s:.0f} s.\n{self.log_tail(name)}")
             self.sleep(0.2)
 
     def watch_once(self) -> None:
@@ -157,7 +162,7 @@ class Supervisor:
                 start_new_session=True,
             )
         if component.niceness:
-            _lower_session(process.pid, component.niceness)
+            lower_session(process.pid, component.niceness)
         return process
 
     def _write_state(self) -> None:
@@ -176,7 +181,7 @@ class Supervisor:
         temporary.replace(path)
 
 
-def _lower_session(pid: int, niceness: int) -> None:
+def lower_session(pid: int, niceness: int) -> None:
     """Where Linux shares the processor between sessions, niceness counts inside one only; the session has its own."""
     with contextlib.suppress(OSError):  # no such sharing, or not allowed to be changed
         Path(f"/proc/{pid}/autogroup").write_text(str(niceness))

@@ -14,7 +14,7 @@ import httpx
 from engine.contracts import SlipstreamError
 from engine.ops import postgres
 from engine.ops.interruption import held
-from engine.ops.supervisor import Component, Say, Supervisor, end_group, is_running, read_state, state_file
+from engine.ops.supervisor import Component, Late, Say, Supervisor, end_group, is_running, read_state, state_file
 from engine.settings import Settings, child_environment
 from engine.store import migrate
 from engine.store.database import sqlalchemy_url
@@ -30,6 +30,7 @@ BEHIND_PEOPLE = 5
 """Niceness of what serves: a rollback, by the controller or typed, must not wait for the very load it is to end."""
 BEHIND_ALL = 19
 """Niceness of the learner: it gets what serving leaves, and a few per cent of a busy core, so that attempts end."""
+LATER = " (still starting; what it is to be told waits. `slipstream logs mlflow` shows how far it is)"
 READY_S = {"mlflow": 120.0, "engine": 600.0, "dashboard": 60.0}
 
 
@@ -74,9 +75,17 @@ def start(settings: Settings, supervisor: Supervisor, say: Say) -> Settings:
     supervisor.wait_ready("engine", READY_S["engine"])
     say(f"engine: {api}/v1 (OpenAI-compatible)")
     if "mlflow" in (read_state(home) or {"components": {}})["components"]:
-        supervisor.wait_ready("mlflow", READY_S["mlflow"])
-        say(f"MLflow: {settings.mlflow_tracking_uri}")
+        say(f"MLflow: {settings.mlflow_tracking_uri}{'' if mlflow_is_ready(supervisor) else LATER}")
     return located
+
+
+def mlflow_is_ready(supervisor: Supervisor) -> bool:
+    """Whether it was in its time. Where others leave it no processor it comes later; what it is to be told waits."""
+    try:
+        supervisor.wait_ready("mlflow", READY_S["mlflow"])
+    except Late:
+        return False
+    return True
 
 
 def _fetch_model(settings: Settings, environ: dict[str, str], say: Say) -> None:

@@ -14,6 +14,7 @@ import pytest
 
 from engine.contracts import SlipstreamError
 from engine.ops.supervisor import Component, Supervisor, end_group, is_alive, read_state, state_file
+from engine.ops.system import mlflow_is_ready
 from tests.waiting import until
 
 
@@ -111,6 +112,14 @@ def test_a_component_that_never_gets_ready_is_an_error(supervisor: Supervisor) -
     supervisor.start(component(FOR_EVER, ready=lambda: False))
     with pytest.raises(SlipstreamError, match="was not ready after 7 s"):
         supervisor.wait_ready("part", 7.0)
+
+
+def test_an_mlflow_that_is_late_is_waited_for_no_longer_and_one_that_ended_is_an_error(supervisor: Supervisor) -> None:
+    supervisor.start(component(FOR_EVER, "mlflow", ready=lambda: False))
+    assert not mlflow_is_ready(supervisor)
+    end_group(supervisor.pid("mlflow"), grace_s=0.0)
+    with pytest.raises(SlipstreamError, match="mlflow ended with code"):
+        mlflow_is_ready(supervisor)
 
 
 def test_ending_a_group_that_is_gone_is_no_error() -> None:

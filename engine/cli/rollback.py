@@ -47,7 +47,7 @@ def _report_effect(context: typer.Context, plan: ServingPlan) -> None:
         while True:
             with opened.read() as session:
                 found = replicas.effect(session, plan)
-            if (found.seconds and not found.behind) or time.monotonic() > deadline:
+            if not found.behind or time.monotonic() > deadline:
                 break
             time.sleep(0.02)
     for name, seconds in found.seconds.items():

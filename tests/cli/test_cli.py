@@ -60,8 +60,11 @@ def test_a_verb_without_a_database_says_how_to_get_one(tmp_path: Path) -> None:
     assert "slipstream up" in str(answer.exception)
 
 
-def test_rollback_writes_the_ledger(flags: list[str], db: Database, tmp_path: Path) -> None:
-    with db.write() as session:  # no live replica: the verb must not wait for one
+def test_rollback_writes_the_ledger_and_waits_for_nobody_where_nobody_is(
+    flags: list[str], db: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("engine.cli.rollback.time.sleep", lambda seconds: pytest.fail("it waits"))
+    with db.write() as session:
         from sqlalchemy import delete
 
         from engine.store.models import ReplicaRow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
+from functools import cache
 from uuid import UUID
 
 import numpy as np
@@ -12,6 +13,11 @@ from engine.store.repositories.requests import Requests
 CLASSES = ("chat", "code", "long_form")
 MIX = (0.6, 0.3, 0.1)
 OUTPUT = {"chat": 60, "code": 120, "long_form": 300}
+
+
+@cache
+def trace_id(number: int) -> UUID:
+    return UUID(int=number)
 
 
 def requests(
@@ -42,7 +48,7 @@ def requests(
     tpot = 0.02 / fast * slower * (0.6 + 0.1 * in_flight) * rng.lognormal(0, 0.1, n)
     ttft = 0.1 * rng.lognormal(0, 0.2, n)
     return Requests(
-        trace_id=[UUID(int=number) for number in range(n)],
+        trace_id=[trace_id(number) for number in range(n)],
         started_at=[datetime(2026, 3, 1, tzinfo=UTC)] * n,
         traffic_class=classes.astype(object),
         policy_version=versions,

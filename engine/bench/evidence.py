@@ -31,12 +31,12 @@ def run(requests: int, seed: int, say: Say) -> Report:
         with database.write() as session:
             seeding.analyze(session)
         say(f"seeded {requests:,} compared requests in {time.monotonic() - began:.0f} s")
-        counted, counting_s, figures = 0, 0.0, list[Figure]()
+        counted, rates, figures = 0, list[float](), list[Figure]()
         for share in (0.1, 1.0):
             until = round(share * requests) - LOOKS * FRESH
             while counted < until:
                 some = min(compared.LIMIT, until - counted)
-                counting_s += _count(database, window, now, some)
+                rates.append(some / _count(database, window, now, some))
                 counted += some
             looks = []
             for _ in range(LOOKS):
@@ -45,9 +45,7 @@ def run(requests: int, seed: int, say: Say) -> Report:
                 looks.append(1e3 * (took + _read(database, window)))
             figures.append(quantile_figure(f"look_ms:{counted}", looks, 0.5, "ms", rng))
             say(f"{counted:,} counted: median look {figures[-1].value:.0f} ms")
-        backlog = counted - 2 * LOOKS * FRESH
-        per_s = backlog / counting_s
-        figures.append(Figure("backlog_per_s", per_s, per_s, per_s, backlog, "requests/s"))
+        figures.append(quantile_figure("backlog_per_s", rates, 0.5, "requests/s", rng))
     return Report("evidence", seed, figures)
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.bench.report import Figure, Report, share_figure
+from engine.bench.report import Figure, Report, quantile_figure, share_figure
 from engine.bench.workload import Ids, workloads
 from engine.contracts import SamplingParams
 from engine.model.batch import Row, build_batch
@@ -51,23 +51,24 @@ class Options:
 
 @dataclass(slots=True)
 class Seen:
-    """Of one dtype: ``gaps`` of served tokens that the auditor's pass does not prefer, ``margins`` between its best two
-    logits everywhere, and the largest difference of any logit between its pass and each other kind of pass."""
+    """Of one dtype, a list for each response: ``gaps`` of served tokens that the auditor's pass does not prefer, and
+    ``margins`` between its best two logits everywhere. ``differences`` are the largest of any logit between its pass
+    and each other kind of pass."""
 
-    gaps: list[float] = field(default_factory=list)
-    margins: list[float] = field(default_factory=list)
+    gaps: list[list[float]] = field(default_factory=list)
+    margins: list[list[float]] = field(default_factory=list)
     differences: dict[str, float] = field(default_factory=dict)
 
 
 def run(settings: Settings, options: Options, say: Say) -> Report:
-    figures = list[Figure]()
+    figures, rng = list[Figure](), np.random.default_rng(options.seed)
     for dtype in options.dtypes:
         target = configured_target(settings, say, dtype)
         found = workloads(target, options.files, options.classes, 0, options.prompts, options.longest, options.seed)
         pairs = serve(target, [ids for work in found for ids in work.test], options.tokens)
         say(f"{dtype}: {len(pairs)} responses served, {ROWS} at a time; comparing passes")
         seen = compare(target.model, pairs)
-        figures += _figures(dtype, seen, tie_bound(target.model.dtype))
+        figures += _figures(dtype, seen, tie_bound(target.model.dtype), rng)
     return Report("ties", options.seed, figures)
 
 
@@ -96,8 +97,8 @@ def compare(model: Llama, pairs: Sequence[tuple[Ids, Ids]]) -> Seen:
             audit = _audited(model, prompt, output)
             best = audit.topk(2, -1).values
             served = audit.gather(-1, torch.tensor(output, device=audit.device)[:, None])[:, 0]
-            seen.margins += (best[:, 0] - best[:, 1]).tolist()
-            seen.gaps += [gap for gap in (best[:, 0] - served).tolist() if gap > 0]
+            seen.margins.append((best[:, 0] - best[:, 1]).tolist())
+            seen.gaps.append([gap for gap in (best[:, 0] - served).tolist() if gap > 0])
             for name, passes in others.items():
                 most = float((passes[n] - audit[1:]).abs().max()) if len(output) > 1 else 0.0
                 seen.differences[name] = max(most, seen.differences.get(name, 0.0))
@@ -154,14 +155,33 @@ def _audited(model: Llama, prompt: Ids, output: Ids) -> Tensor:
     ).float()
 
 
-def _figures(dtype: str, seen: Seen, bound: float) -> list[Figure]:
-    positions = len(seen.margins)
-    rare = [share_figure(f"served_differs:{dtype}", len(seen.gaps), positions)]
-    rare.append(share_figure(f"best_two_within_bound:{dtype}", sum(m <= bound for m in seen.margins), positions))
-    largest = {"gap_max": max(seen.gaps, default=0.0), **seen.differences, "bound": bound}
-    quantiles = {f"margin_p{q:g}": float(np.percentile(seen.margins, q)) for q in (1, 5, 50)}
+def _figures(dtype: str, seen: Seen, bound: float, rng: np.random.Generator) -> list[Figure]:
+    """``audits_failed``: the share of responses that the auditor would have called wrong, though nothing was planted.
+
+    Tokens of one response go together, so responses are what is resampled. A largest value has no upper end: more
+    responses find larger ones, and how often they pass the bound is what ``audits_failed`` says.
+    """
+    failed = sum(max(gaps, default=0.0) > bound for gaps in seen.gaps)
+    positions = [len(margins) for margins in seen.margins]
+    near = [sum(margin <= bound for margin in margins) for margins in seen.margins]
+    margins = np.concatenate([np.asarray(margins) for margins in seen.margins])
+    largest = {"gap_max": max((gap for gaps in seen.gaps for gap in gaps), default=0.0), **seen.differences}
     return [
-        *rare,
-        *(Figure(f"{name}:{dtype}", value, value, value, positions, "logits") for name, value in largest.items()),
-        *(Figure(f"{name}:{dtype}", value, value, value, positions, "logits") for name, value in quantiles.items()),
+        share_figure(f"audits_failed:{dtype}", failed, len(seen.gaps)),
+        _share_of_positions(f"served_differs:{dtype}", [len(gaps) for gaps in seen.gaps], positions, rng),
+        _share_of_positions(f"best_two_within_bound:{dtype}", near, positions, rng),
+        *(Figure(f"{name}:{dtype}", v, v, float("inf"), sum(positions), "logits") for name, v in largest.items()),
+        Figure(f"bound:{dtype}", bound, bound, bound, 0, "logits"),
+        *(quantile_figure(f"margin_p{q:g}:{dtype}", margins.tolist(), q / 100, "logits", rng) for q in (1, 5, 50)),
     ]
+
+
+def _share_of_positions(name: str, events: Sequence[int], positions: Sequence[int], rng: np.random.Generator) -> Figure:
+    """A ratio of sums with its percentile bootstrap over responses. Where no response has an event no resample has one;
+    then the share of responses that have any bounds it, by Clopper–Pearson."""
+    met, of = np.asarray(events, float), np.asarray(positions, float)
+    if not met.any():
+        return Figure(name, 0.0, 0.0, share_figure(name, 0, len(met)).high, len(met), "share")
+    drawn = rng.integers(0, len(met), (2_000, len(met)))
+    low, high = np.quantile(met[drawn].sum(1) / of[drawn].sum(1), (0.025, 0.975))
+    return Figure(name, float(met.sum() / of.sum()), float(low), float(high), len(met), "share")

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import datetime
 
-from sqlalchemy import select
+from sqlalchemy import select, text
 from sqlalchemy.dialects.postgresql import insert
 
 from engine.contracts import TERMINAL_STATES, RolloutState, SlipstreamError
+from engine.store import locks
 from engine.store.database import ReadSession, WriteSession
 from engine.store.models import RolloutCommandRow
 from engine.store.repositories import rollouts
@@ -55,6 +56,8 @@ def ask(
                 f"slipstream rollout start --draft {rollout_id}"
             )
         rollouts.cancel_draft(session, rollout, f"cancelled by {actor}: {reason}")
+    # Ids in the order of commits: the controller goes on after the last it obeyed, one that came late is lost.
+    session.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": locks.COMMANDS})
     asked = {"rollout_id": rollout_id, "verb": verb, "actor": actor, "reason": reason}
     fill = insert(RolloutCommandRow).values(**asked, idempotency_key=idempotency_key)
     statement = fill.on_conflict_do_nothing(index_elements=["idempotency_key"])

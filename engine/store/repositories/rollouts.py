@@ -244,6 +244,8 @@ def apply(
 
 
 def _write_down(session: WriteSession, decision: DecisionRecord) -> None:
+    # Ids in the order of commits: who tells of decisions goes on after the last one told, one that came late is lost.
+    session.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": locks.DECISIONS})
     session.add(
         RolloutDecisionRow(
             rollout_id=decision.rollout_id,

@@ -154,6 +154,10 @@ class Settings(Section):
     )
     database_url: str | None = Field(None, description="any PostgreSQL 16+; without it an embedded one runs in home")
     mlflow_tracking_uri: str | None = Field(None, description="an MLflow server of yours; also MLFLOW_TRACKING_URI")
+    yielding: bool = Field(
+        True,
+        description="MLflow, learner and housekeeping yield the processor to serving; off: nothing does",
+    )
     engine: EngineSettings = EngineSettings()
     telemetry: TelemetrySettings = TelemetrySettings()
     learner: LearnerSettings = LearnerSettings()

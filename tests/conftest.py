@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,22 +11,11 @@ import pytest
 
 from engine.model.loading import Target, load_target
 from engine.ops import postgres
-from engine.ops.supervisor import lower_session
 from engine.store import migrate
 from engine.store.database import Database
 from tests.app.hour import Hour, seeded_hour
 from tests.databases import TEMPLATE, copied, with_database
 from tests.tiny_model import write_tiny_model
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    """Tests side by side come behind the processes that they start and wait for: MLflow, which yields to serving, got a
-    fiftieth of a processor beside three of them. Linux shares processors between sessions first, hence one for each."""
-    if hasattr(config, "workerinput"):
-        with contextlib.suppress(PermissionError):  # it leads a session already
-            os.setsid()
-        os.nice(19)
-        lower_session(os.getpid(), 19)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

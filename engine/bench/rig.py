@@ -53,7 +53,7 @@ def rig(
             }
         )
         own = system.free_ports(own)
-        supervisor = Supervisor(home, say)
+        supervisor = Supervisor(home, say, yielding=own.yielding)
         try:
             say("starting Postgres and an engine")
             own = own.model_copy(update={"database_url": system.start_database(own)})

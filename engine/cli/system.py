@@ -30,7 +30,7 @@ def up(context: typer.Context) -> None:
     chosen = settings(context)
     system.refuse_a_second(chosen)
     with interruptible():
-        supervisor = Supervisor(chosen.home_path, say)
+        supervisor = Supervisor(chosen.home_path, say, yielding=chosen.yielding)
         try:
             system.start(chosen, supervisor, say)
             say("everything runs; Ctrl-C stops it, the data stay")
@@ -63,7 +63,7 @@ def demo(
     chosen = system.free_ports(story.settings(settings(context)))
     system.refuse_a_second(chosen)
     with interruptible():
-        supervisor = Supervisor(chosen.home_path, say)
+        supervisor = Supervisor(chosen.home_path, say, yielding=chosen.yielding)
         try:
             running = system.start(chosen, supervisor, say)
             story.tell(running, chosen, supervisor, say, minutes * 60.0, hold)

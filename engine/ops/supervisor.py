@@ -66,12 +66,16 @@ class _Running:
 
 @dataclass(slots=True)
 class Supervisor:
-    """Owns the components it started. ``clock`` is monotonic seconds, ``sleep`` waits; both are arguments for tests."""
+    """Owns the components it started. ``clock`` is monotonic seconds, ``sleep`` waits; both are arguments for tests.
+
+    Without ``yielding`` the niceness of components counts for nothing.
+    """
 
     home: Path
     say: Say
     clock: Callable[[], float] = time.monotonic
     sleep: Callable[[float], None] = time.sleep
+    yielding: bool = True
     _running: dict[str, _Running] = field(default_factory=dict)
 
     def start(self, component: Component) -> None:
@@ -151,7 +155,8 @@ class Supervisor:
     def _spawn(self, component: Component) -> subprocess.Popen[bytes]:
         path = log_file(self.home, component.name)
         path.parent.mkdir(parents=True, exist_ok=True)
-        lowered = ["nice", "-n", str(component.niceness)] if component.niceness else []
+        niceness = component.niceness if self.yielding else 0
+        lowered = ["nice", "-n", str(niceness)] if niceness else []
         with path.open("ab") as out:
             process = subprocess.Popen(
                 [*lowered, *component.argv],
@@ -161,8 +166,8 @@ class Supervisor:
                 env=dict(component.environ),
                 start_new_session=True,
             )
-        if component.niceness:
-            lower_session(process.pid, component.niceness)
+        if niceness:
+            _lower_session(process.pid, niceness)
         return process
 
     def _write_state(self) -> None:
@@ -181,7 +186,7 @@ class Supervisor:
         temporary.replace(path)
 
 
-def lower_session(pid: int, niceness: int) -> None:
+def _lower_session(pid: int, niceness: int) -> None:
     """Where Linux shares the processor between sessions, niceness counts inside one only; the session has its own."""
     with contextlib.suppress(OSError):  # no such sharing, or not allowed to be changed
         Path(f"/proc/{pid}/autogroup").write_text(str(niceness))

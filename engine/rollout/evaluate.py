@@ -40,6 +40,8 @@ ALL = "all"
 FUSE_DEVIATIONS = 2.5
 """By how many deviations of its rank the canary's quantile is taken lower, and the control's higher, before a fuse
 believes their ratio. Fuses stand outside ``alpha``: a quantile between two modes must not blow one by chance."""
+OUTER = 2.8
+"""How far a spacing looked to one side by the second rules."""
 
 
 def evaluate(
@@ -162,11 +164,13 @@ def _tokens_per_step(guard: TokensPerStep, alpha: float, arms: Arms) -> GuardRes
 def _latency(guard: Latency, spec: RolloutSpec, alpha: float, arms: Arms) -> GuardResult:
     sums = arms.sums(guard.metric)
     rho, limit = statistics.tuned_rho(guard.horizon, alpha), -log(alpha)
-    diff = quantiles.fast(sums, guard.quantile, guard.margin, quantiles.OUTER if spec.rules > 1 else 0.0)
-    if guard.method == "fast":
-        each = np.asarray(statistics.log_e_below(diff, 0.0, rho))
-    else:
+    diff = quantiles.spacing(sums, guard.quantile, guard.margin, OUTER if spec.rules == 2 else 0.0)
+    if guard.method == "certified":
         each = quantiles.certified(sums, guard.quantile, guard.margin)
+    elif spec.rules > 2:
+        each = statistics.log_e_of_distance(*quantiles.fast(sums, guard.quantile, guard.margin), rho)
+    else:
+        each = statistics.log_e_below(diff, 0.0, rho)
     log_e = statistics.log_mean(each[0], list(each[1:]))
     failed = log_e >= limit
     at = arms.worst(each) if failed else 0

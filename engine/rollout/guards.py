@@ -12,7 +12,8 @@ METHODS = ("fast", "certified")
 RULES = 3
 """Which rules judge, frozen with the specification so that a replay judges by those of its time. Since 2 the spacing of
 a fast latency guard looks to one side as well, a fuse allows for chance, and what a shadow may spend of ``alpha`` is
-set aside: it spent the trial's again. Since 3 a watch waits for ``min_requests``.
+set aside: it spent the trial's again. Since 3 a watch waits for ``min_requests``, and a fast latency guard judges by a
+likelihood ratio instead of spacings.
 """
 LEAST_ALPHA = 1e-6
 """Below it a guard needs so much evidence that it is none."""

@@ -98,16 +98,20 @@ def tuned_rho(horizon: float, alpha: float) -> float:
 
 
 def log_e_below(diff: Difference, at: Number, rho: float) -> Number:
-    """Evidence against "the true difference is ≥ ``at``": half-normal mixture over drifts below ``at``.
+    """Evidence against "the true difference is ≥ ``at``": half-normal mixture over drifts below ``at``."""
+    log_e = log_e_of_distance(-diff.z(at), diff.pairs, rho)
+    return np.where(np.asarray(diff.se) > 0, log_e, 0.0)
 
-    With z the standardised distance and t pairs: E = 2/√(tρ²+1) · exp(z²·tρ²/(2(tρ²+1))) · Φ(−z·√(tρ²/(tρ²+1))).
+
+def log_e_of_distance(z: Number, pairs: Number, rho: float) -> Number:
+    """Evidence of a distance of z standard errors to the wrong side, on t pairs:
+
+    E = 2/√(tρ²+1) · exp(z²·tρ²/(2(tρ²+1))) · Φ(z·√(tρ²/(tρ²+1))).
     """
-    share = diff.pairs * rho * rho
+    share = pairs * rho * rho
     shrink = share / (share + 1.0)
-    z = -diff.z(at)
     log_e = np.log(2.0) - 0.5 * np.log1p(share) + 0.5 * z * z * shrink + special.log_ndtr(z * np.sqrt(shrink))
-    known = (np.asarray(diff.pairs) >= MIN_PAIRS) & (np.asarray(diff.se) > 0)
-    return np.where(known, log_e, 0.0)
+    return np.where(np.asarray(pairs) >= MIN_PAIRS, log_e, 0.0)
 
 
 def half_width(diff: Difference, rho: float, alpha: float) -> Number:

@@ -118,8 +118,17 @@ def test_an_mlflow_that_is_late_is_waited_for_no_longer_and_one_that_ended_is_an
     supervisor.start(component(FOR_EVER, "mlflow", ready=lambda: False))
     assert not mlflow_is_ready(supervisor)
     end_group(supervisor.pid("mlflow"), grace_s=0.0)
+    until(lambda: not is_alive(supervisor.pid("mlflow")), "it has ended")
     with pytest.raises(SlipstreamError, match="mlflow ended with code"):
         mlflow_is_ready(supervisor)
+
+
+@pytest.mark.parametrize("yielding", [True, False])
+def test_what_yields_to_serving_yields_where_that_is_wanted(supervisor: Supervisor, yielding: bool) -> None:
+    supervisor.yielding = yielding
+    supervisor.start(replace(component(FOR_EVER), niceness=3))
+    expected = os.nice(0) + (3 if yielding else 0)
+    until(lambda: os.getpriority(os.PRIO_PROCESS, supervisor.pid("part")) == expected, "it has lowered itself")
 
 
 def test_ending_a_group_that_is_gone_is_no_error() -> None:

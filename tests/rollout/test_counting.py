@@ -14,7 +14,7 @@ from engine.rollout import controller as controller_module
 from engine.rollout.controller import LEASE, Controller
 from engine.rollout.records import Action
 from engine.store.database import Database
-from engine.store.repositories import compared, leases, rollouts
+from engine.store.repositories import compared, leases, partitions, rollouts
 from engine.store.repositories.leases import LeaseLost
 from tests.rollout import database_world as world
 
@@ -138,6 +138,7 @@ def test_a_replica_whose_clock_is_behind_hides_nothing(going: tuple[Database, Co
     db, acting, now = going
     serve(db, now + timedelta(seconds=10), 400, WORSE)
     with db.write() as session:
+        partitions.ensure(session, (now - timedelta(hours=1)).date())
         session.execute(text("UPDATE traces SET started_at = started_at - interval '1 hour'"))
     decision = acting.tick(now + timedelta(seconds=12))
     assert decision is not None

@@ -36,6 +36,7 @@ def environ() -> Iterator[dict[str, str]]:
         kept = {k: v for k, v in os.environ.items() if not k.startswith(("SLIPSTREAM_", "MLFLOW_"))}
         yield kept | {
             "SLIPSTREAM_HOME": folder,
+            "SLIPSTREAM_YIELDING": "false",  # to the other tests that run meanwhile, of all things
             "SLIPSTREAM_ENGINE__MODEL": str(home / "tiny"),
             "SLIPSTREAM_ENGINE__DTYPE": "float64",
             "SLIPSTREAM_ENGINE__PORT": str(engine),

@@ -22,8 +22,8 @@ from engine.settings import load_settings
 SCRIPT = Path(__file__).with_name("main.py")
 SCRIPTS = Path(st.__file__).with_name("static") / "static" / "js"
 """Streamlit's own, for browsers."""
-EARLY = ("PlotlyChart",)
-"""What almost every page draws with: by far the largest of them, and asked for last."""
+EARLY = ("Html", "PlotlyChart")
+"""What almost every page draws with and is asked for last; the library of charts is by far the largest of them all."""
 
 
 def serve() -> None:
@@ -57,7 +57,7 @@ def early() -> list[str]:
 class Announcing:
     """Names ``scripts`` in the header of a page, so that browsers fetch and parse them beside what starts the page.
 
-    Streamlit asks for the chart library when the first chart has arrived, and everybody waits while it is parsed.
+    Streamlit asks for them when the first element that needs them has arrived, and everybody waits for that parsing.
     """
 
     def __init__(self, app: ASGIApp, scripts: list[str]) -> None:

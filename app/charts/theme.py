@@ -112,11 +112,20 @@ def figure(colours: Palette, height: int = 280) -> Figure:
 
 
 def time_axis(made: Figure, window: Window) -> Figure:
-    """Every time chart of a page spans the whole window, so that the same moment is at the same place."""
+    """Every time chart of a page spans the whole window, so that the same moment is at the same place.
+
+    Its margins are given, room for "500 ms" and "12:30": to find them Plotly draws every chart twice.
+    """
     since, until = window
     short = (until - since) <= timedelta(hours=36)
+    made.update_layout(margin={"l": 52, "b": 24})
+    made.update_yaxes(automargin=False)
     made.update_xaxes(
-        range=[since, until], tickformat="%H:%M" if short else "%b %-d", hoverformat="%b %-d, %H:%M", nticks=8
+        automargin=False,
+        range=[since, until],
+        tickformat="%H:%M" if short else "%b %-d",
+        hoverformat="%b %-d, %H:%M",
+        nticks=8,
     )
     return made
 

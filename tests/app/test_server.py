@@ -11,7 +11,7 @@ from starlette.responses import HTMLResponse, PlainTextResponse
 from starlette.testclient import TestClient
 from starlette.types import Receive, Scope, Send
 
-from app.server import Announcing, early
+from app.server import EARLY, Announcing, early
 from engine.ops.system import answers
 from engine.settings import child_environment, load_settings
 from tests.waiting import free_ports, until
@@ -49,14 +49,16 @@ def test_a_file_of_the_working_directory_stands_in_for_no_package(tmp_path: Path
         process.wait(20)
 
 
-def test_a_page_announces_the_chart_library_that_streamlit_has_and_nothing_else_does() -> None:
+def test_a_page_announces_the_scripts_that_streamlit_has_and_nothing_else_does() -> None:
     found = early()
-    assert len(found) == 1, "Streamlit names its scripts otherwise: EARLY must follow"
+    assert len(found) == len(EARLY), "Streamlit names its scripts otherwise: EARLY must follow"
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         await (HTMLResponse("") if scope["path"] == "/drift" else PlainTextResponse(""))(scope, receive, send)
 
     client = TestClient(Announcing(app, found))
-    assert client.get("/drift").headers["link"] == f"<{found[0]}>; rel=modulepreload; fetchpriority=low"
+    assert client.get("/drift").headers["link"] == ", ".join(
+        f"<{script}>; rel=modulepreload; fetchpriority=low" for script in found
+    )
     assert "link" not in client.get("/other").headers
     assert "link" not in TestClient(Announcing(app, [])).get("/drift").headers

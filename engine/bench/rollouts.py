@@ -53,6 +53,9 @@ points below its control."""
 OTHER_PRESETS = ("fast", "cautious")
 """Those that identical arms are tried under as well."""
 NOT_REACHED = "not reached"
+FULL = (2_000, 1_000, 200, 200, 100, 3_000)
+"""Rollouts with identical arms, at the margin, in every other world without a fault, in those with one, in those where
+it comes later; requests per arm."""
 LATER_LOOK = 20
 """Requests between two looks there at most: what is late in a rollout is looked at as often as what is early."""
 
@@ -74,7 +77,7 @@ class Run:
 
 def run(quick: bool, seed: int, progress: Callable[[str], None] = lambda _: None, workers: int | None = None) -> Report:
     """All worlds. ``quick``: 200 rollouts with identical arms and few elsewhere; otherwise 2,000."""
-    many, others, found, late, horizon = (200, 20, 20, 6, 2_000) if quick else (2_000, 200, 200, 100, 3_000)
+    many, margin, others, found, late, horizon = (200, 50, 10, 20, 4, 2_000) if quick else FULL
     figures: list[Figure] = []
     rng = np.random.default_rng(seed)
     context = multiprocessing.get_context("spawn")
@@ -88,8 +91,7 @@ def run(quick: bool, seed: int, progress: Callable[[str], None] = lambda _: None
             return list(pool.map(one, range(seed, seed + count), chunksize=5))
 
         for world in EQUAL:
-            count = many if world.name == "identical" else max(others, many // 2 if world.name == "margin" else 0)
-            figures += _false(world, runs(world, count))
+            figures += _false(world, runs(world, {"identical": many, "margin": margin}.get(world.name, others)))
         for preset in OTHER_PRESETS:
             ends = runs(EQUAL[0], others, preset=preset)
             figures.append(share_figure(f"false_rollback:{preset}", _rolled_back(ends), len(ends)))

@@ -34,8 +34,6 @@ PAGES = {
 """Path of each page, and what its main panel is made of."""
 STEPS_S = {"1h": 5.0, "30d": None}
 """Windows, and in which steps they move; within one, all ask the same. A month's step of a minute is not waited for."""
-PAINTS = 2
-"""First paints of each page and window."""
 ASKED_S = 30.0
 """A browser may be busy drawing when the key is pressed."""
 QUIET_S = 0.4
@@ -49,7 +47,7 @@ class Look:
     """One page over one window: seconds to its main panel, and milliseconds of the dashboard's processor per rerun."""
 
     name: str
-    paint_s: Sequence[float]
+    paint_s: float
     refresh_ms: Sequence[float]
     warm_ms: Sequence[float]
 
@@ -73,24 +71,19 @@ def look(browser: Any, address: str, server: psutil.Process, reruns: int, say: S
     for path, panel in PAGES.items():
         for window, step_s in STEPS_S.items():
             url, name = f"{address}/{path}?range={window}&live=false", f"{path or 'overview'} {window}"
-            paints = []
-            for _ in range(PAINTS - 1):
-                tab = _open(browser, url, panel)
-                paints.append(tab.paint_s)
-                tab.close()
             tab = _open(browser, url, panel)
             refresh, warm = _reruns(tab, step_s, server, reruns)
             tab.close()
-            seen = Look(name, [*paints, tab.paint_s], refresh, warm)
+            seen = Look(name, tab.paint_s, refresh, warm)
             again = f", refreshed {_mean(refresh):.0f} ms" if refresh else ""
-            say(f"  {name:16} first paint {max(seen.paint_s):.2f} s; CPU warm {_mean(warm):.0f} ms{again}")
+            say(f"  {name:16} first paint {seen.paint_s:.2f} s; CPU warm {_mean(warm):.0f} ms{again}")
             looks.append(seen)
     return looks
 
 
 def figures(looks: Sequence[Look], rng: np.random.Generator) -> list[Figure]:
     """The page that costs the most, by its mean, and the slowest paints of all pages."""
-    paints = [seconds for look in looks for seconds in look.paint_s]
+    paints = [look.paint_s for look in looks]
     return [
         _dearest("page_warm_cpu_ms_max", looks, "warm_ms", rng),
         _dearest("page_refresh_cpu_ms_max", looks, "refresh_ms", rng),

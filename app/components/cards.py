@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal
-from urllib.parse import quote
 
 import numpy as np
 import pandas as pd
 
 from app.charts.theme import Palette, floats
 from app.components.context import plain
+from app.components.sparklines import sparkline
 from app.queries.ledger import Serving
 
 
@@ -62,21 +62,7 @@ def _card(card: Card, value: float | None, before: float | None, trend: pd.DataF
         change = f'<span class="change" style="color:{shade};background:{shade}1f">{said}</span>'
     series = floats(trend, card.column) if card.column in trend else np.empty(0)
     text = f'<span class="label">{card.label}</span><span class="value">{_written(card, value)}</span>'
-    return f'<div class="card">{text}{change}{_sparkline(series[~np.isnan(series)], shade)}</div>'
-
-
-def _sparkline(values: np.ndarray, colour: str) -> str:
-    """How a number moved, from its least to its most; nothing of less than two values."""
-    if len(values) < 2:
-        return ""
-    across, span = np.linspace(0, 100, len(values)), values.max() - values.min()
-    down = 28 - 26 * (values - values.min()) / span if span else np.full(len(values), 28)
-    points = " ".join(f"{x:.1f},{y:.1f}" for x, y in zip(across, down, strict=True))
-    drawn = (
-        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 100 30" preserveAspectRatio="none"><polyline fill="none" '
-        f'stroke="{colour}" stroke-width="1.7" vector-effect="non-scaling-stroke" points="{points}"/></svg>'
-    )
-    return f'<img alt="" src="data:image/svg+xml,{quote(drawn)}">'  # Streamlit takes drawings out of HTML
+    return f'<div class="card">{text}{change}{sparkline(series, shade)}</div>'
 
 
 def _written(card: Card, value: float | None) -> str:

@@ -6,28 +6,27 @@ import pandas as pd
 import streamlit as st
 
 from app.components.context import heading
-from app.components.tables import Columns, table
+from app.components.sheets import Column, number, sheet
+
+COLUMNS = {
+    "week": Column("week of", lambda week: f"{week:%b} {week.day}"),
+    "changes": number("changes", "{:.0f}", note="Rollouts that reached traffic"),
+    "failure_rate": number("change failures, %", "{:.0f}", 100.0, "Rolled back, of those that ended"),
+    "detect_s": number("time to detect, s", "{:,.1f}", note="Canary traffic to failing verdict, median"),
+    "restore_s": number("time to restore, s", "{:,.1f}", note="Failing verdict to champion everywhere"),
+    "canary_hours": number("hours in canary", "{:,.2f}"),
+    "interventions": number("interventions", "{:.0f}", note="What people asked or wrote into the ledger themselves"),
+}
 
 
 def panel(frame: pd.DataFrame, gain: float | None = None) -> None:
     """``frame``: one row a week, newest first, as ``operations_record`` gives it; ``gain`` over plain decoding."""
     if frame.empty:
         return
-    number = st.column_config.NumberColumn
     with st.container(border=True, key="operations"):
         heading("Price of adaptivity", "what changing drafts costs in work, by week")
         st.markdown(sentence(frame.iloc[0], gain))
-        columns: Columns = {
-            "week": st.column_config.DateColumn("week of", format="MMM D"),
-            "changes": number("changes", help="Rollouts that reached traffic"),
-            "failures": number("change failures, %", format="%.0f", help="Rolled back, of those that ended"),
-            "detect_s": number("time to detect, s", format="%.1f", help="Canary traffic to failing verdict, median"),
-            "restore_s": number("time to restore, s", format="%.1f", help="Failing verdict to champion everywhere"),
-            "canary_hours": number("hours in canary", format="%.2f"),
-            "interventions": number("interventions", help="What people asked or wrote into the ledger themselves"),
-        }
-        shown = frame.assign(failures=100 * frame["failure_rate"].astype(float))
-        table(shown[list(columns)], columns, "operations-weeks")
+        sheet(frame, COLUMNS, "What changing drafts cost, by week")
 
 
 def sentence(week: pd.Series, gain: float | None = None) -> str:

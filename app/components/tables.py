@@ -1,14 +1,16 @@
-"""The tables of the overview."""
+"""Tables as all pages have them, and those of the overview."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import streamlit as st
 
-from app.charts.theme import Palette
+from app.charts.theme import Palette, floats
+from app.components import sheets
 from app.queries.ledger import Serving
 
 Columns = dict[str, Any]
@@ -17,19 +19,9 @@ Shades = Mapping[str, Callable[[str], str]]
 """Column → what colour a word of it has."""
 NUMBER = st.column_config.NumberColumn
 SHARE = st.column_config.ProgressColumn("share of requests", format="%.1f %%", min_value=0, max_value=100, width=128)
-SHOWN: Columns = {
-    "requests": NUMBER("requests", format="localized"),
-    "e2e_p50": NUMBER("p50, ms", format="%.0f"),
-    "e2e_p95": NUMBER("p95, ms", format="%.0f"),
-    "e2e_p99": NUMBER("p99, ms", format="%.0f"),
-    "ttft_p50": NUMBER("TTFT p50, ms", format="%.0f"),
-    "tpot_p50": NUMBER("TPOT p50, ms", format="%.1f"),
-    "acceptance_length": NUMBER("acceptance length", format="%.2f", help="1 + accepted / verify steps"),
-    "error_rate": NUMBER("errors, %", format="%.2f"),
-    "retry_rate": NUMBER("retries, %", format="%.2f"),
-}
-
-
+LENGTH = sheets.number("acceptance length", "{:.2f}", note="1 + accepted / verify steps")
+ERRORS = sheets.number("errors, %", "{:.2f}", 100.0)
+REQUESTS = sheets.number("requests", "{:,.0f}")
 GROUPS = {"traffic_class": "class", "arm": "arm", "policy_version": "version", "replica_id": "replica"}
 """What traffic is told apart by, and its word."""
 
@@ -55,50 +47,53 @@ def table(data: pd.DataFrame, columns: Columns, key: str, shades: Shades | None 
 def breakdown(frame: pd.DataFrame, requests: float, by: str, metric: str) -> None:
     """One row a class, arm, version or replica: every percentile of one latency (ms), how its requests went, and its
     share of all the window's ``requests``, those of what is left out here too."""
-    frame = _in_percent(frame.sort_values("requests", ascending=False))
+    frame = frame.sort_values("requests", ascending=False)
     frame["share"] = 100 * frame["requests"] / requests
-    frame["goodput_share"] = 100 * frame["goodput_share"]
-    if by == "policy_version":
-        frame[by] = [f"v{number}" for number in frame[by]]
-    form = "%.1f" if metric in ("tpot", "queue") else "%.0f"
-    columns: Columns = {
-        by: GROUPS[by],
-        "share": SHARE,
-        "requests": NUMBER("requests", format="localized"),
-        **{f"{metric}_{q}": NUMBER(f"{q}, ms", format=form) for q in ("p50", "p90", "p95", "p99", "p99.9")},
-        "tokens_s": NUMBER("output tokens / s", format="%.1f"),
-        "acceptance_length": SHOWN["acceptance_length"],
-        "goodput_share": NUMBER("goodput, %", format="%.1f", help="requests within the objectives"),
-        "error_rate": SHOWN["error_rate"],
-        "retry_rate": SHOWN["retry_rate"],
-        "preemptions": NUMBER("preemptions", format="localized"),
+    form = "{:,.1f}" if metric in ("tpot", "queue") else "{:,.0f}"
+    columns = {
+        by: sheets.words(GROUPS[by]) if by != "policy_version" else sheets.number("version", "v{:.0f}"),
+        "share": sheets.share("share of requests"),
+        "requests": REQUESTS,
+        **{f"{metric}_{q}": sheets.number(f"{q}, ms", form) for q in ("p50", "p90", "p95", "p99", "p99.9")},
+        "tokens_s": sheets.number("output tokens / s", "{:,.1f}"),
+        "acceptance_length": LENGTH,
+        "goodput_share": sheets.number("goodput, %", "{:.1f}", 100.0, "requests within the objectives"),
+        "error_rate": ERRORS,
+        "retry_rate": sheets.number("retries, %", "{:.2f}", 100.0),
+        "preemptions": sheets.number("preemptions", "{:,.0f}"),
     }
-    table(frame[list(columns)], columns, f"by-{by}")
+    sheets.sheet(frame, columns, f"Traffic by {GROUPS[by]}")
 
 
 def by_version(frame: pd.DataFrame, requests: float, trend: pd.DataFrame, serving: Serving, colours: Palette) -> None:
     """One row a version: role, share of all the window's ``requests``, and how its acceptance length moved."""
-    frame = _in_percent(frame.sort_values("policy_version", ascending=False))
+    frame = frame.sort_values("policy_version", ascending=False)
     frame["version"] = [f"v{number}" for number in frame["policy_version"]]
     frame["role"] = [serving.role(int(number)) for number in frame["policy_version"]]
     frame["share"] = 100 * frame["requests"] / requests
     frame["trend"] = trends(trend, frame["policy_version"])
-    columns: Columns = {
-        "version": st.column_config.TextColumn("version", width=70),
-        "role": st.column_config.TextColumn("role", width=80),
-        "share": SHARE,
-        **{name: column for name, column in SHOWN.items() if name != "retry_rate"},
-        "trend": sparkline("acceptance length over time", frame["trend"], 1.0),
+    latencies = {"e2e_p50": "p50, ms", "e2e_p95": "p95, ms", "e2e_p99": "p99, ms", "ttft_p50": "TTFT p50, ms"}
+    columns = {
+        "version": sheets.words("version", by_identity(colours)),
+        "role": sheets.words("role"),
+        "share": sheets.share("share of requests"),
+        "requests": REQUESTS,
+        **{name: sheets.number(label, "{:,.0f}") for name, label in latencies.items()},
+        "tpot_p50": sheets.number("TPOT p50, ms", "{:,.1f}"),
+        "acceptance_length": LENGTH,
+        "error_rate": ERRORS,
+        "trend": sheets.trend("acceptance length over time", frame["trend"], 1.0, colours.quantiles[1]),
     }
-    table(frame[list(columns)], columns, "versions", {"version": by_identity(colours)})
+    sheets.sheet(frame, columns, "Versions that served in this window")
 
 
 def trends(over_time: pd.DataFrame, versions: pd.Series, column: str = "acceptance_length") -> list[list[float]]:
     """How a number of each version moved: a sparkline a row, empty where it served nothing."""
     if over_time.empty:
         return [[] for _ in versions]
-    moved = over_time.groupby("policy_version")[column].agg(lambda v: v.dropna().round(3).tolist())
-    return [moved.get(version, []) for version in versions]
+    of, values = over_time["policy_version"].to_numpy(), floats(over_time, column).round(3)
+    known = ~np.isnan(values)
+    return [values[known & (of == version)].tolist() for version in versions]
 
 
 def sparkline(title: str, moved: pd.Series, least: float) -> Any:
@@ -117,7 +112,3 @@ def in_utc(frame: pd.DataFrame) -> pd.DataFrame:
     with a warning."""
     zoned = frame.select_dtypes("datetimetz").columns
     return frame.assign(**{name: frame[name].dt.tz_convert(None) for name in zoned}) if len(zoned) else frame
-
-
-def _in_percent(frame: pd.DataFrame) -> pd.DataFrame:
-    return frame.assign(**{name: frame[name] * 100 for name in ("error_rate", "retry_rate")})

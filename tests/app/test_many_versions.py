@@ -15,6 +15,7 @@ from engine.store.database import Database
 from engine.store.repositories import plans
 from engine.telemetry.spill import Batch, Spill
 from engine.telemetry.writer import TraceWriter
+from tests.app.sheets import sheets
 from tests.app.test_pages import NAMES, page
 from tests.telemetry.records import record
 
@@ -51,6 +52,8 @@ def test_no_page_draws_all_of_ten_thousand_versions(many: Database) -> None:
         test = page(name)
         assert not test.exception, (name, test.exception)
         assert max((len(frame.value) for frame in test.dataframe), default=0) <= MOST_ROWS, name
+        rows = [len(cells) for table in sheets(test).values() for cells in table.values()]
+        assert max(rows, default=0) <= MOST_ROWS, name
         assert max((lines(chart) for chart in charts(test)), default=0) <= MOST_LINES, name
         assert all(len(box.options) <= MOST_ROWS for box in test.selectbox), name
 
@@ -65,12 +68,10 @@ def test_every_version_can_be_reached(many: Database) -> None:
 
 def test_a_share_is_of_all_requests_and_not_of_those_shown(many: Database) -> None:
     test = page("overview", by="version")
-    found = [frame.value for frame in test.dataframe if "share" in frame.value.columns]
+    found = [table["share of requests"] for table in sheets(test).values() if "share of requests" in table]
     assert len(found) == 2
-    for rows in found:
-        assert rows["share"].tolist() == pytest.approx(
-            [100 / SERVING] * 50, rel=0.05
-        )  # the oldest are out of the window
+    for shares in found:
+        assert [float(share.removesuffix(" %")) for share in shares] == pytest.approx([100 / SERVING] * 50, abs=0.06)
 
 
 def charts(test: AppTest) -> list[dict[str, object]]:

@@ -7,6 +7,7 @@ import pytest
 
 from app.components.operations import sentence
 from engine.store.database import Database
+from tests.app.sheets import sheets
 from tests.app.test_pages import page, text
 
 WEEK = {"changes": 3, "failed": 1, "detect_s": 4.0, "restore_s": 0.25, "interventions": 2}
@@ -32,5 +33,6 @@ def test_the_price_is_where_the_gain_is(seeded: Database, name: str) -> None:
     test = page(name)
     assert not test.exception
     assert "this week" in text(test)
-    weeks = next(frame.value for frame in test.dataframe if "interventions" in frame.value)
-    assert {"changes", "failures", "detect_s", "restore_s", "canary_hours"} <= set(weeks)
+    weeks = sheets(test)["What changing drafts cost, by week"]
+    assert {"changes", "change failures, %", "time to detect, s", "time to restore, s", "hours in canary"} <= set(weeks)
+    assert all(weeks["interventions"])

@@ -7,6 +7,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from streamlit.testing.v1 import AppTest
 
@@ -22,6 +23,7 @@ from engine.store.repositories.overview import Slice
 from engine.telemetry.spill import Batch, Spill
 from engine.telemetry.writer import TraceWriter
 from tests.app.seed import beat
+from tests.app.sheets import sheets
 from tests.telemetry.records import record
 
 PAGES = Path(__file__).parents[2] / "app" / "views"
@@ -81,11 +83,11 @@ def test_the_verdict_comes_first(seeded: Database) -> None:
 def test_every_percentile_is_told_by_class_arm_version_and_replica(seeded: Database, by: str, metric: str) -> None:
     test = page("overview", by=by, latency=metric)
     assert not test.exception
-    shown = next(frame.value for frame in test.dataframe if "preemptions" in frame.value.columns)
-    names = [f"{metric}_{q}" for q in ("p50", "p90", "p95", "p99", "p99.9")]
-    assert len(shown) > (by != "replica")
-    assert (shown[names].diff(axis=1).iloc[:, 1:] >= 0).all(axis=None)
-    assert {"goodput_share", "error_rate", "retry_rate"} <= set(shown.columns)
+    shown = sheets(test)[f"Traffic by {by}"]
+    assert len(shown["requests"]) > (by != "replica")
+    rising = [[float(ms.replace(",", "")) for ms in shown[f"{q}, ms"]] for q in ("p50", "p90", "p95", "p99", "p99.9")]
+    assert (np.diff(rising, axis=0) >= 0).all()
+    assert {"goodput, %", "errors, %", "retries, %"} <= set(shown)
     assert "TTFT up to 1 s, TPOT up to 100 ms" in text(test)
 
 

@@ -6,10 +6,11 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import pandas as pd
 
 from app.charts.figure import Figure
-from app.charts.theme import Palette, empty, figure
+from app.charts.theme import Palette, empty, figure, floats
 
 NODE = 30
 ROW = 62
@@ -37,19 +38,20 @@ def against(
 
     ``frame``: policy_version, requests, ``column`` and maybe ``column``_low and _high, a row a version.
     """
-    known = frame.dropna(subset=[column]) if column in frame else pd.DataFrame()
-    if known.empty:
+    values, low, high = (
+        floats(frame, name) if name in frame else np.full(len(frame), np.nan)
+        for name in (column, f"{column}_low", f"{column}_high")
+    )
+    if np.isnan(values).all():
         return empty("No version was measured in this window: choose a longer one", colours)
-    known = known.sort_values("policy_version").reset_index(drop=True)
+    versions = frame["policy_version"].to_numpy(dtype=int)
+    order = np.argsort(versions)
+    order = order[~np.isnan(values[order])]
+    values, low, high, numbers = values[order], low[order], high[order], versions[order].tolist()
     made = figure(colours)
-    reach = {
-        name: (abs(known[f"{column}_{name}"] - known[column]).fillna(0) if f"{column}_{name}" in known else None)
-        for name in ("low", "high")
-    }
-    numbers = [int(version) for version in known["policy_version"]]
     made.add_scatter(
         x=list(range(len(numbers))),
-        y=known[column],
+        y=values,
         mode="lines+markers",
         line={"width": 1, "color": colours.grid},
         marker={
@@ -59,11 +61,11 @@ def against(
             "line": {"width": [2 if number == chosen else 0 for number in numbers], "color": colours.text},
         },
         error_y={
-            "type": "data", "array": reach["high"], "arrayminus": reach["low"], "color": colours.muted,
-            "thickness": 1, "width": 3,
+            "type": "data", "array": np.nan_to_num(np.abs(high - values)),
+            "arrayminus": np.nan_to_num(np.abs(values - low)), "color": colours.muted, "thickness": 1, "width": 3,
         },
-        customdata=[[number, _range(row, column, form)] for number, row in zip(numbers, known.to_dict("records"),
-                                                                              strict=True)],
+        customdata=[[number, _range(bounds, form)]
+                    for number, *bounds in zip(numbers, low.tolist(), high.tolist(), strict=True)],
         text=[f"v{number} {roles.get(number, '')}".strip() for number in numbers],
         hovertemplate=f"%{{text}}: %{{y:{form}}} {unit}%{{customdata[1]}}<extra></extra>",
         showlegend=False,
@@ -140,11 +142,11 @@ def family(
     return made
 
 
-def _range(row: Mapping[str, object], column: str, form: str) -> str:
-    bounds = [row.get(f"{column}_{name}") for name in ("low", "high")]
-    if any(bound is None or pd.isna(bound) for bound in bounds):
+def _range(bounds: Sequence[float], form: str) -> str:
+    if any(math.isnan(bound) for bound in bounds):
         return ", no interval: too few requests"
-    return " ({} to {})".format(*(format(float(str(bound)), form) for bound in bounds))
+    low, high = (format(bound, form) for bound in bounds)
+    return f" ({low} to {high})"
 
 
 def _places(nodes: Sequence[Node]) -> dict[int, tuple[float, float]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pandas as pd
 import streamlit as st
 
-from app.components.tables import table
+from app.components.sheets import number, sheet, words
 from engine.store.repositories.adaptation import Adaptation
 
 
@@ -15,7 +15,6 @@ def account(cost: Adaptation | None, price_per_hour: float | None) -> None:
         st.caption("It cost nothing to learn: it was built in, or registered by hand.")
         return
     st.markdown(sentence(cost, price_per_hour))
-    number = st.column_config.NumberColumn
     spent = pd.DataFrame(
         [
             ("learning", cost.learn_cpu_s),
@@ -27,7 +26,8 @@ def account(cost: Adaptation | None, price_per_hour: float | None) -> None:
     )
     left, right = st.columns([1, 1])
     with left:
-        table(spent, {"CPU, s": number("CPU, s", format="%.2f")}, "adaptation-spent")
+        columns = {"spent on": words("spent on"), "CPU, s": number("CPU, s", "{:,.2f}")}
+        sheet(spent, columns, "What learning it took")
     if not cost.classes:
         return
     saved = pd.DataFrame(
@@ -37,15 +37,17 @@ def account(cost: Adaptation | None, price_per_hour: float | None) -> None:
         ]
     )
     columns = {
+        "class": words("class"),
+        "requests": number("requests", "{:,.0f}"),
         "verify steps saved": number(
             "verify steps saved",
-            format="%.0f",
-            help="Against the champion of its gate, by the ratio of acceptance lengths there",
+            "{:,.0f}",
+            note="Against the champion of its gate, by the ratio of acceptance lengths there",
         ),
-        "saved, s": number("saved, s", format="%.1f", help="Target passes saved, by the engine's measured costs"),
+        "saved, s": number("saved, s", "{:,.1f}", note="Target passes saved, by the engine's measured costs"),
     }
     with right:
-        table(saved, columns, "adaptation-saved")
+        sheet(saved, columns, "What it has saved since")
 
 
 def sentence(cost: Adaptation, price_per_hour: float | None) -> str:

@@ -10,7 +10,7 @@ import pandas as pd
 import streamlit as st
 
 from app.charts.theme import Palette
-from app.components.tables import table
+from app.components.sheets import sheet, words
 from engine.contracts import PolicyVersion
 from engine.store.intervals import Estimate, difference
 from engine.store.repositories.policies import Lineage
@@ -55,11 +55,18 @@ def side_by_side(a: Side, b: Side, colours: Palette) -> None:
         if frame.empty:
             st.caption("Neither served in this window: choose a longer one.")
         else:
-            columns = {"a": names[0], "b": names[1], "judgement": f"{names[0]} is"}
             shades = {"better": colours.good, "worse": colours.bad}
-            table(frame, columns, "diff-measured", {"judgement": lambda word: shades[word]}, height="content")
+            columns = {
+                "metric": words("metric"),
+                "a": words(names[0]),
+                "b": words(names[1]),
+                "difference": words("difference"),
+                "judgement": words(f"{names[0]} is", lambda word: shades[word]),
+            }
+            sheet(frame, columns, f"What {names[0]} and {names[1]} did")
     with right:
-        table(facts(a, b), {"a": names[0], "b": names[1]}, "diff-facts", height="content")
+        columns = {"what": words("what"), "a": words(names[0]), "b": words(names[1])}
+        sheet(facts(a, b), columns, f"What {names[0]} and {names[1]} are")
 
 
 def measures(a: Mapping[str, Any] | None, b: Mapping[str, Any] | None) -> pd.DataFrame:

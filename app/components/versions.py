@@ -6,12 +6,14 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import streamlit as st
 
-from app.charts.theme import Palette
+from app.charts.theme import Palette, floats
 from app.charts.versions import Node
 from app.components.context import plain
+from app.components.sheets import number, sheet, words
 from app.components.tables import SHARE, Columns, by_identity, sparkline, table, trends
 from app.queries import versions
 from app.queries.database import settings
@@ -60,15 +62,16 @@ def rows(
             for v in found
         ]
     )
-    numbers = ["requests", "acceptance_length", "decode_tokens_s", "e2e_p50", "e2e_p95"]
-    if measured.empty:
-        frame[numbers] = float("nan")
-    else:
-        frame = frame.merge(measured[["policy_version", *numbers]], on="policy_version", how="left")
+    place = {version: row for row, version in enumerate(measured["policy_version"].tolist())} if len(measured) else {}
+    at = np.array([place.get(v.version, -1) for v in found])
+    for name in ("requests", "acceptance_length", "decode_tokens_s", "e2e_p50", "e2e_p95"):
+        frame[name] = np.append(floats(measured, name), np.nan)[at]  # the last one for those that have not served
     frame["share"] = 100 * frame["requests"] / requests if requests else float("nan")
     if len(moved):
-        whole = moved.groupby("at")["requests"].transform("sum")
-        moved = moved.assign(share=100 * moved["requests"] / whole.where(whole > 0))
+        _, bins = np.unique(moved["at"].to_numpy(), return_inverse=True)
+        served = floats(moved, "requests")
+        whole = np.bincount(bins, weights=np.nan_to_num(served))[bins]
+        moved = moved.assign(share=100 * served / np.where(whole > 0, whole, np.nan))
     for name, column in _TRENDS.items():
         frame[name] = trends(moved, frame["policy_version"], column)
     return frame
@@ -79,7 +82,7 @@ _TRENDS = {"trend": "acceptance_length", "share_trend": "share", "p50_trend": "e
 
 def listing(frame: pd.DataFrame, colours: Palette, key: str, choose: Any) -> None:
     """The table; ``choose`` runs when a row is chosen."""
-    number = st.column_config.NumberColumn
+    amount = st.column_config.NumberColumn
     text = st.column_config.TextColumn
     columns: Columns = {
         "policy_version": None,
@@ -89,15 +92,15 @@ def listing(frame: pd.DataFrame, colours: Palette, key: str, choose: Any) -> Non
         "parent": text("parent", width=60),
         "share": SHARE,
         "share_trend": sparkline("share, trend", frame["share_trend"], 0.0),
-        "requests": number("requests", format="localized", width=76),
-        "acceptance_length": number("acceptance length", format="%.2f", help="1 + accepted / verify steps"),
+        "requests": amount("requests", format="localized", width=76),
+        "acceptance_length": amount("acceptance length", format="%.2f", help="1 + accepted / verify steps"),
         "trend": sparkline("length, trend", frame["trend"], 1.0),
-        "e2e_p50": number("p50, ms", format="%.0f", width=72),
+        "e2e_p50": amount("p50, ms", format="%.0f", width=72),
         "p50_trend": sparkline("p50, trend", frame["p50_trend"], 0.0),
-        "e2e_p95": number("p95, ms", format="%.0f", width=72),
+        "e2e_p95": amount("p95, ms", format="%.0f", width=72),
         "p95_trend": sparkline("p95, trend", frame["p95_trend"], 0.0),
-        "decode_tokens_s": number("tokens / s", format="%.0f", help="Of one request while it decodes", width=76),
-        "K": number("K", width=40),
+        "decode_tokens_s": amount("tokens / s", format="%.0f", help="Of one request while it decodes", width=76),
+        "K": amount("K", width=40),
         "created": st.column_config.DatetimeColumn("created", format="MMM D, HH:mm"),
     }
     height: Any = "content" if len(frame) <= TALL else 38 + 35 * TALL
@@ -179,21 +182,16 @@ def gate(version: int) -> None:
     found = [{"class": name, **values} for name, values in comparisons.items()]
     if overall:
         found.insert(0, {"class": "all", **overall})
-    frame = pd.DataFrame(
-        [
-            {
-                "class": row["class"],
-                "requests": row["n"],
-                "champion": f"{row['champion']:.2f}",
-                "candidate": f"{row['candidate']:.2f}",
-                "difference": f"{row['delta']:+.2f}",
-                "interval": f"{row['low']:+.2f} to {row['high']:+.2f}",
-            }
-            for row in found
-        ]
-    )
-    columns = {"champion": st.column_config.TextColumn("champion", help="The champion of that moment")}
-    table(frame, columns, "gate")
+    columns = {
+        "class": words("class"),
+        "n": number("requests", "{:,.0f}"),
+        "champion": number("champion", "{:.2f}", note="The champion of that moment"),
+        "candidate": number("candidate", "{:.2f}"),
+        "delta": number("difference", "{:+.2f}"),
+        "interval": words("interval"),
+    }
+    frame = pd.DataFrame([row | {"interval": f"{row['low']:+.2f} to {row['high']:+.2f}"} for row in found])
+    sheet(frame, columns, f"Gate of v{version}")
     passed = (report or {}).get("passed")
     mark = ":green[**Passed**]" if passed else ":red[**Refused**]"
     st.markdown(f"{mark}: {plain('; '.join((report or {}).get('reasons', [])))}.")

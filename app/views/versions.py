@@ -176,9 +176,12 @@ def _other(name: str, chosen: PolicyVersion, serving: ledger.Serving) -> int | N
 
 
 def _side(version: PolicyVersion, measured: Any) -> diff.Side:
-    rows = measured[measured["policy_version"] == version.version].to_dict("records") if len(measured) else []
+    numbers = measured["policy_version"].tolist() if len(measured) else []
+    row = None
+    if version.version in numbers:
+        row = dict(zip(measured.columns, measured.to_numpy(dtype=object)[numbers.index(version.version)], strict=True))
     lineage, gate = versions.lineage(version.version), versions.gate_of(version.version)
-    return version, lineage, gate, rows[0] if rows else None
+    return version, lineage, gate, row
 
 
 def _tenant() -> None:

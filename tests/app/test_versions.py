@@ -18,6 +18,7 @@ from engine.contracts import PolicyVersion, ProposerKind
 from engine.store.database import Database
 from engine.store.members import Members
 from engine.store.repositories.policies import Lineage
+from tests.app.sheets import sheets
 from tests.app.test_pages import page, text
 
 AT = datetime(2026, 3, 1, tzinfo=UTC)
@@ -141,9 +142,10 @@ def test_the_page_is_about_what_its_link_says(seeded: Database) -> None:
     assert "Family of v3" in shown
     assert "**v3 beside**" in shown
     names = [list(frame.value.columns) for frame in test.dataframe]
-    facts = next(frame.value for frame in test.dataframe if "what" in frame.value.columns)
+    facts = sheets(test)["What v3 and v4 are"]
     assert any("p95_trend" in columns for columns in names)
-    assert facts.set_index("what").loc["parent"].tolist() == ["v2", "v3"]
+    parent = facts["what"].index("parent")
+    assert (facts["v3"][parent], facts["v4"][parent]) == ("v2", "v3")
     assert test.selectbox(key="measure").value == "p95 latency"
 
 

@@ -7,14 +7,15 @@ whatever their dependence, and one class that is ruined fails the whole and is n
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from datetime import datetime, timedelta
+from dataclasses import replace
+from datetime import datetime
 from math import exp, log, log1p
 
 import numpy as np
 
-from engine.contracts import CANARY, CONTROL, Verdict
-from engine.rollout import quantiles, statistics
+from engine.contracts import Verdict
+from engine.rollout import fuses, quantiles, statistics
+from engine.rollout.arms import ALL, Arms
 from engine.rollout.guards import (
     IN_SHADOW,
     CostFuse,
@@ -36,10 +37,6 @@ from engine.rollout.records import GuardResult
 from engine.rollout.statistics import Difference, Moments
 from engine.store.segments import Segment
 
-ALL = "all"
-FUSE_DEVIATIONS = 2.5
-"""By how many deviations of its rank the canary's quantile is taken lower, and the control's higher, before a fuse
-believes their ratio. Fuses stand outside ``alpha``: a quantile between two modes must not blow one by chance."""
 OUTER = 2.8
 """How far a spacing looked to one side by the second rules."""
 
@@ -61,37 +58,6 @@ def evaluate(
     return tuple(_judged(guard, spec, alpha, arms, restarts, now) for guard in guards)
 
 
-@dataclass(frozen=True, slots=True)
-class Arms:
-    """Canary and control, aligned: entry 0 is all classes together, then each class that either arm has seen."""
-
-    names: tuple[str, ...]
-    canary: tuple[Segment, ...]
-    control: tuple[Segment, ...]
-    histograms: dict[str, Array] = field(default_factory=dict)
-    """The running sums of both arms' latencies by metric, made when the first guard asks for them."""
-
-    @classmethod
-    def of(cls, segments: Sequence[Segment]) -> Arms:
-        found = {(s.arm, s.traffic_class or ALL): s for s in segments}
-        classes = sorted({name for _, name in found} - {ALL})
-        names = (ALL, *classes)
-        canary, control = (
-            tuple(found.get((arm, name)) or Segment(arm, None if name == ALL else name) for name in names)
-            for arm in (CANARY, CONTROL)
-        )
-        return cls(names, canary, control)
-
-    def sums(self, metric: str) -> Array:
-        if metric not in self.histograms:
-            arms = ([s.latencies.get(metric, ((), ())) for s in arm] for arm in (self.canary, self.control))
-            self.histograms[metric] = quantiles.dense(*arms)
-        return self.histograms[metric]
-
-    def worst(self, log_e: Array) -> int:
-        return int(np.argmax(log_e))
-
-
 def _judged(
     guard: Guard,
     spec: RolloutSpec,
@@ -108,13 +74,13 @@ def _judged(
         case Errors() | Timeouts() | Retries() | Mismatches():
             return _events(guard, spec, alpha, arms)
         case LatencyFuse() | CostFuse():
-            return _fuse(guard, arms, FUSE_DEVIATIONS if spec.rules > 1 else 0.0)
+            return fuses.ratio(guard, arms, fuses.FUSE_DEVIATIONS if spec.rules > 1 else 0.0)
         case MismatchFuse():
-            return _mismatch(guard, arms)
+            return fuses.mismatch(guard, arms)
         case RestartFuse():
-            return _restarts(guard, arms, restarts, now)
+            return fuses.restarts(guard, arms, restarts, now)
         case SampleRatio():
-            return _sample_ratio(guard, arms)
+            return fuses.sample_ratio(guard, arms)
 
 
 def _tokens_per_step(guard: TokensPerStep, alpha: float, arms: Arms) -> GuardResult:
@@ -236,67 +202,6 @@ def _events(
         return replace(line, verdict=Verdict.FAIL, reason=reason + _worst_said(line))
     if min(arms.canary[0].requests, arms.control[0].requests) < spec.min_requests:
         return replace(line, verdict=Verdict.INSUFFICIENT, reason=f"needs {spec.min_requests} requests per arm")
-    return line
-
-
-def _fuse(guard: LatencyFuse | CostFuse, arms: Arms, deviations: float) -> GuardResult:
-    n = [round(sum(arm[0].latencies.get(guard.metric, ((), ()))[1])) for arm in (arms.canary, arms.control)]
-    q, what = (0.95, f"p95 of {guard.metric}") if isinstance(guard, LatencyFuse) else (0.5, "median cost of a token")
-    slow, usual = (arm[0].quantile(guard.metric, q) for arm in (arms.canary, arms.control))
-    line = GuardResult(guard.name, Verdict.INSUFFICIENT, "", ALL, n[0], n[1], slow, usual, limit=guard.ratio)
-    if min(n) < guard.min_requests or slow is None or not usual:
-        return replace(line, reason=f"needs {guard.min_requests} keys per arm")
-    bounds = (
-        quantiles.order_statistic(arm[0].latencies[guard.metric], q, side * deviations)
-        for arm, side in ((arms.canary, -1.0), (arms.control, 1.0))
-    )
-    least, most = bounds if deviations else (slow, usual)
-    if slow > guard.ratio * usual and least <= guard.ratio * most:
-        return replace(line, reason=f"{what} is more than {guard.ratio:g} × the control's, which may still be chance")
-    if slow > guard.ratio * usual:
-        reason = f"{what} is {slow:.3g} s on the canary, more than {guard.ratio:g} × the {usual:.3g} s of the control"
-        return replace(line, verdict=Verdict.FAIL, reason=reason)
-    return replace(line, verdict=Verdict.PASS, reason=f"{what} within {guard.ratio:g} × the control")
-
-
-def _mismatch(guard: MismatchFuse, arms: Arms) -> GuardResult:
-    canary, control = arms.canary[0], arms.control[0]
-    line = GuardResult(
-        guard.name,
-        Verdict.PASS,
-        f"{canary.audited} outputs of the canary are the target's own",
-        ALL,
-        canary.audited,
-        control.audited,
-        canary.mismatches,
-        control.mismatches,
-        limit=1.0,
-    )
-    if canary.mismatches:
-        reason = f"{canary.mismatches} of {canary.audited} outputs of the canary are not the target's own"
-        return replace(line, verdict=Verdict.FAIL, reason=reason)
-    if not canary.audited:
-        return replace(line, verdict=Verdict.INSUFFICIENT, reason="no output of the canary has been audited")
-    return line
-
-
-def _restarts(guard: RestartFuse, arms: Arms, restarts: Sequence[datetime], now: datetime | None) -> GuardResult:
-    recent = [at for at in restarts if now is None or now - at <= timedelta(seconds=guard.window_s)]
-    reason = f"{len(recent)} restarts of replicas in {guard.window_s:g} s"
-    n = (arms.canary[0].requests, arms.control[0].requests)
-    verdict = Verdict.FAIL if len(recent) >= guard.restarts else Verdict.PASS
-    return GuardResult(guard.name, verdict, reason, ALL, *n, canary=float(len(recent)), limit=float(guard.restarts))
-
-
-def _sample_ratio(guard: SampleRatio, arms: Arms) -> GuardResult:
-    canary, control = arms.canary[0].keys, arms.control[0].keys
-    log_e, limit = float(statistics.log_e_mismatch(canary, control)), -log(guard.alpha)
-    line = GuardResult(
-        guard.name, Verdict.PASS, "both arms get equal traffic", ALL, canary, control, log_e=log_e, limit=limit
-    )
-    if log_e >= limit:
-        reason = f"the split is broken: {canary} keys on the canary, {control} on the control"
-        return replace(line, verdict=Verdict.ERROR, reason=reason)
     return line
 
 

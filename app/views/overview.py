@@ -45,7 +45,7 @@ def page() -> None:
     marks, lines = ledger.marks(part), overview.leading(part)
     capped, requests = few(part, lines), float(_first(now)["requests"])
     left, right = st.columns([3, 2])
-    with left.container(border=True):
+    with left.container(border=True, height="stretch"):
         with st.container(horizontal=True, vertical_alignment="center", key="latency-of"):
             heading("Latency", "p50, p95, p99, log scale · drag to open the traces")
             metric = _metric()
@@ -54,8 +54,8 @@ def page() -> None:
         canary = arms[arms["arm"] == CANARY]
         figure = latency.percentiles(frame, canary, marks, window, colours, metric)
         draw_to_traces(figure, f"latency-{metric}", "Percentiles of latency over time, with deploys marked.", part)
-    with right.container(border=True):
-        heading("Latency heat map", f"requests by {NAMES[metric]}, log scale · drag to open the traces")
+    with right.container(border=True, height="stretch"):
+        heading("Latency heat map", f"requests by {NAMES[metric]} · drag to open the traces")
         figure = latency.heat_map(overview.heat(part, metric), marks, window, colours)
         draw_to_traces(figure, f"heat-{metric}", "How many requests took how long, over time.", part, metric)
     versions = overview.over_time(lines, ("policy_version",), ())

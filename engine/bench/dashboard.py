@@ -18,17 +18,20 @@ from pathlib import Path
 import numpy as np
 import psutil
 
-from engine.bench import paired, seeded
+from engine.bench import paired, seeded, seeded_plan
 from engine.bench.browser import chromium, start_dashboard
 from engine.bench.pages import PAGES, QUIET_S, cpu_s, figures, look
 from engine.bench.report import Figure, Report
 from engine.bench.rig import Rig, rig, wait_until
 from engine.bench.viewers import PATIENCE_S, Recording, Viewers, record
+from engine.contracts import ServingPlan
 from engine.demo import prompts
 from engine.demo.traffic import served_model
 from engine.ops.supervisor import Say
+from engine.registry.artifacts import ArtifactStore
 from engine.settings import Settings
 from engine.store.database import Database
+from engine.store.repositories import plans, seeding
 
 STILL = "explain"
 """It compares two windows of the past and is not drawn again by itself."""
@@ -87,10 +90,22 @@ def _fill(system: Rig, options: Options, say: Say) -> None:
     patient = Database(
         system.settings.database_url or "", application="slipstream bench", statement_timeout_s=seeded.PATIENCE_S
     )
+    store = ArtifactStore(system.settings.dir("policies"))
     try:
+        seeded_plan.add_versions(patient, store, seeding.NEWEST)
         seeded.top_up(patient, system.settings.telemetry, options.traces, datetime.now(UTC), options.seed, say)
+        plan = seeded_plan.serve_as_tried(patient, store)
     finally:
         patient.close()
+    if plan is None:
+        say("what is served is not what the seeded rollout tries: its versions have no files that an engine could load")
+        return
+    wait_until(partial(_follows, system, plan), f"generation {plan.generation} to be followed", PATIENCE_S)
+
+
+def _follows(system: Rig, plan: ServingPlan) -> bool:
+    with system.database.read() as session:
+        return any(one.error is None for one in plans.observations(session, plan.generation))
 
 
 def _serving(

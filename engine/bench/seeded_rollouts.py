@@ -28,7 +28,8 @@ AT_WORK = timedelta(minutes=15)
 def write(database: Database, end: datetime, newest: int, seed: int) -> int:
     """Rollouts of the versions up to ``newest``, one in five days, and one at work at ``end``; how many decisions.
 
-    The versions must be there. The ledger is left alone: an engine would load and serve what it names.
+    The versions must be there. The ledger is left alone: an engine would load and serve what it names, which
+    ``seeded_plan`` lets it where it can.
     """
     many = 0
     for number, world in enumerate((*PAST, EQUAL)):

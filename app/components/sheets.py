@@ -54,7 +54,7 @@ def share(label: str, note: str = "") -> Column:
         if _is_missing(value):
             return MISSING
         width = min(max(value, 0.0), 100.0)
-        return f'<span class="bar"><i style="width:{width:.1f}%"></i></span>{value:.1f} %'
+        return f'<span class="bar"><i style="width:{width:.1f}%"></i></span><span class="of">{value:.1f} %</span>'
 
     return Column(label, cell, True, note)
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from engine.contracts import CANARY, CONTROL, Arm, ProposerKind, ServingPlan
+from engine.contracts import CANARY, CONTROL, Arm, ProposerKind, RolloutState, ServingPlan
 from engine.registry.artifacts import ArtifactStore
 from engine.registry.publish import publish
+from engine.rollout.decide import PROMOTED_STATES
 from engine.speculation.artifact import build_artifact
 from engine.store.database import Database
 from engine.store.repositories import plans, policies, rollouts
@@ -32,15 +33,16 @@ def serve_as_tried(database: Database, store: ArtifactStore) -> ServingPlan | No
         named = policies.some(session, (tried.champion, tried.canary))
     if not all(store.is_sound(version.digest) for version in named):
         return None
-    weight = float(stages[-1]["weight"])
+    promoted, stage = RolloutState(tried.state) in PROMOTED_STATES, tried.status.get("watch") or stages[-1]
+    weight = float(stage["weight"])
     with database.write() as session:
         return plans.append(
             session,
-            champion=tried.champion,
+            champion=tried.canary if promoted else tried.champion,
             fallback=plan.fallback,
             rollback_to=tried.champion,
             arms=(Arm(CANARY, tried.canary, weight), Arm(CONTROL, tried.champion, weight)),
-            salt=tried.name,
+            salt=f"rollout-{tried.id}",
             actor=f"rollout {tried.id}",
             reason=str(tried.status.get("reason", "")),
             rollout_id=tried.id,

@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from engine.bench import seeded_plan, seeded_rollouts
-from engine.contracts import CANARY, CONTROL, ProposerKind
+from engine.contracts import CANARY, CONTROL, ProposerKind, RolloutState
 from engine.registry.artifacts import ArtifactStore
 from engine.registry.publish import ensure_version
 from engine.speculation.artifact import build_artifact, load_proposer
@@ -33,7 +33,8 @@ def test_the_plan_is_that_of_the_rollout_at_work_and_can_be_loaded(db: Database,
         tried = rollouts.active(session)
         named = policies.some(session, tuple(plan.versions))
     assert tried is not None
-    assert (plan.champion, plan.rollout_id) == (tried.champion, tried.id)
+    assert tried.state is RolloutState.WATCHING
+    assert (plan.champion, plan.rollback_target, plan.rollout_id) == (tried.canary, tried.champion, tried.id)
     assert {arm.name: arm.policy_version for arm in plan.arms} == {CANARY: tried.canary, CONTROL: tried.champion}
     for version in named:
         assert load_proposer(store.files(version.digest), version.digest, None)

@@ -34,10 +34,13 @@ def words(label: str, shade: Callable[[str], str] | None = None, note: str = "")
     """Words as they are; with ``shade`` as tags of the colour it gives."""
 
     def cell(value: Any) -> str:
-        if _is_missing(value) or shade is None or not value:
-            return "" if _is_missing(value) else escape(str(value))
+        if _is_missing(value):
+            return ""
+        written = escape(str(value))
+        if shade is None or not value:
+            return written
         colour = shade(str(value))
-        return f'<span class="tag" style="color:{colour};background:{colour}1f">{escape(str(value))}</span>'
+        return f'<span class="tag" style="color:{colour};background:{colour}1f">{written}</span>'
 
     return Column(label, cell, note=note)
 

@@ -14,7 +14,7 @@ from app.charts.theme import Palette, floats
 from app.charts.versions import Node
 from app.components.context import plain
 from app.components.sheets import number, sheet, words
-from app.components.tables import SHARE, Columns, by_identity, sparkline, table, trends
+from app.components.tables import NUMBER, SHARE, Columns, by_identity, sparkline, table, trends
 from app.queries import versions
 from app.queries.database import settings
 from app.queries.ledger import Serving
@@ -82,7 +82,6 @@ _TRENDS = {"trend": "acceptance_length", "share_trend": "share", "p50_trend": "e
 
 def listing(frame: pd.DataFrame, colours: Palette, key: str, choose: Any) -> None:
     """The table; ``choose`` runs when a row is chosen."""
-    amount = st.column_config.NumberColumn
     text = st.column_config.TextColumn
     columns: Columns = {
         "policy_version": None,
@@ -92,15 +91,15 @@ def listing(frame: pd.DataFrame, colours: Palette, key: str, choose: Any) -> Non
         "parent": text("parent", width=60),
         "share": SHARE,
         "share_trend": sparkline("share, trend", frame["share_trend"], 0.0),
-        "requests": amount("requests", format="localized", width=76),
-        "acceptance_length": amount("acceptance length", format="%.2f", help="1 + accepted / verify steps"),
+        "requests": NUMBER("requests", format="localized", width=76),
+        "acceptance_length": NUMBER("acceptance length", format="%.2f", help="1 + accepted / verify steps"),
         "trend": sparkline("length, trend", frame["trend"], 1.0),
-        "e2e_p50": amount("p50, ms", format="%.0f", width=72),
+        "e2e_p50": NUMBER("p50, ms", format="%.0f", width=72),
         "p50_trend": sparkline("p50, trend", frame["p50_trend"], 0.0),
-        "e2e_p95": amount("p95, ms", format="%.0f", width=72),
+        "e2e_p95": NUMBER("p95, ms", format="%.0f", width=72),
         "p95_trend": sparkline("p95, trend", frame["p95_trend"], 0.0),
-        "decode_tokens_s": amount("tokens / s", format="%.0f", help="Of one request while it decodes", width=76),
-        "K": amount("K", width=40),
+        "decode_tokens_s": NUMBER("tokens / s", format="%.0f", help="Of one request while it decodes", width=76),
+        "K": NUMBER("K", width=40),
         "created": st.column_config.DatetimeColumn("created", format="MMM D, HH:mm"),
     }
     height: Any = "content" if len(frame) <= TALL else 38 + 35 * TALL

@@ -78,7 +78,7 @@ class Simulation:
 
     def step(self, look: int, commands: Sequence[Command] = ()) -> Decision:
         """The next requests come at the rate of the present weight; what is warming up does not count."""
-        stage = self.status.watch or self.status.stage
+        stage = self.status.present
         before = int(self.looks[look - 1]) if look else 0
         self.now += timedelta(seconds=(int(self.looks[look]) - before) / (self.rate * stage.weight))
         if self.now - stage.began < timedelta(seconds=self.spec.warmup_s):

@@ -53,7 +53,7 @@ points below its control."""
 OTHER_PRESETS = ("fast", "cautious")
 """Those that identical arms are tried under as well."""
 NOT_REACHED = "not reached"
-FULL = (2_000, 1_000, 200, 200, 100, 3_000)
+QUICK, FULL = (200, 50, 10, 20, 4, 2_000), (2_000, 1_000, 200, 200, 100, 3_000)
 """Rollouts with identical arms, at the margin, in every other world without a fault, in those with one, in those where
 it comes later; requests per arm."""
 LATER_LOOK = 20
@@ -77,7 +77,7 @@ class Run:
 
 def run(quick: bool, seed: int, progress: Callable[[str], None] = lambda _: None, workers: int | None = None) -> Report:
     """All worlds. ``quick``: 200 rollouts with identical arms and few elsewhere; otherwise 2,000."""
-    many, margin, others, found, late, horizon = (200, 50, 10, 20, 4, 2_000) if quick else FULL
+    many, margin, others, found, late, horizon = QUICK if quick else FULL
     figures: list[Figure] = []
     rng = np.random.default_rng(seed)
     context = multiprocessing.get_context("spawn")

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from engine.contracts import CANARY, CONTROL, Arm, ProposerKind, RolloutState, ServingPlan
+from engine.contracts import CANARY, CONTROL, Arm, ProposerKind, ServingPlan
 from engine.registry.artifacts import ArtifactStore
 from engine.registry.publish import publish
 from engine.rollout.decide import PROMOTED_STATES
+from engine.rollout.records import status_from_json
 from engine.speculation.artifact import build_artifact
 from engine.store.database import Database
 from engine.store.repositories import plans, policies, rollouts
@@ -28,13 +29,12 @@ def serve_as_tried(database: Database, store: ArtifactStore) -> ServingPlan | No
     files, as those of a database that was seeded without an engine."""
     with database.read() as session:
         tried, plan = rollouts.active(session), plans.latest(session)
-        if tried is None or plan is None or not (stages := tried.status.get("stages")):
+        if tried is None or plan is None or not (status := status_from_json(tried.status)).serves:
             return None
         named = policies.some(session, (tried.champion, tried.canary))
     if not all(store.is_sound(version.digest) for version in named):
         return None
-    promoted, stage = RolloutState(tried.state) in PROMOTED_STATES, tried.status.get("watch") or stages[-1]
-    weight = float(stage["weight"])
+    promoted, weight = status.state in PROMOTED_STATES, status.present.weight
     with database.write() as session:
         return plans.append(
             session,
@@ -44,7 +44,7 @@ def serve_as_tried(database: Database, store: ArtifactStore) -> ServingPlan | No
             arms=(Arm(CANARY, tried.canary, weight), Arm(CONTROL, tried.champion, weight)),
             salt=f"rollout-{tried.id}",
             actor=f"rollout {tried.id}",
-            reason=str(tried.status.get("reason", "")),
+            reason=status.reason,
             rollout_id=tried.id,
             idempotency_key=f"seeded {tried.id}",
         )

@@ -113,14 +113,14 @@ def fast(sums: Array, p: float, margin: float) -> tuple[Array, Array]:
     z, pairs = np.zeros((2, len(known)))
     if known.any():
         canary, control, allowed = *sums[:, known], log(1.0 + margin) / LOG_GAMMA
-        slow, usual = _log_at(sums[:, known], n[:, known, None] * p)[..., 0] / LOG_GAMMA
+        slow, usual = _places(sums[:, known], n[:, known, None] * p)[..., 0]
         t = np.linspace(usual, slow - allowed, POINTS, axis=-1)
         over, beyond = 1.0 - _share_below(canary, t + allowed), 1.0 - _share_below(control, t)
         against = _divergence(np.maximum(over, tail), tail) * n[0, known, None]
         against += _divergence(np.minimum(beyond, tail), tail) * n[1, known, None]
         least = np.where(slow - allowed > usual, against.min(-1), 0.0)
         z[known] = np.sqrt(2.0 * np.maximum(least, 0.0))
-        pairs[known] = 2.0 / (1.0 / n[:, known]).sum(0)
+        pairs[known] = _pairs(n[:, known])
     return z, pairs
 
 
@@ -155,8 +155,13 @@ def spacing(sums: Array, p: float, margin: float, outer: float = 0.0) -> Differe
         (slow, usual), deviations = _log_quantiles(sums[:, known], p, np.array([[-outer], [outer]]))
         estimate[known] = usual + log(1.0 + margin) - slow
         se[known] = np.hypot(*deviations)
-        pairs[known] = 2.0 * n[0, known] * n[1, known] / (n[0, known] + n[1, known])
+        pairs[known] = _pairs(n[:, known])
     return Difference(estimate, se, pairs)
+
+
+def _pairs(n: Array) -> Array:
+    """The harmonic mean of both arms' keys."""
+    return np.asarray(2.0 * n[0] * n[1] / (n[0] + n[1]))
 
 
 def _log_quantiles(sums: Array, p: float, outer: Array) -> tuple[Array, Array]:
@@ -169,8 +174,7 @@ def _log_quantiles(sums: Array, p: float, outer: Array) -> tuple[Array, Array]:
     most = np.minimum(n * p, n * (1.0 - p)) - 0.5
     width, reach = np.minimum(WINDOW * deviation, most), np.minimum(np.abs(outer) * deviation, most)
     ranks = (n * p)[..., None] + width[..., None] * _BOTH_SIDES + np.copysign(reach, outer)[..., None] * _ONE_SIDE
-    logs = _log_at(sums, ranks)
-    low, middle, high, far = logs[..., 0], logs[..., 1], logs[..., 2], logs[..., 3]
+    low, middle, high, far = np.moveaxis(_places(sums, ranks) * LOG_GAMMA, -1, 0)
     to_one = np.divide(np.abs(far - middle), reach, out=np.zeros_like(n), where=reach > 0)
     spacing = np.maximum((high - low) / (2.0 * width), to_one) * deviation
     return middle, np.hypot(spacing, LOG_GAMMA / np.sqrt(12.0))
@@ -179,14 +183,15 @@ def _log_quantiles(sums: Array, p: float, outer: Array) -> tuple[Array, Array]:
 _BOTH_SIDES, _ONE_SIDE = np.array([-1.0, 0.0, 1.0, 0.0]), np.array([0.0, 0.0, 0.0, 1.0])
 
 
-def _log_at(sums: Array, ranks: Array) -> Array:
-    """Ranks [..., ranks] of running sums [..., buckets] → logarithms of values, linear inside a bucket."""
+def _places(sums: Array, ranks: Array) -> Array:
+    """Ranks [..., ranks] of running sums [..., buckets] → where their values lie, in buckets from the first one's lower
+    edge; linear inside a bucket."""
     j = (sums[..., None, :] < ranks[..., :, None]).sum(-1)
     flat, at = sums.reshape(-1, sums.shape[-1]), j.reshape(-1, j.shape[-1])
     row = np.arange(len(flat))[:, None]
     here, before = (flat[row, place].reshape(j.shape) for place in (at, np.maximum(at - 1, 0)))
     before = np.where(j > 0, before, 0.0)
-    return np.asarray((j + (ranks - before) / np.maximum(here - before, 1e-9)) * LOG_GAMMA)
+    return np.asarray(j + (ranks - before) / np.maximum(here - before, 1e-9))
 
 
 def order_statistic(counts: Counts, p: float, deviations: float) -> float:
@@ -199,12 +204,12 @@ def order_statistic(counts: Counts, p: float, deviations: float) -> float:
 
 
 def curve(counts: Mapping[int, float], points: int = 99) -> tuple[Array, Array]:
-    """(quantile levels, seconds) of a histogram, for drawing: what ``_log_at`` makes of evenly spaced ranks."""
+    """(quantile levels, seconds) of a histogram, for drawing: what ``_places`` makes of evenly spaced ranks."""
     indices = sorted(counts)
     if not indices:
         return np.array([]), np.array([])
     line = np.zeros(indices[-1] - indices[0] + 1)
     line[np.array(indices) - indices[0]] = [counts[at] for at in indices]
     levels = np.linspace(0.01, 0.99, points)
-    logs = _log_at(np.cumsum(line), levels * line.sum())
-    return levels, np.exp(logs + (indices[0] - 1) * LOG_GAMMA)
+    places = _places(np.cumsum(line), levels * line.sum())
+    return levels, np.exp((places + indices[0] - 1) * LOG_GAMMA)

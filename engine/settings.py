@@ -39,6 +39,10 @@ class EngineSettings(Section):
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = Field(
         "auto", description="dtype of weights and KV cache; auto: bfloat16 where the hardware or a kernel multiplies it"
     )
+    weights: Literal["checkpoint", "int8"] = Field(
+        "checkpoint",
+        description="int8 rounds them, 32 to a scale: faster on a CPU, and another model, to learn for anew",
+    )
     device: str = Field("auto", description="auto takes CUDA where there is one, else the CPU")
     threads: int = Field(0, ge=0, description="torch threads; 0 takes every core this process may use")
     kernels: bool = Field(True, description="bfloat16 on a CPU: compile kernels at start where there is a C compiler")

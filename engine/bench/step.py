@@ -23,9 +23,10 @@ from engine.learner.trainer import fresh_weights
 from engine.model.config import LlamaConfig
 from engine.model.draft import NUM_AUX, DraftConfig
 from engine.model.graphs import Capture, graphs_on, uncaptured
+from engine.model.int8 import GROUP, Int8Panels
 from engine.model.kv_cache import KVCache
 from engine.model.llama import Llama, tensor_shapes
-from engine.model.loading import DTYPES, best_dtype, configured_target
+from engine.model.loading import DTYPES, INT8, best_dtype, configured_target
 from engine.model.random_weights import TINY, random_tensors
 from engine.ops.supervisor import Say
 from engine.runner.captured_pass import CapturedPass
@@ -95,6 +96,8 @@ def weight_bytes(model: Llama) -> int:
     read = sum(int(np.prod(shape)) for name, shape in shapes.items() if "embed_tokens" not in name)
     if model.config.tie_embeddings:  # it is the head
         read += model.config.vocab_size * model.config.hidden_size
+    if isinstance(model.layers[0].out, Int8Panels):  # with a scale in bfloat16 to each group
+        return read + read * torch.bfloat16.itemsize // GROUP
     return read * model.dtype.itemsize
 
 
@@ -104,9 +107,10 @@ def _model(settings: Settings, shape: str, device: torch.device, seed: int, say:
     dtype = DTYPES[
         best_dtype(device.type, settings.engine.kernels) if settings.engine.dtype == "auto" else settings.engine.dtype
     ]
+    int8 = settings.engine.weights == INT8
     say(f"random weights of shape {shape}")
     tensors = random_tensors(SHAPES[shape], seed, dtype, str(device))
-    return Llama.from_checkpoint(SHAPES[shape], tensors, dtype, device, settings.engine.kernels)
+    return Llama.from_checkpoint(SHAPES[shape], tensors, dtype, device, settings.engine.kernels, int8)
 
 
 class _Greedy:

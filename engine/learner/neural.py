@@ -121,11 +121,14 @@ class HybridMaker:
                 log.info("%s", text)
                 alive()
 
-            loaded = load_target(chosen.model, self.settings.dir("models"), "float32", "cpu", 1, say)
+            loaded = load_target(
+                chosen.model, self.settings.dir("models"), "float32", "cpu", 1, say, weights=chosen.weights
+            )
             if loaded.fingerprint != target.fingerprint:
                 raise SlipstreamError(
                     f"The replicas serve target {target.fingerprint[:12]}…, engine.model here is {chosen.model}, "
-                    f"{loaded.fingerprint[:12]}…. Start the learner with the model that is served."
+                    f"{loaded.fingerprint[:12]}…. "
+                    "Start the learner with the engine.model and engine.weights that are served."
                 )
             self._target = loaded.model
         self._replayer = self._replayer or TargetReplayer(self._target)

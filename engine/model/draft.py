@@ -112,8 +112,8 @@ class DraftNetwork:
         self.vocabulary = vocabulary.to(target.device, torch.int64)
         self.head = target.head[self.vocabulary]  # [vocab_size, hidden]
         matrices = {name: tensor for name, tensor in self.weights.items() if tensor.ndim == 2}
-        self._matrices = {name: pack(tensor, target.kernels) for name, tensor in matrices.items()}
-        self._head = pack(self.head, target.kernels)
+        self._matrices = {name: pack(tensor, target.layout.kernels) for name, tensor in matrices.items()}
+        self._head = pack(self.head, target.layout.kernels)
         self.eps = target.config.rms_norm_eps
 
     @torch.inference_mode()

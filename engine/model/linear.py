@@ -12,7 +12,8 @@ One row goes to a matrix-vector kernel that is slower than two rows through this
 
 In bfloat16 oneDNN lays the weights out anew at every call, unless they are in its own layout already (docs/log.md).
 Its products of two rows and more then have a property that the others lack: a row's result does not depend on how
-many rows there are. Processors that do not multiply bfloat16 get a product of our own with that property (product.py).
+many rows there are. Processors that do not multiply bfloat16 get a product of our own with that property (product.py),
+and so do weights in int8 (int8.py).
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engine.contracts import SlipstreamError
+from engine.model.int8 import Int8Panels, from_int8_panels, multiply_int8, to_int8, to_int8_panels
 from engine.model.product import Panels, from_panels, multiply, to_panels
 
 _MOST_ROWS = 64
@@ -41,7 +43,30 @@ class Packed:
     opaque: Tensor
 
 
-Weight = Tensor | Packed | Panels
+Weight = Tensor | Packed | Panels | Int8Panels
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How a model holds its matrices. With ``int8`` their values are rounded, whatever they are held in."""
+
+    dtype: torch.dtype
+    kernels: bool = True
+    int8: bool = False
+
+    def plain(self, weight: Tensor) -> Tensor:
+        """``weight`` as an ordinary tensor of ``dtype``."""
+        return (to_int8(weight).dense() if self.int8 else weight).to(self.dtype)
+
+    def panels(self, weight: Tensor) -> Int8Panels | None:
+        """``weight`` as bytes; None where it is not rounded, or there is no product for bytes."""
+        if self.int8 and self.kernels and self.dtype == torch.bfloat16 and weight.device.type == "cpu":
+            return to_int8_panels(to_int8(weight))
+        return None
+
+    def packed(self, weight: Tensor) -> Weight:
+        """``weight`` as ``linear`` is fastest with."""
+        return self.panels(weight) or pack(self.plain(weight), self.kernels)
 
 
 def pack(weight: Tensor, kernels: bool = True) -> Weight:
@@ -60,6 +85,8 @@ def dense(weight: Weight) -> Tensor:
     """[out, in] as an ordinary tensor."""
     if isinstance(weight, Panels):
         return from_panels(weight)
+    if isinstance(weight, Int8Panels):
+        return from_int8_panels(weight).dense().bfloat16()
     return weight.opaque.to_dense() if isinstance(weight, Packed) else weight
 
 
@@ -89,6 +116,8 @@ def linear(x: Tensor, weight: Weight) -> Tensor:
     """[rows, in] and [out, in] → [rows, out], contiguous."""
     if isinstance(weight, Panels):
         return multiply(x, weight)
+    if isinstance(weight, Int8Panels):
+        return multiply_int8(x, weight)
     if isinstance(weight, Packed):
         single = x.shape[0] == 1  # has a kernel of its own, which rounds otherwise
         product: Tensor = torch.ops.mkldnn._linear_pointwise(

@@ -17,7 +17,7 @@ from engine.model.attention import rope_tables
 from engine.model.batch import Batch
 from engine.model.config import LlamaConfig
 from engine.model.kv_cache import KVCache
-from engine.model.linear import Packed, Weight, copy_in_place, linear, pack
+from engine.model.linear import Layout, Packed, Weight, copy_in_place, linear, pack
 from engine.model.ops import Ops, TorchOps
 
 
@@ -26,11 +26,11 @@ class Layer:
 
     __slots__ = ("attention_norm", "down", "gate_up", "mlp_norm", "out", "qk_norm", "qkv", "qkv_bias")
 
-    def __init__(self, config: LlamaConfig, take: Mapping[str, Tensor], index: int, kernels: bool) -> None:
+    def __init__(self, config: LlamaConfig, take: Mapping[str, Tensor], index: int, layout: Layout) -> None:
         prefix = f"model.layers.{index}."
         self.attention_norm = take[prefix + "input_layernorm.weight"]
         self.mlp_norm = take[prefix + "post_attention_layernorm.weight"]
-        self.qkv = pack(torch.cat([take[f"{prefix}self_attn.{x}_proj.weight"] for x in "qkv"]), kernels)
+        self.qkv = layout.packed(torch.cat([take[f"{prefix}self_attn.{x}_proj.weight"] for x in "qkv"]))
         self.qkv_bias, self.qk_norm = None, None
         if config.qkv_bias:
             self.qkv_bias = torch.cat([take[f"{prefix}self_attn.{x}_proj.bias"] for x in "qkv"])
@@ -38,24 +38,25 @@ class Layer:
             counts = {"q": config.num_heads, "k": config.num_kv_heads}
             norms = [take[f"{prefix}self_attn.{x}_norm.weight"].expand(n, -1) for x, n in counts.items()]
             self.qk_norm = torch.cat(norms)  # [heads + kv_heads, head_dim]
-        self.out = pack(take[prefix + "self_attn.o_proj.weight"], kernels)
-        self.gate_up = pack(torch.cat([take[f"{prefix}mlp.{x}_proj.weight"] for x in ("gate", "up")]), kernels)
-        self.down = pack(take[prefix + "mlp.down_proj.weight"], kernels)
+        self.out = layout.packed(take[prefix + "self_attn.o_proj.weight"])
+        self.gate_up = layout.packed(torch.cat([take[f"{prefix}mlp.{x}_proj.weight"] for x in ("gate", "up")]))
+        self.down = layout.packed(take[prefix + "mlp.down_proj.weight"])
 
     def weights(self) -> dict[str, Weight]:
         return {name: weight for name in self.__slots__ if (weight := getattr(self, name)) is not None}
 
 
 class Llama:
-    def __init__(self, config: LlamaConfig, tensors: Mapping[str, Tensor], kernels: bool = True) -> None:
-        """``tensors`` under their Hugging Face names, checked by ``from_checkpoint``; ``kernels`` as of ``pack``."""
-        self.config, self.kernels = config, kernels
-        self.embedding = tensors["model.embed_tokens.weight"]  # [vocab, hidden]
+    def __init__(self, config: LlamaConfig, tensors: Mapping[str, Tensor], layout: Layout) -> None:
+        """``tensors`` under their Hugging Face names, checked by ``from_checkpoint``; vectors in the layout's dtype."""
+        self.config, self.layout = config, layout
+        self.embedding = layout.plain(tensors["model.embed_tokens.weight"])  # [vocab, hidden]
         self.norm = tensors["model.norm.weight"]
-        self.head = self.embedding if config.tie_embeddings else tensors["lm_head.weight"]  # [vocab, hidden]
-        self._head = pack(self.head, kernels)
+        head = tensors["model.embed_tokens.weight" if config.tie_embeddings else "lm_head.weight"]
+        self.head = self.embedding if config.tie_embeddings else layout.plain(head)  # [vocab, hidden]
+        self._head = layout.panels(head) or pack(self.head, layout.kernels)
         self.copies_lone_token = isinstance(self._head, Packed)  # whose products of one row are slower (batch.COPIES)
-        self.layers = [Layer(config, tensors, i, kernels) for i in range(config.num_layers)]
+        self.layers = [Layer(config, tensors, i, layout) for i in range(config.num_layers)]
         self.dtype, self.device = self.embedding.dtype, self.embedding.device
         self.cos, self.sin = rope_tables(
             config.rope_theta, config.head_dim, config.max_position, self.dtype, self.device
@@ -70,10 +71,15 @@ class Llama:
         dtype: torch.dtype,
         device: torch.device,
         kernels: bool = True,
+        int8: bool = False,
     ) -> Llama:
-        """Strict: a missing, unexpected or misshapen tensor is an error with its name."""
-        found = _fitting(config, tensors)
-        return cls(config, {name: tensor.to(device, dtype) for name, tensor in found.items()}, kernels)
+        """Strict: a missing, unexpected or misshapen tensor is an error with its name.
+
+        ``kernels`` as of ``pack``; ``int8``: all matrices rounded (``int8.py``), whatever they are held in.
+        """
+        layout = Layout(dtype, kernels, int8)
+        found = {name: _given(tensor, layout, device) for name, tensor in _fitting(config, tensors).items()}
+        return cls(config, found, layout)
 
     @torch.inference_mode()
     def copy_weights(self, tensors: Mapping[str, Tensor]) -> None:
@@ -86,15 +92,16 @@ class Llama:
 
         def here(prefix: str) -> dict[str, Tensor]:
             """A part at a time, so that no second model lies beside this one."""
-            return {n: t.to(self.device, self.dtype) for n, t in found.items() if n.startswith(prefix)}
+            return {n: _given(t, self.layout, self.device) for n, t in found.items() if n.startswith(prefix)}
 
-        embedding = here("model.embed_tokens.weight")["model.embed_tokens.weight"]
-        head = embedding if self.config.tie_embeddings else here("lm_head.weight")["lm_head.weight"]
+        plain = self.layout.plain
+        embedding = plain(here("model.embed_tokens.weight")["model.embed_tokens.weight"])
+        head = embedding if self.config.tie_embeddings else plain(here("lm_head.weight")["lm_head.weight"])
         own: dict[str, Weight] = {"head": self._head, "embedding": self.embedding, "norm": self.norm}
         given = {"head": head, "embedding": embedding, "norm": found["model.norm.weight"]}
         copy_in_place(own, given, "The target")
         for i, layer in enumerate(self.layers):
-            fresh = Layer(self.config, here(f"model.layers.{i}."), i, self.kernels)
+            fresh = Layer(self.config, here(f"model.layers.{i}."), i, self.layout)
             copy_in_place(layer.weights(), fresh.weights(), "The target")
 
     def forward(self, batch: Batch, cache: KVCache) -> Tensor:
@@ -135,6 +142,11 @@ class Llama:
     def normed(self, hidden: Tensor) -> Tensor:
         """What the head is applied to, [rows, hidden]."""
         return F.rms_norm(hidden, (self.config.hidden_size,), self.norm, self.config.rms_norm_eps)
+
+
+def _given(tensor: Tensor, layout: Layout, device: torch.device) -> Tensor:
+    """In the layout's dtype, but for what is to be rounded to int8: once, from what the checkpoint says."""
+    return tensor.to(device) if layout.int8 and tensor.ndim == 2 else tensor.to(device, layout.dtype)
 
 
 def _fitting(config: LlamaConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -14,6 +14,7 @@ import torch
 
 from engine.contracts import SlipstreamError
 from engine.model.config import LlamaConfig
+from engine.model.int8 import GROUP
 from engine.model.llama import Llama
 from engine.model.packaged import DEFAULT_MODEL, fetch_packaged
 
@@ -56,21 +57,23 @@ def _weight_files(folder: Path) -> list[Path]:
     return sorted(folder.glob("*.safetensors"))
 
 
-def read_llama(folder: Path, config: LlamaConfig, dtype: torch.dtype, device: str, kernels: bool = True) -> Llama:
+def read_llama(
+    folder: Path, config: LlamaConfig, dtype: torch.dtype, device: str, kernels: bool = True, int8: bool = False
+) -> Llama:
     """The model with its weights; missing and unexpected tensors are errors with their names.
 
-    ``kernels``: whether its products may be our own (``linear.pack``).
+    ``kernels`` and ``int8`` as of ``Llama.from_checkpoint``.
     """
     from safetensors.torch import load_file
 
     tensors: dict[str, torch.Tensor] = {}
     for path in _weight_files(folder):
         tensors |= load_file(path)
-    return Llama.from_checkpoint(config, tensors, dtype, torch.device(device), kernels)
+    return Llama.from_checkpoint(config, tensors, dtype, torch.device(device), kernels, int8)
 
 
-def fingerprint(folder: Path) -> str:
-    """sha256 (hex) over config, tokenizer and weights: what a policy was made for.
+def fingerprint(folder: Path, int8: bool = False) -> str:
+    """sha256 (hex) over config, tokenizer and weights: what a policy was made for. Rounded weights are others.
 
     Weights files count by their size, their header (every tensor's name, shape and place) and 64 samples of 4 KiB
     spread over them: fine-tuning moves every tensor, so a sample sees it, and a start does not read gigabytes.
@@ -81,6 +84,8 @@ def fingerprint(folder: Path) -> str:
     for path in _weight_files(folder):
         for chunk in _samples(path):
             digest.update(chunk)
+    if int8:
+        digest.update(f"int8, {GROUP} to a scale".encode())
     return digest.hexdigest()
 
 

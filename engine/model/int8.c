@@ -33,6 +33,14 @@ static inline bf16 rounded(float x) { // to nearest, ties to even, as torch does
   return (bf16)((at.bits + 0x7fff + ((at.bits >> 16) & 1)) >> 16);
 }
 
+static inline pairs widened(const int8_t *at) {
+#ifdef __AVX2__
+  return (pairs)_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)at)); // gcc makes three of what is written below
+#else
+  return __builtin_convertvector(*(const bytes *)at, pairs);
+#endif
+}
+
 static inline ints add_products(ints sums, pairs w, ints x) { // x: one pair, LANES times
 #ifdef __AVX2__
   return sums + (ints)_mm256_madd_epi16((__m256i)w, (__m256i)x);
@@ -59,7 +67,7 @@ static inline __attribute__((always_inline)) void tile(const int R, const int P,
       pairs column[MOST_VECS];
       for (int v = 0; v < V; v++) {
         const int8_t *at = w + ((v / VECS * groups + g) * PAIRS + k) * PANEL * 2 + v % VECS * LANES * 2;
-        column[v] = __builtin_convertvector(*(const bytes *)at, pairs);
+        column[v] = widened(at);
       }
       for (int r = 0; r < R; r++) {
         int32_t pair;

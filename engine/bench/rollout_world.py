@@ -139,13 +139,13 @@ class Arm:
         each = (1.0, 1.0, x, y, x * x, y * y, x * y, self.failed, self.late, again)
         rows = (len(looks) + 1) * classes
         sums = np.stack([np.bincount(row, times * value, rows) for value in each], axis=1)
-        fine = ~(self.failed | self.late)
-        shape = (len(looks) + 1, classes, -1)
-        histograms = [
-            np.bincount(row[fine] * BUCKETS + bucket[fine], times[fine], rows * BUCKETS).reshape(shape)
-            for bucket in self._buckets()
-        ]
-        return sums.reshape(shape).cumsum(0)[:-1], np.stack(histograms, axis=2).cumsum(0)[:-1]
+        fine, metrics = ~(self.failed | self.late), len(self.metrics)
+        cells = [(row * metrics + m) * BUCKETS + bucket for m, bucket in enumerate(self._buckets())]
+        counts = np.bincount(
+            np.concatenate([cell[fine] for cell in cells]), np.tile(times[fine], metrics), rows * metrics * BUCKETS
+        ).reshape(len(looks) + 1, classes, metrics, BUCKETS)
+        counts.cumsum(0, out=counts)  # in place: they are megabytes
+        return sums.reshape(len(looks) + 1, classes, -1).cumsum(0)[:-1], counts[:-1]
 
     def _summed_by_key(self, looks: Array, again: Array, as_requests: bool) -> tuple[Array, Array]:
         """The same where a key has many requests: what is squared is the sum of a key, which grows with every look."""
@@ -185,21 +185,35 @@ class Arm:
         ``watch_look``, only what came after that look.
         """
         sums, counts = self.sums[look], self.counts[look]
-        before = self.sums[stage_look] if stage_look is not None else np.zeros_like(sums)
+        before = self.sums[stage_look, :, 0] if stage_look is not None else np.zeros(len(CLASSES))
         if watch_look is not None:
             sums, counts, before = sums - self.sums[watch_look], counts - self.counts[watch_look], 0.0 * before
-        whole = self._segment(None, sums.sum(0), counts.sum(0), before.sum(0))
+        whole = self._segment(None, sums.sum(0), counts.sum(0), before.sum())
         return [whole, *(self._segment(c, sums[k], counts[k], before[k]) for k, c in enumerate(CLASSES))]
 
-    def _segment(self, name: str | None, sums: Array, counts: Array, before: Array) -> Segment:
-        found = dict(zip(COUNTED, sums.tolist(), strict=True))
-        whole = {key: int(found.pop(key)) for key in ("requests", "n", "error_keys", "timeout_keys", "retry_keys")}
+    def _segment(self, name: str | None, sums: Array, counts: Array, before: float) -> Segment:
+        requests, n, x, y, xx, yy, xy, errors, timeouts, retries = sums.tolist()
         latencies: Any = {}
         for metric, counted in zip(self.metrics, counts, strict=True):
             filled = counted.nonzero()[0]
             latencies[metric] = (filled + SMALLEST, counted[filled])
-        stage = whole["requests"] - int(before[0])
-        return Segment(self.name, name, stage_requests=stage, keys=whole["n"], **whole, **found, latencies=latencies)
+        return Segment(
+            self.name,
+            name,
+            requests=int(requests),
+            stage_requests=int(requests - before),
+            keys=int(n),
+            error_keys=int(errors),
+            timeout_keys=int(timeouts),
+            retry_keys=int(retries),
+            n=int(n),
+            x=x,
+            y=y,
+            xx=xx,
+            yy=yy,
+            xy=xy,
+            latencies=latencies,
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -53,7 +53,7 @@ points below its control."""
 OTHER_PRESETS = ("fast", "cautious")
 """Those that identical arms are tried under as well."""
 NOT_REACHED = "not reached"
-QUICK, FULL = (200, 50, 10, 20, 4, 2_000), (2_000, 1_000, 200, 200, 100, 3_000)
+QUICK, FULL = (200, 20, 3, 10, 4, 2_000), (2_000, 1_000, 200, 200, 100, 3_000)
 """Rollouts with identical arms, at the margin, in every other world without a fault, in those with one, in those where
 it comes later; requests per arm."""
 LATER_LOOK = 20
@@ -75,42 +75,51 @@ class Run:
     peek: int | None
 
 
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Rollouts of one world, from one seed after the other, and the figures that they come to."""
+
+    world: World
+    count: int
+    length: int
+    figures: Callable[[list[Run], np.random.Generator], list[Figure]]
+    until: str = ""
+    preset: str = "standard"
+
+
 def run(quick: bool, seed: int, progress: Callable[[str], None] = lambda _: None, workers: int | None = None) -> Report:
     """All worlds. ``quick``: 200 rollouts with identical arms and few elsewhere; otherwise 2,000."""
-    many, margin, others, found, late, horizon = QUICK if quick else FULL
     figures: list[Figure] = []
     rng = np.random.default_rng(seed)
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers or min(4, os.cpu_count() or 1), mp_context=context) as pool:
-
-        def runs(
-            world: World, count: int, length: int = horizon, until: str = "", preset: str = "standard"
-        ) -> list[Run]:
-            progress(f"{world.name}, {preset}: {count} rollouts of {length} requests per arm")
-            one = partial(rollout, world, length, until, preset=preset)
-            return list(pool.map(one, range(seed, seed + count), chunksize=5))
-
-        for world in EQUAL:
-            figures += _false(world, runs(world, {"identical": many, "margin": margin}.get(world.name, others)))
-        for preset in OTHER_PRESETS:
-            ends = runs(EQUAL[0], others, preset=preset)
-            figures.append(share_figure(f"false_rollback:{preset}", _rolled_back(ends), len(ends)))
-        for world in (BY_STEPS, CONVERSATIONS, BY_REQUEST):
-            ends = runs(world, others, 2 * horizon)
-            figures.append(share_figure(f"false_rollback:{world.name}", _rolled_back(ends), len(ends)))
-        for world in WORSE:
-            figures += _detection(world.name, runs(world, found), rng)
-        ends = runs(SEGMENT, found, 6_000)
-        named = sum(r.ended == "rolled_back" and SEGMENT.wrong.only in (r.segment, r.worst) for r in ends)
-        figures += [*_detection(SEGMENT.name, ends, rng)[:4], share_figure("segment_named", named, len(ends))]
-        for until in LATER:
-            worse = World(f"begins_{until}", Regression(acceptance=-0.10), before=0.05)
-            began = [r for r in runs(worse, late, 6_000, until) if r.ended != NOT_REACHED]
-            figures += _detection(worse.name, began, rng)[:5]
+    batches = _batches(*(QUICK if quick else FULL))
+    pool = ProcessPoolExecutor(workers or min(4, os.cpu_count() or 1), mp_context=multiprocessing.get_context("spawn"))
+    try:
+        going = [  # all at once: no worker waits for the last rollout of a world
+            pool.map(partial(rollout, b.world, b.length, b.until, preset=b.preset), range(seed, seed + b.count))
+            for b in batches
+        ]
+        for b, ends in zip(batches, going, strict=True):
+            progress(f"{b.world.name}, {b.preset}: {b.count} rollouts of {b.length} requests per arm")
+            figures += b.figures(list(ends), rng)
+    finally:
+        pool.shutdown(cancel_futures=True)
     ended, after_hour = no_traffic()
     figures.append(share_figure("no_traffic:promoted_or_blamed_within_the_hour", int(after_hour), 1))
     figures.append(share_figure("no_traffic:inconclusive_at_its_deadline", int(ended == "INCONCLUSIVE"), 1))
     return Report("rollouts", seed, figures)
+
+
+def _batches(many: int, margin: int, others: int, found: int, late: int, horizon: int) -> list[Batch]:
+    counts = {"identical": many, "margin": margin}
+    later = [(until, World(f"begins_{until}", Regression(acceptance=-0.10), before=0.05)) for until in LATER]
+    return [
+        *(Batch(w, counts.get(w.name, others), horizon, partial(_false_with_naive, w.name)) for w in EQUAL),
+        *(Batch(EQUAL[0], others, horizon, partial(_false, name), preset=name) for name in OTHER_PRESETS),
+        *(Batch(w, others, 2 * horizon, partial(_false, w.name)) for w in (BY_STEPS, CONVERSATIONS, BY_REQUEST)),
+        *(Batch(w, found, horizon, partial(_detection, w.name)) for w in WORSE),
+        Batch(SEGMENT, found, 6_000, _named),
+        *(Batch(w, late, 6_000, partial(_later, w.name), until) for until, w in later),
+    ]
 
 
 def rollout(world: World, horizon: int, until: str, seed: int, preset: str = "standard") -> Run:
@@ -133,12 +142,16 @@ def _rolled_back(ends: Sequence[Run]) -> int:
     return sum(r.ended == "rolled_back" for r in ends)
 
 
-def _false(world: World, ends: Sequence[Run]) -> list[Figure]:
-    figures = [share_figure(f"false_rollback:{world.name}", _rolled_back(ends), len(ends))]
+def _false(name: str, ends: Sequence[Run], _: np.random.Generator) -> list[Figure]:
+    return [share_figure(f"false_rollback:{name}", _rolled_back(ends), len(ends))]
+
+
+def _false_with_naive(name: str, ends: Sequence[Run], rng: np.random.Generator) -> list[Figure]:
+    figures = _false(name, ends, rng)
     for rule in ("window", "peek"):
-        name = f"naive_{rule}" if world.name == "identical" else f"naive_{rule}_{world.name}"
+        naive = f"naive_{rule}" if name == "identical" else f"naive_{rule}_{name}"
         fired = sum(getattr(r, rule) is not None for r in ends)
-        figures.append(share_figure(f"false_rollback:{name}", fired, len(ends)))
+        figures.append(share_figure(f"false_rollback:{naive}", fired, len(ends)))
     return figures
 
 
@@ -156,3 +169,12 @@ def _detection(name: str, ends: Sequence[Run], rng: np.random.Generator) -> list
         fired = sum(getattr(r, rule) is not None for r in ends)
         figures.append(share_figure(f"detected_naive_{rule}:{name}", fired, len(ends)))
     return figures
+
+
+def _named(ends: Sequence[Run], rng: np.random.Generator) -> list[Figure]:
+    named = sum(r.ended == "rolled_back" and SEGMENT.wrong.only in (r.segment, r.worst) for r in ends)
+    return [*_detection(SEGMENT.name, ends, rng)[:4], share_figure("segment_named", named, len(ends))]
+
+
+def _later(name: str, ends: Sequence[Run], rng: np.random.Generator) -> list[Figure]:
+    return _detection(name, [r for r in ends if r.ended != NOT_REACHED], rng)[:5]

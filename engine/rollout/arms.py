@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
-
 from engine.contracts import CANARY, CONTROL
 from engine.rollout import quantiles
 from engine.rollout.quantiles import Array
@@ -43,4 +41,4 @@ class Arms:
         return self.histograms[metric]
 
     def worst(self, log_e: Array) -> int:
-        return int(np.argmax(log_e))
+        return int(log_e.argmax())

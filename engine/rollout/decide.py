@@ -72,13 +72,14 @@ def _noting_restarts(status: RolloutStatus, evidence: Evidence) -> RolloutStatus
     """Which replicas have come back after a crash since the canary serves."""
     began = status.stages[0].began
     crashed = {r.started_at for r in evidence.replicas if r.after_crash and r.started_at is not None}
-    restarts = sorted({at for at in crashed if at > began} | set(status.restarts))
-    return replace(status, restarts=tuple(restarts[-MAX_RESTARTS:]))
+    new = {at for at in crashed if at > began}.difference(status.restarts)
+    return replace(status, restarts=tuple(sorted(new.union(status.restarts))[-MAX_RESTARTS:])) if new else status
 
 
 def _noting_blindness(status: RolloutStatus, blind: str | None, now: datetime) -> RolloutStatus:
     """Since when nobody has seen what the canary does, without a gap."""
-    return replace(status, blind_since=(status.blind_since or now) if blind is not None else None)
+    since = (status.blind_since or now) if blind is not None else None
+    return status if since == status.blind_since else replace(status, blind_since=since)
 
 
 def _rolling_back(spec: RolloutSpec, status: RolloutStatus, evidence: Evidence, now: datetime) -> Decision:

@@ -89,7 +89,7 @@ def _tokens_per_step(guard: TokensPerStep, alpha: float, arms: Arms) -> GuardRes
     diff = statistics.difference(canary, control)
     known = np.minimum(canary.n, control.n) >= guard.min_requests
     each = np.where(known, statistics.log_e_below(diff, 0.0, rho), 0.0)
-    log_e = statistics.log_mean(each[0], list(each[1:]))
+    log_e = statistics.log_mean(each[0], each[1:])
     failed = log_e >= limit
     at = arms.worst(each) if failed else 0
     width = float(statistics.half_width(_entry(diff, at), rho, alpha))
@@ -130,18 +130,18 @@ def _tokens_per_step(guard: TokensPerStep, alpha: float, arms: Arms) -> GuardRes
 def _latency(guard: Latency, spec: RolloutSpec, alpha: float, arms: Arms) -> GuardResult:
     sums = arms.sums(guard.metric)
     rho, limit = statistics.tuned_rho(guard.horizon, alpha), -log(alpha)
-    diff = quantiles.spacing(sums, guard.quantile, guard.margin, OUTER if spec.rules == 2 else 0.0)
+    outer = OUTER if spec.rules == 2 else 0.0
     if guard.method == "certified":
         each = quantiles.certified(sums, guard.quantile, guard.margin)
     elif spec.rules > 2:
         each = statistics.log_e_of_distance(*quantiles.fast(sums, guard.quantile, guard.margin), rho)
     else:
-        each = statistics.log_e_below(diff, 0.0, rho)
-    log_e = statistics.log_mean(each[0], list(each[1:]))
+        each = statistics.log_e_below(quantiles.spacing(sums, guard.quantile, guard.margin, outer), 0.0, rho)
+    log_e = statistics.log_mean(each[0], each[1:])
     failed = log_e >= limit
     at = arms.worst(each) if failed else 0
     slow, usual = (arm[at].quantile(guard.metric, guard.quantile) for arm in (arms.canary, arms.control))
-    one = _entry(diff, at)
+    one = _entry(quantiles.spacing(sums[:, [at]], guard.quantile, guard.margin, outer), 0)
     width = float(statistics.half_width(one, rho, alpha))
     middle = log1p(guard.margin) - float(one.estimate)  # log(canary / control)
     known = np.isfinite(width)
@@ -176,7 +176,7 @@ def _events(
     limit = -log(alpha)
     met, usual = ([getattr(segment, guard.counted) for segment in arm] for arm in (arms.canary, arms.control))
     each = np.asarray(statistics.log_e_binomial(np.array(met), np.array(usual)))
-    log_e = statistics.log_mean(each[0], list(each[1:]))
+    log_e = statistics.log_mean(each[0], each[1:])
     failed = log_e >= limit
     at = arms.worst(each) if failed else 0
     canary, control = arms.canary[at], arms.control[at]
@@ -212,9 +212,7 @@ def _worst(arms: Arms, log_e: Array) -> str:
 
 
 def _moments(segments: Sequence[Segment]) -> Moments:
-    return Moments(
-        *(np.array([getattr(s, name) for s in segments], float) for name in ("n", "x", "y", "xx", "yy", "xy"))
-    )
+    return Moments(*np.array([(s.n, s.x, s.y, s.xx, s.yy, s.xy) for s in segments], float).T)
 
 
 def _entry(diff: Difference, at: int) -> Difference:

@@ -7,6 +7,8 @@ from dataclasses import replace
 from datetime import datetime, timedelta
 from math import log
 
+import numpy as np
+
 from engine.contracts import Verdict
 from engine.rollout import quantiles, statistics
 from engine.rollout.arms import ALL, Arms
@@ -20,23 +22,23 @@ believes their ratio. Fuses stand outside ``alpha``: a quantile between two mode
 
 def ratio(guard: LatencyFuse | CostFuse, arms: Arms, deviations: float) -> GuardResult:
     """The canary's quantile against so many times the control's; ``deviations`` 0 takes both at their word."""
-    n = [round(sum(arm[0].latencies.get(guard.metric, ((), ()))[1])) for arm in (arms.canary, arms.control)]
+    n = [round(float(np.sum(arm[0].latencies.get(guard.metric, ((), ()))[1]))) for arm in (arms.canary, arms.control)]
     q, what = (0.95, f"p95 of {guard.metric}") if isinstance(guard, LatencyFuse) else (0.5, "median cost of a token")
     slow, usual = (arm[0].quantile(guard.metric, q) for arm in (arms.canary, arms.control))
     line = GuardResult(guard.name, Verdict.INSUFFICIENT, "", ALL, n[0], n[1], slow, usual, limit=guard.ratio)
     if min(n) < guard.min_requests or slow is None or not usual:
         return replace(line, reason=f"needs {guard.min_requests} keys per arm")
+    if slow <= guard.ratio * usual:
+        return replace(line, verdict=Verdict.PASS, reason=f"{what} within {guard.ratio:g} × the control")
     bounds = (
         quantiles.order_statistic(arm[0].latencies[guard.metric], q, side * deviations)
         for arm, side in ((arms.canary, -1.0), (arms.control, 1.0))
     )
     least, most = bounds if deviations else (slow, usual)
-    if slow > guard.ratio * usual and least <= guard.ratio * most:
+    if least <= guard.ratio * most:
         return replace(line, reason=f"{what} is more than {guard.ratio:g} × the control's, which may still be chance")
-    if slow > guard.ratio * usual:
-        reason = f"{what} is {slow:.3g} s on the canary, more than {guard.ratio:g} × the {usual:.3g} s of the control"
-        return replace(line, verdict=Verdict.FAIL, reason=reason)
-    return replace(line, verdict=Verdict.PASS, reason=f"{what} within {guard.ratio:g} × the control")
+    reason = f"{what} is {slow:.3g} s on the canary, more than {guard.ratio:g} × the {usual:.3g} s of the control"
+    return replace(line, verdict=Verdict.FAIL, reason=reason)
 
 
 def mismatch(guard: MismatchFuse, arms: Arms) -> GuardResult:

@@ -111,26 +111,26 @@ def fast(sums: Array, p: float, margin: float) -> tuple[Array, Array]:
     tail, n = 1.0 - p, sums[..., -1]
     known = n.min(0) * min(p, tail) >= MIN_TAIL
     z, pairs = np.zeros((2, len(known)))
-    if known.any():
-        canary, control, allowed = *sums[:, known], log(1.0 + margin) / LOG_GAMMA
-        slow, usual = _places(sums[:, known], n[:, known, None] * p)[..., 0]
-        t = np.linspace(usual, slow - allowed, POINTS, axis=-1)
+    pairs[known] = _pairs(n[:, known])
+    allowed = log(1.0 + margin) / LOG_GAMMA
+    slow, usual = _places(sums, n[..., None] * p)[..., 0]
+    slower = known & (slow - allowed > usual)
+    if slower.any():  # elsewhere nothing speaks against it
+        canary, control = sums[:, slower]
+        t = np.linspace(usual[slower], slow[slower] - allowed, POINTS, axis=-1)
         over, beyond = 1.0 - _share_below(canary, t + allowed), 1.0 - _share_below(control, t)
-        against = _divergence(np.maximum(over, tail), tail) * n[0, known, None]
-        against += _divergence(np.minimum(beyond, tail), tail) * n[1, known, None]
-        least = np.where(slow - allowed > usual, against.min(-1), 0.0)
-        z[known] = np.sqrt(2.0 * np.maximum(least, 0.0))
-        pairs[known] = _pairs(n[:, known])
+        against = _divergence(np.maximum(over, tail), tail) * n[0, slower, None]
+        against += _divergence(np.minimum(beyond, tail), tail) * n[1, slower, None]
+        z[slower] = np.sqrt(2.0 * np.maximum(against.min(-1), 0.0))
     return z, pairs
 
 
 def _share_below(sums: Array, at: Array) -> Array:
     """The share of what running sums [segments, buckets] count that lies below places [segments, places], in buckets
     from the first one's lower edge."""
-    edges = np.hstack([np.zeros((len(sums), 1)), sums, sums[:, -1:]])
-    whole = np.clip(at.astype(int), 0, sums.shape[-1])
-    low, high = (np.take_along_axis(edges, place, -1) for place in (whole, whole + 1))
-    return np.asarray((low + (high - low) * np.clip(at - whole, 0.0, 1.0)) / sums[:, -1:])
+    edges, below = np.arange(sums.shape[-1] + 1), np.hstack([np.zeros((len(sums), 1)), sums])
+    counted = [np.interp(places, edges, line) for places, line in zip(at, below, strict=True)]
+    return np.asarray(counted / sums[:, -1:])
 
 
 def _divergence(share: Array, of: float) -> Array:
@@ -152,7 +152,7 @@ def spacing(sums: Array, p: float, margin: float, outer: float = 0.0) -> Differe
     known = n.min(0) * min(p, 1.0 - p) >= MIN_TAIL
     estimate, se, pairs = np.zeros((3, len(known)))
     if known.any():
-        (slow, usual), deviations = _log_quantiles(sums[:, known], p, np.array([[-outer], [outer]]))
+        (slow, usual), deviations = _log_quantiles(sums[:, known], p, outer)
         estimate[known] = usual + log(1.0 + margin) - slow
         se[known] = np.hypot(*deviations)
         pairs[known] = _pairs(n[:, known])
@@ -164,23 +164,27 @@ def _pairs(n: Array) -> Array:
     return np.asarray(2.0 * n[0] * n[1] / (n[0] + n[1]))
 
 
-def _log_quantiles(sums: Array, p: float, outer: Array) -> tuple[Array, Array]:
-    """Logarithms of quantiles (from the first bucket's lower edge) and their standard errors; [..., buckets] → [...].
+def _log_quantiles(sums: Array, p: float, outer: float) -> tuple[Array, Array]:
+    """Logarithms of quantiles (from the first bucket's lower edge) and their standard errors; [2, segments, buckets] →
+    [2, segments] each.
 
-    ``outer``: how far the spacing to one side reaches, in deviations of the rank, downwards where negative.
+    ``outer``: how far the spacing to one side reaches, in deviations of the rank; 0 looks to both sides only.
     """
     n = sums[..., -1]
-    deviation = np.sqrt(n * p * (1.0 - p))
-    most = np.minimum(n * p, n * (1.0 - p)) - 0.5
-    width, reach = np.minimum(WINDOW * deviation, most), np.minimum(np.abs(outer) * deviation, most)
-    ranks = (n * p)[..., None] + width[..., None] * _BOTH_SIDES + np.copysign(reach, outer)[..., None] * _ONE_SIDE
-    low, middle, high, far = np.moveaxis(_places(sums, ranks) * LOG_GAMMA, -1, 0)
-    to_one = np.divide(np.abs(far - middle), reach, out=np.zeros_like(n), where=reach > 0)
-    spacing = np.maximum((high - low) / (2.0 * width), to_one) * deviation
-    return middle, np.hypot(spacing, LOG_GAMMA / np.sqrt(12.0))
+    rank, deviation = n * p, np.sqrt(n * p * (1.0 - p))
+    most = np.minimum(rank, n * (1.0 - p)) - 0.5
+    width = np.minimum(WINDOW * deviation, most)
+    logs = _places(sums, rank[..., None] + width[..., None] * _BOTH_SIDES) * LOG_GAMMA
+    low, middle, high = logs[..., 0], logs[..., 1], logs[..., 2]
+    spacing = (high - low) / (2.0 * width)
+    if outer:
+        reach = np.minimum(outer * deviation, most)
+        far = _places(sums, (rank + _OUTWARD * reach)[..., None])[..., 0] * LOG_GAMMA
+        spacing = np.maximum(spacing, np.divide(np.abs(far - middle), reach, out=np.zeros_like(n), where=reach > 0))
+    return middle, np.hypot(spacing * deviation, LOG_GAMMA / np.sqrt(12.0))
 
 
-_BOTH_SIDES, _ONE_SIDE = np.array([-1.0, 0.0, 1.0, 0.0]), np.array([0.0, 0.0, 0.0, 1.0])
+_BOTH_SIDES, _OUTWARD = np.array([-1.0, 0.0, 1.0]), np.array([[-1.0], [1.0]])
 
 
 def _places(sums: Array, ranks: Array) -> Array:

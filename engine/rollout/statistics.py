@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ MIN_PAIRS = 10
 """Below this many units per arm a variance is too unsure for any statement: every e-value is 1."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Moments:
     """Sums of x and y over n units; the quantity of interest is the ratio of sums Σx / Σy.
 
@@ -50,11 +51,11 @@ class Moments:
             self.xy + other.xy,
         )
 
-    @property
+    @cached_property
     def ratio(self) -> Number:
         return _quotient(self.x, self.y)
 
-    @property
+    @cached_property
     def variance(self) -> Number:
         """Delta method: Var(Σx/Σy) ≈ n/(n−1) · Σ(x_i − r·y_i)² / (Σy)²."""
         r = self.ratio
@@ -152,12 +153,14 @@ def log_upper_beta(a: Number, b: Number, x: float) -> Number:
     a, b = np.asarray(a, float), np.asarray(b, float)
     share = special.betaincc(a, b, x)
     tiny = share < 1e-280
+    if not tiny.any():
+        return special.betaln(a, b) + np.log(share)
     fall = np.where(tiny, (b - 1.0) / (1.0 - x) - (a - 1.0) / x, 1.0)
     touching = (a - 1.0) * np.log(x) + (b - 1.0) * np.log1p(-x) - np.log(fall)
     return np.where(tiny, touching, special.betaln(a, b) + np.log(np.where(tiny, 1.0, share)))[()]
 
 
-def log_mean(blend: float, classes: Sequence[float]) -> float:
+def log_mean(blend: float, classes: Sequence[float] | np.ndarray) -> float:
     """log of a mean of e-values: half its weight on the blend of all classes, the other half shared by the classes.
 
     A mean of e-values is an e-value whatever their dependence. A class that appears later enters with E = 1, which
@@ -171,4 +174,5 @@ def log_mean(blend: float, classes: Sequence[float]) -> float:
 def _quotient(a: Number, b: Number) -> Number:
     """a / b, and 0 where b is 0."""
     b = np.asarray(b, float)
-    return np.where(b != 0, a / np.where(b != 0, b, 1.0), 0.0)[()]
+    none = b == 0
+    return np.where(none, 0.0, a / (b + none))[()]

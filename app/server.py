@@ -9,7 +9,10 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+import plotly.io
+import plotly.tools
 import streamlit as st
+from sqlalchemy.orm import configure_mappers
 from starlette.datastructures import MutableHeaders
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -17,11 +20,14 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 import app.charts
 import app.components
 import app.queries
+from app.charts.figure import Figure
 from engine.settings import load_settings
 
 SCRIPT = Path(__file__).with_name("main.py")
 SCRIPTS = Path(st.__file__).with_name("static") / "static" / "js"
 """Streamlit's own, for browsers."""
+LATE = ("PIL.Image", "pyarrow.pandas_compat", "scipy.stats", "streamlit.material_icon_names")
+"""What pages read in only where they use it."""
 EARLY = ("Html", "PlotlyChart")
 """What almost every page draws with and is asked for last; the library of charts is by far the largest of them all."""
 
@@ -40,10 +46,13 @@ async def ready(server: st.App) -> AsyncIterator[None]:
     Streamlit collects garbage after every run of a script. What was read in here is never garbage, and to look through
     it each time was half of what drawing a page again cost; frozen, it is passed over.
     """
-    importlib.import_module("plotly.io")
+    for library in LATE:
+        importlib.import_module(library)
+    plotly.io.to_json(plotly.tools.return_figure_from_figure_or_data(Figure(), validate_figure=True), validate=False)
     for part in (app.queries, app.charts, app.components):
         for module in pkgutil.iter_modules(part.__path__, f"{part.__name__}."):
             importlib.import_module(module.name)
+    configure_mappers()  # the models', which the first query would
     gc.collect()
     gc.freeze()
     yield

@@ -31,6 +31,7 @@ class Figure(BaseFigure):
     def __init__(self, layout: Part | None = None) -> None:
         self._traces: list[Part] = []
         self._parts: Part = layout or {}
+        self._sent: Part | None = None
 
     def add_scatter(self, **trace: Any) -> Figure:
         return self._add("scatter", trace)
@@ -42,7 +43,7 @@ class Figure(BaseFigure):
         return self._add("heatmap", trace)
 
     def add_annotation(self, **annotation: Any) -> Figure:
-        self._parts.setdefault("annotations", []).append(annotation)
+        self._changed().setdefault("annotations", []).append(annotation)
         return self
 
     def add_hline(self, y: float, line: Part, annotation: Part | None = None) -> Figure:
@@ -66,7 +67,7 @@ class Figure(BaseFigure):
         return self._add_shape({"type": "rect", "yref": "y domain", "y0": 0, "y1": 1, "x0": x0, "x1": x1} | shape)
 
     def update_layout(self, **parts: Any) -> Figure:
-        _merge(self._parts, parts)
+        _merge(self._changed(), parts)
         return self
 
     def update_xaxes(self, **axis: Any) -> Figure:
@@ -76,13 +77,16 @@ class Figure(BaseFigure):
         return self.update_layout(yaxis=axis)
 
     def update_traces(self, **parts: Any) -> Figure:
+        self._changed()
         for trace in self._traces:
             _merge(trace, parts)
         return self
 
     def to_dict(self) -> Part:
-        """What the browser gets: nothing but what JSON has, numbers in bulk as bytes."""
-        return {"data": [_plain(trace) for trace in self._traces], "layout": _plain(self._parts)}
+        """What the browser gets: nothing but what JSON has, numbers in bulk as bytes. Made once, for all who ask."""
+        if self._sent is None:
+            self._sent = {"data": [_plain(trace) for trace in self._traces], "layout": _plain(self._parts)}
+        return self._sent
 
     def checked(self) -> go.Figure:
         """The same as Plotly's own figure; ValueError where Plotly does not know a part or its value."""
@@ -96,12 +100,18 @@ class Figure(BaseFigure):
     def layout(self) -> Any:
         return self.checked().layout
 
+    def _changed(self) -> Part:
+        """The layout, for one who changes the figure: what was sent is no longer what it shows."""
+        self._sent = None
+        return self._parts
+
     def _add(self, kind: str, trace: Part) -> Figure:
+        self._changed()
         self._traces.append({"type": kind} | trace)
         return self
 
     def _add_shape(self, shape: Part) -> Figure:
-        self._parts.setdefault("shapes", []).append(shape)
+        self._changed().setdefault("shapes", []).append(shape)
         return self
 
 

@@ -94,7 +94,8 @@ def heat_map(frame: pd.DataFrame, plans: pd.DataFrame, window: Window, colours: 
     )
     made.update_layout(hovermode="closest")
     log_axis(made, float(lows[0]), float(lows[-1]))
-    return mark_deploys(time_axis(made, window), plans, window, colours, over=True)
+    time_axis(made, window).update_layout(selectdirection="any")
+    return mark_deploys(made, plans, window, colours, over=True)
 
 
 def by_version(
@@ -109,7 +110,7 @@ def by_version(
             _line(made, at, values, f"v{version}", {"color": colours.version(version)})
     made.update_traces(hovertemplate=f"%{{y:{form}}}")
     made.update_layout(showlegend=True)
-    made.update_yaxes(nticks=6)
+    made.update_yaxes(nticks=6, tickformat=".0%" if form.endswith("%") else "")
     return mark_deploys(time_axis(made, window), plans, window, colours)
 
 

@@ -77,7 +77,7 @@ def against(
         ticktext=[f"v{number}" for number in numbers[::step]],
         range=[-0.6, max(len(numbers) - 0.4, 2.6)],
     )
-    made.update_yaxes(nticks=6)
+    made.update_yaxes(nticks=6, title={"text": unit, "font": {"size": 11, "color": colours.muted}})
     return made
 
 

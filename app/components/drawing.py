@@ -28,8 +28,6 @@ def draw_to_traces(figure: Figure, key: str, alt: str, part: Slice, latency: str
 
     ``latency`` names what a heat map's rows are of: the stroke then bounds that too.
     """
-    direction = "h" if latency is None else "any"
-    figure.update_layout(dragmode="select", selectdirection=direction, clickmode="event+select")
     event: Any = st.plotly_chart(
         figure,
         key=key,

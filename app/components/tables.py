@@ -11,7 +11,6 @@ import streamlit as st
 
 from app.charts.theme import Palette, floats
 from app.components import sheets
-from app.queries.ledger import Serving
 
 Columns = dict[str, Any]
 """Streamlit's column configuration: a label or a typed column per name."""
@@ -44,9 +43,9 @@ def table(data: pd.DataFrame, columns: Columns, key: str, shades: Shades | None 
     return st.dataframe(data, column_config=columns, hide_index=True, placeholder="–", key=key, **more)
 
 
-def breakdown(frame: pd.DataFrame, requests: float, by: str, metric: str) -> None:
-    """One row a class, arm, version or replica: every percentile of one latency (ms), how its requests went, and its
-    share of all the window's ``requests``, those of what is left out here too."""
+def breakdown(frame: pd.DataFrame, requests: float, by: str, metric: str) -> str:
+    """HTML of one row a class, arm, version or replica: every percentile of one latency (ms), how its requests went,
+    and its share of all the window's ``requests``, those of what is left out here too."""
     frame = frame.sort_values("requests", ascending=False)
     frame["share"] = 100 * frame["requests"] / requests
     form = "{:,.1f}" if metric in ("tpot", "queue") else "{:,.0f}"
@@ -62,14 +61,16 @@ def breakdown(frame: pd.DataFrame, requests: float, by: str, metric: str) -> Non
         "retry_rate": sheets.number("retries, %", "{:.2f}", 100.0),
         "preemptions": sheets.number("preemptions", "{:,.0f}"),
     }
-    sheets.sheet(frame, columns, f"Traffic by {GROUPS[by]}")
+    return sheets.written(frame, columns, f"Traffic by {GROUPS[by]}")
 
 
-def by_version(frame: pd.DataFrame, requests: float, trend: pd.DataFrame, serving: Serving, colours: Palette) -> None:
-    """One row a version: role, share of all the window's ``requests``, and how its acceptance length moved."""
+def by_version(
+    frame: pd.DataFrame, requests: float, trend: pd.DataFrame, roles: Mapping[int, str], colours: Palette
+) -> str:
+    """HTML of one row a version: role, share of all the window's ``requests``, and how its acceptance length moved."""
     frame = frame.sort_values("policy_version", ascending=False)
     frame["version"] = [f"v{number}" for number in frame["policy_version"]]
-    frame["role"] = [serving.role(int(number)) for number in frame["policy_version"]]
+    frame["role"] = [roles.get(number, "") for number in frame["policy_version"]]
     frame["share"] = 100 * frame["requests"] / requests
     frame["trend"] = trends(trend, frame["policy_version"])
     latencies = {"e2e_p50": "p50, ms", "e2e_p95": "p95, ms", "e2e_p99": "p99, ms", "ttft_p50": "TTFT p50, ms"}
@@ -84,7 +85,7 @@ def by_version(frame: pd.DataFrame, requests: float, trend: pd.DataFrame, servin
         "error_rate": ERRORS,
         "trend": sheets.trend("acceptance length over time", frame["trend"], 1.0, colours.quantiles[1]),
     }
-    sheets.sheet(frame, columns, "Versions that served in this window")
+    return sheets.written(frame, columns, "Versions that served in this window")
 
 
 def trends(over_time: pd.DataFrame, versions: pd.Series, column: str = "acceptance_length") -> list[list[float]]:

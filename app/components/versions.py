@@ -42,7 +42,7 @@ def rows(
     measured: pd.DataFrame,
     moved: pd.DataFrame,
     requests: int,
-    serving: Serving,
+    roles: Mapping[int, str],
 ) -> pd.DataFrame:
     """One row a version, in the given order; what has not served has no numbers and no trend.
 
@@ -53,7 +53,7 @@ def rows(
             {
                 "policy_version": v.version,
                 "version": f"v{v.version}",
-                "role": "retired" if v.retired_at else serving.role(v.version),
+                "role": "retired" if v.retired_at else roles.get(v.version, ""),
                 "kind": v.kind.value.replace("_", " "),
                 "K": v.num_speculative_tokens,
                 "parent": f"v{v.parent_version}" if v.parent_version else "",

@@ -43,15 +43,18 @@ class Serving:
         """Where a rollback goes; None where there is nothing to go back to."""
         return self.plan.rollback_target if self.plan is not None else None
 
-    def role(self, version: int) -> str:
+    @property
+    def roles(self) -> dict[int, str]:
+        """Version → what it is now: champion, canary or previous; nothing of all others."""
         if self.plan is None:
-            return ""
-        if version == self.plan.champion:
-            return "champion"
-        canary = self.plan.canary
-        if canary is not None and version == canary.policy_version:
-            return "canary"
-        return "previous" if version == self.previous else ""
+            return {}
+        roles = {self.previous: "previous"} if self.previous is not None else {}
+        if self.plan.canary is not None:
+            roles[self.plan.canary.policy_version] = "canary"
+        return roles | {self.plan.champion: "champion"}
+
+    def role(self, version: int) -> str:
+        return self.roles.get(version, "")
 
 
 @st.cache_data(ttl=TTL, show_spinner=False)

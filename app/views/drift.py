@@ -12,6 +12,7 @@ from app.components import context
 from app.components.context import heading, link, plain
 from app.components.drawing import draw_to_traces
 from app.components.export import export
+from app.components.finished import finished
 from app.components.tables import Columns, table
 from app.queries import ledger, overview
 from engine.store.repositories.overview import Slice
@@ -45,23 +46,23 @@ def page() -> None:
     left, right = st.columns(2)
     with left.container(border=True):
         heading("Mix of traffic", "% of requests by class · drag to open the traces")
-        figure = speculation.share_by_class(classes, marks, window, colours)
+        figure = finished(speculation.share_by_class, classes, marks, window, colours)
         draw_to_traces(figure, "mix", "Share of the requests over time by traffic class.", part)
     with right.container(border=True):
         heading("Acceptance length", "by class: what a change of mix cannot move")
-        figure = speculation.by_class(classes, "acceptance_length", marks, window, colours)
+        figure = finished(speculation.by_class, classes, "acceptance_length", marks, window, colours)
         draw_to_traces(figure, "acceptance", "Acceptance length over time, a line a traffic class.", part)
     left, right = st.columns(2)
     for column, name, title in ((left, "prompt_tokens", "Prompt length"), (right, "output_tokens", "Output length")):
         with column.container(border=True):
             heading(title, "tokens a request, mean, by class")
             frame = classes.assign(mean=classes[name] / classes["requests"]) if len(classes) else classes
-            figure = speculation.by_class(frame, "mean", marks, window, colours, ",.0f")
+            figure = finished(speculation.by_class, frame, "mean", marks, window, colours, ",.0f")
             draw_to_traces(figure, name, f"{title} over time, a line a traffic class.", part)
     with st.container(border=True):
         heading("Versions", "acceptance length over time: a slide at a constant version")
         versions = overview.over_time(overview.leading(part), ("policy_version",), ())
-        figure = latency.by_version(versions, "acceptance_length", marks, window, colours)
+        figure = finished(latency.by_version, versions, "acceptance_length", marks, window, colours)
         draw_to_traces(figure, "versions", "Acceptance length over time, a line a version.", part)
     export("drift", part)
 

@@ -15,6 +15,7 @@ from app.components import context
 from app.components.context import RANGES, heading, link, plain
 from app.components.drawing import draw
 from app.components.export import MIME
+from app.components.finished import finished
 from app.components.tables import table
 from app.queries import explain
 from engine.diagnosis.explain import METRICS, Explanation
@@ -53,7 +54,7 @@ def page() -> None:
             )
             heading("Where the change comes from", f"{unit}; grey where it may be nothing")
             lower = METRICS[str(metric)].better == "lower"
-            figure = system.waterfall(found.parts, found.total, lower, found.unit, here.colours)
+            figure = finished(system.waterfall, found.parts, found.total, lower, found.unit, here.colours)
             draw(figure, "waterfall", found.sentence)
         with right.container(border=True, height="stretch"):
             heading("Which traffic", "share of requests in either window, and what it adds to the change")

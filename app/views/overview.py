@@ -13,6 +13,7 @@ from app.components.cards import cards, verdict
 from app.components.context import FIXED, few, heading, parameters
 from app.components.drawing import draw, draw_to_traces
 from app.components.export import export
+from app.components.finished import finished
 from app.components.tables import GROUPS, breakdown, by_version
 from app.queries import ledger, overview
 from app.queries.database import settings
@@ -41,7 +42,7 @@ def page() -> None:
         _how_to_begin()
         return
     trend = overview.over_time(part)
-    st.html(cards(_first(now), _first(before), trend, colours))
+    st.html(finished(cards, _first(now), _first(before), trend, colours))
     marks, lines = ledger.marks(part), overview.leading(part)
     capped, requests = few(part, lines), float(_first(now)["requests"])
     left, right = st.columns([3, 2])
@@ -52,30 +53,31 @@ def page() -> None:
         frame = overview.over_time(part, (), (metric,)) if metric == "queue" else trend
         arms = overview.over_time(lines, ("arm", "policy_version"), (metric,))
         canary = arms[arms["arm"] == CANARY]
-        figure = latency.percentiles(frame, canary, marks, window, colours, metric)
+        figure = finished(latency.percentiles, frame, canary, marks, window, colours, metric)
         draw_to_traces(figure, f"latency-{metric}", "Percentiles of latency over time, with deploys marked.", part)
     with right.container(border=True, height="stretch"):
         heading("Latency heat map", f"requests by {NAMES[metric]} · drag to open the traces")
-        figure = latency.heat_map(overview.heat(part, metric), marks, window, colours)
+        figure = finished(latency.heat_map, overview.heat(part, metric), marks, window, colours)
         draw_to_traces(figure, f"heat-{metric}", "How many requests took how long, over time.", part, metric)
     versions = overview.over_time(lines, ("policy_version",), ())
     columns = st.columns(3)
     with columns[0].container(border=True):
         heading("Acceptance length", f"1 + accepted / steps, by version{capped}")
-        figure = latency.by_version(versions, "acceptance_length", marks, window, colours)
+        figure = finished(latency.by_version, versions, "acceptance_length", marks, window, colours)
         draw_to_traces(figure, "acceptance", "Acceptance length over time, a line a version.", part)
     with columns[1].container(border=True):
         heading("Output tokens", f"per second, by version{capped}")
-        figure = latency.by_version(versions, "tokens_s", marks, window, colours, ",.1f")
+        figure = finished(latency.by_version, versions, "tokens_s", marks, window, colours, ",.1f")
         draw_to_traces(figure, "tokens", "Output tokens per second over time, a line a version.", part)
     with columns[2].container(border=True):
         heading("Acceptance by draft position", "% of steps that drafted")
-        figure = latency.positions(overview.positions(lines), colours)
+        figure = finished(latency.positions, overview.positions(lines), colours)
         draw(figure, "positions", "Share of drafted tokens accepted at each draft position, by version.")
     with st.container(border=True):
         rows = overview.leading(part, SHOWN)
         heading("Versions", f"that served in this window{few(part, rows)}; latency in ms")
-        by_version(overview.totals(rows, ("policy_version",)), requests, versions, serving, colours)
+        totals = overview.totals(rows, ("policy_version",))
+        st.html(finished(by_version, totals, requests, versions, serving.roles, colours))
     with st.container(border=True):
         with st.container(horizontal=True, vertical_alignment="center", key="traffic-by"):
             goal = settings().telemetry.objectives
@@ -83,7 +85,7 @@ def page() -> None:
             heading("Traffic", f"{NAMES[metric]} as chosen above; {said}")
             by = _by()
         among = rows if by == "policy_version" else part
-        breakdown(overview.totals(among, (by,), (metric,)), requests, by, metric)
+        st.html(finished(breakdown, overview.totals(among, (by,), (metric,)), requests, by, metric))
     operations.panel(ledger.operations_record(4), _first(now).get("observed_gain"))
     with st.container(horizontal=True, key="more"):
         asked = urlencode({"metric": "p95", **parameters(part)})

@@ -7,11 +7,11 @@ import streamlit as st
 
 from app.charts import latency
 from app.charts import rollout as charts
-from app.charts.figure import Figure
-from app.charts.theme import CONFIG
 from app.components import context, decision_log, guard_table, operations, rollout, verbs
 from app.components.context import heading, plain
+from app.components.drawing import draw, draw_to_traces
 from app.components.export import export
+from app.components.finished import finished
 from app.components.tables import Columns, by_identity, table
 from app.queries import ledger, overview
 from engine.contracts import CANARY, CONTROL, RolloutState
@@ -98,10 +98,12 @@ def _arms(active: Rollout, decisions: list[DecisionRecord]) -> None:
     columns = st.columns(2)
     with columns[0].container(border=True):
         heading("Acceptance length", "canary and control arms")
-        _draw(latency.by_version(frame, "acceptance_length", marks, here.window, here.colours), "arms-acceptance")
+        figure = finished(latency.by_version, frame, "acceptance_length", marks, here.window, here.colours)
+        draw_to_traces(figure, "arms-acceptance", "Acceptance length of canary and control over time.", here.part)
     with columns[1].container(border=True):
         heading("p95 end-to-end latency", "canary and control arms, ms")
-        _draw(latency.by_version(frame, "e2e_p95", marks, here.window, here.colours, ",.0f"), "arms-latency")
+        figure = finished(latency.by_version, frame, "e2e_p95", marks, here.window, here.colours, ",.0f")
+        draw_to_traces(figure, "arms-latency", "95th percentile of latency of canary and control over time.", here.part)
 
 
 def _evidence(one: Rollout, decisions: list[DecisionRecord], key: str) -> None:
@@ -115,21 +117,20 @@ def _evidence(one: Rollout, decisions: list[DecisionRecord], key: str) -> None:
         heading("Certainty", "tokens per step, canary − control")
         drops = [g["max_drop"] for g in guards if g["kind"] == "tokens_per_step"]
         differences = rollout.differences(decisions, drops[0] if drops else 0.0)
-        _draw(charts.certainty(differences, one.canary, colours), f"certainty-{key}")
+        figure = finished(charts.certainty, differences, one.canary, colours)
+        draw(figure, f"certainty-{key}", "Difference of tokens per step, canary less control, with its interval.")
     with columns[1].container(border=True):
         heading("Evidence against the canary", "share of what rolls back, by guard")
-        _draw(charts.boundaries(rollout.evidence(decisions, guards), colours), f"boundaries-{key}")
+        figure = finished(charts.boundaries, rollout.evidence(decisions, guards), colours)
+        draw(figure, f"boundaries-{key}", "Evidence of each guard over time, as a share of what rolls back.")
     with columns[2].container(border=True):
         heading("Latency of both arms", f"{guard_table.METRICS.get(metric, metric)} by quantile, all compared requests")
         frame = rollout.curves(counts, metric)
-        _draw(charts.quantile_curves(frame, one.canary, one.champion, colours), f"curves-{key}")
+        figure = finished(charts.quantile_curves, frame, one.canary, one.champion, colours)
+        draw(figure, f"curves-{key}", "Latency of canary and control by quantile.")
     with st.container(border=True):
         heading("Classes", "canary and control, all compared requests since the start")
         rollout.class_table(counts, metric, f"classes-{key}")
-
-
-def _draw(figure: Figure, key: str) -> None:
-    st.plotly_chart(figure, key=key, config=CONFIG, theme=None)
 
 
 def _history() -> None:

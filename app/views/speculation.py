@@ -10,6 +10,7 @@ from app.components import context
 from app.components.context import few, heading
 from app.components.drawing import draw, draw_to_traces
 from app.components.export import export
+from app.components.finished import finished
 from app.components.tables import Columns, by_identity, table
 from app.queries import ledger, overview
 from engine.store.panels.versions import SHOWN
@@ -43,44 +44,55 @@ def page() -> None:
     left, middle, right = st.columns(3)
     with left.container(border=True):
         heading("Acceptance length", f"1 + accepted / steps, by version{capped}")
-        figure = latency.by_version(versions, "acceptance_length", marks, window, colours)
+        figure = finished(latency.by_version, versions, "acceptance_length", marks, window, colours)
         draw_to_traces(figure, "length", "Acceptance length over time, a line a version.", part)
     with middle.container(border=True):
         heading("Draft acceptance rate", f"accepted / drafted, by version{capped}")
-        figure = latency.by_version(versions, "acceptance_rate", marks, window, colours, ".1%")
-        figure.update_yaxes(tickformat=".0%")
+        figure = finished(latency.by_version, versions, "acceptance_rate", marks, window, colours, ".1%")
         draw_to_traces(figure, "rate", "Share of drafted tokens accepted over time, a line a version.", part)
     with right.container(border=True):
         heading("Draft length", "drafted tokens per verify step: the K that was used")
-        figure = latency.by_version(versions, "draft_length", marks, window, colours)
+        figure = finished(latency.by_version, versions, "draft_length", marks, window, colours)
         draw_to_traces(figure, "k", "Drafted tokens per verify step over time, a line a version.", part)
     left, middle, right = st.columns(3)
     with left.container(border=True):
         heading("By class", "acceptance length · drag to open the traces")
-        figure = speculation.by_class(classes, "acceptance_length", marks, window, colours)
+        figure = finished(speculation.by_class, classes, "acceptance_length", marks, window, colours)
         draw_to_traces(figure, "by-class", "Acceptance length over time, a line a traffic class.", part)
     with middle.container(border=True):
         heading("By position", "% of steps that drafted, by version")
-        figure = latency.positions(overview.positions(lines), colours)
+        figure = finished(latency.positions, overview.positions(lines), colours)
         draw(figure, "positions", "Share accepted at each draft position, by version.")
     with right.container(border=True):
         heading("By position", "% of steps that drafted, by class")
         frame = overview.numbers(overview.rows("speculation.positions_by_class", part), ("traffic_class",))
-        draw(speculation.positions_by_class(frame, colours), "class-positions", "The same, a line a traffic class.")
+        draw(
+            finished(speculation.positions_by_class, frame, colours),
+            "class-positions",
+            "The same, a line a traffic class.",
+        )
     left, right = st.columns(2)
     with left.container(border=True):
         band = overview.alarm_band(part)
         note = "shaded: what all but 1 % of the week before stayed out of" if band else "no week before to compare with"
         heading("Per request", f"% of requests by acceptance length; {note}")
         frame = overview.rows("speculation.distribution", lines)
-        draw(speculation.distribution(frame, band, colours), "spread", "How requests spread over acceptance lengths.")
+        draw(
+            finished(speculation.distribution, frame, band, colours),
+            "spread",
+            "How requests spread over acceptance lengths.",
+        )
     with right.container(border=True):
         drawn = costs if lines == part else costs[costs["policy_version"].isin(lines.versions or ())]
         heading(
             "Cost and benefit",
             "tokens a verify step brings; above the line drafting pays · shapes are classes · hover: gain",
         )
-        draw(speculation.cost(drawn, colours), "cost", "Acceptance length against the cost of a step, with break-even.")
+        draw(
+            finished(speculation.cost, drawn, colours),
+            "cost",
+            "Acceptance length against the cost of a step, with break-even.",
+        )
     with st.container(border=True):
         heading("Versions and classes", "times in ms per verify step; gain: time of plain decoding / time spent")
         _table(costs, here)

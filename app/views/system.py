@@ -11,6 +11,7 @@ from app.components import context
 from app.components.context import heading
 from app.components.drawing import draw
 from app.components.export import export
+from app.components.finished import finished
 from app.components.tables import table
 from app.queries import overview
 
@@ -34,7 +35,7 @@ def page() -> None:
     left, right = st.columns([3, 2])
     with left.container(border=True, height="stretch"):
         heading("Partitions", "megabytes by UTC day")
-        draw(system.partitions(stored, colours), "partitions", "Size of each day's partitions.")
+        draw(finished(system.partitions, stored, colours), "partitions", "Size of each day's partitions.")
     with right.container(border=True, height="stretch"):
         heading("Behind the scenes")
         _parts(exporter, waiting, learning, sinks)

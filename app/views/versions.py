@@ -14,6 +14,7 @@ from app.components.context import heading, plain
 from app.components.diff import MEASURES
 from app.components.drawing import draw_to_choose
 from app.components.export import export
+from app.components.finished import finished
 from app.queries import ledger, versions
 from app.queries.database import settings
 from engine.contracts import PolicyVersion, ProposerKind
@@ -51,7 +52,7 @@ def page() -> None:
     with right.container(border=True, height="stretch"):
         heading(f"Family of v{chosen.version}", "solid: parent, dotted: whose traffic taught it · click to choose")
         nodes = shown.nodes(family, serving)
-        figure = charts.family(nodes, shown.taught(family), chosen.version, here.colours)
+        figure = finished(charts.family, nodes, shown.taught(family), chosen.version, here.colours)
         draw_to_choose(figure, "family", _in_words(nodes, chosen.version), _choose)
     left, right = st.columns([1, 1])
     with left.container(border=True, height="stretch"):
@@ -105,10 +106,8 @@ def _table(
         at = min(int(st.session_state.get("page") or 1), pages)
         here = tuple(numbers[(at - 1) * PAGE : at * PAGE])
         asked = tuple(number for number in here if number in served) or (0,)
-        frame = shown.rows(
-            versions.some(here), versions.measured(part, asked), versions.trends(part, asked), sum(served.values()),
-            serving,
-        )  # fmt: skip
+        measured, moved = versions.measured(part, asked), versions.trends(part, asked)
+        frame = finished(shown.rows, versions.some(here), measured, moved, sum(served.values()), serving.roles)
         st.session_state["listed"] = [int(number) for number in frame["policy_version"]]
         shown.listing(frame, current().colours, _key(which, at), _pick)
         if pages > 1:
@@ -132,10 +131,10 @@ def _against_version(part: Slice, chosen: PolicyVersion, serving: ledger.Serving
     names = [measure.column, f"{measure.column}_low", f"{measure.column}_high"]
     if len(frame):
         frame = frame.assign(**{name: frame[name] * measure.scale for name in names})
-    roles = {int(number): serving.role(int(number)) for number in frame["policy_version"]} if len(frame) else {}
     colours = current().colours
-    figure = charts.against(frame, measure.column, chosen.version, roles, measure.form, measure.unit, colours)
-    figure.update_yaxes(title={"text": measure.unit, "font": {"size": 11, "color": colours.muted}})
+    figure = finished(
+        charts.against, frame, measure.column, chosen.version, serving.roles, measure.form, measure.unit, colours
+    )
     draw_to_choose(figure, "by-version", f"{measure.label} by version with 95 % intervals.", _choose)
 
 

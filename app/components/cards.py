@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -39,13 +40,31 @@ CARDS = (
 )
 
 
-def cards(now: pd.Series, before: pd.Series, trend: pd.DataFrame, colours: Palette) -> str:
+DRAFTING = (
+    Card("Accept. length", "acceptance_length", "{:.2f}", better="higher"),
+    Card("Acceptance rate", "acceptance_rate", "{:.1f} %", scale=100.0, better="higher"),
+    Card("Draft length", "draft_length", "{:.2f}", better="higher"),
+    Card("Observed gain", "observed_gain", "{:.2f} ×", better="higher"),
+    Card("TPOT p50", "tpot_p50", "{:,.1f} ms"),
+)
+
+
+def cards(
+    now: pd.Series, before: pd.Series, trend: pd.DataFrame, colours: Palette, shown: Sequence[Card] = CARDS
+) -> str:
     """A row of cards as HTML: value, change against the window before, sparkline.
 
     One element and no widgets: Streamlit's metric draws each sparkline with Vega, which a first page waited for.
     """
-    row = "".join(_card(card, now.get(card.column), before.get(card.column), trend, colours) for card in CARDS)
+    row = "".join(_card(card, now.get(card.column), before.get(card.column), trend, colours) for card in shown)
     return f'<div class="cards">{row}</div>'
+
+
+def first(frame: pd.DataFrame) -> pd.Series:
+    """The one row of a total."""
+    if frame.empty:
+        return pd.Series(dtype=float)
+    return frame.iloc[0]
 
 
 def _card(card: Card, value: float | None, before: float | None, trend: pd.DataFrame, colours: Palette) -> str:
@@ -54,7 +73,13 @@ def _card(card: Card, value: float | None, before: float | None, trend: pd.DataF
         assert value is not None
         assert before is not None
         form, scale = _form(card, value)
-        shown = form.format((value - before) * scale).removesuffix(" %").removesuffix(" ms").removesuffix(" s")
+        shown = (
+            form.format((value - before) * scale)
+            .removesuffix(" %")
+            .removesuffix(" ms")
+            .removesuffix(" s")
+            .removesuffix(" ×")
+        )
         moved = float(shown.replace(",", ""))
         if moved:
             shade = colours.good if (moved < 0) == (card.better == "lower") else colours.bad

@@ -28,10 +28,11 @@ class Column:
     cell: Callable[[Any], str]
     is_number: bool = False
     note: str = ""
+    is_wide: bool = False
 
 
-def words(label: str, shade: Callable[[str], str] | None = None, note: str = "") -> Column:
-    """Words as they are; with ``shade`` as tags of the colour it gives."""
+def words(label: str, shade: Callable[[str], str] | None = None, note: str = "", is_wide: bool = False) -> Column:
+    """Words as they are, over several lines where ``is_wide``; with ``shade`` as tags of the colour it gives."""
 
     def cell(value: Any) -> str:
         if _is_missing(value):
@@ -42,7 +43,7 @@ def words(label: str, shade: Callable[[str], str] | None = None, note: str = "")
         colour = shade(str(value))
         return f'<span class="tag" style="color:{colour};background:{colour}1f">{written}</span>'
 
-    return Column(label, cell, note=note)
+    return Column(label, cell, note=note, is_wide=is_wide)
 
 
 def number(label: str, form: str, scale: float = 1.0, note: str = "") -> Column:
@@ -93,7 +94,7 @@ def _cells(values: list[Any], column: Column) -> list[str]:
 
 
 def _kind(column: Column) -> str:
-    return ' class="number"' if column.is_number else ""
+    return ' class="number"' if column.is_number else ' class="wide"' if column.is_wide else ""
 
 
 def _is_missing(value: Any) -> bool:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from urllib.parse import urlencode
 
-import pandas as pd
 import streamlit as st
 
 from app.charts import latency
 from app.components import context, operations
-from app.components.cards import cards, verdict
+from app.components.cards import cards, first, verdict
 from app.components.context import FIXED, few, heading, parameters
 from app.components.drawing import draw, draw_to_traces
 from app.components.export import export
@@ -37,14 +36,14 @@ def page() -> None:
     part, colours, window = here.part, here.colours, here.window
     serving = ledger.serving()
     now, before = overview.totals(part), overview.totals(part.before())
-    context.headline(verdict(serving, _first(now), _first(before), WORDS[here.range]))
+    context.headline(verdict(serving, first(now), first(before), WORDS[here.range]))
     if now.empty:
         _how_to_begin()
         return
     trend = overview.over_time(part)
-    st.html(finished(cards, _first(now), _first(before), trend, colours))
+    st.html(finished(cards, first(now), first(before), trend, colours))
     marks, lines = ledger.marks(part), overview.leading(part)
-    capped, requests = few(part, lines), float(_first(now)["requests"])
+    capped, requests = few(part, lines), float(first(now)["requests"])
     left, right = st.columns([3, 2])
     with left.container(border=True, height="stretch"):
         with st.container(horizontal=True, vertical_alignment="center", key="latency-of"):
@@ -86,7 +85,7 @@ def page() -> None:
             by = _by()
         among = rows if by == "policy_version" else part
         st.html(finished(breakdown, overview.totals(among, (by,), (metric,)), requests, by, metric))
-    operations.panel(ledger.operations_record(4), _first(now).get("observed_gain"))
+    operations.panel(ledger.operations_record(4), first(now).get("observed_gain"))
     with st.container(horizontal=True, key="more"):
         asked = urlencode({"metric": "p95", **parameters(part)})
         st.link_button("Why did it change?", f"/explain?{asked}", icon=":material/account_tree:")
@@ -112,13 +111,6 @@ def _metric() -> str:
         label_visibility="collapsed", format_func=lambda name: name if name in ("e2e", "queue") else name.upper(),
     )  # fmt: skip
     return str(chosen or "e2e")
-
-
-def _first(frame: pd.DataFrame) -> pd.Series:
-    """The one row of a total."""
-    if frame.empty:
-        return pd.Series(dtype=float)
-    return frame.iloc[0]
 
 
 def _how_to_begin() -> None:

@@ -7,6 +7,7 @@ import streamlit as st
 
 from app.charts import latency, speculation
 from app.components import context
+from app.components.cards import DRAFTING, cards, first
 from app.components.context import few, heading
 from app.components.drawing import draw, draw_to_traces
 from app.components.export import export
@@ -38,6 +39,8 @@ def page() -> None:
     capped = few(part, lines)
     costs = overview.numbers(overview.rows("speculation.cost", listed), ("policy_version", "traffic_class"))
     context.headline(_verdict(totals.iloc[0], costs))
+    before, trend = overview.totals(part.before()), overview.over_time(part)
+    st.html(finished(cards, totals.iloc[0], first(before), trend, colours, DRAFTING))
     marks = ledger.marks(part)
     versions = overview.over_time(lines, ("policy_version",), ())
     classes = overview.over_time(part, ("traffic_class",), ())

@@ -12,7 +12,7 @@ from app.components.context import heading
 from app.components.drawing import draw
 from app.components.export import export
 from app.components.finished import finished
-from app.components.tables import table
+from app.components.sheets import number, sheet, words
 from app.queries import overview
 
 current = context.bar()
@@ -72,25 +72,24 @@ def _writers(writers: pd.DataFrame) -> None:
     if writers.empty:
         st.caption("None. `slipstream up` starts an engine; `slipstream logs engine` says why one ended.")
         return
-    number = st.column_config.NumberColumn
     frame = writers.assign(
         spill_mb=pd.to_numeric(writers["spill_bytes"]) / 1e6, rss_gb=pd.to_numeric(writers["rss_bytes"]) / 1e9
     )
     columns = {
-        "replica": "replica",
-        "heartbeat_age_s": number("heartbeat, s ago", format="%.1f"),
-        "observed_generation": number("generation", help="the plan it routes by"),
-        "newest_generation": number("newest", help="the ledger's newest plan"),
-        "queue": number("queue", help="traces that wait for the writer"),
-        "written": number("written", format="localized"),
-        "spill_files": number("spill files"),
-        "spill_mb": number("spill, MB", format="%.1f"),
-        "set_aside": number("set aside", help="traces that Postgres refused, kept in files"),
-        "dropped": number("dropped", help="traces that were lost, and counted"),
-        "rss_gb": number("peak memory, GB", format="%.2f"),
-        "error": "error",
+        "replica": words("replica"),
+        "heartbeat_age_s": number("heartbeat, s ago", "{:,.1f}"),
+        "observed_generation": number("generation", "{:.0f}", note="The plan it routes by"),
+        "newest_generation": number("newest", "{:.0f}", note="The ledger's newest plan"),
+        "queue": number("queue", "{:,.0f}", note="Traces that wait for the writer"),
+        "written": number("written", "{:,.0f}"),
+        "spill_files": number("spill files", "{:,.0f}"),
+        "spill_mb": number("spill, MB", "{:,.1f}"),
+        "set_aside": number("set aside", "{:,.0f}", note="Traces that Postgres refused, kept in files"),
+        "dropped": number("dropped", "{:,.0f}", note="Traces that were lost, and counted"),
+        "rss_gb": number("peak memory, GB", "{:.2f}"),
+        "error": words("error"),
     }
-    table(frame[list(columns)], columns, "writers")
+    sheet(frame, columns, "Replicas and their trace writers")
 
 
 def _parts(exporter: pd.DataFrame, waiting: pd.DataFrame, learning: pd.DataFrame, sinks: pd.DataFrame) -> None:
@@ -115,7 +114,8 @@ def _parts(exporter: pd.DataFrame, waiting: pd.DataFrame, learning: pd.DataFrame
         failed = f", the next failed {sink['tries']} times" if sink["tries"] else ""
         last = f"; last error: {sink['error']}" if isinstance(sink["error"], str) else ""
         rows.append((f"told by {sink['sink']}", f"decisions up to {sink['decision']}{failed}{last}"))
-    table(pd.DataFrame(rows, columns=["part", "state"]), {"state": st.column_config.TextColumn(width="large")}, "parts")
+    frame = pd.DataFrame(rows, columns=["part", "state"])
+    sheet(frame, {"part": words("part"), "state": words("state", is_wide=True)}, "Parts behind the scenes")
 
 
 def _queries() -> None:
@@ -126,15 +126,14 @@ def _queries() -> None:
     frame = kept.groupby("query")["ms"].agg(
         count="count", p50=lambda v: np.quantile(v, 0.5), p95=lambda v: np.quantile(v, 0.95), most="max"
     )
-    number = st.column_config.NumberColumn
     columns = {
-        "query": "query",
-        "count": number("times"),
-        "p50": number("p50, ms", format="%.1f"),
-        "p95": number("p95, ms", format="%.1f"),
-        "most": number("most, ms", format="%.1f"),
+        "query": words("query"),
+        "count": number("times", "{:,.0f}"),
+        "p50": number("p50, ms", "{:,.1f}"),
+        "p95": number("p95, ms", "{:,.1f}"),
+        "most": number("most, ms", "{:,.1f}"),
     }
-    table(frame.sort_values("p95", ascending=False).reset_index(), columns, "queries", height=260)
+    sheet(frame.sort_values("p95", ascending=False).reset_index(), columns, "Queries of this dashboard")
 
 
 context.live(page)

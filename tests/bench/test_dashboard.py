@@ -13,7 +13,7 @@ from websockets.sync.server import ServerConnection, serve
 from engine.bench import paired
 from engine.bench import viewers as viewers_module
 from engine.bench.dashboard import Watched, watched_figures
-from engine.bench.pages import Look, figures
+from engine.bench.pages import Look, There, figures
 from engine.bench.viewers import Recording, Viewers
 from engine.contracts import SlipstreamError
 from tests.waiting import until
@@ -23,9 +23,9 @@ RECORDED = Recording("/x", (b"open", b"sized"), (b"again",), answer=len(b"drawn"
 
 def test_the_dearest_page_is_the_one_that_is_reported() -> None:
     looks = [
-        Look("a 1h", 1.2, [90.0, 110.0], [40.0, 60.0]),
-        Look("b 1h", 9.0, [150.0, 170.0], [30.0, 50.0]),
-        Look("b 30d", 0.5, [], [70.0, 90.0]),
+        Look("a 1h", There(0.5, 1.2, 2.0), [90.0, 110.0], [40.0, 60.0]),
+        Look("b 1h", There(0.6, 9.0, 9.5), [150.0, 170.0], [30.0, 50.0]),
+        Look("b 30d", There(0.4, 0.5, 3.0), [], [70.0, 90.0]),
     ]
     found = {figure.name: figure for figure in figures(looks, np.random.default_rng(0))}
     warm, refreshed, paint = (
@@ -35,6 +35,8 @@ def test_the_dearest_page_is_the_one_that_is_reported() -> None:
     assert (refreshed.value, refreshed.n) == (160.0, 2)
     assert warm.low <= warm.value <= warm.high
     assert (paint.value, paint.n) == (pytest.approx(np.quantile([1.2, 9.0, 0.5], 0.95)), 3)
+    assert found["main_panel_s_p95"].value == pytest.approx(np.quantile([2.0, 9.5, 3.0], 0.95))
+    assert found["first_contentful_paint_s_p95"].value == pytest.approx(np.quantile([0.5, 0.6, 0.4], 0.95))
 
 
 def test_the_ratio_is_of_the_pages_and_not_of_the_machine() -> None:

@@ -53,7 +53,7 @@ points below its control."""
 OTHER_PRESETS = ("fast", "cautious")
 """Those that identical arms are tried under as well."""
 NOT_REACHED = "not reached"
-QUICK, FULL = (200, 20, 3, 10, 4, 2_000), (2_000, 1_000, 200, 200, 100, 3_000)
+QUICK, FULL = (200, 20, 2, 10, 3, 2_000), (2_000, 1_000, 200, 200, 100, 3_000)
 """Rollouts with identical arms, at the margin, in every other world without a fault, in those with one, in those where
 it comes later; requests per arm."""
 LATER_LOOK = 20

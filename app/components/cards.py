@@ -23,7 +23,7 @@ class Card:
     column: str
     form: str
     scale: float = 1.0
-    better: Literal["lower", "higher"] = "lower"
+    better: Literal["lower", "higher", "neither"] = "lower"
 
 
 CARDS = (
@@ -43,7 +43,7 @@ CARDS = (
 DRAFTING = (
     Card("Accept. length", "acceptance_length", "{:.2f}", better="higher"),
     Card("Acceptance rate", "acceptance_rate", "{:.1f} %", scale=100.0, better="higher"),
-    Card("Draft length", "draft_length", "{:.2f}", better="higher"),
+    Card("Draft length", "draft_length", "{:.2f}", better="neither"),
     Card("Observed gain", "observed_gain", "{:.2f} ×", better="higher"),
     Card("TPOT p50", "tpot_p50", "{:,.1f} ms"),
 )
@@ -81,7 +81,7 @@ def _card(card: Card, value: float | None, before: float | None, trend: pd.DataF
             .removesuffix(" ×")
         )
         moved = float(shown.replace(",", ""))
-        if moved:
+        if moved and card.better != "neither":
             shade = colours.good if (moved < 0) == (card.better == "lower") else colours.bad
         said = f"↑ +{shown}" if moved > 0 else f"↓ {shown}" if moved < 0 else "0"
         change = f'<span class="change" style="color:{shade};background:{shade}1f">{said}</span>'

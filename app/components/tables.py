@@ -17,7 +17,7 @@ Columns = dict[str, Any]
 Shades = Mapping[str, Callable[[str], str]]
 """Column → what colour a word of it has."""
 NUMBER = st.column_config.NumberColumn
-SHARE = st.column_config.ProgressColumn("share of requests", format="%.1f %%", min_value=0, max_value=100, width=128)
+SHARE = st.column_config.ProgressColumn("share of requests", format="%.1f %%", min_value=0, max_value=100, width=116)
 LENGTH = sheets.number("acceptance length", "{:.2f}", note="1 + accepted / verify steps")
 ERRORS = sheets.number("errors, %", "{:.2f}", 100.0)
 REQUESTS = sheets.number("requests", "{:,.0f}")

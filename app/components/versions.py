@@ -92,7 +92,9 @@ def listing(frame: pd.DataFrame, colours: Palette, key: str, choose: Any) -> Non
         "share": SHARE,
         "share_trend": sparkline("share, trend", frame["share_trend"], 0.0),
         "requests": NUMBER("requests", format="localized", width=76),
-        "acceptance_length": NUMBER("acceptance length", format="%.2f", help="1 + accepted / verify steps"),
+        "acceptance_length": NUMBER(
+            "length", format="%.2f", help="Acceptance length: 1 + accepted / verify steps", width=64
+        ),
         "trend": sparkline("length, trend", frame["trend"], 1.0),
         "e2e_p50": NUMBER("p50, ms", format="%.0f", width=72),
         "p50_trend": sparkline("p50, trend", frame["p50_trend"], 0.0),

@@ -22,6 +22,9 @@ from engine.diagnosis.explain import METRICS, Explanation
 from engine.store import frames
 from engine.store.repositories.overview import Slice
 
+SAID = {"tpot": "TPOT", "tokens_s": "tokens / s", "acceptance": "acceptance length"}
+FEW = 7
+"""Cells from which their table scrolls."""
 current = context.bar()
 BACK = {"the window before": None, "1 hour": "1h", "6 hours": "6h", "1 day": "24h", "7 days": "7d"}
 
@@ -31,7 +34,7 @@ def page() -> None:
     with st.container(horizontal=True, vertical_alignment="center", gap="small", key="windows"):
         metric = st.segmented_control(
             "What changed", list(METRICS), default="p95", key="metric", bind="query-params", required=True,
-            label_visibility="collapsed",
+            label_visibility="collapsed", format_func=lambda name: SAID.get(name, name),
         ) or "p95"  # fmt: skip
         st.markdown("compared with", width="content")
         back = st.selectbox("Compared with", list(BACK), key="back", bind="query-params", width=180,
@@ -123,7 +126,7 @@ def _cells(found: Explanation, first: Slice, second: Slice) -> None:
         "effect": number("adds", format="%+.3g"),
         "traces": st.column_config.LinkColumn("traces", display_text="open"),
     }
-    table(frame, columns, "cells", height=300)
+    table(frame, columns, "cells", height="content" if len(frame) <= FEW else 300)
 
 
 def _events(found: Explanation) -> None:

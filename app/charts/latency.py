@@ -48,8 +48,7 @@ def percentiles(
 def heat_map(frame: pd.DataFrame, plans: pd.DataFrame, window: Window, colours: Palette) -> Figure:
     """Requests by time and latency on a log axis. ``frame``: at, until, low, high (ms), requests.
 
-    Plotly selects points and no cells, so an unseen point lies in the middle of each cell that has requests;
-    ``customdata`` is its latencies, [low, high).
+    An unseen point is there because Plotly lets nobody drag over a chart that has none.
     """
     if frame.empty:
         return empty(NOTHING, colours, TALL)
@@ -62,6 +61,7 @@ def heat_map(frame: pd.DataFrame, plans: pd.DataFrame, window: Window, colours: 
     grid[rows, columns] = requests
     times = at.min() + width * np.arange(grid.shape[1] + 1)
     lows = float(low_ms.min()) * ratio ** np.arange(grid.shape[0] + 1)
+    edges = np.stack((lows[:-1], lows[1:]), 1).astype(np.float32)
     made = figure(colours, TALL)
     low, middle, high = colours.heat
     made.add_heatmap(
@@ -69,7 +69,9 @@ def heat_map(frame: pd.DataFrame, plans: pd.DataFrame, window: Window, colours: 
         y=lows,
         z=grid,
         colorscale=[[0, low], [0.5, middle], [1, high]],
-        hoverinfo="skip",
+        customdata=np.broadcast_to(edges[:, None], (*grid.shape, 2)),
+        hovertemplate="%{customdata[0]:,.0f} to %{customdata[1]:,.0f} ms: %{z} requests<extra></extra>",
+        hoverongaps=False,
         colorbar={
             "thickness": 8,
             "len": 1,
@@ -81,17 +83,7 @@ def heat_map(frame: pd.DataFrame, plans: pd.DataFrame, window: Window, colours: 
             "tickfont": {"size": 10, "color": colours.muted},
         },
     )
-    made.add_scatter(
-        x=at + width / 2,
-        y=low_ms * math.sqrt(ratio),
-        mode="markers",
-        marker={"size": 12, "opacity": 0, "color": middle},
-        customdata=np.column_stack((low_ms, high_ms, requests)),
-        hovertemplate="%{customdata[0]:,.0f} to %{customdata[1]:,.0f} ms: %{customdata[2]} requests<extra></extra>",
-        showlegend=False,
-        unselected={"marker": {"opacity": 0}},
-        selected={"marker": {"opacity": 0}},
-    )
+    made.add_scatter(x=times[:1], y=lows[:1], mode="markers", marker={"opacity": 0}, hoverinfo="skip", showlegend=False)
     made.update_layout(hovermode="closest")
     log_axis(made, float(lows[0]), float(lows[-1]))
     time_axis(made, window).update_layout(selectdirection="any")

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from typing import Any
 
 import streamlit as st
 
 from app.charts.figure import Figure
 from app.charts.theme import CONFIG
-from app.components.context import parameters
+from app.components.context import link
 from engine.store.repositories.overview import Slice
 
-TRACES = "views/traces.py"
+OPEN = "address to open"
+"""In the session: where a stroke leads."""
 
 
 def draw(figure: Figure, key: str, alt: str) -> None:
@@ -24,22 +26,28 @@ def draw(figure: Figure, key: str, alt: str) -> None:
 
 
 def draw_to_traces(figure: Figure, key: str, alt: str, part: Slice, latency: str | None = None) -> None:
-    """A time chart: dragging over it, or a click on a point, opens the traces of that time.
+    """A time chart: dragging over it opens the traces of that time.
 
-    ``latency`` names what a heat map's rows are of: the stroke then bounds that too.
+    ``latency`` names what a heat map's height is, in ms: the stroke then bounds that too. A callback takes it in, which
+    knows the chart that was on the screen: drawn again with newer data it is another widget to Streamlit, without one.
     """
-    event: Any = st.plotly_chart(
+
+    def pressed() -> None:
+        event: Any = st.session_state[key]
+        if (found := selected(event, part)) is not None:
+            st.session_state[OPEN] = link("traces", found, **({} if latency is None else band(event, latency)))
+
+    if (address := st.session_state.pop(OPEN, None)) is not None:
+        _go(address)
+    st.plotly_chart(
         figure,
         key=key,
         config=CONFIG,
         theme=None,
         alt=f"{alt} Drag over it to open the traces of that time.",
-        on_select="rerun",
-        selection_mode=("box", "points"),
+        on_select=pressed,
+        selection_mode="box",
     )
-    if (chosen := selected(event, part)) is not None:
-        bounds = {} if latency is None else band(event, latency)
-        st.switch_page(TRACES, query_params=parameters(chosen) | bounds)
 
 
 def draw_to_choose(figure: Figure, key: str, alt: str, choose: Callable[[int], None]) -> None:
@@ -54,26 +62,34 @@ def draw_to_choose(figure: Figure, key: str, alt: str, choose: Callable[[int], N
     st.plotly_chart(figure, key=key, config=CONFIG, theme=None, alt=alt, on_select=pressed, selection_mode="points")
 
 
+def _go(address: str) -> None:
+    """Leave for another page of the dashboard, as a link does.
+
+    ``st.switch_page`` takes no parameter that a widget is bound to, and a live refresh that the browser sends meanwhile
+    brings it back: two of eight strokes were lost.
+    """
+    st.html(f"<script>window.location.assign({json.dumps(address)})</script>", unsafe_allow_javascript=True)
+
+
 def selected(event: Any, part: Slice) -> Slice | None:
-    """The time that was chosen in a chart: a stroke's, or two minutes around a point; None where nothing was."""
-    selection = (event or {}).get("selection") or {}
-    for box in selection.get("box") or ():
-        if len(ends := sorted(_instant(x) for x in box.get("x") or ())) >= 2:
-            return replace(part, since=max(ends[0], part.since), until=min(ends[-1], part.until))
-    points = [_instant(point["x"]) for point in selection.get("points") or () if "x" in point]
-    if points:
-        around = timedelta(seconds=max((part.until - part.since).total_seconds() / 180, 60))
-        return replace(part, since=min(points) - around, until=max(points) + around)
-    return None
+    """The time of a stroke over a chart; None where there was none."""
+    if (box := _box(event, "x")) is None:
+        return None
+    since, until = sorted(map(_instant, box))
+    return replace(part, since=max(since, part.since), until=min(until, part.until))
 
 
 def band(event: Any, latency: str) -> dict[str, str]:
-    """The latencies of the chosen cells (``customdata``: low and high, ms), as the traces page takes them."""
-    cells = [point["customdata"] for point in event["selection"].get("points") or () if point.get("customdata")]
-    if not cells:
+    """The latencies of a stroke, ms, as the traces page takes them."""
+    if (box := _box(event, "y")) is None:
         return {}
-    low, high = min(float(cell[0]) for cell in cells), max(float(cell[1]) for cell in cells)
-    return {"of": latency, "min_ms": f"{math.floor(low)}", "max_ms": f"{math.ceil(high)}"}
+    return {"of": latency, "min_ms": f"{math.floor(min(box))}", "max_ms": f"{math.ceil(max(box))}"}
+
+
+def _box(event: Any, axis: str) -> Sequence[Any] | None:
+    """Both ends of the stroke along an axis; dragging a chart twice leaves one stroke."""
+    boxes = event["selection"].get("box") or ()
+    return boxes[0][axis] if boxes else None
 
 
 def _instant(x: Any) -> datetime:

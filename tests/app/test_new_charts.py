@@ -77,11 +77,13 @@ def test_every_time_chart_marks_what_the_ledger_changed() -> None:
 
 def test_a_stroke_over_the_heat_map_bounds_time_and_latency() -> None:
     cells = pd.DataFrame({"at": AT, "until": AT + pd.Timedelta("1min"), "low": 100.0, "high": 120.0, "requests": 3})
-    heat, points = latency.heat_map(cells, NO_PLANS, WINDOW, LIGHT).data
-    assert (heat.hoverinfo, points.marker.opacity, len(points.x)) == ("skip", 0, 5)
-    chosen = [{"customdata": [100.4, 120.0, 3]}, {"customdata": [140.0, 160.2, 1]}]
-    assert drawing.band({"selection": {"points": chosen}}, "ttft") == {"of": "ttft", "min_ms": "100", "max_ms": "161"}
-    assert drawing.band({"selection": {"points": []}}, "ttft") == {}
+    heat, handle = latency.heat_map(cells, NO_PLANS, WINDOW, LIGHT).data
+    assert heat.customdata.shape == (*heat.z.shape, 2)
+    assert (list(heat.customdata[0, 0]), heat.z[0, 0], heat.hoverongaps) == ([100, 120], 3, False)
+    assert (handle.type, len(handle.x)) == ("scatter", 1), "Plotly lets nobody drag over a heat map alone"
+    stroke = {"selection": {"box": [{"x": ["2026-03-01 12:01"] * 2, "y": [160.2, 100.4]}], "points": []}}
+    assert drawing.band(stroke, "ttft") == {"of": "ttft", "min_ms": "100", "max_ms": "161"}
+    assert drawing.band({"selection": {"box": []}}, "ttft") == {}
 
 
 def test_a_waterfall_lies_end_to_end_and_greys_what_may_be_nothing() -> None:
@@ -102,16 +104,14 @@ def test_a_moving_window_moves_in_steps_and_never_ends_in_the_past() -> None:
 PART = Slice(*WINDOW, traffic_class="code", version=3)
 
 
-def test_a_stroke_is_a_window_and_a_point_is_a_window_around_it() -> None:
-    box = {"selection": {"box": [{"x": ["2026-03-01 12:01:00", "2026-03-01 12:02:30.5"]}], "points": []}}
+def test_a_stroke_is_a_window_within_the_one_that_is_shown() -> None:
+    box = {"selection": {"box": [{"x": ["2026-03-01 12:02:30.5", "2026-03-01 12:01:00"]}], "points": []}}
     found = drawing.selected(box, PART)
     assert found is not None
     assert (found.since.minute, found.until.second, found.traffic_class) == (1, 30, "code")
-    point = drawing.selected({"selection": {"points": [{"x": "2026-03-01 12:02"}]}}, PART)
-    assert point is not None
-    assert point.since < datetime(2026, 3, 1, 12, 2, tzinfo=UTC) < point.until
+    wide = drawing.selected({"selection": {"box": [{"x": ["2026-03-01 11:00", "2026-03-01 13:00:00.1234"]}]}}, PART)
+    assert wide == PART
     assert drawing.selected({"selection": {"points": [], "box": []}}, PART) is None
-    assert drawing.selected(None, PART) is None
 
 
 def test_a_slice_is_a_link() -> None:

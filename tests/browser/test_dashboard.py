@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from urllib.parse import parse_qs, urlsplit
 
 import psycopg
 import pytest
@@ -208,6 +209,31 @@ def test_a_filter_is_in_the_url_and_survives_the_link(open_page: OpenPage, url: 
     settled(page, "overview")
     expect(page.get_by_label("classes")).to_have_value("code")
     expect(page).to_have_url(re.compile("[?&]class=code"))
+
+
+@pytest.mark.parametrize(
+    ("chart", "bounds"), [(0, ("from", "to", "class")), (1, ("from", "to", "class", "min_ms", "max_ms"))]
+)
+def test_a_stroke_over_a_chart_opens_the_traces_of_that_time(
+    open_page: OpenPage, url: str, chart: int, bounds: tuple[str, ...]
+) -> None:
+    """A filter goes along, which ``st.switch_page`` refuses; the live refresh goes on."""
+    page = open_page(f"{url}/?class=code&range=1h")
+    settled(page, "overview")
+    plot = page.locator(".js-plotly-plot .nsewdrag").nth(chart)
+    box = plot.bounding_box()
+    assert box is not None
+    page.mouse.move(box["x"] + 0.4 * box["width"], box["y"] + 0.1 * box["height"])
+    page.mouse.down()
+    page.mouse.move(box["x"] + 0.8 * box["width"], box["y"] + 0.9 * box["height"], steps=4)
+    page.mouse.up()
+    page.wait_for_url("**/traces?**")
+    asked = parse_qs(urlsplit(page.url).query)
+    assert set(bounds) <= set(asked)
+    settled(page, "traces")
+    since, until = (datetime.fromisoformat(asked[name][0]) for name in ("from", "to"))
+    assert abs((until - since).total_seconds() - 0.4 * 3600) < 90
+    expect(page.get_by_label("classes")).to_have_value("code")
 
 
 def test_one_click_rollback_with_its_time_to_effect(

@@ -11,6 +11,7 @@ STATIC = Path(__file__).with_name("static")
 st.set_page_config(page_title="Slipstream", page_icon=str(STATIC / "icon.svg"), layout="wide")
 
 st.html(Path(__file__).with_name("style.css"))
+st.html(f"<script>{Path(__file__).with_name('strokes.js').read_text()}</script>", unsafe_allow_javascript=True)
 st.logo(str(STATIC / "logo.svg"), size="medium")
 
 PAGES = [

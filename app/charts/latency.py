@@ -45,8 +45,8 @@ def percentiles(
     return mark_deploys(time_axis(made, window), plans, window, colours, width=560)
 
 
-def heat_map(frame: pd.DataFrame, plans: pd.DataFrame, window: Window, colours: Palette) -> Figure:
-    """Requests by time and latency on a log axis. ``frame``: at, until, low, high (ms), requests.
+def heat_map(frame: pd.DataFrame, plans: pd.DataFrame, window: Window, colours: Palette, metric: str = "e2e") -> Figure:
+    """Requests by time and latency on a log axis. ``frame``: at, until, low, high (ms), requests; ``metric`` names it.
 
     An unseen point is there because Plotly lets nobody drag over a chart that has none.
     """
@@ -86,7 +86,7 @@ def heat_map(frame: pd.DataFrame, plans: pd.DataFrame, window: Window, colours: 
     made.add_scatter(x=times[:1], y=lows[:1], mode="markers", marker={"opacity": 0}, hoverinfo="skip", showlegend=False)
     made.update_layout(hovermode="closest")
     log_axis(made, float(lows[0]), float(lows[-1]))
-    time_axis(made, window).update_layout(selectdirection="any")
+    time_axis(made, window).update_layout(selectdirection="any", meta={"of": metric})
     return mark_deploys(made, plans, window, colours, over=True)
 
 

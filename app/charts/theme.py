@@ -114,12 +114,12 @@ def figure(colours: Palette, height: int = 280) -> Figure:
 def time_axis(made: Figure, window: Window) -> Figure:
     """Every time chart of a page spans the whole window, so that the same moment is at the same place.
 
-    A stroke over it is a selection, sideways. Its margins are given, room for "500 ms" and "12:30": to find them Plotly
-    draws every chart twice.
+    A stroke over it, sideways, opens the traces of that time (``strokes.js``). Its margins are given, room for "500 ms"
+    and "12:30": to find them Plotly draws every chart twice.
     """
     since, until = window
     short = (until - since) <= timedelta(hours=36)
-    made.update_layout(margin={"l": 52, "b": 24}, dragmode="select", selectdirection="h", clickmode="event+select")
+    made.update_layout(margin={"l": 52, "b": 24}, dragmode="select", selectdirection="h", meta={"opens": "traces"})
     made.update_yaxes(automargin=False)
     made.update_xaxes(
         automargin=False,

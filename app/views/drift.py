@@ -47,23 +47,23 @@ def page() -> None:
     with left.container(border=True):
         heading("Mix of traffic", "% of requests by class · drag to open the traces")
         figure = finished(speculation.share_by_class, classes, marks, window, colours)
-        draw_to_traces(figure, "mix", "Share of the requests over time by traffic class.", part)
+        draw_to_traces(figure, "mix", "Share of the requests over time by traffic class.")
     with right.container(border=True):
         heading("Acceptance length", "by class: what a change of mix cannot move")
         figure = finished(speculation.by_class, classes, "acceptance_length", marks, window, colours)
-        draw_to_traces(figure, "acceptance", "Acceptance length over time, a line a traffic class.", part)
+        draw_to_traces(figure, "acceptance", "Acceptance length over time, a line a traffic class.")
     left, right = st.columns(2)
     for column, name, title in ((left, "prompt_tokens", "Prompt length"), (right, "output_tokens", "Output length")):
         with column.container(border=True):
             heading(title, "tokens a request, mean, by class")
             frame = classes.assign(mean=classes[name] / classes["requests"]) if len(classes) else classes
             figure = finished(speculation.by_class, frame, "mean", marks, window, colours, ",.0f")
-            draw_to_traces(figure, name, f"{title} over time, a line a traffic class.", part)
+            draw_to_traces(figure, name, f"{title} over time, a line a traffic class.")
     with st.container(border=True):
         heading("Versions", "acceptance length over time: a slide at a constant version")
         versions = overview.over_time(overview.leading(part), ("policy_version",), ())
         figure = finished(latency.by_version, versions, "acceptance_length", marks, window, colours)
-        draw_to_traces(figure, "versions", "Acceptance length over time, a line a version.", part)
+        draw_to_traces(figure, "versions", "Acceptance length over time, a line a version.")
     export("drift", part)
 
 

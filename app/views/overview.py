@@ -53,21 +53,21 @@ def page() -> None:
         arms = overview.over_time(lines, ("arm", "policy_version"), (metric,))
         canary = arms[arms["arm"] == CANARY]
         figure = finished(latency.percentiles, frame, canary, marks, window, colours, metric)
-        draw_to_traces(figure, f"latency-{metric}", "Percentiles of latency over time, with deploys marked.", part)
+        draw_to_traces(figure, f"latency-{metric}", "Percentiles of latency over time, with deploys marked.")
     with right.container(border=True, height="stretch"):
         heading("Latency heat map", f"requests by {NAMES[metric]} · drag to open the traces")
-        figure = finished(latency.heat_map, overview.heat(part, metric), marks, window, colours)
-        draw_to_traces(figure, f"heat-{metric}", "How many requests took how long, over time.", part, metric)
+        figure = finished(latency.heat_map, overview.heat(part, metric), marks, window, colours, metric)
+        draw_to_traces(figure, f"heat-{metric}", "How many requests took how long, over time.")
     versions = overview.over_time(lines, ("policy_version",), ())
     columns = st.columns(3)
     with columns[0].container(border=True):
         heading("Acceptance length", f"1 + accepted / steps, by version{capped}")
         figure = finished(latency.by_version, versions, "acceptance_length", marks, window, colours)
-        draw_to_traces(figure, "acceptance", "Acceptance length over time, a line a version.", part)
+        draw_to_traces(figure, "acceptance", "Acceptance length over time, a line a version.")
     with columns[1].container(border=True):
         heading("Output tokens", f"per second, by version{capped}")
         figure = finished(latency.by_version, versions, "tokens_s", marks, window, colours, ",.1f")
-        draw_to_traces(figure, "tokens", "Output tokens per second over time, a line a version.", part)
+        draw_to_traces(figure, "tokens", "Output tokens per second over time, a line a version.")
     with columns[2].container(border=True):
         heading("Acceptance by draft position", "% of steps that drafted")
         figure = finished(latency.positions, overview.positions(lines), colours)

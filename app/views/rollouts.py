@@ -99,11 +99,11 @@ def _arms(active: Rollout, decisions: list[DecisionRecord]) -> None:
     with columns[0].container(border=True):
         heading("Acceptance length", "canary and control arms")
         figure = finished(latency.by_version, frame, "acceptance_length", marks, here.window, here.colours)
-        draw_to_traces(figure, "arms-acceptance", "Acceptance length of canary and control over time.", here.part)
+        draw_to_traces(figure, "arms-acceptance", "Acceptance length of canary and control over time.")
     with columns[1].container(border=True):
         heading("p95 end-to-end latency", "canary and control arms, ms")
         figure = finished(latency.by_version, frame, "e2e_p95", marks, here.window, here.colours, ",.0f")
-        draw_to_traces(figure, "arms-latency", "95th percentile of latency of canary and control over time.", here.part)
+        draw_to_traces(figure, "arms-latency", "95th percentile of latency of canary and control over time.")
 
 
 def _evidence(one: Rollout, decisions: list[DecisionRecord], key: str) -> None:

@@ -48,20 +48,20 @@ def page() -> None:
     with left.container(border=True):
         heading("Acceptance length", f"1 + accepted / steps, by version{capped}")
         figure = finished(latency.by_version, versions, "acceptance_length", marks, window, colours)
-        draw_to_traces(figure, "length", "Acceptance length over time, a line a version.", part)
+        draw_to_traces(figure, "length", "Acceptance length over time, a line a version.")
     with middle.container(border=True):
         heading("Draft acceptance rate", f"accepted / drafted, by version{capped}")
         figure = finished(latency.by_version, versions, "acceptance_rate", marks, window, colours, ".1%")
-        draw_to_traces(figure, "rate", "Share of drafted tokens accepted over time, a line a version.", part)
+        draw_to_traces(figure, "rate", "Share of drafted tokens accepted over time, a line a version.")
     with right.container(border=True):
         heading("Draft length", "drafted tokens per verify step: the K that was used")
         figure = finished(latency.by_version, versions, "draft_length", marks, window, colours)
-        draw_to_traces(figure, "k", "Drafted tokens per verify step over time, a line a version.", part)
+        draw_to_traces(figure, "k", "Drafted tokens per verify step over time, a line a version.")
     left, middle, right = st.columns(3)
     with left.container(border=True):
         heading("By class", "acceptance length · drag to open the traces")
         figure = finished(speculation.by_class, classes, "acceptance_length", marks, window, colours)
-        draw_to_traces(figure, "by-class", "Acceptance length over time, a line a traffic class.", part)
+        draw_to_traces(figure, "by-class", "Acceptance length over time, a line a traffic class.")
     with middle.container(border=True):
         heading("By position", "% of steps that drafted, by version")
         figure = finished(latency.positions, overview.positions(lines), colours)

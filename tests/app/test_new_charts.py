@@ -9,7 +9,7 @@ import pytest
 
 from app.charts import latency, speculation, system
 from app.charts.theme import DARK, LIGHT, Palette
-from app.components import context, drawing
+from app.components import context
 from engine.diagnosis.decompose import Part
 from engine.store.repositories.overview import Slice
 
@@ -75,15 +75,14 @@ def test_every_time_chart_marks_what_the_ledger_changed() -> None:
         assert "v3 champion" in [note.text for note in figure.layout.annotations], name
 
 
-def test_a_stroke_over_the_heat_map_bounds_time_and_latency() -> None:
+def test_the_heat_map_can_be_stroked_and_says_which_latency_it_is_of() -> None:
     cells = pd.DataFrame({"at": AT, "until": AT + pd.Timedelta("1min"), "low": 100.0, "high": 120.0, "requests": 3})
-    heat, handle = latency.heat_map(cells, NO_PLANS, WINDOW, LIGHT).data
+    made = latency.heat_map(cells, NO_PLANS, WINDOW, LIGHT, "ttft")
+    heat, handle = made.data
     assert heat.customdata.shape == (*heat.z.shape, 2)
     assert (list(heat.customdata[0, 0]), heat.z[0, 0], heat.hoverongaps) == ([100, 120], 3, False)
     assert (handle.type, len(handle.x)) == ("scatter", 1), "Plotly lets nobody drag over a heat map alone"
-    stroke = {"selection": {"box": [{"x": ["2026-03-01 12:01"] * 2, "y": [160.2, 100.4]}], "points": []}}
-    assert drawing.band(stroke, "ttft") == {"of": "ttft", "min_ms": "100", "max_ms": "161"}
-    assert drawing.band({"selection": {"box": []}}, "ttft") == {}
+    assert made.layout.meta == {"opens": "traces", "of": "ttft"}
 
 
 def test_a_waterfall_lies_end_to_end_and_greys_what_may_be_nothing() -> None:
@@ -102,16 +101,6 @@ def test_a_moving_window_moves_in_steps_and_never_ends_in_the_past() -> None:
 
 
 PART = Slice(*WINDOW, traffic_class="code", version=3)
-
-
-def test_a_stroke_is_a_window_within_the_one_that_is_shown() -> None:
-    box = {"selection": {"box": [{"x": ["2026-03-01 12:02:30.5", "2026-03-01 12:01:00"]}], "points": []}}
-    found = drawing.selected(box, PART)
-    assert found is not None
-    assert (found.since.minute, found.until.second, found.traffic_class) == (1, 30, "code")
-    wide = drawing.selected({"selection": {"box": [{"x": ["2026-03-01 11:00", "2026-03-01 13:00:00.1234"]}]}}, PART)
-    assert wide == PART
-    assert drawing.selected({"selection": {"points": [], "box": []}}, PART) is None
 
 
 def test_a_slice_is_a_link() -> None:

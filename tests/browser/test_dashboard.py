@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qsl, urlsplit
 
 import psycopg
 import pytest
@@ -211,29 +211,70 @@ def test_a_filter_is_in_the_url_and_survives_the_link(open_page: OpenPage, url: 
     expect(page).to_have_url(re.compile("[?&]class=code"))
 
 
+AXES = """n => { const l = document.querySelectorAll('.js-plotly-plot')[n]._fullLayout;
+    return [...l.xaxis.range.map(x => l.xaxis.r2l(x) / 1e3), ...l.yaxis.range] }"""
+"""What a chart shows: seconds of its first and last moment, and its height as Plotly has it (exponents, on a log axis)."""
+
+
+def plot(page: playwright.Page, chart: int) -> tuple[float, float, float, float]:
+    """Left, top, width and height of where a chart draws, on the screen."""
+    area = page.locator(".js-plotly-plot .nsewdrag").nth(chart)
+    area.scroll_into_view_if_needed()
+    box = area.bounding_box()
+    assert box is not None
+    return box["x"], box["y"], box["width"], box["height"]
+
+
+def opened_traces(page: playwright.Page) -> tuple[float, float, dict[str, str]]:
+    """First and last second that the traces page was asked for, and what else."""
+    page.wait_for_url("**/traces?**")
+    asked = dict(parse_qsl(urlsplit(page.url).query))
+    since, until = (datetime.fromisoformat(asked.pop(name)).replace(tzinfo=UTC) for name in ("from", "to"))
+    settled(page, "traces")
+    return since.timestamp(), until.timestamp(), asked
+
+
 @pytest.mark.parametrize(
-    ("chart", "bounds"), [(0, ("from", "to", "class")), (1, ("from", "to", "class", "min_ms", "max_ms"))]
+    ("path", "chart", "of"), [("", 0, None), ("", 1, "e2e"), ("drift", 0, None), ("drift", 1, None)]
 )
 def test_a_stroke_over_a_chart_opens_the_traces_of_that_time(
-    open_page: OpenPage, url: str, chart: int, bounds: tuple[str, ...]
+    open_page: OpenPage, url: str, path: str, chart: int, of: str | None
 ) -> None:
-    """A filter goes along, which ``st.switch_page`` refuses; the live refresh goes on."""
-    page = open_page(f"{url}/?class=code&range=1h")
-    settled(page, "overview")
-    plot = page.locator(".js-plotly-plot .nsewdrag").nth(chart)
-    box = plot.bounding_box()
-    assert box is not None
-    page.mouse.move(box["x"] + 0.4 * box["width"], box["y"] + 0.1 * box["height"])
+    """Points, cells, bars, lines without points. The page refreshes itself meanwhile; its filter goes along."""
+    page = open_page(f"{url}/{path}?class=code&range=6h")
+    settled(page, path or "overview")
+    left, top, width, height = plot(page, chart)
+    page.mouse.move(left + 0.5 * width, top + 0.1 * height)
     page.mouse.down()
-    page.mouse.move(box["x"] + 0.8 * box["width"], box["y"] + 0.9 * box["height"], steps=4)
+    since, until, low, high = page.evaluate(AXES, chart)
+    page.mouse.move(left + 0.9 * width, top + 0.8 * height, steps=4)
     page.mouse.up()
-    page.wait_for_url("**/traces?**")
-    asked = parse_qs(urlsplit(page.url).query)
-    assert set(bounds) <= set(asked)
-    settled(page, "traces")
-    since, until = (datetime.fromisoformat(asked[name][0]) for name in ("from", "to"))
-    assert abs((until - since).total_seconds() - 0.4 * 3600) < 90
+    first, last, asked = opened_traces(page)
+    assert first == pytest.approx(since + 0.5 * (until - since), abs=120)
+    assert last == pytest.approx(since + 0.9 * (until - since), abs=120)
+    assert asked.pop("class") == "code"
     expect(page.get_by_label("classes")).to_have_value("code")
+    if of is None:
+        assert not asked
+    else:
+        assert asked.pop("of") == of
+        bounds = {"min_ms": 10 ** (low + 0.2 * (high - low)), "max_ms": 10 ** (low + 0.9 * (high - low))}
+        assert {name: float(ms) for name, ms in asked.items()} == pytest.approx(bounds, rel=0.05)
+
+
+def test_a_click_on_a_chart_opens_the_traces_around_it(open_page: OpenPage, url: str) -> None:
+    page = open_page(f"{url}/speculation?range=6h&live=false")
+    settled(page, "speculation")
+    x, y, at = page.evaluate("""() => { const g = document.querySelector('.js-plotly-plot'), l = g._fullLayout;
+        const box = g.getBoundingClientRect(), line = g._fullData.find(t => t.y && t.y.some(v => v > 0));
+        const n = line.y.findLastIndex(v => v > 0), x = line.x[n];
+        return [box.x + l.xaxis._offset + l.xaxis.d2p(x), box.y + l.yaxis._offset + l.yaxis.d2p(line.y[n]),
+                l.xaxis.d2l(x) / 1e3] }""")
+    page.mouse.move(x, y)
+    page.mouse.click(x, y)
+    first, last, asked = opened_traces(page)
+    assert first < at < last <= first + 6 * 60
+    assert not asked
 
 
 def test_one_click_rollback_with_its_time_to_effect(

@@ -41,7 +41,7 @@ class EngineSettings(Section):
     )
     weights: Literal["checkpoint", "int8"] = Field(
         "checkpoint",
-        description="int8 rounds them, 32 to a scale: faster on a CPU, and another model, to learn for anew",
+        description="int8 rounds them, 32 to a scale: faster on a CPU without bfloat16, and another model to learn for",
     )
     device: str = Field("auto", description="auto takes CUDA where there is one, else the CPU")
     threads: int = Field(0, ge=0, description="torch threads; 0 takes every core this process may use")

@@ -14,7 +14,7 @@ import streamlit as st
 
 T = TypeVar("T")
 KEPT = 256
-"""Things that are kept, of which a page shows ten at most; the largest, a heat map, is 80 KB."""
+"""Things that are kept, of which a page shows ten at most; the largest, a heat map, is some 100 KB."""
 
 
 @dataclass(slots=True)

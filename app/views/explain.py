@@ -22,7 +22,6 @@ from engine.diagnosis.explain import METRICS, Explanation
 from engine.store import frames
 from engine.store.repositories.overview import Slice
 
-SAID = {"tpot": "TPOT", "tokens_s": "tokens / s", "acceptance": "acceptance length"}
 FEW = 7
 """Cells from which their table scrolls."""
 current = context.bar()
@@ -32,9 +31,9 @@ BACK = {"the window before": None, "1 hour": "1h", "6 hours": "6h", "1 day": "24
 def page() -> None:
     here = current()
     with st.container(horizontal=True, vertical_alignment="center", gap="small", key="windows"):
-        metric = st.segmented_control(
+        metric = st.segmented_control(  # by the names that links have: what a widget shows is what it puts into the URL
             "What changed", list(METRICS), default="p95", key="metric", bind="query-params", required=True,
-            label_visibility="collapsed", format_func=lambda name: SAID.get(name, name),
+            label_visibility="collapsed",
         ) or "p95"  # fmt: skip
         st.markdown("compared with", width="content")
         back = st.selectbox("Compared with", list(BACK), key="back", bind="query-params", width=180,

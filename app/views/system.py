@@ -87,7 +87,7 @@ def _writers(writers: pd.DataFrame) -> None:
         "set_aside": number("set aside", "{:,.0f}", note="Traces that Postgres refused, kept in files"),
         "dropped": number("dropped", "{:,.0f}", note="Traces that were lost, and counted"),
         "rss_gb": number("peak memory, GB", "{:.2f}"),
-        "error": words("error"),
+        "error": words("error", is_wide=True),
     }
     sheet(frame, columns, "Replicas and their trace writers")
 

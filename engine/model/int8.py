@@ -1,8 +1,8 @@
 """Weights rounded to int8, GROUP inputs of an output to a scale, and products with them on a CPU, in C.
 
 Half the bytes of bfloat16, and the products are of integers, two to an instruction. What it costs is the model: it is
-another one, with a fingerprint of its own. Rounding is symmetric, the scale in bfloat16. GROUP and scale were chosen by
-the divergence of the answers (docs/log.md).
+another one, with a fingerprint of its own. Rounding is symmetric. GROUP was chosen by the divergence of the answers,
+with scales in float32 (docs/log.md); here they are bfloat16.
 """
 
 from __future__ import annotations
@@ -80,6 +80,7 @@ def multiply_int8(x: Tensor, panels: Int8Panels) -> Tensor:
     product = _product()
     assert product is not None, "there would be no panels"
     x, (rows, inputs), groups = x.contiguous(), x.shape, panels.scales.shape[1]
+    assert (x.dtype, inputs) == (torch.bfloat16, panels.inputs), "C reads and writes by these"
     whole = x.new_empty(rows, groups * GROUP, dtype=torch.int16)
     scales, out = x.new_empty(rows, groups, dtype=torch.float32), x.new_empty(rows, panels.outputs)
     pointers = (tensor.data_ptr() for tensor in (x, whole, scales, panels.words, panels.scales, out))

@@ -73,11 +73,10 @@ def load_target(
     progress(f"loading {model} as {dtype}{', weights rounded to int8,' if int8 else ''} on {device}")
     name = Path(model).name if Path(model).is_dir() else model
     llama = read_llama(folder, config, DTYPES[dtype], device, kernels, int8)
-    if int8 and not isinstance(llama.layers[0].out, Int8Panels):
+    if int8 and dtype == "bfloat16" and not isinstance(llama.layers[0].out, Int8Panels):
         log.warning(
-            "weights int8 are held as %s here, which is no faster: their product is for bfloat16 on a CPU, "
-            "with a C compiler and engine.kernels",
-            dtype,
+            "weights int8 are held in bfloat16 here, which is no faster: their product is for a CPU that has none for "
+            "bfloat16 of its own, with a C compiler and engine.kernels"
         )
     if kernels:
         llama.ops = compile_kernels(config, llama.cos, llama.sin) or llama.ops

@@ -13,7 +13,7 @@ from websockets.sync.server import ServerConnection, serve
 from engine.bench import paired
 from engine.bench import viewers as viewers_module
 from engine.bench.dashboard import Watched, watched_figures
-from engine.bench.pages import Look, There, figures
+from engine.bench.pages import Look, Rerun, There, figures, warm_ms
 from engine.bench.viewers import Recording, Viewers
 from engine.contracts import SlipstreamError
 from tests.waiting import until
@@ -37,6 +37,19 @@ def test_the_dearest_page_is_the_one_that_is_reported() -> None:
     assert (paint.value, paint.n) == (pytest.approx(np.quantile([1.2, 9.0, 0.5], 0.95)), 3)
     assert found["main_panel_s_p95"].value == pytest.approx(np.quantile([2.0, 9.5, 3.0], 0.95))
     assert found["first_contentful_paint_s_p95"].value == pytest.approx(np.quantile([0.5, 0.6, 0.4], 0.95))
+
+
+def test_a_rerun_is_warm_after_one_that_asked_in_the_same_step() -> None:
+    asked, warm, over, late, again = (
+        Rerun(300, 1, 1),
+        Rerun(100, 1, 1),
+        Rerun(101, 1, 2),
+        Rerun(302, 2, 2),
+        Rerun(102, 2, 2),
+    )
+    assert warm_ms([asked, warm, over, late, again]) == [100, 102]
+    assert warm_ms([Rerun(300, 1, 2), Rerun(301, 2, 2)]) == [], "what it asked was of the step before"
+    assert warm_ms([]) == []
 
 
 def test_the_ratio_is_of_the_pages_and_not_of_the_machine() -> None:

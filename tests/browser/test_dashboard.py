@@ -213,7 +213,7 @@ def test_a_filter_is_in_the_url_and_survives_the_link(open_page: OpenPage, url: 
 
 AXES = """n => { const l = document.querySelectorAll('.js-plotly-plot')[n]._fullLayout;
     return [...l.xaxis.range.map(x => l.xaxis.r2l(x) / 1e3), ...l.yaxis.range] }"""
-"""What a chart shows: seconds of its first and last moment, and its height as Plotly has it (exponents, on a log axis)."""
+"""What a chart shows: seconds of its first and last moment, and its height (on a log axis exponents)."""
 
 
 def plot(page: playwright.Page, chart: int) -> tuple[float, float, float, float]:
@@ -339,9 +339,15 @@ def test_a_rollout_is_made_in_a_form_that_shows_what_it_freezes(
     form.wait_for(state="detached")
 
 
-def test_a_change_is_explained_by_its_planted_cause(open_page: OpenPage, url: str) -> None:
+def test_a_change_is_explained_by_its_planted_cause(open_page: OpenPage, shared: tuple[str, Database]) -> None:
     """In the seeded hour better policies came, with the same traffic."""
-    page = open_page(f"{url}/explain?metric=acceptance")
+    url, db = shared
+    now = datetime.now(UTC)
+    with db.read() as session:
+        newest = traces.listed(session, Slice(now - timedelta(hours=2), now), limit=1)[0]
+    until = newest["started_at"] + timedelta(seconds=1)
+    since = until - timedelta(hours=1)
+    page = open_page(f"{url}/explain?metric=acceptance&from={since:%Y-%m-%dT%H:%M:%S}&to={until:%Y-%m-%dT%H:%M:%S}")
     settled(page, "explain")
     page.get_by_text("by the policy (v2 → v3)").wait_for()
     shot(page, "explained_light")

@@ -28,6 +28,12 @@ ROWS = (0, 1, 2, 3, 4, 5, 6, 7, 13, 40)
 SHAPES = ((96, 64), (40, 35), (16, 1))  # whole panels and groups, parts of both, a single column
 
 
+@pytest.fixture(autouse=True)
+def without_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A processor that has no product of its own for it, which bytes are for."""
+    monkeypatch.setattr("engine.model.linear.multiplies_bfloat16", lambda: False)
+
+
 @pytest.fixture
 def compiled_anew() -> Iterator[None]:
     """For a test with another source or another compiler."""
@@ -201,11 +207,17 @@ def test_without_a_compiler_the_same_model_is_held_in_its_dtype(
     write_tiny_model(tmp_path)
     with caplog.at_level(logging.WARNING):
         target = load_target(str(tmp_path), tmp_path, dtype="bfloat16", weights="int8")
-    assert "no faster: their product is for bfloat16 on a CPU" in caplog.text
+    assert "no faster: their product is for a CPU that has none" in caplog.text
     rounded = load_target(str(tmp_path), tmp_path, dtype="float32", weights="int8").model
     assert torch.equal(dense(target.model.layers[0].out), dense(rounded.layers[0].out).bfloat16())
     with pytest.raises(SlipstreamError, match="weights must be checkpoint or int8, got 'int4'"):
         load_target(str(tmp_path), tmp_path, weights="int4")
+
+
+def test_a_processor_that_multiplies_bfloat16_gets_no_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    layout = Layout(torch.bfloat16, int8=True)
+    monkeypatch.setattr("engine.model.linear.multiplies_bfloat16", lambda: True)
+    assert layout.panels(torch.randn(40, 35)) is None
 
 
 def test_only_int8_is_rounded() -> None:

@@ -28,7 +28,8 @@ AHEAD, ENOUGH = 200, 16
 """Requests on which a served version is held against the one before, and how many of a class say something of it."""
 WORSE = 0.02
 CONTEXT = "static+context"
-"""Static, a neural draft, beside the request's own context: what of the gain is learned shows against this one."""
+"""Static, a neural draft, beside the request's own context. Adaptive arms start from it, as a hybrid has that context
+before it has learned anything; what of their gain is learned shows against this one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,14 +92,14 @@ def replace_learner(settings: Settings, every: int, tune: int) -> Settings:
 
 def _arms(material: Material, seed: int) -> dict[str, Arm]:
     world = replace(material.world, seed=seed)
-    static, corpus = material.static, material.corpus
-    frozen = {"static": static} if material.context is None else {"static": static, CONTEXT: material.context}
+    static, corpus, start = material.static, material.corpus, material.context or material.static
+    frozen = {"static": static} if material.context is None else {"static": static, CONTEXT: start}
     return {
         "none": Arm("none", world, NoneProposer()),
         "ngram": Arm("ngram", world, NgramProposer(world.settings.num_speculative_tokens)),
         **{name: Arm(name, world, proposer) for name, proposer in frozen.items()},
-        "ungated": AdaptiveArm("ungated", world, static, corpus, gated=False),
-        "gated": AdaptiveArm("gated", world, static, corpus, gated=True),
+        "ungated": AdaptiveArm("ungated", world, start, corpus, gated=False),
+        "gated": AdaptiveArm("gated", world, start, corpus, gated=True),
     }
 
 

@@ -10,7 +10,7 @@ import pandas as pd
 import streamlit as st
 
 from app.charts.theme import Palette
-from app.components.tables import table
+from app.components.sheets import share, sheet, words
 from engine.rollout import explain
 from engine.rollout.guards import SpecError
 from engine.rollout.specs import thaw
@@ -98,20 +98,21 @@ def guard_table(decision: DecisionRecord, rollout: Rollout, counts: list[dict[st
     if frame.empty:
         st.caption("No guard has been evaluated yet: the canary has not served.")
         return
-    if set(frame["segment"]) == {"all"}:
-        frame = frame.drop(columns="segment")
-    text = st.column_config.TextColumn
     columns = {
-        "verdict": text("verdict", width=108),
-        "n": text("n", help="Requests or keys of each arm: canary / control"),
-        "interval": text("difference", help="Confidence sequence, valid at every look", width=120),
-        "near": st.column_config.ProgressColumn(
-            "to its limit", format=PERCENT, min_value=0, max_value=100, help="At 100 % the guard fails", width=110
-        ),
-        "outlook": text("outlook", width="medium", help="Were the present estimate the truth, at the present traffic"),
-        "because": text("because", width="large"),
+        "verdict": words("verdict", by_verdict(colours)),
+        "guard": words("guard"),
+        "segment": words("segment"),
+        "n": words("n", note="Requests or keys of each arm: canary / control"),
+        "canary": words("canary"),
+        "control": words("control"),
+        "interval": words("difference", note="Confidence sequence, valid at every look"),
+        "near": share("to its limit", note="At 100 % the guard fails"),
+        "outlook": words("outlook", note="Were the present estimate the truth, at the present traffic", is_wide=True),
+        "because": words("because", is_wide=True),
     }
-    table(frame, columns, "guards", {"verdict": by_verdict(colours)})
+    if set(frame["segment"]) == {"all"}:
+        del columns["segment"]
+    sheet(frame, columns, "Guards")
 
 
 def by_verdict(colours: Palette) -> Callable[[str], str]:

@@ -39,8 +39,8 @@ class Recording:
 def record(browser: Any, address: str, path: str, refresh_s: float) -> Recording:
     """Watch a page in Chromium until it has been drawn again once.
 
-    The interval begins when the page is drawn, so what is sent before it is over opens the page, and what is sent in
-    the interval after that is one refresh of each live part.
+    What is sent until it is drawn opens the page. The next that is sent begins a refresh, of which every live part has
+    its own message; where drawing took long it is due soon, so it is waited for and not reckoned with.
     """
     page, sent, came = fresh_page(browser), list[tuple[float, bytes]](), list[tuple[float, int]]()
 
@@ -53,17 +53,19 @@ def record(browser: Any, address: str, path: str, refresh_s: float) -> Recording
     page.get_by_test_id("stMarkdown").first.wait_for()
     page.locator(RESTS).wait_for()
     drawn = time.monotonic()
-    page.wait_for_timeout(1e3 * 1.5 * refresh_s)
+    while not sent or (asked := sent[-1][0]) <= drawn:
+        if time.monotonic() > drawn + 2 * refresh_s:
+            raise SlipstreamError(
+                f"{path} was not drawn again within {2 * refresh_s:.0f} s, so nothing was recorded. Where the machine "
+                "is too busy for its refresh, a longer one helps: --set dashboard.refresh_s=10"
+            )
+        page.wait_for_timeout(50)
+    page.wait_for_timeout(1e3 * 0.5 * refresh_s)
     page.locator(RESTS).wait_for()
     page.context.close()
-    border = drawn + 0.6 * refresh_s
-    opening, refresh = (tuple(bytes(p) for at, p in sent if (at < border) is early) for early in (True, False))
-    answer = sum(size for at, size in came if at >= border)
-    if not opening or not refresh or not answer:
-        raise SlipstreamError(
-            f"{path} was not drawn again within {1.5 * refresh_s:.0f} s, so nothing was recorded. Where the machine is "
-            "too busy for its refresh, a longer one helps: --set dashboard.refresh_s=10"
-        )
+    opening = tuple(bytes(payload) for at, payload in sent if at <= drawn)
+    refresh = tuple(bytes(payload) for at, payload in sent if drawn < at <= asked + 0.5 * refresh_s)
+    answer = sum(size for at, size in came if at > drawn)
     return Recording(path, opening, refresh, answer)
 
 

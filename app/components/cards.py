@@ -73,13 +73,7 @@ def _card(card: Card, value: float | None, before: float | None, trend: pd.DataF
         assert value is not None
         assert before is not None
         form, scale = _form(card, value)
-        shown = (
-            form.format((value - before) * scale)
-            .removesuffix(" %")
-            .removesuffix(" ms")
-            .removesuffix(" s")
-            .removesuffix(" ×")
-        )
+        shown = form.format((value - before) * scale).partition(" ")[0]  # without its unit
         moved = float(shown.replace(",", ""))
         if moved and card.better != "neither":
             shade = colours.good if (moved < 0) == (card.better == "lower") else colours.bad

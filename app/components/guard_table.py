@@ -25,7 +25,6 @@ NAMES = {
     "fuse_cost": "cost fuse",
     "srm": "even split",
 }
-PERCENT = "%.0f %%"
 
 
 def guard_rows(

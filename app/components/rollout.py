@@ -10,13 +10,15 @@ import pandas as pd
 import streamlit as st
 
 from app.charts.theme import Palette
-from app.components.guard_table import PERCENT, name_of
+from app.components.guard_table import name_of
 from app.components.tables import by_identity, table
 from app.queries.ledger import Serving
 from engine.contracts import CANARY, CHAMPION, CONTROL, RolloutState, ServingPlan
 from engine.rollout import quantiles
 from engine.store import histogram
 from engine.store.repositories.rollouts import DecisionRecord, Rollout
+
+PERCENT = "%.0f %%"
 
 
 def slice_now(serving: Serving, counts: Mapping[str, int], colours: Palette) -> None:

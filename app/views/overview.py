@@ -36,14 +36,15 @@ def page() -> None:
     part, colours, window = here.part, here.colours, here.window
     serving = ledger.serving()
     now, before = overview.totals(part), overview.totals(part.before())
-    context.headline(verdict(serving, first(now), first(before), WORDS[here.range]))
+    total, earlier = first(now), first(before)
+    context.headline(verdict(serving, total, earlier, WORDS[here.range]))
     if now.empty:
         _how_to_begin()
         return
     trend = overview.over_time(part)
-    st.html(finished(cards, first(now), first(before), trend, colours))
+    st.html(finished(cards, total, earlier, trend, colours))
     marks, lines = ledger.marks(part), overview.leading(part)
-    capped, requests = few(part, lines), float(first(now)["requests"])
+    capped, requests = few(part, lines), float(total["requests"])
     left, right = st.columns([3, 2])
     with left.container(border=True, height="stretch"):
         with st.container(horizontal=True, vertical_alignment="center", key="latency-of"):
@@ -85,7 +86,7 @@ def page() -> None:
             by = _by()
         among = rows if by == "policy_version" else part
         st.html(finished(breakdown, overview.totals(among, (by,), (metric,)), requests, by, metric))
-    operations.panel(ledger.operations_record(4), first(now).get("observed_gain"))
+    operations.panel(ledger.operations_record(4), total.get("observed_gain"))
     with st.container(horizontal=True, key="more"):
         asked = urlencode({"metric": "p95", **parameters(part)})
         st.link_button("Why did it change?", f"/explain?{asked}", icon=":material/account_tree:")

@@ -192,7 +192,7 @@ class Arm:
         return [whole, *(self._segment(c, sums[k], counts[k], before[k]) for k, c in enumerate(CLASSES))]
 
     def _segment(self, name: str | None, sums: Array, counts: Array, before: float) -> Segment:
-        requests, n, x, y, xx, yy, xy, errors, timeouts, retries = sums.tolist()
+        requests, n, x, y, xx, yy, xy, errors, timeouts, retries = sums.tolist()  # as COUNTED has them
         latencies: Any = {}
         for metric, counted in zip(self.metrics, counts, strict=True):
             filled = counted.nonzero()[0]

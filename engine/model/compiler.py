@@ -44,6 +44,13 @@ def compile_c(source: Path, constants: Mapping[str, int], load: Callable[[Path],
             return None
 
 
+def compile_function(
+    source: Path, name: str, constants: Mapping[str, int], *arguments: type
+) -> Callable[..., None] | None:
+    """The function ``name`` of a source, which the interpreter is left for; None as of ``compile_c``."""
+    return compile_c(source, constants, lambda library: function(ctypes.CDLL(str(library))[name], *arguments))
+
+
 def function(found: Any, *arguments: type) -> Callable[..., None]:
     """A function of a library with the types of its arguments; it returns nothing."""
     found.argtypes, found.restype = arguments, None

@@ -7,7 +7,6 @@ with scales in float32 (docs/log.md); here they are bfloat16.
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -17,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.model.compiler import COUNT, POINTER, compile_c, function
+from engine.model.compiler import COUNT, POINTER, compile_function
 from engine.model.product import PANEL
 
 SOURCE = Path(__file__).with_name("int8.c")
@@ -90,7 +89,4 @@ def multiply_int8(x: Tensor, panels: Int8Panels) -> Tensor:
 
 @cache
 def _product() -> Callable[..., None] | None:
-    def load(library: Path) -> Callable[..., None]:
-        return function(ctypes.CDLL(str(library)).product, *[POINTER] * 6, *[COUNT] * 3)
-
-    return compile_c(SOURCE, {"PANEL": PANEL, "GROUP": GROUP}, load)
+    return compile_function(SOURCE, "product", {"PANEL": PANEL, "GROUP": GROUP}, *[POINTER] * 6, *[COUNT] * 3)

@@ -6,7 +6,6 @@ everywhere with this dtype, but every sum is one of floats.
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -16,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.model.compiler import COUNT, POINTER, compile_c, function
+from engine.model.compiler import COUNT, POINTER, compile_function
 
 SOURCE = Path(__file__).with_name("product.c")
 PANEL = 16
@@ -64,7 +63,4 @@ def multiplies() -> bool:
 
 @cache
 def _product() -> Callable[..., None] | None:
-    def load(library: Path) -> Callable[..., None]:
-        return function(ctypes.CDLL(str(library)).product, *[POINTER] * 4, *[COUNT] * 3)
-
-    return compile_c(SOURCE, {"PANEL": PANEL}, load)
+    return compile_function(SOURCE, "product", {"PANEL": PANEL}, *[POINTER] * 4, *[COUNT] * 3)

@@ -19,12 +19,12 @@ from engine.model.llama import Llama
 from engine.model.loading import load_target
 from engine.model.random_weights import TINY, random_tensors
 from engine.runner.rescoring import Rescoring
+from tests.model.planting import ROWS, assert_rows_stand_alone, plant
 from tests.model.test_swap import logits
 from tests.runner.driving import engine_of, request, run
 from tests.tiny_model import write_tiny_model
 
 compiled = pytest.mark.skipif(not any(map(shutil.which, ("cc", "gcc", "clang"))), reason="no C compiler")
-ROWS = (0, 1, 2, 3, 4, 5, 6, 7, 13, 40)
 SHAPES = ((96, 64), (40, 35), (16, 1))  # whole panels and groups, parts of both, a single column
 
 
@@ -92,10 +92,7 @@ def test_a_product_is_that_of_the_rounded_weight() -> None:
 def test_a_fault_in_the_product_is_seen(
     compiled_anew: None, right: str, wrong: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source = int8.SOURCE.read_text()
-    assert source.count(right) == 1
-    (tmp_path / "int8.c").write_text(source.replace(right, wrong))
-    monkeypatch.setattr(int8, "SOURCE", tmp_path / "int8.c")
+    plant(int8, right, wrong, tmp_path, monkeypatch)
     assert not off() < 1
 
 
@@ -113,13 +110,8 @@ def test_the_product_of_processors_without_avx2_is_the_same(
 
 @compiled
 def test_a_row_does_not_depend_on_its_neighbours() -> None:
-    """To the last bit, however many there are and whichever of them it is."""
-    generator = torch.Generator().manual_seed(1)
-    panels = panels_of(torch.randn(96, 64, generator=generator))
-    x = torch.randn(40, 64, generator=generator).bfloat16()
-    alone = torch.cat([multiply_int8(row[None], panels) for row in x])
-    for rows in ROWS:
-        assert torch.equal(multiply_int8(x[40 - rows :], panels), alone[40 - rows :])
+    weight = torch.randn(96, 64, generator=torch.Generator().manual_seed(1))
+    assert_rows_stand_alone(multiply_int8, panels_of(weight))
 
 
 @compiled

@@ -16,6 +16,7 @@ from engine.model.kv_cache import KVCache
 from engine.model.llama import Llama
 from engine.model.ops import Ops
 from engine.model.random_weights import TINY, random_llama
+from tests.model.planting import plant
 
 CONFIG = replace(TINY, hidden_size=64, intermediate_size=96, num_heads=6, num_kv_heads=2, head_dim=32)
 LENGTH = 256
@@ -85,10 +86,7 @@ def test_kernels_compute_what_torch_computes(model: Llama) -> None:
 def test_a_fault_in_the_kernels_is_seen(
     model: Llama, right: str, wrong: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source = kernels.SOURCE.read_text()
-    assert source.count(right) == 1
-    (tmp_path / "kernels.c").write_text(source.replace(right, wrong))
-    monkeypatch.setattr(kernels, "SOURCE", tmp_path / "kernels.c")
+    plant(kernels, right, wrong, tmp_path, monkeypatch)
     assert not off(model, compiled(model)) < TOLERANCE
 
 

@@ -15,11 +15,11 @@ from engine.model import linear, product
 from engine.model.draft import DraftConfig, DraftNetwork
 from engine.model.loading import load_target
 from engine.model.product import from_panels, multiply, to_panels
+from tests.model.planting import ROWS, assert_rows_stand_alone, plant
 from tests.runner.driving import engine_of, request, run
 from tests.tiny_model import write_tiny_model
 
 pytestmark = pytest.mark.skipif(not any(map(shutil.which, ("cc", "gcc", "clang"))), reason="no C compiler")
-ROWS = (0, 1, 2, 3, 4, 5, 6, 7, 13, 40)
 SHAPES = ((96, 64), (40, 34), (16, 2))  # whole panels, a part of one, a single one
 
 
@@ -66,22 +66,14 @@ def test_a_product_is_that_of_floats_rounded_once() -> None:
 def test_a_fault_in_the_product_is_seen(
     compiled_anew: None, right: str, wrong: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source = product.SOURCE.read_text()
-    assert source.count(right) == 1
-    (tmp_path / "product.c").write_text(source.replace(right, wrong))
-    monkeypatch.setattr(product, "SOURCE", tmp_path / "product.c")
+    plant(product, right, wrong, tmp_path, monkeypatch)
     assert not off() < 2**-8 * 1.01
 
 
 def test_a_row_does_not_depend_on_its_neighbours() -> None:
-    """To the last bit, however many there are and whichever of them it is."""
-    generator = torch.Generator().manual_seed(1)
-    panels = to_panels(torch.randn(96, 64, generator=generator).bfloat16())
+    panels = to_panels(torch.randn(96, 64, generator=torch.Generator().manual_seed(1)).bfloat16())
     assert panels is not None
-    x = torch.randn(40, 64, generator=generator).bfloat16()
-    alone = torch.cat([multiply(row[None], panels) for row in x])
-    for rows in ROWS:
-        assert torch.equal(multiply(x[40 - rows :], panels), alone[40 - rows :])
+    assert_rows_stand_alone(multiply, panels)
 
 
 def test_panels_hold_the_weight_itself() -> None:

@@ -1,0 +1,31 @@
+"""What the tests of the C sources share: faults planted in them, and rows that must not depend on their neighbours."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+ROWS = (0, 1, 2, 3, 4, 5, 6, 7, 13, 40)
+
+
+def plant(module: ModuleType, right: str, wrong: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let ``module`` compile its source with ``wrong`` in the one place where ``right`` stands."""
+    source = module.SOURCE.read_text()
+    assert source.count(right) == 1
+    path = folder / module.SOURCE.name
+    path.write_text(source.replace(right, wrong))
+    monkeypatch.setattr(module, "SOURCE", path)
+
+
+def assert_rows_stand_alone(multiply: Callable[[Tensor, Any], Tensor], panels: Any) -> None:
+    """To the last bit, however many there are and whichever of them it is; ``panels`` of 64 inputs."""
+    x = torch.randn(40, 64, generator=torch.Generator().manual_seed(2)).bfloat16()
+    alone = torch.cat([multiply(row[None], panels) for row in x])
+    for rows in ROWS:
+        assert torch.equal(multiply(x[40 - rows :], panels), alone[40 - rows :])

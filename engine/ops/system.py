@@ -30,8 +30,8 @@ BEHIND_PEOPLE = 5
 """Niceness of what serves: a rollback, by the controller or typed, must not wait for the very load it is to end."""
 BEHIND_ALL = 19
 """Niceness of the learner: it gets what serving leaves, and a few per cent of a busy core, so that attempts end."""
-LATER = " (still starting; what it is to be told waits. `slipstream logs mlflow` shows how far it is)"
-READY_S = {"mlflow": 120.0, "engine": 600.0, "dashboard": 60.0}
+READY_S = {"mlflow": 120.0, "engine": 600.0, "dashboard": 120.0}
+"""How long to look. One that ends is seen at once; for one that is only slow, `start` goes on."""
 
 
 def refuse_a_second(settings: Settings) -> None:
@@ -70,22 +70,22 @@ def start(settings: Settings, supervisor: Supervisor, say: Say) -> Settings:
     if settings.learner.enabled:
         supervisor.start(learner_component(located))
     supervisor.start(_part("housekeeping", environ, niceness=15))
-    supervisor.wait_ready("dashboard", READY_S["dashboard"])
-    say(f"dashboard: http://{settings.dashboard.host}:{settings.dashboard.port}")
+    say(f"dashboard: http://{settings.dashboard.host}:{settings.dashboard.port}{unless_ready(supervisor, 'dashboard')}")
     supervisor.wait_ready("engine", READY_S["engine"])
     say(f"engine: {api}/v1 (OpenAI-compatible)")
     if "mlflow" in (read_state(home) or {"components": {}})["components"]:
-        say(f"MLflow: {settings.mlflow_tracking_uri}{'' if mlflow_is_ready(supervisor) else LATER}")
+        say(f"MLflow: {settings.mlflow_tracking_uri}{unless_ready(supervisor, 'mlflow')}")
     return located
 
 
-def mlflow_is_ready(supervisor: Supervisor) -> bool:
-    """Whether it was in its time. Where others leave it no processor it comes later; what it is to be told waits."""
+def unless_ready(supervisor: Supervisor, name: str) -> str:
+    """What to add to the address of a component that is not ready in its time: nobody's requests wait for it, so it is
+    no reason to take the engine down."""
     try:
-        supervisor.wait_ready("mlflow", READY_S["mlflow"])
+        supervisor.wait_ready(name, READY_S[name])
     except Late:
-        return False
-    return True
+        return f" (still starting; `slipstream logs {name}` shows how far it is)"
+    return ""
 
 
 def _fetch_model(settings: Settings, environ: dict[str, str], say: Say) -> None:

@@ -14,7 +14,7 @@ import pytest
 
 from engine.contracts import SlipstreamError
 from engine.ops.supervisor import Component, Supervisor, end_group, is_alive, read_state, state_file
-from engine.ops.system import mlflow_is_ready
+from engine.ops.system import unless_ready
 from tests.waiting import until
 
 
@@ -114,13 +114,19 @@ def test_a_component_that_never_gets_ready_is_an_error(supervisor: Supervisor) -
         supervisor.wait_ready("part", 7.0)
 
 
-def test_an_mlflow_that_is_late_is_waited_for_no_longer_and_one_that_ended_is_an_error(supervisor: Supervisor) -> None:
-    supervisor.start(component(FOR_EVER, "mlflow", ready=lambda: False))
-    assert not mlflow_is_ready(supervisor)
-    end_group(supervisor.pid("mlflow"), grace_s=0.0)
-    until(lambda: not is_alive(supervisor.pid("mlflow")), "it has ended")
-    with pytest.raises(SlipstreamError, match="mlflow ended with code"):
-        mlflow_is_ready(supervisor)
+@pytest.mark.parametrize("name", ["mlflow", "dashboard"])
+def test_a_view_that_is_late_is_waited_for_no_longer_and_one_that_ended_is_an_error(
+    supervisor: Supervisor, name: str
+) -> None:
+    ready = [True]
+    supervisor.start(component(FOR_EVER, name, ready=lambda: ready[0]))
+    assert unless_ready(supervisor, name) == ""
+    ready[0] = False
+    assert f"slipstream logs {name}" in unless_ready(supervisor, name)
+    end_group(supervisor.pid(name), grace_s=0.0)
+    until(lambda: not is_alive(supervisor.pid(name)), "it has ended")
+    with pytest.raises(SlipstreamError, match=f"{name} ended with code"):
+        unless_ready(supervisor, name)
 
 
 @pytest.mark.parametrize("yielding", [True, False])

@@ -59,8 +59,8 @@ def test_up_serves_traces_and_leaves_nothing_behind(environ: dict[str, str]) -> 
     try:
         soon(lambda: "everything runs" in log.read_text() or process.poll() is not None, "up")
         assert process.poll() is None, log.read_text()
+        soon(lambda: json.loads(slipstream(environ, "status", "--json").stdout)["healthy"], "all is healthy")
         status = json.loads(slipstream(environ, "status", "--json").stdout)
-        assert status["healthy"], status
         assert set(status["components"]) == {"mlflow", "engine", "dashboard", "controller", "learner", "housekeeping"}
         second = slipstream(environ, "up")
         assert second.returncode == 1

@@ -27,11 +27,15 @@ FIRST = (
 TYPES = [sys.executable, "-m", "mypy"]
 TESTS = [sys.executable, "-m", "pytest", *IN_PARALLEL]
 YIELDING = 10
+THREADS = ("OMP_NUM_THREADS", "1")
+"""Tests are parallel already. A second thread of torch's spins while it waits for a first that another process keeps
+off its processor: a pass on real weights took six times as much of both."""
 
 
 def main() -> None:
     if not Path("pyproject.toml").is_file() or not Path("tests").is_dir():
         sys.exit("slipstream-check: run it in the root of a checkout (no pyproject.toml or tests/ here).")
+    os.environ.setdefault(*THREADS)
     for name, command in FIRST:
         print(f"── {name}: {' '.join(command[-2:])}", flush=True)
         if code := subprocess.run(command).returncode:

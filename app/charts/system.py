@@ -9,6 +9,7 @@ import pandas as pd
 from app.charts.figure import Figure
 from app.charts.theme import Palette, empty, figure
 from engine.diagnosis.decompose import Part
+from engine.diagnosis.explain import signed
 
 STORED = {"traces_bytes": "traces", "trace_payloads_bytes": "tokens", "rollups": "rollups per minute"}
 
@@ -50,15 +51,15 @@ def waterfall(parts: Sequence[Part], total: Part, lower_is_better: bool, unit: s
         base=bases,
         marker={"color": shades},
         error_y={"type": "data", "array": reach, "color": colours.text, "thickness": 1, "width": 4},
-        text=[f"{size:+.3g}" for size in sizes],
+        text=[signed(size) for size in sizes],
         textposition="none",
-        customdata=[f"{size - r:+.3g} to {size + r:+.3g} {unit}" for size, r in zip(sizes, reach, strict=True)],
+        customdata=[f"{signed(size - r)} to {signed(size + r)} {unit}" for size, r in zip(sizes, reach, strict=True)],
         hovertemplate="%{x}: %{text} (%{customdata})<extra></extra>",
         cliponaxis=False,
     )
     for name, base, size, r in zip(names, bases, sizes, reach, strict=True):
         top = max(base, base + size + r)
-        made.add_annotation(x=name, y=top, text=f"{size:+.3g}", showarrow=False, yshift=9, font={"size": 11})
+        made.add_annotation(x=name, y=top, text=signed(size), showarrow=False, yshift=9, font={"size": 11})
     made.add_hline(y=0, line={"color": colours.muted, "width": 1})
     made.update_layout(hovermode="closest", bargap=0.35, margin={"t": 24})
     made.update_yaxes(nticks=6)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from html import escape
 from typing import Literal
 
 import numpy as np
@@ -48,6 +49,15 @@ DRAFTING = (
     Card("TPOT p50", "tpot_p50", "{:,.1f} ms"),
 )
 
+EXPLAINED = (
+    Card("p50 latency", "e2e_p50", "{:,.0f} ms"),
+    Card("p95 latency", "e2e_p95", "{:,.0f} ms"),
+    Card("TPOT p50", "tpot_p50", "{:,.1f} ms"),
+    Card("Tokens / s of a request", "decode_tokens_s", "{:,.1f}", better="higher"),
+    Card("Accept. length", "acceptance_length", "{:.2f}", better="higher"),
+    Card("Requests", "requests", "{:,.0f}", better="neither"),
+)
+
 
 def cards(
     now: pd.Series, before: pd.Series, trend: pd.DataFrame, colours: Palette, shown: Sequence[Card] = CARDS
@@ -56,8 +66,19 @@ def cards(
 
     One element and no widgets: Streamlit's metric draws each sparkline with Vega, which a first page waited for.
     """
-    row = "".join(_card(card, now.get(card.column), before.get(card.column), trend, colours) for card in shown)
-    return f'<div class="cards">{row}</div>'
+    return row([_card(one, now.get(one.column), before.get(one.column), trend, colours) for one in shown])
+
+
+def row(made: Sequence[str], is_low: bool = False) -> str:
+    """HTML of cards side by side; ``is_low``: none of them has a picture."""
+    return f'<div class="cards{" low" if is_low else ""}">{"".join(made)}</div>'
+
+
+def card(label: str, value: str, said: str, shade: str, picture: str = "") -> str:
+    """HTML of one: what it is about, its value, a word on it in the colour ``shade``, and a sparkline."""
+    tag = f'<span class="change" style="color:{shade};background:{shade}1f">{escape(said)}</span>' if said else ""
+    text = f'<span class="label">{escape(label)}</span><span class="value">{escape(value)}</span>'
+    return f'<div class="card" title="{escape(label)}">{text}{tag}{picture}</div>'
 
 
 def first(frame: pd.DataFrame) -> pd.Series:
@@ -67,21 +88,19 @@ def first(frame: pd.DataFrame) -> pd.Series:
     return frame.iloc[0]
 
 
-def _card(card: Card, value: float | None, before: float | None, trend: pd.DataFrame, colours: Palette) -> str:
-    shade, change = colours.muted, ""
+def _card(one: Card, value: float | None, before: float | None, trend: pd.DataFrame, colours: Palette) -> str:
+    shade, said = colours.muted, ""
     if _is_number(value) and _is_number(before):
         assert value is not None
         assert before is not None
-        form, scale = _form(card, value)
+        form, scale = _form(one, value)
         shown = form.format((value - before) * scale).partition(" ")[0]  # without its unit
         moved = float(shown.replace(",", ""))
-        if moved and card.better != "neither":
-            shade = colours.good if (moved < 0) == (card.better == "lower") else colours.bad
+        if moved and one.better != "neither":
+            shade = colours.good if (moved < 0) == (one.better == "lower") else colours.bad
         said = f"↑ +{shown}" if moved > 0 else f"↓ {shown}" if moved < 0 else "0"
-        change = f'<span class="change" style="color:{shade};background:{shade}1f">{said}</span>'
-    series = floats(trend, card.column) if card.column in trend else np.empty(0)
-    text = f'<span class="label">{card.label}</span><span class="value">{_written(card, value)}</span>'
-    return f'<div class="card">{text}{change}{sparkline(series, shade)}</div>'
+    series = floats(trend, one.column) if one.column in trend else np.empty(0)
+    return card(one.label, _written(one, value), said, shade, sparkline(series, shade))
 
 
 def _written(card: Card, value: float | None) -> str:

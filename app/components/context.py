@@ -98,7 +98,7 @@ def headline(sentence: str) -> None:
         if newest is None:
             return
         seconds = (datetime.now(UTC) - newest).total_seconds()
-        ago = f"{seconds:.0f} s" if seconds < 120 else _long(seconds)
+        ago = f"{seconds:.0f} s" if seconds < 120 else long(seconds)
         live = st.session_state.get("live", True) and _given() is None
         st.caption(f"Newest request {ago} ago{'' if live else ' · paused'} · times in UTC", width="content")
 
@@ -119,7 +119,8 @@ def plain(words: object) -> str:
     return "".join("\\" + c if c in string.punctuation else c for c in " ".join(str(words).split()))
 
 
-def _long(seconds: float) -> str:
+def long(seconds: float) -> str:
+    """A span of time in its largest unit of which there are two: "90 s", "3 h"."""
     for unit, name in ((86_400, "d"), (3_600, "h"), (60, "min")):
         if seconds >= 2 * unit:
             return f"{seconds / unit:.0f} {name}"

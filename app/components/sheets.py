@@ -69,6 +69,15 @@ def trend(label: str, moved: Iterable[Sequence[float]], least: float, colour: st
     return Column(label, lambda values: sparkline(np.asarray(values, float), colour, (least, max(most, least + 0.5))))
 
 
+def link(label: str, word: Callable[[str], str]) -> Column:
+    """Addresses as links, each under the ``word`` for it; nothing where there is none."""
+
+    def cell(value: Any) -> str:
+        return "" if _is_missing(value) or not value else f'<a href="{escape(value)}">{escape(word(value))}</a>'
+
+    return Column(label, cell)
+
+
 def sheet(frame: pd.DataFrame, columns: dict[str, Column], name: str) -> None:
     """The ``columns`` of a frame, in their order, a line a row. ``name``: what the table is, for those who hear it."""
     st.html(written(frame, columns, name))

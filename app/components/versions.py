@@ -12,6 +12,7 @@ import streamlit as st
 
 from app.charts.theme import Palette, floats
 from app.charts.versions import Node
+from app.components.cards import card, row
 from app.components.context import plain
 from app.components.sheets import number, sheet, words
 from app.components.tables import NUMBER, SHARE, Columns, by_identity, sparkline, table, trends
@@ -19,7 +20,7 @@ from app.queries import versions
 from app.queries.database import settings
 from app.queries.ledger import Serving
 from app.queries.versions import Family
-from engine.contracts import PolicyVersion, RolloutState
+from engine.contracts import PolicyVersion, ProposerKind, RolloutState
 from engine.store.repositories.learning import Attempt
 from engine.store.repositories.policies import Lineage
 
@@ -27,6 +28,7 @@ ORDER = [
     *("version", "role", "kind", "parent", "share", "share_trend", "requests", "acceptance_length", "trend"),
     *("e2e_p50", "p50_trend", "e2e_p95", "p95_trend", "decode_tokens_s", "K", "created"),
 ]
+BUILT_IN = (ProposerKind.NONE.value, ProposerKind.NGRAM.value)
 TALL = 10
 """Rows from which the table scrolls."""
 ENDED = {
@@ -35,6 +37,28 @@ ENDED = {
     RolloutState.INCONCLUSIVE: ("inconclusive", None),
     RolloutState.CANCELLED: ("cancelled", None),
 }
+
+
+def standing(
+    serving: Serving, kinds: Mapping[str, int], outcomes: Mapping[str, int], changed: str, colours: Palette
+) -> str:
+    """Cards as HTML: champion, what is tried beside it, how many versions there are, what the gate let through, and
+    when the ledger changed last (``changed``: "3 h ago", empty where it never did)."""
+    plan, active = serving.plan, serving.rollout
+    canary = plan.canary if plan is not None else None
+    learned = sum(many for kind, many in kinds.items() if kind not in BUILT_IN)
+    registered, refused = (outcomes.get(outcome, 0) for outcome in ("registered", "refused"))
+    tried = f"v{canary.policy_version}" if canary is not None else f"v{active.canary}" if active is not None else "–"
+    state = active.state.value.lower().replace("_", " ") if active is not None else "no rollout is active"
+    made = [
+        card("Champion", f"v{plan.champion}" if plan is not None else "–", "serves now", colours.good),
+        card("Candidate", tried, f"takes {canary.weight * 100:g} %" if canary is not None else state, colours.muted),
+        card("Before it", f"v{serving.previous}" if serving.previous is not None else "–", "", colours.muted),
+        card("Versions", f"{sum(kinds.values()):,}", f"{learned:,} learned from traffic", colours.muted),
+        card("Gate", f"{registered:,} passed", f"{refused:,} refused", colours.muted),
+        card("Last change", changed or "–", f"by {plan.actor}" if plan is not None else "", colours.muted),
+    ]
+    return row(made, is_low=True)
 
 
 def rows(

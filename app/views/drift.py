@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 
 import pandas as pd
 import streamlit as st
 
 from app.charts import latency, speculation
 from app.components import context
-from app.components.context import heading, link, plain
+from app.components.alarms import alarms, named
+from app.components.context import heading, link, long, plain
 from app.components.drawing import draw_to_traces
 from app.components.export import export
 from app.components.finished import finished
@@ -18,13 +19,6 @@ from app.queries import ledger, overview
 from engine.store.repositories.overview import Slice
 
 current = context.bar()
-KINDS = {
-    "input": "input drift",
-    "new_traffic": "new traffic",
-    "change_point": "change point",
-    "silent_death": "silent death",
-    "slow_slide": "slow slide",
-}
 NEAR = timedelta(hours=1)
 
 
@@ -39,8 +33,10 @@ def page() -> None:
         return
     still = found[found["ended_at"].isna()] if len(found) else found
     context.headline(_verdict(found, still))
+    by_class = overview.totals(part, ("traffic_class",), ())
+    st.html(finished(alarms, found, by_class, classes, _newest(found), colours))
     with st.container(border=True):
-        heading("Findings", "the last hour against the day before it; acceptance against what was usual")
+        heading("Findings", "the last hour against the day before it; acceptance length against what was usual")
         _findings(found)
     marks = ledger.marks(part)
     left, right = st.columns(2)
@@ -71,9 +67,14 @@ def _verdict(found: pd.DataFrame, still: pd.DataFrame) -> str:
     if len(still):
         first = still.iloc[0]
         more = f", and {len(still) - 1} more" if len(still) > 1 else ""
-        return f":red[**{KINDS.get(first['kind'], first['kind']).capitalize()}**]: {plain(first['detail'])}{more}."
+        return f":red[**{named(first['kind']).capitalize()}**]: {plain(first['detail'])}{more}."
     ended = f" {len(found)} findings of this window have ended." if len(found) else ""
     return f"**Nothing drifts** at this moment.{ended}"
+
+
+def _newest(found: pd.DataFrame) -> str:
+    """How long ago the newest finding was made; empty where there is none."""
+    return long((datetime.now(UTC) - found["found_at"].max()).total_seconds()) + " ago" if len(found) else ""
 
 
 def _findings(found: pd.DataFrame) -> None:
@@ -84,7 +85,7 @@ def _findings(found: pd.DataFrame) -> None:
         )
         return
     frame = found.assign(
-        kind=[KINDS.get(kind, kind) for kind in found["kind"]],
+        kind=[named(kind) for kind in found["kind"]],
         state=["open" if pd.isna(at) else "ended" for at in found["ended_at"]],
         version=[f"v{int(version)}" if pd.notna(version) else "all" for version in found["policy_version"]],
         certainty=[_times(row) for row in found.to_dict("records")],

@@ -11,19 +11,23 @@ import pandas as pd
 import streamlit as st
 
 from app.charts import system
-from app.components import context
+from app.components import context, sheets
+from app.components.cards import EXPLAINED, cards
+from app.components.cards import first as first_of
 from app.components.context import RANGES, heading, link, plain
 from app.components.drawing import draw
 from app.components.export import MIME
 from app.components.finished import finished
-from app.components.tables import table
-from app.queries import explain
-from engine.diagnosis.explain import METRICS, Explanation
+from app.components.sheets import number, sheet, words
+from app.queries import explain, overview
+from engine.diagnosis.explain import METRICS, Explanation, signed
 from engine.store import frames
 from engine.store.repositories.overview import Slice
 
-FEW = 7
-"""Cells from which their table scrolls."""
+FEW = 8
+"""Cells that are shown: those that moved the metric most."""
+LATEST = 12
+"""Events that are shown."""
 current = context.bar()
 BACK = {"the window before": None, "1 hour": "1h", "6 hours": "6h", "1 day": "24h", "7 days": "7d"}
 
@@ -40,8 +44,13 @@ def page() -> None:
                             label_visibility="collapsed", format_func=_ago)  # fmt: skip
     second = replace(here.part, version=None)  # a policy cannot be told from itself
     first = _earlier(second, back)
-    found = explain.between(first, second, str(metric))
-    with st.container(key="headline"):
+    head = st.container(key="headline")
+    # How far each metric moved is read from rollups and is there at once; why, takes a look at the requests.
+    now, before, trend = overview.totals(second), overview.totals(first), overview.over_time(second)
+    if len(now):
+        st.html(finished(cards, first_of(now), first_of(before), trend, here.colours, EXPLAINED))
+    with head:
+        found = explain.between(first, second, str(metric))
         st.markdown(plain(found.sentence))
     st.caption(f"{_window(first)} ({found.requests[0]:,} requests) against {_window(second)} ({found.requests[1]:,})")
     if found.total is None:
@@ -60,7 +69,7 @@ def page() -> None:
             draw(figure, "waterfall", found.sentence)
         with right.container(border=True, height="stretch"):
             heading("Which traffic", "share of requests in either window, and what it adds to the change")
-            _cells(found, first, second)
+            _cells(found, second)
     left, right = st.columns(2)
     with left.container(border=True, height="stretch"):
         heading("What happened between", "ledger and learner")
@@ -104,8 +113,7 @@ def _window(part: Slice) -> str:
     return f"{part.since:%b %d, %H:%M} – {part.until:{end}}"
 
 
-def _cells(found: Explanation, first: Slice, second: Slice) -> None:
-    number = st.column_config.NumberColumn
+def _cells(found: Explanation, second: Slice) -> None:
     frame = pd.DataFrame(
         [
             {
@@ -113,27 +121,36 @@ def _cells(found: Explanation, first: Slice, second: Slice) -> None:
                 "prompt": cell.prompt_tokens,
                 "before": 100 * cell.share_before,
                 "after": 100 * cell.share_after,
-                "effect": cell.effect,
+                "adds": cell.effect,
                 "traces": link("traces", replace(second, traffic_class=cell.traffic_class)),
             }
-            for cell in found.cells
+            for cell in found.cells[:FEW]
         ]
     )
     columns = {
-        "before": number("before", format="%.0f %%"),
-        "after": number("after", format="%.0f %%"),
-        "effect": number("adds", format="%+.3g"),
-        "traces": st.column_config.LinkColumn("traces", display_text="open"),
+        "class": words("class"),
+        "prompt": words("prompt"),
+        "before": number("before", "{:.0f} %"),
+        "after": number("after", "{:.0f} %"),
+        "adds": sheets.Column("adds", signed, is_number=True),
+        "traces": sheets.link("traces", lambda _: "open"),
     }
-    table(frame, columns, "cells", height="content" if len(frame) <= FEW else 300)
+    sheet(frame, columns, "Which traffic")
+    if (more := len(found.cells) - FEW) > 0:
+        st.caption(f"{more} more that moved it less are in the JSON below.")
 
 
 def _events(found: Explanation) -> None:
     if not found.events:
         st.caption("Nothing: the ledger did not change and the learner made no attempt.")
         return
-    frame = pd.DataFrame([{"at": e.at, "what": e.kind, "": e.text} for e in found.events])
-    table(frame, {"at": st.column_config.DatetimeColumn("at", format="MMM D, HH:mm:ss")}, "events")
+    shown = found.events[-LATEST:]
+    frame = pd.DataFrame([{"at": f"{e.at:%b %d, %H:%M:%S}", "what": e.kind, "text": e.text} for e in reversed(shown)])
+    sheet(
+        frame, {"at": words("at"), "what": words("what"), "text": words("entry", is_wide=True)}, "What happened between"
+    )
+    if (more := len(found.events) - LATEST) > 0:
+        st.caption(f"{more} earlier ones are in the JSON below.")
 
 
 def _examples(found: Explanation) -> None:
@@ -141,7 +158,8 @@ def _examples(found: Explanation) -> None:
     if not rows:
         st.caption("None: there is no answer that they could show.")
         return
-    table(pd.DataFrame(rows), {"trace": st.column_config.LinkColumn("trace", display_text="trace=(.*)")}, "examples")
+    columns = {"window": words("window"), "trace": sheets.link("trace", lambda address: address.partition("=")[2])}
+    sheet(pd.DataFrame(rows), columns, "The traces that show it")
 
 
 def _command(first: Slice, second: Slice, metric: str) -> str:

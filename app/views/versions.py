@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from datetime import UTC, datetime
 from typing import Any
 
 import streamlit as st
@@ -10,21 +11,20 @@ import streamlit as st
 from app.charts import versions as charts
 from app.components import adaptation, context, diff
 from app.components import versions as shown
-from app.components.context import heading, plain
+from app.components.context import heading, long, plain
 from app.components.diff import MEASURES
 from app.components.drawing import draw_to_choose
 from app.components.export import export
 from app.components.finished import finished
 from app.queries import ledger, versions
 from app.queries.database import settings
-from engine.contracts import PolicyVersion, ProposerKind
+from engine.contracts import PolicyVersion
 from engine.store.repositories.overview import Slice
 
 current = context.bar()
 PAGE = 50
 SERVED, ALL = "served", "all"
 PARENT, CHAMPION = "its parent", "the champion"
-BUILT_IN = (ProposerKind.NONE.value, ProposerKind.NGRAM.value)
 HIDDEN: dict[str, Any] = {"label_visibility": "collapsed"}
 
 
@@ -38,10 +38,13 @@ def page() -> None:
     here, serving = current(), ledger.serving()
     part = replace(here.part, version=None)  # versions are compared with each other
     kinds, outcomes = versions.counts()
-    learned = sum(many for kind, many in kinds.items() if kind not in BUILT_IN)
-    champion = f"**v{serving.plan.champion}** is champion. " if serving.plan is not None else ""
-    refused = f"; {outcomes['refused']:,} refused by the gate" if outcomes.get("refused") else ""
-    context.headline(f"{champion}{len(every):,} versions, {learned:,} of them learned from traffic{refused}.")
+    plan = serving.plan
+    if plan is None:
+        context.headline("**Nothing is served yet.** The engine serves one of these when it starts: `slipstream up`.")
+    else:
+        context.headline(f"**v{plan.champion}** is champion. Last change: {plain(plan.reason)}.")
+    changed = long((datetime.now(UTC) - plan.created_at).total_seconds()) + " ago" if plan is not None else ""
+    st.html(shown.standing(serving, kinds, outcomes, changed, here.colours))
     served = versions.served(part)
     chosen = _chosen(every, served, serving, here.part)
     _table(part, every, served, chosen, serving)

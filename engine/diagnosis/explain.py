@@ -223,8 +223,8 @@ def sentence(
     if found.verdict is None:
         return f"{went}. Cannot tell why: {found.reason}."
     part = next(part for part in found.parts if part.factor == found.verdict)
-    effect = f"{part.effect * metric.scale:+.2g} {metric.unit}"
-    bounds = f"{part.low * metric.scale:+.2g} to {part.high * metric.scale:+.2g}"
+    effect = f"{signed(part.effect * metric.scale)} {metric.unit}"
+    bounds = f"{signed(part.low * metric.scale)} to {signed(part.high * metric.scale)}"
     detail = ""
     if found.verdict == "mix":
         cell = int(np.argmax(np.abs(found.by_cell)))
@@ -241,6 +241,11 @@ def sentence(
         return f"{went}. By itself {cause} would have moved it by {effect} ({bounds}).{close}"
     share = f", {part.effect / found.total.effect * 100:.0f} % of the change"
     return f"{went}, by {cause}: {effect} ({bounds}{share}).{close}"
+
+
+def signed(value: float) -> str:
+    """An effect with its sign, to two significant digits: more than an interval of its width can bear out."""
+    return f"{float(f'{value:.2g}'):+,g}"
 
 
 def _same_sign(part: Part, total: Part) -> bool:

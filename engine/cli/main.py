@@ -5,7 +5,9 @@ Commands import what they need when they run: `slipstream rollback` must not wai
 
 from __future__ import annotations
 
+import os
 import sys
+from collections.abc import MutableMapping
 from pathlib import Path
 from typing import Annotated
 
@@ -14,6 +16,11 @@ import typer
 from engine.cli import bench, drafts, explain, policies, query, rollback, rollouts, services, store, system
 from engine.contracts import SlipstreamError
 from engine.settings import load_settings
+
+SPIN_COUNT = "1000"
+"""How often a thread of torch's looks for its next product before it sleeps, some twenty microseconds. OpenMP's own
+300,000 is for a machine with nothing else on it: where another process has the processor of one thread, the others look
+for as long as that takes, keep it from running at all if they share one with it, and a pass takes seconds."""
 
 app = typer.Typer(
     name="slipstream",
@@ -46,7 +53,15 @@ def configure(
     context.obj = load_settings(config, set_ or ())
 
 
+def yield_processors(environ: MutableMapping[str, str]) -> None:
+    """Let threads that wait leave their processor to dashboard, learner and Postgres, unless OpenMP was told otherwise.
+    It asks once, when torch is imported; processes begun by this one are told the same."""
+    if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & environ.keys():
+        environ["GOMP_SPINCOUNT"] = SPIN_COUNT
+
+
 def main() -> None:
+    yield_processors(os.environ)
     try:
         app()
     except SlipstreamError as error:

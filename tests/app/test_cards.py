@@ -23,7 +23,8 @@ TOTALS = pd.DataFrame(
 def read(html: str) -> list[tuple[str, str, str, str]]:
     """(label, value, word, its colour) of each card."""
     each = re.compile(
-        r'label">(.*?)</span><span class="value">(.*?)</span>(?:<span class="change" style="color:(#\w+);[^>]*>(.*?)</span>)?'
+        r'label">(.*?)</span><span class="value">(.*?)</span>'
+        r'(?:<span class="change" style="color:(#\w+);[^>]*>(.*?)</span>)?'
     )
     return [(label, value, said, shade) for label, value, shade, said in each.findall(html)]
 

@@ -28,8 +28,9 @@ SCRIPTS = Path(st.__file__).with_name("static") / "static" / "js"
 """Streamlit's own, for browsers."""
 LATE = ("PIL.Image", "pyarrow.pandas_compat", "scipy.stats", "streamlit.material_icon_names")
 """What pages read in only where they use it."""
-EARLY = ("Html", "PlotlyChart")
-"""What almost every page draws with and is asked for last; the library of charts is by far the largest of them all."""
+EARLY = ("Html",)
+"""What the first figures of every page are drawn with. Not the library of charts: to parse its 5 MB keeps the browser
+busy for a second, and where it is ready before the first figures are, they wait until it has run."""
 
 
 def serve() -> None:
@@ -66,7 +67,7 @@ def early() -> list[str]:
 class Announcing:
     """Names ``scripts`` in the header of a page, so that browsers fetch and parse them beside what starts the page.
 
-    Streamlit asks for them when the first element that needs them has arrived, and everybody waits for that parsing.
+    Streamlit asks for them when the first element that needs them has arrived.
     """
 
     def __init__(self, app: ASGIApp, scripts: list[str]) -> None:

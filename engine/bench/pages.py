@@ -26,11 +26,13 @@ from engine.contracts import SlipstreamError
 from engine.ops.supervisor import Say
 
 CHART, TABLE = ".js-plotly-plot .main-svg", "[data-testid=stDataFrame] canvas"
+NO_ANSWER = "[data-testid=stAlert]"
+"""Where a window has too few requests to explain anything, a page says so and draws no chart."""
 PAGES = {
     "": CHART,
     "speculation": CHART,
     "drift": CHART,
-    "explain": CHART,
+    "explain": f"{CHART}, {NO_ANSWER}",
     "rollouts": TABLE,
     "versions": TABLE,
     "traces": TABLE,

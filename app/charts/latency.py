@@ -93,16 +93,18 @@ def heat_map(frame: pd.DataFrame, plans: pd.DataFrame, window: Window, colours: 
 def by_version(
     frame: pd.DataFrame, column: str, plans: pd.DataFrame, window: Window, colours: Palette, form: str = ".2f"
 ) -> Figure:
-    """One line a version, in its colour for life. ``frame``: at, policy_version, ``column``."""
+    """One line a version, in its colour for life. ``frame``: at, policy_version, ``column``; ``form`` ends with % where
+    that is a share."""
+    scale, unit = (100.0, " %") if form.endswith("%") else (1.0, "")
     if frame.empty or frame[column].isna().all():
         return empty(NOTHING, colours)
     made = figure(colours)
     for version, at, values in _each_version(frame, column):
         if not np.isnan(values).all():
-            _line(made, at, values, f"v{version}", {"color": colours.version(version)})
-    made.update_traces(hovertemplate=f"%{{y:{form}}}")
+            _line(made, at, scale * values, f"v{version}", {"color": colours.version(version)})
+    made.update_traces(hovertemplate=f"%{{y:{form.replace('%', 'f')}}}{unit}")
     made.update_layout(showlegend=True)
-    made.update_yaxes(nticks=6, tickformat=".0%" if form.endswith("%") else "")
+    made.update_yaxes(nticks=6, ticksuffix=unit)
     return mark_deploys(time_axis(made, window), plans, window, colours)
 
 

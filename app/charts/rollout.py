@@ -62,7 +62,7 @@ def certainty(frame: pd.DataFrame, canary: int, colours: Palette, height: int = 
 
 
 def boundaries(frame: pd.DataFrame, colours: Palette, height: int = 280) -> Figure:
-    """Each guard's evidence against the canary over time, as a share of what rolls back.
+    """Each guard's evidence against the canary over time, % of what rolls back.
 
     ``frame``: at, guard, near (log E / log of its limit; 1 rolls back, below 0 the evidence is for the canary).
     """
@@ -74,19 +74,20 @@ def boundaries(frame: pd.DataFrame, colours: Palette, height: int = 280) -> Figu
     for place, (guard, rows) in enumerate(frame.groupby("guard", sort=False)):
         made.add_scatter(
             x=instants(rows["at"]),
-            y=rows["near"].clip(-1.0, 1.5),
+            y=100 * rows["near"].clip(-1.0, 1.5),
             mode="lines+markers" if len(rows) == 1 else "lines",
             line={"width": 1.8, "color": shades[place % len(shades)]},
             name=str(guard),
-            hovertemplate="%{y:.0%}",
+            hovertemplate="%{y:.0f} %",
         )
     made.add_hline(y=0, line={"color": colours.muted, "width": 1})
     made.add_hline(
-        y=1,
+        y=100,
         line={"color": colours.bad, "width": 1, "dash": "dot"},
         annotation={"text": "rolls back", "font": {"size": 10, "color": colours.bad}, "xanchor": "right"},
     )
-    made.update_yaxes(tickformat=".0%", range=[-1.1, max(1.15, float(frame["near"].clip(upper=1.5).max()) + 0.1)])
+    top = max(1.15, float(frame["near"].clip(upper=1.5).max()) + 0.1)
+    made.update_yaxes(ticksuffix=" %", range=[-110, 100 * top])
     made.update_xaxes(tickformat="%H:%M", nticks=6, hoverformat="%b %-d, %H:%M:%S")
     return made
 

@@ -11,6 +11,7 @@ import pandas as pd
 
 from app.charts.figure import Figure
 from app.charts.theme import Palette, empty, figure, floats
+from engine.percent import percent
 
 NODE = 30
 ROW = 62
@@ -82,7 +83,7 @@ def against(
 
 
 def _taught(teacher: int, learner: int, served: int, of: int) -> str:
-    return f"{served / of:.0%} of v{learner}'s training traffic was served by v{teacher}, by {of:,} traces of it"
+    return f"{percent(served / of)} of v{learner}'s training traffic was served by v{teacher}, by {of:,} traces of it"
 
 
 def family(

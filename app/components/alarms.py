@@ -33,7 +33,7 @@ def alarms(found: pd.DataFrame, totals: pd.DataFrame, trend: pd.DataFrame, newes
         card(
             "Open findings",
             f"{len(still)}",
-            f"{ended} ended" if ended else "none in this window" if still.empty else "in this window",
+            f"{ended} ended" if ended else "none" if still.empty else "in this window",
             colours.bad if len(still) else colours.muted,
         ),
         card("Newest finding", newest or "–", kind, colours.muted),

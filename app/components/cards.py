@@ -53,7 +53,7 @@ EXPLAINED = (
     Card("p50 latency", "e2e_p50", "{:,.0f} ms"),
     Card("p95 latency", "e2e_p95", "{:,.0f} ms"),
     Card("TPOT p50", "tpot_p50", "{:,.1f} ms"),
-    Card("Tokens / s of a request", "decode_tokens_s", "{:,.1f}", better="higher"),
+    Card("Decode tokens / s", "decode_tokens_s", "{:,.1f}", better="higher"),
     Card("Accept. length", "acceptance_length", "{:.2f}", better="higher"),
     Card("Requests", "requests", "{:,.0f}", better="neither"),
 )

@@ -12,6 +12,7 @@ import streamlit as st
 from app.charts.theme import Palette
 from app.components.sheets import sheet, words
 from engine.contracts import PolicyVersion
+from engine.percent import percent
 from engine.store.intervals import Estimate, difference
 from engine.store.repositories.policies import Lineage
 
@@ -65,7 +66,7 @@ def side_by_side(a: Side, b: Side, colours: Palette) -> None:
             }
             sheet(frame, columns, f"What {names[0]} and {names[1]} did")
     with right:
-        columns = {"what": words("what"), "a": words(names[0]), "b": words(names[1])}
+        columns = {"what": words("what"), "a": words(names[0], is_wide=True), "b": words(names[1], is_wide=True)}
         sheet(facts(a, b), columns, f"What {names[0]} and {names[1]} are")
 
 
@@ -119,7 +120,7 @@ def _facts(version: PolicyVersion, lineage: Sequence[Lineage], gate: Mapping[str
         made[role] = f"{part.traces:,} traces"
         made[f"… {role}, window"] = f"{part.window_from:%b %d, %H:%M} to {part.window_to:%b %d, %H:%M}"
         mix = sorted(part.classes.items(), key=lambda item: -item[1])
-        made[f"… {role}, mix"] = ", ".join(f"{count / max(part.traces, 1):.0%} {name}" for name, count in mix)
+        made[f"… {role}, mix"] = ", ".join(f"{percent(count / max(part.traces, 1))} {name}" for name, count in mix)
     if overall := (gate or {}).get("overall"):
         made["gate"] = "passed" if (gate or {}).get("passed") else "refused"
         made["… tokens a step"] = f"{overall['candidate']:.2f} against {overall['champion']:.2f}"

@@ -11,6 +11,7 @@ import streamlit as st
 
 from app.charts.theme import Palette
 from app.components.sheets import share, sheet, words
+from engine.percent import percent
 from engine.rollout import explain
 from engine.rollout.guards import SpecError
 from engine.rollout.specs import thaw
@@ -54,15 +55,14 @@ def guard_rows(
                 "control": form(guard["control"]) if guard["control"] is not None else "",
                 "interval": _interval(low, high, relative) if low is not None and high is not None else "",
                 "near": near,
-                "outlook": outlook,
-                "because": guard["reason"],
+                "said": "; ".join(part for part in (guard["reason"], outlook) if part),
             }
         )
     return pd.DataFrame(rows)
 
 
 def _interval(low: float, high: float, relative: bool) -> str:
-    return f"{low:+.0%} to {high:+.0%}" if relative else f"{low:+.2f} to {high:+.2f}"
+    return f"{percent(low, sign='+')} to {percent(high, sign='+')}" if relative else f"{low:+.2f} to {high:+.2f}"
 
 
 def _milliseconds(seconds: float) -> str:
@@ -106,8 +106,7 @@ def guard_table(decision: DecisionRecord, rollout: Rollout, counts: list[dict[st
         "control": words("control"),
         "interval": words("difference", note="Confidence sequence, valid at every look"),
         "near": share("to its limit", note="At 100 % the guard fails"),
-        "outlook": words("outlook", note="Were the present estimate the truth, at the present traffic", is_wide=True),
-        "because": words("because", is_wide=True),
+        "said": words("because", note="An outlook takes the present estimate for the truth", is_wide=True),
     }
     if set(frame["segment"]) == {"all"}:
         del columns["segment"]

@@ -21,6 +21,7 @@ from app.queries.database import settings
 from app.queries.ledger import Serving
 from app.queries.versions import Family
 from engine.contracts import PolicyVersion, ProposerKind, RolloutState
+from engine.percent import percent
 from engine.store.repositories.learning import Attempt
 from engine.store.repositories.policies import Lineage
 
@@ -185,7 +186,7 @@ def _traffic(part: Lineage, teachers: Mapping[int, int]) -> None:
     if set(names) != {"no tenant"}:
         said.append("Tenants: " + ", ".join(f"{count:,} {plain(name)}" for name, count in names.items()))
     if total := sum(teachers.values()):
-        shares = ", ".join(f"v{teacher} {count / total:.0%}" for teacher, count in teachers.items())
+        shares = ", ".join(f"v{teacher} {percent(count / total)}" for teacher, count in teachers.items())
         looked_at = f", by {total:,} of them" if total < part.traces else ""
         said.append(f"Served by {shares}{looked_at}")
     if said:

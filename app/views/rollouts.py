@@ -42,7 +42,7 @@ def page() -> None:
     here = current()
     active = serving.rollout
     decisions = ledger.decisions(active.id) if active is not None else []
-    left, right = st.columns([5, 9])
+    left, right = st.columns([2, 5])
     with left.container(border=True, height="stretch"):
         heading("Serving now", f"generation {serving.plan.generation}, share of eligible traffic")
         counts = ledger.observed(serving.plan.generation, serving.plan.created_at)

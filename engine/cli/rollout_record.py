@@ -13,6 +13,7 @@ import typer
 
 from engine.cli.context import database
 from engine.contracts import TERMINAL_STATES, RolloutState, SlipstreamError
+from engine.percent import percent
 
 if TYPE_CHECKING:
     from engine.store.database import Database
@@ -46,8 +47,8 @@ def validate(file: Annotated[Path, typer.Argument(help="YAML file of guards and 
         f"{file} is valid: {len(spec.guards)} guards, {len(spec.steps)} steps, hash {specs.spec_hash(spec)[:12]}"
     )
     typer.echo(
-        f"each statistical guard may spend {spec.guard_alpha():.3%} of false rollbacks in the trial, "
-        f"{spec.alpha:.0%} together" + (", shadow included" if spec.shadow is not None else "")
+        f"each statistical guard may spend {percent(spec.guard_alpha(), 3)} of false rollbacks in the trial, "
+        f"{percent(spec.alpha)} together" + (", shadow included" if spec.shadow is not None else "")
     )
 
 
@@ -76,7 +77,7 @@ def status(context: typer.Context, rollout_id: Id) -> None:
     typer.echo(f"rollout {found.id} ({found.name}) of v{found.canary} against v{found.champion}: {found.state}")
     typer.echo(f"{found.status.get('reason', '')}")
     for decision in decisions:
-        shares = {k: "–" if v is None else f"{v:.0%}" for k, v in decision.evidence.get("weights", {}).items()}
+        shares = {k: "–" if v is None else f"{percent(v)}" for k, v in decision.evidence.get("weights", {}).items()}
         if shares:
             typer.echo(", ".join(f"{name} {share}" for name, share in shares.items()))
     _leave(found.state)

@@ -15,6 +15,7 @@ from engine.contracts import SlipstreamError
 from engine.ops import postgres
 from engine.ops.interruption import interruptible
 from engine.ops.supervisor import Supervisor, is_running, log_file, read_state
+from engine.percent import percent
 from engine.settings import Settings
 
 
@@ -174,7 +175,9 @@ def _print_status(found: dict[str, Any]) -> None:
         restarts = f", restarted {part['restarts']} times" if part["restarts"] else ""
         typer.echo(f"{name:13} {state}  pid {part['pid']}{restarts}  {part['url'] or ''}")
     if plan := found["plan"]:
-        arms = ", ".join(f"{a['name']} v{a['policy_version']} {a['weight']:.0%}" for a in plan["arms"]) or "no canary"
+        arms = (
+            ", ".join(f"{a['name']} v{a['policy_version']} {percent(a['weight'])}" for a in plan["arms"]) or "no canary"
+        )
         typer.echo(f"plan          generation {plan['generation']}: champion v{plan['champion']}, {arms}")
         typer.echo(f"              by {plan['actor']}: {plan['reason']}")
     for replica in found["replicas"]:

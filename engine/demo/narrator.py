@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from engine.contracts import ServingPlan
+from engine.percent import percent
 from engine.store.database import ReadSession
 from engine.store.repositories import learning, plans, rollouts
 from engine.store.repositories.rollouts import DecisionRecord
@@ -57,5 +58,5 @@ def _turn(canary: int, decision: DecisionRecord) -> str:
 
 def _plan(plan: ServingPlan) -> str:
     canary = plan.canary
-    slice_ = f", canary v{canary.policy_version} and its control on {canary.weight:.0%} each" if canary else ""
+    slice_ = f", canary v{canary.policy_version} and its control on {percent(canary.weight)} each" if canary else ""
     return f"generation {plan.generation}: v{plan.champion} is champion{slice_} ({plan.actor}: {plan.reason})"

@@ -18,6 +18,7 @@ import numpy as np
 from engine.contracts import SpecCounts, artifact_digest
 from engine.learner import soundness
 from engine.learner.traces import ServedTarget
+from engine.percent import percent
 from engine.speculation.artifact import load_proposer
 from engine.speculation.control import KController
 from engine.speculation.proposer import PolicyError, Proposer
@@ -220,8 +221,8 @@ def _worse(report: GateReport, worst_class_drop: float) -> list[str]:
     for name, one in (report.classes or {}).items():
         if one.n >= MIN_CLASS and one.change < -worst_class_drop:
             reasons.append(
-                f"class {name} loses {-one.change:.1%} (allowed {worst_class_drop:.0%}): {one.candidate:.3f} tokens "
-                f"per verify step against {one.champion:.3f} on {one.n} requests"
+                f"class {name} loses {percent(-one.change, 1)} (allowed {percent(worst_class_drop)}): "
+                f"{one.candidate:.3f} tokens per verify step against {one.champion:.3f} on {one.n} requests"
             )
     return reasons
 

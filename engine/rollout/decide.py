@@ -16,6 +16,7 @@ from dataclasses import replace
 from datetime import datetime, timedelta
 
 from engine.contracts import CANARY, CONTROL, TERMINAL_STATES, RolloutState, Verdict
+from engine.percent import percent
 from engine.rollout import ready, shadow
 from engine.rollout.evaluate import evaluate
 from engine.rollout.guards import MAX_RESTARTS, RolloutSpec
@@ -225,7 +226,7 @@ class _Tick:
             return self._to(RolloutState.SOAKING, f"soaking for {self.spec.soak_s:g} s; {self.why}")
         if len(self.status.stages) < len(self.spec.steps):
             weight = self.spec.steps[len(self.status.stages)]
-            return self._to(RolloutState.RAMPING, f"to {weight:.0%}: {self.why}", Action.SET_WEIGHT, weight)
+            return self._to(RolloutState.RAMPING, f"to {percent(weight)}: {self.why}", Action.SET_WEIGHT, weight)
         return self._to(RolloutState.SOAKING, f"every step passed: {self.why}")
 
     def _proved(self, why: str) -> Decision:

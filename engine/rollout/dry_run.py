@@ -10,6 +10,7 @@ from datetime import datetime
 import numpy as np
 
 from engine.contracts import CANARY, CONTROL, Verdict
+from engine.percent import percent
 from engine.rollout.evaluate import evaluate
 from engine.rollout.guards import RolloutSpec, TokensPerStep
 from engine.rollout.records import evidence_from_json, status_from_json
@@ -209,8 +210,8 @@ def falsely(spec: RolloutSpec, equal: Equal) -> str:
     by = f", by {', '.join(sorted(set(equal.fired)))}" if equal.fired else ""
     return (
         f"equal arms: {fired} of {equal.splits} splits of {equal.requests:,} past requests would have been rolled back "
-        f"falsely ({fired / equal.splits:.1%}, up to {high:.1%} at 95 % were the splits independent; they share their "
-        f"requests; the budget is {spec.alpha:.0%}){by}"
+        f"falsely ({percent(fired / equal.splits, 1)}, up to {percent(high, 1)} at 95 % were the splits independent; "
+        f"they share their requests; the budget is {percent(spec.alpha)}){by}"
     )
 
 

@@ -14,6 +14,7 @@ from math import exp, log, log1p
 import numpy as np
 
 from engine.contracts import Verdict
+from engine.percent import percent
 from engine.rollout import fuses, quantiles, statistics
 from engine.rollout.arms import ALL, Arms
 from engine.rollout.guards import (
@@ -122,9 +123,9 @@ def _tokens_per_step(guard: TokensPerStep, alpha: float, arms: Arms) -> GuardRes
     rho = statistics.tuned_rho(guard.horizon, guard.pass_alpha)
     if least.estimate - statistics.half_width(least, rho, guard.pass_alpha) > 0:
         better = line.low is not None and line.low > 0
-        reason = "better than the control" if better else f"not worse than the control by {guard.max_drop:.0%}"
+        reason = "better than the control" if better else f"not worse than the control by {percent(guard.max_drop)}"
         return replace(line, verdict=Verdict.PASS, reason=reason)
-    return replace(line, reason=f"not yet certain that the canary is less than {guard.max_drop:.0%} worse")
+    return replace(line, reason=f"not yet certain that the canary is less than {percent(guard.max_drop)} worse")
 
 
 def _latency(guard: Latency, spec: RolloutSpec, alpha: float, arms: Arms) -> GuardResult:
@@ -148,7 +149,7 @@ def _latency(guard: Latency, spec: RolloutSpec, alpha: float, arms: Arms) -> Gua
     line = GuardResult(
         guard.name,
         Verdict.PASS,
-        f"not seen to be more than {guard.margin:.0%} slower",
+        f"not seen to be more than {percent(guard.margin)} slower",
         arms.names[at],
         round(sums[0, at, -1]),
         round(sums[1, at, -1]),
@@ -163,7 +164,7 @@ def _latency(guard: Latency, spec: RolloutSpec, alpha: float, arms: Arms) -> Gua
     )
     if failed and slow is not None and usual is not None:
         reason = f"{_where(line.segment)}p{guard.quantile * 100:g} of {guard.metric} is {slow:.3g} s on the canary, "
-        reason += f"{usual:.3g} s on the control, more than {guard.margin:.0%} slower"
+        reason += f"{usual:.3g} s on the control, more than {percent(guard.margin)} slower"
         return replace(line, verdict=Verdict.FAIL, reason=reason + _worst_said(line))
     if min(line.n_canary, line.n_control) < spec.min_requests:
         return replace(line, verdict=Verdict.INSUFFICIENT, reason=f"needs {spec.min_requests} keys per arm")

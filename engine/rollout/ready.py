@@ -6,6 +6,7 @@ from dataclasses import replace
 from datetime import datetime, timedelta
 
 from engine.contracts import RolloutState, Verdict
+from engine.percent import percent
 from engine.rollout import shadow
 from engine.rollout.guards import RolloutSpec
 from engine.rollout.records import Action, Decision, Evidence, RolloutStatus, consuming
@@ -48,7 +49,7 @@ def decide(
     if spec.shadow is not None:
         return shadow.begin(spec.shadow, status, command, now)
     weight = spec.steps[0]
-    why = f"canary v{status.canary} to {weight:.0%}, an equal control beside it"
+    why = f"canary v{status.canary} to {percent(weight)}, an equal control beside it"
     started = replace(status.moved(RolloutState.RAMPING, now), reason=why, verdict=Verdict.INSUFFICIENT)
     return consuming(Decision(Verdict.INSUFFICIENT, Action.SET_WEIGHT, why, started, weight=weight), command)
 

@@ -11,6 +11,7 @@ from datetime import datetime, timedelta
 from typing import Protocol
 
 from engine.contracts import CANARY, RolloutState, Verdict
+from engine.percent import percent
 from engine.rollout.evaluate import evaluate
 from engine.rollout.guards import RolloutSpec, Shadow, TokensPerStep
 from engine.rollout.records import Action, Decision, Evidence, GuardResult, RolloutStatus, consuming
@@ -60,7 +61,7 @@ def decide(
     if not enough:
         return to(RolloutState.SHADOW, why)
     weight = spec.steps[0]
-    moved = to(RolloutState.RAMPING, f"to {weight:.0%}, an equal control beside it: {why}", Action.SET_WEIGHT)
+    moved = to(RolloutState.RAMPING, f"to {percent(weight)}, an equal control beside it: {why}", Action.SET_WEIGHT)
     return replace(moved, weight=weight)
 
 

@@ -125,12 +125,12 @@ def _plans(db: Database, v: list[int], begin: datetime) -> None:
 
     turns: list[tuple[int, int, tuple[Arm, ...], str, str]] = [
         (0, v[1], (), "engine", "first start"),
-        (12, v[1], arms(v[2], v[1], 0.3), "rollout 1", "canary to 30%"),
-        (18, v[1], arms(v[2], v[1], 0.5), "rollout 1", "canary to 50%"),
+        (12, v[1], arms(v[2], v[1], 0.3), "rollout 1", "canary to 30 %"),
+        (18, v[1], arms(v[2], v[1], 0.5), "rollout 1", "canary to 50 %"),
         (24, v[2], (), "rollout 1", "promoted"),
-        (36, v[2], arms(v[3], v[2], 0.3), "rollout 2", "canary to 30%"),
+        (36, v[2], arms(v[3], v[2], 0.3), "rollout 2", "canary to 30 %"),
         (40, v[2], (), "rollout 2", "tokens_per_step: the canary is worse"),
-        (47, v[2], arms(v[4], v[2], 0.3), "rollout 3", "canary to 30%"),
+        (47, v[2], arms(v[4], v[2], 0.3), "rollout 3", "canary to 30 %"),
     ]
     for minute, champion, split, actor, reason in turns:
         with db.write() as session:

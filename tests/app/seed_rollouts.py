@@ -21,14 +21,14 @@ from engine.store.repositories.rollouts import Rollout
 Turn = tuple[float, RolloutState, Verdict, Action, str]
 RAMPING = RolloutState.RAMPING
 PROMOTED: list[Turn] = [
-    (12, RAMPING, Verdict.INSUFFICIENT, Action.SET_WEIGHT, "canary v3 to 30%, an equal control beside it"),
-    (18, RAMPING, Verdict.PASS, Action.SET_WEIGHT, "to 50%: no guard fails; certainly not worse"),
+    (12, RAMPING, Verdict.INSUFFICIENT, Action.SET_WEIGHT, "canary v3 to 30 %, an equal control beside it"),
+    (18, RAMPING, Verdict.PASS, Action.SET_WEIGHT, "to 50 %: no guard fails; certainly not worse"),
     (23, RolloutState.SOAKING, Verdict.PASS, Action.NONE, "every step passed: no guard fails"),
     (24, RolloutState.PROMOTING, Verdict.PASS, Action.PROMOTE, "soaked for 5 s; no guard fails"),
     (25, RolloutState.DONE, Verdict.PASS, Action.NONE, "v3 is champion and stays"),
 ]
 TAKEN_BACK: list[Turn] = [
-    (36, RAMPING, Verdict.INSUFFICIENT, Action.SET_WEIGHT, "canary v4 to 30%, an equal control beside it"),
+    (36, RAMPING, Verdict.INSUFFICIENT, Action.SET_WEIGHT, "canary v4 to 30 %, an equal control beside it"),
     (38, RAMPING, Verdict.INSUFFICIENT, Action.NONE, "14 of 25 requests per arm at this weight"),
     (40, RolloutState.ROLLING_BACK, Verdict.FAIL, Action.ROLL_BACK, "tokens_per_step: the canary is worse"),
     (40.1, RolloutState.ROLLED_BACK, Verdict.FAIL, Action.NONE, "tokens_per_step: the canary is worse"),

@@ -32,7 +32,7 @@ def read(html: str) -> list[tuple[str, str, str, str]]:
 def test_nothing_that_drifts_alarms_nobody() -> None:
     found = read(alarms(NONE, TOTALS, pd.DataFrame(), "", LIGHT))
     assert [one[:3] for one in found] == [
-        ("Open findings", "0", "none in this window"),
+        ("Open findings", "0", "none"),
         ("Newest finding", "–", ""),
         ("code · length", "–", "no alarm"),
         ("chat · length", "1.50", "no alarm"),

@@ -32,7 +32,7 @@ def test_a_dry_run_says_what_the_guards_would_have_done(seeded: Database) -> Non
     assert not test.exception, test.exception
     said = next(box.value for box in test.success if "splits of" in box.value)
     assert "0 of 12 splits" in said
-    assert "falsely (0.0%, up to" in said
+    assert "falsely (0.0 %, up to" in said
     assert "The steps and the soak alone take" in text(test)
     (found,) = frames_with(test, "planted")
     assert list(found["guard"]) == ["tokens / step", "p50 TPOT", "errors", "timeouts"]  # type: ignore[index]

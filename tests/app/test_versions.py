@@ -80,7 +80,7 @@ def test_no_two_versions_of_a_family_stand_in_one_place() -> None:
 def test_a_family_marks_what_became_of_each_and_whose_traffic_taught_it() -> None:
     made = charts.family(family(), {(1, 3): (375, 500), (99, 3): (125, 500)}, 3, LIGHT)
     parents, arcs, middles, drawn = made.data
-    assert middles.text[0] == "75% of v3's training traffic was served by v1, by 500 traces of it"
+    assert middles.text[0] == "75 % of v3's training traffic was served by v1, by 500 traces of it"
     assert len(middles.text) == 1, "a teacher out of sight has no edge"
     assert arcs.line.dash == "dot"
     assert parents.line.dash is None

@@ -101,7 +101,7 @@ def test_a_rate_of_false_rollbacks_is_told_with_its_bound_and_a_slice_that_canno
     first, second = list(dry_run.report(spec, dry_run.Equal(40, (), (), 100, 0.0), [], []))[:2]
     assert "do not say which slice" in first
     assert "0 of 40" in second
-    assert "up to 8.8% at 95 %" in second
+    assert "up to 8.8 % at 95 %" in second
 
 
 def test_past_traffic_is_that_of_the_classes_and_tenants_that_are_tried(db: Database) -> None:

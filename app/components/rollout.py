@@ -11,14 +11,15 @@ import streamlit as st
 
 from app.charts.theme import Palette
 from app.components.guard_table import name_of
-from app.components.tables import by_identity, table
+from app.components.sheets import number, sheet, words
+from app.components.tables import by_identity
 from app.queries.ledger import Serving
 from engine.contracts import CANARY, CHAMPION, CONTROL, RolloutState, ServingPlan
 from engine.rollout import quantiles
 from engine.store import histogram
 from engine.store.repositories.rollouts import DecisionRecord, Rollout
 
-PERCENT = "%.0f %%"
+PERCENT = "{:.0f} %"
 
 
 def slice_now(serving: Serving, counts: Mapping[str, int], colours: Palette) -> None:
@@ -36,13 +37,14 @@ def slice_now(serving: Serving, counts: Mapping[str, int], colours: Palette) -> 
         }
         for name, version in [(CHAMPION, plan.champion), *((arm.name, arm.policy_version) for arm in plan.arms)]
     ]
-    number = st.column_config.NumberColumn
     columns = {
-        "desired": number("desired", format=PERCENT, help="What the ledger asks for"),
-        "acknowledged": number("acknowledged", format=PERCENT, help="What every live replica routes by"),
-        "observed": number("observed", format=PERCENT, help="Share of the requests under this plan, last hour at most"),
+        "arm": words("arm"),
+        "version": words("version", by_identity(colours)),
+        "desired": number("desired", PERCENT, note="What the ledger asks for"),
+        "acknowledged": number("acknowledged", PERCENT, note="What every live replica routes by"),
+        "observed": number("observed", PERCENT, note="Share of the requests under this plan, last hour at most"),
     }
-    table(pd.DataFrame(rows), columns, "arms", {"version": by_identity(colours)})
+    sheet(pd.DataFrame(rows), columns, "Serving now")
     behind = [r.replica_id for r in serving.replicas if (r.observed_generation or 0) < plan.generation]
     if behind:
         st.warning(f"Generation {plan.generation} is not yet observed by {', '.join(behind)}.")
@@ -147,20 +149,20 @@ def class_rows(counts: list[dict[str, Any]], metric: str) -> pd.DataFrame:
     return pd.DataFrame(rows).reindex(columns=columns)
 
 
-def class_table(counts: list[dict[str, Any]], metric: str, key: str) -> None:
+def class_table(counts: list[dict[str, Any]], metric: str) -> None:
     """Who gains and who loses, by class."""
     frame = class_rows(counts, metric)
     if frame.empty:
         st.caption("Neither arm has served a request yet.")
         return
-    number = st.column_config.NumberColumn
-    labels = {"n": ("n", "localized"), "tokens": ("tokens / step", "%.2f"), "p50": ("p50, ms", "%.0f")}
-    labels |= {"p95": ("p95, ms", "%.0f"), "errors": ("errors", "localized")}
-    columns: dict[str, Any] = {"change": number("tokens / step, %", format="%+.1f")}
+    labels = {"n": ("n", "{:,.0f}"), "tokens": ("tokens / step", "{:.2f}"), "p50": ("p50, ms", "{:,.0f}")}
+    labels |= {"p95": ("p95, ms", "{:,.0f}"), "errors": ("errors", "{:,.0f}")}
+    columns = {"class": words("class")}
     for what, (label, form) in labels.items():
         for arm in (CANARY, CONTROL):
-            columns[f"{what}_{arm}"] = number(f"{arm} {label}", format=form)
-    table(frame, columns, key)
+            columns[f"{what}_{arm}"] = number(f"{arm} {label}", form)
+    columns["change"] = number("tokens / step, %", "{:+.1f}")
+    sheet(frame, columns, "Classes of both arms")
 
 
 def _weight(plan: ServingPlan, name: str) -> float:

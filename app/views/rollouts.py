@@ -130,7 +130,7 @@ def _evidence(one: Rollout, decisions: list[DecisionRecord], key: str) -> None:
         draw(figure, f"curves-{key}", "Latency of canary and control by quantile.")
     with st.container(border=True):
         heading("Classes", "canary and control, all compared requests since the start")
-        rollout.class_table(counts, metric, f"classes-{key}")
+        rollout.class_table(counts, metric)
 
 
 def _history() -> None:

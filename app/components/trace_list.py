@@ -12,9 +12,11 @@ import pandas as pd
 import streamlit as st
 
 from app.charts.theme import Palette
+from app.components.cards import card, row
 from app.components.tables import NUMBER, Columns, by_identity, table
 from app.queries.traces import PAGE
 from engine.contracts import Status
+from engine.percent import percent
 from engine.store.repositories.overview import Slice
 from engine.store.repositories.traces import LATENCIES, Filter, Place
 
@@ -143,6 +145,27 @@ def name_of(part: Slice, chosen: Filter, order: str) -> str:
     """A short name of a list, whatever its window is by now."""
     of = (part.traffic_class, part.arm, part.version, chosen, order)
     return f"{zlib.crc32(repr(of).encode()):08x}"
+
+
+def summary(frame: pd.DataFrame, colours: Palette) -> str:
+    """HTML of cards: what the rows of this page have in common, before the grid is there to read them in."""
+    drafted = frame[frame["steps"] > 0]
+    failed = int((frame["status"] != Status.OK.value).sum())
+    length = f"{1 + drafted['accepted'].sum() / drafted['steps'].sum():.2f}" if len(drafted) else "–"
+    shown = {
+        "Rows on this page": (f"{len(frame):,}", ""),
+        "e2e p50": (_ms(frame["e2e_ms"], 0.5), ""),
+        "e2e p95": (_ms(frame["e2e_ms"], 0.95), ""),
+        "TTFT p50": (_ms(frame["ttft_ms"], 0.5), ""),
+        "Accept. length": (length, ""),
+        "Not ok": (f"{failed:,}", percent(failed / len(frame)) if failed else ""),
+    }
+    return row([card(label, value, said, colours.bad) for label, (value, said) in shown.items()], is_low=True)
+
+
+def _ms(values: pd.Series, q: float) -> str:
+    known = values.dropna()
+    return f"{known.quantile(q):,.0f} ms" if len(known) else "–"
 
 
 def rows(frame: pd.DataFrame, colours: Palette) -> None:

@@ -46,6 +46,7 @@ def page() -> None:
         return
     many = max(many, len(frame))
     context.headline(f"**{'' if is_all else 'More than '}{many:,}** requests. Choose one to open it.")
+    st.html(trace_list.summary(frame, here.colours))
     trace_list.rows(frame, here.colours)
     with st.container(horizontal=True, vertical_alignment="center", key="below"):
         name = trace_list.name_of(here.part, chosen, order)

@@ -11,6 +11,7 @@ import pytest
 from app.charts.theme import LIGHT
 from app.components.alarms import alarms
 from app.components.cards import card
+from app.components.trace_list import summary
 from engine.diagnosis.explain import signed
 
 NOW = datetime(2026, 11, 24, 12, tzinfo=UTC)
@@ -48,6 +49,18 @@ def test_a_class_alarms_for_what_is_open_and_not_for_what_has_ended() -> None:
     assert shown["Newest finding"][:2] == ["5 min ago", "input drift"]
     assert shown["chat · length"] == ["1.50", "input drift +1", LIGHT.bad]
     assert shown["code · length"] == ["–", "no alarm", LIGHT.muted]
+
+
+def test_rows_of_traces_are_summed_up_over_what_each_has() -> None:
+    """A request that failed before its first token has no times; one without drafts has no part in the length."""
+    rows = [("ok", 100.0, 10.0, 3, 2), ("ok", 300.0, 30.0, 0, 0), ("error", float("nan"), float("nan"), 0, 0)]
+    frame = pd.DataFrame(rows, columns=["status", "e2e_ms", "ttft_ms", "accepted", "steps"])
+    shown = {label: rest for label, *rest in read(summary(frame, LIGHT))}
+    assert shown["Rows on this page"][0] == "3"
+    assert shown["e2e p50"][0] == "200 ms"
+    assert shown["TTFT p50"][0] == "20 ms"
+    assert shown["Accept. length"][0] == "2.50"
+    assert shown["Not ok"] == ["1", "33 %", LIGHT.bad]
 
 
 def test_what_a_client_calls_its_class_is_text() -> None:

@@ -29,6 +29,8 @@ FREE_SHARE = 0.01
 """A draft that costs less than this share of a plain pass is always asked for: its tokens decide, and teach."""
 DRAFT_WEIGHT = 0.05
 """Weight of one draft in the estimate of what drafting costs."""
+PROMISED_WEIGHT = 30.0
+"""Promised tokens before which nothing is held against the estimates."""
 ROW_KEEP = 0.97
 """What a request's own experience keeps with every judged token: some 30 tokens."""
 MOST = 0.99
@@ -102,6 +104,7 @@ class Acceptance:
         self.settings = settings
         self._tried = [0.0] * (2 * LEVELS + POSITIONS)
         self._accepted = [0.0] * (2 * LEVELS + POSITIONS)
+        self._promised = self._kept = 0.0  # tokens that were verified
         self.draft_s = 0.0  # seconds a drafted token costs, lately
         self.weighed = 0  # steps of requests in which it was weighed whether to ask for a draft
 
@@ -117,6 +120,22 @@ class Acceptance:
         keep = min(1.0, (memory - 1) / self._tried[at]) if self._tried[at] else 1.0
         self._tried[at] = keep * self._tried[at] + 1
         self._accepted[at] = keep * self._accepted[at] + accepted
+
+    @property
+    def honesty(self) -> float:
+        """What verified tokens brought of what they promised lately, at most 1.
+
+        Who takes the likeliest of many tokens takes those whose chances are guessed too high, the more the more there
+        are to take from. Beside sixteen requests that made a draft look worth its rows that was not.
+        """
+        return min((self._kept + PROMISED_WEIGHT) / (self._promised + PROMISED_WEIGHT), 1.0)
+
+    def settle(self, promised: float, kept: float) -> None:
+        """After a step of one request: of its verified tokens so many were ``promised``, so many accepted. Forgets at
+        every step, so that a class whose drafts are not verified any more is given another chance."""
+        keep = 1 - 1 / self.settings.memory
+        self._promised = keep * self._promised + promised
+        self._kept = keep * self._kept + kept
 
     def survivals(self, k: int) -> list[float]:
         """Before a draft is there: the probability, by position, that it will reach so far and all be right."""
@@ -146,16 +165,22 @@ class RowControl:
 
     def survivals(self, count: int, confidence: Sequence[float]) -> list[float]:
         """For each of ``count`` drafted tokens the probability that the draft up to it is accepted."""
-        alive, luck, found = 1.0, self.luck, list[float]()
+        alive, luck, found = self.acceptance.honesty, self.luck, list[float]()
         for position in range(count):
             chance = self.acceptance.chance(position, confidence[position] if confidence else None)
             alive *= min(chance * luck, MOST)
             found.append(alive)
         return found
 
-    def observe(self, asked: int, draft: Sequence[int], confidence: Sequence[float], committed: Sequence[int]) -> None:
-        """Judge the whole draft, verified or not, by what the target then committed."""
+    def observe(
+        self, asked: int, draft: Sequence[int], confidence: Sequence[float], committed: Sequence[int], verified: int
+    ) -> None:
+        """Judge the whole draft, its ``verified`` tokens and the others, by what the target then committed."""
         acceptance = self.acceptance
+        agreed = enumerate(zip(draft[:verified], committed, strict=False))
+        accepted = next((at for at, (token, then) in agreed if token != then), min(verified, len(committed)))
+        judged = accepted if accepted == len(committed) else verified  # a stop cuts off the rest
+        acceptance.settle(sum(self.survivals(judged, confidence)) / acceptance.honesty, accepted)
         for position, token in enumerate(draft[: len(committed)]):
             right, sure = token == committed[position], confidence[position] if confidence else None
             self._expected = ROW_KEEP * self._expected + acceptance.chance(position, sure)

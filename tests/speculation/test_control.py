@@ -95,7 +95,7 @@ class World:
                 accepted = next((at for at, yes in enumerate(right[:k]) if not yes), k)
                 committed = [0] * accepted + [0 if accepted < n and right[accepted] else 1]
                 if n:
-                    row.observe(n, [0] * n, c, committed)
+                    row.observe(n, [0] * n, c, committed, k)
                 tokens, spent = tokens + accepted + 1, spent + self.draft_s * n
             spent, drafted = spent + took, drafted + sum(choice.ks)
         return tokens / spent * self.true(len(rows)) / len(rows), drafted / steps / len(rows)
@@ -160,7 +160,7 @@ def test_what_was_switched_off_by_itself_comes_back() -> None:
     def step(right: bool) -> int:
         k = controller.choose([Offer(row, 4)]).ks[0]
         committed = [0] * (k + 1) if right else [1]
-        row.observe(4, [0] * 4, (), committed)
+        row.observe(4, [0] * 4, (), committed, k)
         return k
 
     for _ in range(300):
@@ -179,12 +179,12 @@ def test_a_drafter_that_costs_time_is_left_alone_but_for_probes() -> None:
         (n,) = controller.limits([row], [4])
         asked.append(n)
         if n:
-            row.observe(n, [0] * n, (), [1])
+            row.observe(n, [0] * n, (), [1], n)
     assert sum(asked[-100:]) == 10
     for _ in range(4_000):
         (n,) = controller.limits([row], [4])
         if n:
-            row.observe(n, [0] * n, (), [0] * (n + 1))
+            row.observe(n, [0] * n, (), [0] * (n + 1), n)
     assert n >= 3
 
 
@@ -198,7 +198,7 @@ def test_a_dear_drafter_is_probed_in_a_class_of_short_answers() -> None:
             (n,) = controller.limits([row], [4])
             asked.append(n)
             if n:
-                row.observe(n, [0] * n, (), [0] * (n + 1) if request > 200 else [1])
+                row.observe(n, [0] * n, (), [0] * (n + 1) if request > 200 else [1], n)
     assert sum(asked[800:1_600]) == 80
     assert asked[-1] >= 3
 
@@ -216,8 +216,8 @@ def test_what_one_part_of_a_policy_is_sure_of_says_nothing_of_another() -> None:
     controller, settings = KController(StepCosts({1: 1.0, 2: 1.01})), ControlSettings()
     first, second = (controller.row(1, "chat", settings, part) for part in (0, 1))
     for _ in range(200):
-        first.observe(1, [0], [0.5], [0, 0])
-        second.observe(1, [0], [0.5], [1])
+        first.observe(1, [0], [0.5], [0, 0], 1)
+        second.observe(1, [0], [0.5], [1], 1)
     assert first.survivals(1, [0.5])[0] > 0.8 > 0.2 > second.survivals(1, [0.5])[0]
     controller.forget(1)
     assert controller.row(1, "chat", settings, 1).acceptance is not second.acceptance
@@ -252,8 +252,42 @@ def test_expected_acceptances_are_met() -> None:
             right = [rng.random() < p for _ in range(4)]
             agreed = next((at for at, yes in enumerate(right) if not yes), 4)
             kept += agreed
-            row.observe(4, [0] * 4, (), [0] * agreed + [1])
+            row.observe(4, [0] * 4, (), [0] * agreed + [1], 4)
     assert promised == pytest.approx(kept, rel=0.15)
+
+
+def cursed(steps: int = 1_200) -> float:
+    """Tokens per second over plain decoding's where the tokens that are chosen are those whose chance is guessed too
+    high: right in .9 of cases, but in .3 of those in which they are verified."""
+    rng, controller = random.Random(0), KController(StepCosts(seconds(MEASURED)))
+    rows = [controller.row(1, "chat", ControlSettings()) for _ in range(16)]
+    tokens = spent = 0.0
+    for step in range(steps):
+        choice = controller.choose([Offer(row, 1, [rng.uniform(0.5, 1.0)]) for row in rows])
+        for row, k in zip(rows, choice.ks, strict=True):
+            right = rng.random() < (0.3 if k else 0.9)
+            row.observe(1, [0], [0.9], [0, 0][: 1 + k] if right else [1], k)
+            if step >= steps // 4:
+                tokens += 1 + (k and right)
+        if step >= steps // 4:
+            spent += controller.costs(len(rows) + sum(choice.ks))  # type: ignore[misc]
+    return tokens / spent * StepCosts(seconds(MEASURED))(16) / 16
+
+
+def test_chosen_tokens_are_worth_what_chosen_tokens_brought(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert cursed() > 0.98
+    monkeypatch.setattr(Acceptance, "settle", lambda *_: None)  # fault: never asks what its choice brought
+    assert cursed() < 0.95
+
+
+def test_a_class_whose_promises_were_broken_is_given_another_chance() -> None:
+    acceptance = Acceptance(ControlSettings(memory=200))
+    for _ in range(100):
+        acceptance.settle(1.0, 0.2)
+    assert acceptance.honesty < 0.5
+    for _ in range(1_000):
+        acceptance.settle(0.0, 0.0)
+    assert acceptance.honesty > 0.98
 
 
 class Blind(StepCosts):
@@ -272,6 +306,8 @@ def test_faults_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:  # never learns
         patch.setattr(Acceptance, "observe", lambda *_: None)
         patch.setattr(RowControl, "luck", 1.0)
+        assert bad() > 0.95, "what its choices brought would do"
+        patch.setattr(Acceptance, "settle", lambda *_: None)
         assert bad() < 0.95
     with monkeypatch.context() as patch:  # takes every chance for a certainty
         patch.setattr(RowControl, "survivals", lambda self, count, confidence: [0.99] * count)

@@ -153,7 +153,7 @@ def summary(frame: pd.DataFrame, colours: Palette) -> str:
     failed = int((frame["status"] != Status.OK.value).sum())
     length = f"{1 + drafted['accepted'].sum() / drafted['steps'].sum():.2f}" if len(drafted) else "–"
     shown = {
-        "Rows on this page": (f"{len(frame):,}", ""),
+        "Rows shown": (f"{len(frame):,}", ""),
         "e2e p50": (_ms(frame["e2e_ms"], 0.5), ""),
         "e2e p95": (_ms(frame["e2e_ms"], 0.95), ""),
         "TTFT p50": (_ms(frame["ttft_ms"], 0.5), ""),

@@ -56,7 +56,7 @@ def test_rows_of_traces_are_summed_up_over_what_each_has() -> None:
     rows = [("ok", 100.0, 10.0, 3, 2), ("ok", 300.0, 30.0, 0, 0), ("error", float("nan"), float("nan"), 0, 0)]
     frame = pd.DataFrame(rows, columns=["status", "e2e_ms", "ttft_ms", "accepted", "steps"])
     shown = {label: rest for label, *rest in read(summary(frame, LIGHT))}
-    assert shown["Rows on this page"][0] == "3"
+    assert shown["Rows shown"][0] == "3"
     assert shown["e2e p50"][0] == "200 ms"
     assert shown["TTFT p50"][0] == "20 ms"
     assert shown["Accept. length"][0] == "2.50"

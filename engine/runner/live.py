@@ -135,7 +135,7 @@ class Live:
         else:
             step = VerifyStep(tuple(draft.tokens[:verified]), outcome.accepted, emitted)
         if draft.asked:
-            self.controls[draft.part].observe(draft.asked, draft.tokens, draft.confidence, kept, verified)
+            self.controls[draft.part].observe(draft.asked, draft.tokens, draft.confidence, kept, step)
         self.counts.add(step)
         self.steps.append(step)
         if reason is None and self._drafter is not None:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from engine.contracts import SlipstreamError
+from engine.contracts import SlipstreamError, VerifyStep
 from engine.speculation.step_costs import StepCosts
 
 LEVELS = 10
@@ -173,14 +173,12 @@ class RowControl:
         return found
 
     def observe(
-        self, asked: int, draft: Sequence[int], confidence: Sequence[float], committed: Sequence[int], verified: int
+        self, asked: int, draft: Sequence[int], confidence: Sequence[float], committed: Sequence[int], step: VerifyStep
     ) -> None:
-        """Judge the whole draft, its ``verified`` tokens and the others, by what the target then committed."""
+        """Judge the whole draft, verified in this ``step`` or not, by what the target then committed."""
         acceptance = self.acceptance
-        agreed = enumerate(zip(draft[:verified], committed, strict=False))
-        accepted = next((at for at, (token, then) in agreed if token != then), min(verified, len(committed)))
-        judged = accepted if accepted == len(committed) else verified  # a stop cuts off the rest
-        acceptance.settle(sum(self.survivals(judged, confidence)) / acceptance.honesty, accepted)
+        promised = sum(self.survivals(len(step.proposed), confidence)) / acceptance.honesty
+        acceptance.settle(promised, step.accepted)
         for position, token in enumerate(draft[: len(committed)]):
             right, sure = token == committed[position], confidence[position] if confidence else None
             self._expected = ROW_KEEP * self._expected + acceptance.chance(position, sure)

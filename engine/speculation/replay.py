@@ -79,7 +79,7 @@ def replay_controlled(
         step = verify_stored(draft[:k], output_ids[done:])
         committed = output_ids[done : done + step.emitted]
         if asked:
-            row.observe(asked, draft, confidence, committed, k)
+            row.observe(asked, draft, confidence, committed, step)
         drafter.observe(committed)
         counts.add(step)
         seconds += controller.costs(1 + k)

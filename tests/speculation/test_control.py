@@ -19,6 +19,7 @@ from engine.speculation.control import (
     RowControl,
     allocate,
 )
+from engine.speculation.replay import verify_stored
 from engine.speculation.step_costs import StepCosts
 
 MEASURED = {1: 23, 2: 24, 3: 34, 4: 32, 5: 40, 8: 51, 16: 70, 32: 104, 64: 194}  # ms, docs/log.md
@@ -28,6 +29,11 @@ STEEP = {1: 10, 80: 800}
 
 def seconds(profile: dict[int, int]) -> dict[int, float]:
     return {rows: ms / 1e3 for rows, ms in profile.items()}
+
+
+def judge(row: RowControl, asked: int, confidence: Sequence[float], committed: list[int], verified: int) -> None:
+    """A draft of as many zeros as were ``asked``, the first of them ``verified``."""
+    row.observe(asked, [0] * asked, confidence, committed, verify_stored([0] * verified, committed))
 
 
 @pytest.mark.parametrize("seed", range(30))
@@ -95,7 +101,7 @@ class World:
                 accepted = next((at for at, yes in enumerate(right[:k]) if not yes), k)
                 committed = [0] * accepted + [0 if accepted < n and right[accepted] else 1]
                 if n:
-                    row.observe(n, [0] * n, c, committed, k)
+                    judge(row, n, c, committed, k)
                 tokens, spent = tokens + accepted + 1, spent + self.draft_s * n
             spent, drafted = spent + took, drafted + sum(choice.ks)
         return tokens / spent * self.true(len(rows)) / len(rows), drafted / steps / len(rows)
@@ -160,7 +166,7 @@ def test_what_was_switched_off_by_itself_comes_back() -> None:
     def step(right: bool) -> int:
         k = controller.choose([Offer(row, 4)]).ks[0]
         committed = [0] * (k + 1) if right else [1]
-        row.observe(4, [0] * 4, (), committed, k)
+        judge(row, 4, (), committed, k)
         return k
 
     for _ in range(300):
@@ -179,12 +185,12 @@ def test_a_drafter_that_costs_time_is_left_alone_but_for_probes() -> None:
         (n,) = controller.limits([row], [4])
         asked.append(n)
         if n:
-            row.observe(n, [0] * n, (), [1], n)
+            judge(row, n, (), [1], n)
     assert sum(asked[-100:]) == 10
     for _ in range(4_000):
         (n,) = controller.limits([row], [4])
         if n:
-            row.observe(n, [0] * n, (), [0] * (n + 1), n)
+            judge(row, n, (), [0] * (n + 1), n)
     assert n >= 3
 
 
@@ -198,7 +204,7 @@ def test_a_dear_drafter_is_probed_in_a_class_of_short_answers() -> None:
             (n,) = controller.limits([row], [4])
             asked.append(n)
             if n:
-                row.observe(n, [0] * n, (), [0] * (n + 1) if request > 200 else [1], n)
+                judge(row, n, (), [0] * (n + 1) if request > 200 else [1], n)
     assert sum(asked[800:1_600]) == 80
     assert asked[-1] >= 3
 
@@ -216,8 +222,8 @@ def test_what_one_part_of_a_policy_is_sure_of_says_nothing_of_another() -> None:
     controller, settings = KController(StepCosts({1: 1.0, 2: 1.01})), ControlSettings()
     first, second = (controller.row(1, "chat", settings, part) for part in (0, 1))
     for _ in range(200):
-        first.observe(1, [0], [0.5], [0, 0], 1)
-        second.observe(1, [0], [0.5], [1], 1)
+        judge(first, 1, [0.5], [0, 0], 1)
+        judge(second, 1, [0.5], [1], 1)
     assert first.survivals(1, [0.5])[0] > 0.8 > 0.2 > second.survivals(1, [0.5])[0]
     controller.forget(1)
     assert controller.row(1, "chat", settings, 1).acceptance is not second.acceptance
@@ -252,7 +258,7 @@ def test_expected_acceptances_are_met() -> None:
             right = [rng.random() < p for _ in range(4)]
             agreed = next((at for at, yes in enumerate(right) if not yes), 4)
             kept += agreed
-            row.observe(4, [0] * 4, (), [0] * agreed + [1], 4)
+            judge(row, 4, (), [0] * agreed + [1], 4)
     assert promised == pytest.approx(kept, rel=0.15)
 
 
@@ -266,7 +272,7 @@ def cursed(steps: int = 1_200) -> float:
         choice = controller.choose([Offer(row, 1, [rng.uniform(0.5, 1.0)]) for row in rows])
         for row, k in zip(rows, choice.ks, strict=True):
             right = rng.random() < (0.3 if k else 0.9)
-            row.observe(1, [0], [0.9], [0, 0][: 1 + k] if right else [1], k)
+            judge(row, 1, [0.9], [0, 0][: 1 + k] if right else [1], k)
             if step >= steps // 4:
                 tokens += 1 + (k and right)
         if step >= steps // 4:

@@ -97,10 +97,8 @@ def headline(sentence: str) -> None:
         newest = overview.newest()
         if newest is None:
             return
-        seconds = (datetime.now(UTC) - newest).total_seconds()
-        ago = f"{seconds:.0f} s" if seconds < 120 else long(seconds)
         live = st.session_state.get("live", True) and _given() is None
-        st.caption(f"Newest request {ago} ago{'' if live else ' · paused'} · times in UTC", width="content")
+        st.caption(f"Newest request {ago(newest)}{'' if live else ' · paused'} · times in UTC", width="content")
 
 
 def heading(title: str, note: str = "") -> None:
@@ -119,12 +117,13 @@ def plain(words: object) -> str:
     return "".join("\\" + c if c in string.punctuation else c for c in " ".join(str(words).split()))
 
 
-def long(seconds: float) -> str:
-    """A span of time in its largest unit of which there are two: "90 s", "3 h"."""
+def ago(at: datetime) -> str:
+    """How long ago that was, in the largest unit of which there are two: "90 s ago", "3 h ago"."""
+    seconds = (datetime.now(UTC) - at).total_seconds()
     for unit, name in ((86_400, "d"), (3_600, "h"), (60, "min")):
         if seconds >= 2 * unit:
-            return f"{seconds / unit:.0f} {name}"
-    return f"{seconds:.0f} s"
+            return f"{seconds / unit:.0f} {name} ago"
+    return f"{seconds:.0f} s ago"
 
 
 def _choice(everything: str, key: str, options: list[str]) -> str | None:

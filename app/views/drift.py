@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 
 import pandas as pd
 import streamlit as st
@@ -10,7 +10,7 @@ import streamlit as st
 from app.charts import latency, speculation
 from app.components import context
 from app.components.alarms import alarms, named
-from app.components.context import heading, link, long, plain
+from app.components.context import ago, heading, link, plain
 from app.components.drawing import draw_to_traces
 from app.components.export import export
 from app.components.finished import finished
@@ -74,7 +74,7 @@ def _verdict(found: pd.DataFrame, still: pd.DataFrame) -> str:
 
 def _newest(found: pd.DataFrame) -> str:
     """How long ago the newest finding was made; empty where there is none."""
-    return long((datetime.now(UTC) - found["found_at"].max()).total_seconds()) + " ago" if len(found) else ""
+    return ago(found["found_at"].max()) if len(found) else ""
 
 
 def _findings(found: pd.DataFrame) -> None:

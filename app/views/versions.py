@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from datetime import UTC, datetime
 from typing import Any
 
 import streamlit as st
@@ -11,7 +10,7 @@ import streamlit as st
 from app.charts import versions as charts
 from app.components import adaptation, context, diff
 from app.components import versions as shown
-from app.components.context import heading, long, plain
+from app.components.context import ago, heading, plain
 from app.components.diff import MEASURES
 from app.components.drawing import draw_to_choose
 from app.components.export import export
@@ -43,7 +42,7 @@ def page() -> None:
         context.headline("**Nothing is served yet.** The engine serves one of these when it starts: `slipstream up`.")
     else:
         context.headline(f"**v{plan.champion}** is champion. Last change: {plain(plan.reason)}.")
-    changed = long((datetime.now(UTC) - plan.created_at).total_seconds()) + " ago" if plan is not None else ""
+    changed = ago(plan.created_at) if plan is not None else ""
     st.html(shown.standing(serving, kinds, outcomes, changed, here.colours))
     served = versions.served(part)
     chosen = _chosen(every, served, serving, here.part)

@@ -77,7 +77,7 @@ def status(context: typer.Context, rollout_id: Id) -> None:
     typer.echo(f"rollout {found.id} ({found.name}) of v{found.canary} against v{found.champion}: {found.state}")
     typer.echo(f"{found.status.get('reason', '')}")
     for decision in decisions:
-        shares = {k: "–" if v is None else f"{percent(v)}" for k, v in decision.evidence.get("weights", {}).items()}
+        shares = {k: "–" if v is None else percent(v) for k, v in decision.evidence.get("weights", {}).items()}
         if shares:
             typer.echo(", ".join(f"{name} {share}" for name, share in shares.items()))
     _leave(found.state)

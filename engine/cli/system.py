@@ -175,10 +175,9 @@ def _print_status(found: dict[str, Any]) -> None:
         restarts = f", restarted {part['restarts']} times" if part["restarts"] else ""
         typer.echo(f"{name:13} {state}  pid {part['pid']}{restarts}  {part['url'] or ''}")
     if plan := found["plan"]:
-        arms = (
-            ", ".join(f"{a['name']} v{a['policy_version']} {percent(a['weight'])}" for a in plan["arms"]) or "no canary"
-        )
-        typer.echo(f"plan          generation {plan['generation']}: champion v{plan['champion']}, {arms}")
+        arms = [f"{arm['name']} v{arm['policy_version']} {percent(arm['weight'])}" for arm in plan["arms"]]
+        serving = f"champion v{plan['champion']}, {', '.join(arms) or 'no canary'}"
+        typer.echo(f"plan          generation {plan['generation']}: {serving}")
         typer.echo(f"              by {plan['actor']}: {plan['reason']}")
     for replica in found["replicas"]:
         typer.echo(f"replica       {replica['replica_id']} observes generation {replica['observed_generation']}")

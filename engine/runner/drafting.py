@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from engine.runner.live import Draft, Live
-from engine.speculation.proposer import HiddenReader
+from engine.speculation.proposer import HiddenReader, asked_of
 
 
 def draft_together(
@@ -22,7 +22,7 @@ def draft_together(
 
     ``limits`` bound what takes time; a part of a policy that takes none may always say all it knows.
     """
-    drafts, took = [Draft(0, [])] * len(lives), [0.0] * len(lives)
+    drafts, took = [Draft([])] * len(lives), [0.0] * len(lives)
     mosts = [live.most_asked(limit) for live, limit in zip(lives, limits, strict=True)]
     asked = [i for i in range(len(lives)) if mosts[i] > 0]
     groups = list(_by_reader(asked, lives))
@@ -37,7 +37,7 @@ def draft_together(
         for i, tokens in zip(members, made, strict=True):
             drafts[i] = lives[i].drafted(limits[i], tokens, vocab_size)
         seconds = clock() - began
-        shares = [limits[i] if drafts[i].part == reader.parts - 1 else 0 for i in members]
+        shares = [asked_of(reader.parts - 1, drafts[i].said) for i in members]
         if not sum(shares):  # nobody made a pass
             shares = [1] * len(members)
         for i, share in zip(members, shares, strict=True):

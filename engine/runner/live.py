@@ -14,7 +14,7 @@ from engine.runner.request import EngineRequest, Output, RequestResult
 from engine.runner.stopping import StopText
 from engine.scheduler.sequence import Sequence as SequenceState
 from engine.speculation.control import RowControl
-from engine.speculation.proposer import Drafter, HiddenReader, InTurn, Proposer, checked, parts
+from engine.speculation.proposer import Drafter, HiddenReader, InTurn, Proposer, Said, checked, parts
 from engine.speculation.verify import VerifyOutcome
 
 log = logging.getLogger(__name__)
@@ -37,15 +37,15 @@ class Times:
 
 @dataclass(frozen=True, slots=True)
 class Draft:
-    """What a drafter answered when ``asked`` for so many tokens; K control decides how many of them are verified.
+    """What is proposed; K control decides how many of the tokens are verified.
 
-    ``part``: which of the policy's drafters it was.
+    ``part``: which of the policy's drafters proposed it; ``said``: what each that was asked answered.
     """
 
-    asked: int
     tokens: list[int]
     confidence: Sequence[float] = ()
     part: int = 0
+    said: Sequence[Said] = ()
 
 
 class Live:
@@ -89,30 +89,33 @@ class Live:
         plain decoding."""
         k = self.most_asked(limit)
         if k <= 0:
-            return Draft(0, [])
+            return Draft([])
         try:
             if self._drafter is None and self.reader is None:
                 self._drafter = self.proposer.start(self.request.prompt_ids, self.request.traffic_class)
                 self._drafter.observe(self._output_ids)
             if self._drafter is None:  # it has missed hidden states, and nobody has them any more
-                return Draft(0, [])
-            if self.reader is not None and isinstance(self._drafter, InTurn):
+                return Draft([])
+            if self.parts > 1 and isinstance(self._drafter, InTurn):
                 return self.drafted(limit, self._drafter.propose(k, limit), vocab_size)
             return self.drafted(limit, self._drafter.propose(k), vocab_size)
         except Exception:
             self.draft_failed()
-            return Draft(0, [])
+            return Draft([])
 
     def drafted(self, limit: int, tokens: list[int], vocab_size: int) -> Draft:
         """What the drafter proposed when what takes time was limited so, checked."""
-        assert self._drafter is not None
+        drafter = self._drafter
+        assert drafter is not None
         try:
-            part = int(getattr(self._drafter, "part", 0))
-            k = limit if part == self.parts - 1 else self.most_drafts
-            return Draft(k, checked(self._drafter, k, tokens, vocab_size), self._drafter.confidence, part)
+            k = self.most_asked(limit)
+            tokens, confidence = checked(drafter, k, tokens, vocab_size), drafter.confidence
+            if self.parts > 1 and isinstance(drafter, InTurn):
+                return Draft(tokens, confidence, drafter.part, drafter.said)
+            return Draft(tokens, confidence, said=(Said(0, k, tokens, confidence),))
         except Exception:
             self.draft_failed()
-            return Draft(0, [])
+            return Draft([])
 
     def commit_first(self, token: int, now: float) -> Output:
         """The token that the prefill's last logits gave: output, but not a verify step."""
@@ -134,8 +137,10 @@ class Live:
             step = VerifyStep(tuple(draft.tokens[:emitted]), emitted, emitted)
         else:
             step = VerifyStep(tuple(draft.tokens[:verified]), outcome.accepted, emitted)
-        if draft.asked:
-            self.controls[draft.part].observe(draft.asked, draft.tokens, draft.confidence, kept, step)
+        if draft.said:
+            self.controls[draft.part].settle(step, draft.confidence)
+        for one in draft.said:
+            self.controls[one.part].observe(one.asked, one.tokens, one.confidence, kept)
         self.counts.add(step)
         self.steps.append(step)
         if reason is None and self._drafter is not None:

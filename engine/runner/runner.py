@@ -22,6 +22,7 @@ from engine.runner.target_pass import EagerPass, Passed, TargetPass
 from engine.scheduler.scheduler import ScheduledStep
 from engine.scheduler.sequence import NO_SLOT
 from engine.speculation.control import Choice, KController, Offer
+from engine.speculation.proposer import asked_of
 
 
 class Runner:
@@ -103,11 +104,11 @@ class Runner:
         limits = self.control.limits(dear, [live.most_drafts for live in decoding], prompt_rows)
         drafts, drafting = draft_together(decoding, limits, self.model.config.vocab_size, self.work_clock)
         for live, draft, took in zip(decoding, drafts, drafting, strict=True):
-            if draft.asked and draft.part == live.parts - 1:
+            if asked := asked_of(live.parts - 1, draft.said):
                 acceptance = live.controls[-1].acceptance
                 if self.control.costs is not None:
-                    live.expected_cost_s += acceptance.draft_s * draft.asked
-                acceptance.took(took, draft.asked)
+                    live.expected_cost_s += acceptance.draft_s * asked
+                acceptance.took(took, asked)
         offers = [
             Offer(live.controls[d.part], len(d.tokens), d.confidence) for live, d in zip(decoding, drafts, strict=True)
         ]

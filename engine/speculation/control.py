@@ -172,13 +172,15 @@ class RowControl:
             found.append(alive)
         return found
 
-    def observe(
-        self, asked: int, draft: Sequence[int], confidence: Sequence[float], committed: Sequence[int], step: VerifyStep
-    ) -> None:
-        """Judge the whole draft, verified in this ``step`` or not, by what the target then committed."""
+    def settle(self, step: VerifyStep, confidence: Sequence[float]) -> None:
+        """What the verified beginning of the draft had promised, and what it brought. Before ``observe``: a promise is
+        what was believed when it was made."""
+        promised = sum(self.survivals(len(step.proposed), confidence)) / self.acceptance.honesty
+        self.acceptance.settle(promised, step.accepted)
+
+    def observe(self, asked: int, draft: Sequence[int], confidence: Sequence[float], committed: Sequence[int]) -> None:
+        """Judge the whole draft, verified or not, by what the target then committed."""
         acceptance = self.acceptance
-        promised = sum(self.survivals(len(step.proposed), confidence)) / acceptance.honesty
-        acceptance.settle(promised, step.accepted)
         for position, token in enumerate(draft[: len(committed)]):
             right, sure = token == committed[position], confidence[position] if confidence else None
             self._expected = ROW_KEEP * self._expected + acceptance.chance(position, sure)

@@ -1,6 +1,8 @@
-"""Memory and neural draft together: the longest confident match from memory first, the draft where memory is silent.
+"""Memory and neural draft together. Memory costs nothing and learns from the first requests; the neural draft costs a
+pass per token and generalises.
 
-Memory costs nothing and learns from the first requests; the neural draft costs a pass per token and generalises. While
+Memory is asked first, and speaks alone where its first token is sure enough. Else the draft is asked too, and the one
+that promises more accepted tokens speaks; behind the draft's last token memory goes on, which takes no pass. While
 memory speaks, the draft's slots wait, and are caught up with in the first pass of its next turn.
 """
 
@@ -8,6 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
+from math import prod
+from operator import mul
 from typing import TYPE_CHECKING, Any
 
 from engine.contracts import ProposerKind
@@ -16,7 +21,7 @@ from engine.speculation.control import DEFAULT_CONTROL, ControlSettings
 from engine.speculation.memory import MEMORY_FILE, TraceMemory, TraceMemoryDrafter, TraceMemoryProposer
 from engine.speculation.neural import NeuralDrafter, check_survival, propose_together
 from engine.speculation.neural_file import SHAPE_FILE, WEIGHTS_FILE, DraftFile, unpack
-from engine.speculation.proposer import PolicyError, read_settings, unbound
+from engine.speculation.proposer import PolicyError, Said, read_settings, unbound
 from engine.speculation.rehearsal import RehearsedDrafter, Rehearsing, rehearse
 
 if TYPE_CHECKING:
@@ -27,6 +32,9 @@ if TYPE_CHECKING:
 
 REMEMBERED, DRAFTED = 0, 1
 """The parts of a hybrid, in the order in which they are asked."""
+SURE = 0.4
+"""Of its first token memory must be so sure to speak unasked. It lies between what the request's own context is worth
+after one token and after two; a good draft's first token is right in half of all cases (docs/log.md)."""
 DEFAULTS: dict[str, int | float] = memory.DEFAULTS | neural.DEFAULTS
 
 
@@ -49,11 +57,46 @@ class HybridProposer:
         return BoundHybrid(self, pools.take(self.draft, self.min_survival))
 
 
-class HybridDrafter:
-    def __init__(self, remembering: TraceMemoryDrafter, drafting: NeuralDrafter) -> None:
-        self.remembering, self.drafting = remembering, drafting
+class Turns:
+    """Who is asked and who speaks; the same in serving and over a stored response. ``said``: what both answered."""
+
+    def __init__(self, remembering: TraceMemoryDrafter) -> None:
+        self.remembering = remembering
         self.confidence: Sequence[float] = ()
         self.part = REMEMBERED
+        self.said: list[Said] = []
+
+    def remember(self, k: int, limit: int) -> bool:
+        """Ask memory for ``k`` tokens; whether the draft is to be asked as well, for ``limit``."""
+        tokens = self.remembering.propose(k)
+        self.said = [Said(REMEMBERED, k, tokens, self.remembering.confidence)] if tokens else []
+        return limit > 0 and not (tokens and self.remembering.confidence[0] >= SURE)
+
+    def speak(self, k: int, drafted: Said | None) -> list[int]:
+        """The proposal of at most ``k`` tokens, once the draft has answered or was not asked (None)."""
+        remembered = self.said[0] if self.said else None
+        if drafted is not None:
+            self.said.append(drafted)
+        if remembered is not None and (drafted is None or promised(remembered) > promised(drafted)):
+            self.part, self.confidence = REMEMBERED, remembered.confidence
+            return list(remembered.tokens)
+        self.part, self.confidence = DRAFTED, ()
+        if drafted is None or not drafted.tokens:
+            return []
+        more = self.remembering.propose(k - len(drafted.tokens), drafted.tokens, prod(drafted.confidence))
+        self.confidence = [*drafted.confidence, *self.remembering.confidence]
+        return [*drafted.tokens, *more]
+
+
+def promised(said: Said) -> float:
+    """Expected number of accepted tokens by the drafter's own confidence."""
+    return sum(accumulate(said.confidence, mul))
+
+
+class HybridDrafter(Turns):
+    def __init__(self, remembering: TraceMemoryDrafter, drafting: NeuralDrafter) -> None:
+        super().__init__(remembering)
+        self.drafting = drafting
 
     def propose(self, k: int, limit: int | None = None) -> list[int]:
         return _propose(self.drafting.pool, [(self, k, k if limit is None else limit)])[0]
@@ -99,21 +142,19 @@ class BoundHybrid:
         return self.pool.in_use
 
 
-class RehearsedHybrid:
+class RehearsedHybrid(Turns):
     """A hybrid's drafter over a stored response (``rehearsal``)."""
 
     def __init__(self, remembering: TraceMemoryDrafter, rehearsed: RehearsedDrafter) -> None:
-        self.remembering, self.rehearsed = remembering, rehearsed
-        self.confidence: Sequence[float] = ()
-        self.part = REMEMBERED
+        super().__init__(remembering)
+        self.rehearsed = rehearsed
 
     def propose(self, k: int, limit: int | None = None) -> list[int]:
-        if draft := self.remembering.propose(k):
-            self.part, self.confidence = REMEMBERED, self.remembering.confidence
-            return draft
-        draft = self.rehearsed.propose(k, limit)
-        self.part, self.confidence = DRAFTED, self.rehearsed.confidence
-        return draft
+        limit = k if limit is None else min(k, limit)
+        if not self.remember(k, limit):
+            return self.speak(k, None)
+        tokens = self.rehearsed.propose(limit)
+        return self.speak(k, Said(DRAFTED, limit, tokens, self.rehearsed.confidence))
 
     @property
     def passes(self) -> int:
@@ -126,15 +167,13 @@ class RehearsedHybrid:
 
 def _propose(pool: DraftPool, wants: Sequence[tuple[HybridDrafter, int, int]]) -> list[list[int]]:
     """Memory costs nothing, so only the draft's passes are limited."""
-    drafts = [drafter.remembering.propose(k) for drafter, k, _ in wants]
-    for drafter, _, _ in wants:
-        drafter.part, drafter.confidence = REMEMBERED, drafter.remembering.confidence
-    silent = [i for i, draft in enumerate(drafts) if not draft]
-    made = propose_together(pool, [(wants[i][0].drafting, *wants[i][1:]) for i in silent])
-    for i, draft in zip(silent, made, strict=True):
-        drafter = wants[i][0]
-        drafts[i], drafter.part, drafter.confidence = draft, DRAFTED, drafter.drafting.confidence
-    return drafts
+    asked = [(drafter, min(k, limit)) for drafter, k, limit in wants if drafter.remember(k, min(k, limit))]
+    made = propose_together(pool, [(drafter.drafting, limit, limit) for drafter, limit in asked])
+    drafted = {
+        id(drafter): Said(DRAFTED, limit, tokens, drafter.drafting.confidence)
+        for (drafter, limit), tokens in zip(asked, made, strict=True)
+    }
+    return [drafter.speak(k, drafted.get(id(drafter))) for drafter, k, _ in wants]
 
 
 def load(num_speculative_tokens: int, settings: Mapping[str, Any], files: Mapping[str, bytes]) -> HybridProposer:

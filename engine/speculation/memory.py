@@ -25,9 +25,12 @@ from engine.speculation.proposer import PolicyError, read_settings
 __all__ = ["MEMORY_FILE", "TraceMemory", "TraceMemoryBuilder", "TraceMemoryProposer", "load"]
 
 MEMORY_FILE = "memory.safetensors"
+PRIOR = 6.0
+"""Sightings that the shorter match is worth beside those of the longer. Least log loss of the first token on 100 of the
+model's own conversations after 80 others (docs/log.md); flat between 4 and 8."""
 MOST_KNOWN = 20_000
 """N-grams of which a table's answer is remembered, some 4 MB a class at most."""
-DEFAULTS: dict[str, int | float] = {"min_n": 2, "max_n": 4, "min_confidence": 0.35, "unit": 1}
+DEFAULTS: dict[str, int | float] = {"min_n": 2, "max_n": 4, "min_confidence": 0.1, "unit": 1}
 
 
 class ClassMemory:
@@ -40,20 +43,20 @@ class ClassMemory:
     def __len__(self) -> int:
         return len(self.key)
 
-    def find(self, key: int, unit: int) -> tuple[int, float] | None:
-        """(most frequent next token, its confidence) after the n-gram with this hash.
-
-        Confidence is count / (total + unit), where ``unit`` is what one fresh sighting counts: a single one is worth
-        one half, not certainty, and less when it is old.
-        """
+    def find(self, key: int) -> tuple[int, int, int] | None:
+        """(most frequent next token, how often it came, how often the n-gram did) after the n-gram with this hash."""
         at = bisect_left(self.key, key)
         if at == len(self.key) or self.key[at] != key:
             return None
-        return self.token[at], self.count[at] / (self.total[at] + unit)
+        return self.token[at], self.count[at], self.total[at]
 
 
 class Lookup:
     """The tables that requests of one class ask, the first that knows an n-gram says the token.
+
+    Its confidence rests on the shorter matches too, each of which is the prior of the next longer (interpolation with
+    Dirichlet priors, MacKay & Peto 1995): a single sighting says little after one token and much after six that were
+    all seen to lead there. ``unit`` is what one fresh sighting counts; old ones count less.
 
     What was asked lately is remembered: requests of a class ask much the same, and a gate replays each of its own
     again.
@@ -67,14 +70,27 @@ class Lookup:
         """(token, confidence) after exactly these tokens."""
         if tail in self._known:
             return self._known[tail]
-        key, found = ngram_hash(tail), None
-        for table in self.tables:
-            if (found := table.find(key, self.unit)) is not None:
-                break
+        longest = self._find(tail)
+        found = None if longest is None else (longest[0], self._chance(tail, longest[0]))
         if len(self._known) >= MOST_KNOWN:
             self._known.clear()
         self._known[tail] = found
         return found
+
+    def _find(self, tail: tuple[int, ...]) -> tuple[int, int, int] | None:
+        key = ngram_hash(tail)
+        for table in self.tables:
+            if (found := table.find(key)) is not None:
+                return found
+        return None
+
+    def _chance(self, tail: tuple[int, ...], token: int) -> float:
+        chance, prior = 0.0, PRIOR * self.unit
+        for first in range(len(tail) - 1, -1, -1):
+            if (found := self._find(tail[first:])) is not None:
+                best, count, total = found
+                chance = ((count if best == token else 0) + prior * chance) / (total + prior)
+        return chance
 
 
 class TraceMemory:
@@ -134,9 +150,10 @@ class TraceMemoryDrafter:
         self.index, self.lookup, self.min_confidence = index, lookup, min_confidence
         self.confidence: list[float] = []
 
-    def propose(self, k: int) -> list[int]:
-        draft, self.confidence, survival = list[int](), [], 1.0  # survival: that all up to here is accepted
-        window = self.index.tokens[-self.index.max_n :]  # the last tokens of context + draft
+    def propose(self, k: int, after: Sequence[int] = (), survival: float = 1.0) -> list[int]:
+        """``after``: tokens that somebody else drafted, all of them accepted with the probability ``survival``."""
+        draft, self.confidence = list[int](), []  # survival: that all up to here is accepted
+        window = [*self.index.tokens[-self.index.max_n :], *after][-self.index.max_n :]  # the end of context + draft
         while len(draft) < k and (found := self._next(window)) is not None:
             token, share = found
             survival *= share
@@ -168,7 +185,7 @@ class TraceMemoryProposer:
     memory: TraceMemory
     min_n: int = 2
     max_n: int = 4
-    min_confidence: float = 0.35
+    min_confidence: float = 0.1
     control: ControlSettings = DEFAULT_CONTROL
     unit: int = 1
     kind: ProposerKind = ProposerKind.TRACE_MEMORY

@@ -50,10 +50,9 @@ class NeuralDrafter:
     def __init__(self, pool: DraftPool, prompt_ids: Sequence[int]) -> None:
         self.pool, self.state = pool, pool.start(prompt_ids)
         self.confidence: list[float] = []
-        self.part = 0
 
-    def propose(self, k: int, limit: int | None = None) -> list[int]:
-        return propose_together(self.pool, [(self, k, k if limit is None else limit)])[0]
+    def propose(self, k: int) -> list[int]:
+        return propose_together(self.pool, [(self, k, k)])[0]
 
     def observe(self, tokens: Sequence[int]) -> None:
         self.state.tokens.extend(tokens)

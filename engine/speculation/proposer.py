@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from engine.contracts import ProposerKind, SlipstreamError
@@ -67,18 +68,37 @@ class NeedsTarget(Protocol):
     def bind(self, pools: DraftPools) -> HiddenReader: ...
 
 
+@dataclass(frozen=True, slots=True)
+class Said:
+    """What one ``part`` of a policy answered when it was asked for so many tokens, whether or not they were proposed:
+    what comes to be committed teaches what its answers are worth."""
+
+    part: int
+    asked: int
+    tokens: Sequence[int]
+    confidence: Sequence[float] = ()
+
+
+def asked_of(part: int, said: Sequence[Said]) -> int:
+    """How many tokens were asked of this part."""
+    return sum(one.asked for one in said if one.part == part)
+
+
 @runtime_checkable
 class InTurn(Drafter, Protocol):
-    """A drafter of a policy that reads hidden states: it asks its ``parts`` in turn, the last of which makes passes.
+    """A drafter that asks several ``parts`` in turn, the last of which makes passes of a neural draft.
 
-    ``part``: which of them made the last proposal.
+    ``part``: which of them made the last proposal, or its beginning; ``said``: what each that was asked answered.
     """
 
     @property
     def part(self) -> int: ...
 
+    @property
+    def said(self) -> Sequence[Said]: ...
+
     def propose(self, k: int, limit: int | None = None) -> list[int]:
-        """At most ``k`` token ids, and at most ``limit`` where they take passes."""
+        """At most ``k`` token ids, and at most ``limit`` that take passes."""
 
 
 @runtime_checkable
@@ -100,15 +120,15 @@ class HiddenReader(Protocol):
     def start(self, prompt_ids: Sequence[int], traffic_class: str) -> Any: ...
 
     def propose(self, wants: Sequence[tuple[Any, int, int]]) -> list[list[int]]:
-        """A draft of at most k tokens for every (drafter, k, limit), of at most limit <= k where it takes passes; each
-        is what the drafter would propose alone. Its ``part`` then says who spoke."""
+        """A draft of at most k tokens for every (drafter, k, limit), at most limit <= k of which take passes; each is
+        what the drafter would propose alone."""
 
     def feed(self, fed: Sequence[tuple[Any, int, Tensor]]) -> None:
         """(drafter, first position, aux states [n, len(aux_layers) * hidden]) of tokens that the request has."""
 
     def end(self, drafter: Any) -> None: ...
 
-    def rehearse(self, prompt_ids: Sequence[int], output_ids: Sequence[int], traffic_class: str) -> InTurn:
+    def rehearse(self, prompt_ids: Sequence[int], output_ids: Sequence[int], traffic_class: str) -> Drafter:
         """A drafter for the replay of a stored response, which needs no states: it has computed them."""
 
     @property

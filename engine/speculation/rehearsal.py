@@ -124,14 +124,13 @@ class RehearsedDrafter:
     def __init__(self, rehearsal: Rehearsal, min_survival: float) -> None:
         self.rehearsal, self.min_survival = rehearsal, min_survival
         self.confidence: list[float] = []
-        self.part = 0
         self.passes = 0  # that the draft itself would have made for what it was asked
         self._observed = 0
 
-    def propose(self, k: int, limit: int | None = None) -> list[int]:
+    def propose(self, k: int) -> list[int]:
         self.confidence, survival = [], 1.0
         place = self._observed - 1
-        for chance in self.rehearsal.chances[place][: k if limit is None else min(k, limit)]:
+        for chance in self.rehearsal.chances[place][:k]:
             survival *= chance
             self.confidence.append(chance)
             if survival < self.min_survival:

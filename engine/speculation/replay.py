@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from engine.contracts import SpecCounts, VerifyStep
 from engine.speculation.control import KController, Offer
-from engine.speculation.proposer import Drafter, HiddenReader, InTurn, Proposer, parts
+from engine.speculation.proposer import Drafter, HiddenReader, InTurn, Proposer, Said, asked_of, parts
 
 
 def replay(
@@ -64,22 +64,24 @@ def replay_controlled(
     done = 1
     while done < len(output_ids):
         most, before = max(0, min(proposer.num_speculative_tokens, max_tokens - done - 1)), _passes(drafter)
-        (asked,) = controller.limits([rows[last]], [most])
-        limit, part = asked, last
+        (limit,) = controller.limits([rows[last]], [most])
+        draft, part = list[int](), last
+        said: Sequence[Said] = ()
         if most and in_turn is not None:
-            draft, part = in_turn.propose(most, limit), in_turn.part
-            asked = limit if part == last else most
-        else:
-            draft = drafter.propose(asked) if asked else []
-        row = rows[part]
-        if asked and part == last:
-            row.acceptance.took((_passes(drafter) - before) * draft_pass_s, asked)
-        confidence = drafter.confidence if asked else ()
-        k = controller.choose([Offer(row, len(draft), confidence)]).ks[0]
+            draft, said, part = in_turn.propose(most, limit), in_turn.said, in_turn.part
+        elif limit:
+            draft = drafter.propose(limit)
+            said = [Said(last, limit, draft, drafter.confidence)]
+        if asked := asked_of(last, said):
+            rows[last].acceptance.took((_passes(drafter) - before) * draft_pass_s, asked)
+        confidence = drafter.confidence if draft else ()
+        k = controller.choose([Offer(rows[part], len(draft), confidence)]).ks[0]
         step = verify_stored(draft[:k], output_ids[done:])
         committed = output_ids[done : done + step.emitted]
-        if asked:
-            row.observe(asked, draft, confidence, committed, step)
+        if said:
+            rows[part].settle(step, confidence)
+        for one in said:
+            rows[one.part].observe(one.asked, one.tokens, one.confidence, committed)
         drafter.observe(committed)
         counts.add(step)
         seconds += controller.costs(1 + k)

@@ -101,7 +101,7 @@ def test_the_gated_arm_refuses_what_the_ungated_one_serves(world: World) -> None
 
 def test_bad_updates_in_the_middle_of_a_stream_are_served_without_a_gate_only(world: World) -> None:
     gated, ungated = (
-        AdaptiveArm("x", world, offline(world, responses(12, 6)), (), gated=wanted) for wanted in (True, False)
+        AdaptiveArm("x", world, offline(world, responses(6, 6)), (), gated=wanted) for wanted in (True, False)
     )
     requests = responses(160, 5)
     arms = {"gated": gated, "ungated": ungated}

@@ -33,7 +33,8 @@ def seconds(profile: dict[int, int]) -> dict[int, float]:
 
 def judge(row: RowControl, asked: int, confidence: Sequence[float], committed: list[int], verified: int) -> None:
     """A draft of as many zeros as were ``asked``, the first of them ``verified``."""
-    row.observe(asked, [0] * asked, confidence, committed, verify_stored([0] * verified, committed))
+    row.settle(verify_stored([0] * verified, committed), confidence)
+    row.observe(asked, [0] * asked, confidence, committed)
 
 
 @pytest.mark.parametrize("seed", range(30))

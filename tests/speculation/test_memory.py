@@ -50,15 +50,39 @@ def test_own_context_wins_at_equal_length_and_the_longer_match_over_both() -> No
 
 
 def test_a_draft_ends_where_its_acceptance_becomes_unlikely() -> None:
-    data = built(("chat", [], [1, 2, 3, 4, 5, 6]))  # every n-gram seen once: confidence one half each
-    start = [9, 1, 2]
-    assert [len(proposer(data, c).start(start, "chat").propose(4)) for c in (0.6, 0.5, 0.25, 0.0)] == [0, 1, 2, 4]
+    data = built(("chat", [], [1, 2, 3, 4, 5, 6]))  # n-grams of 2, 3 and 4, seen once each
+    drafter = proposer(data).start([9, 1, 2], "chat")
+    drafter.propose(4)
+    first, second = 1 / 7, (1 + 6 / 7) / 7
+    assert drafter.confidence[:2] == pytest.approx([first, second])
+    limits = (first + 0.01, first - 0.01, first * second - 0.01, 0.0)
+    assert [len(proposer(data, c).start([9, 1, 2], "chat").propose(4)) for c in limits] == [0, 1, 2, 4]
 
 
 def test_most_frequent_token_and_its_confidence() -> None:
     memory = TraceMemory.parse(built(*[("chat", [], [1, 2, 3])] * 3, ("chat", [], [1, 2, 4]))).lookup("chat", 1)
-    assert memory.next_after((1, 2)) == memory.next_after((1, 2)) == (3, 3 / 5)
+    assert memory.next_after((1, 2)) == memory.next_after((1, 2)) == (3, 3 / (4 + 6))
     assert memory.next_after((2, 1)) is memory.next_after((2, 1)) is None
+
+
+def test_shorter_matches_are_the_prior_of_longer_ones() -> None:
+    """One sighting after (0, 1, 2) that says what (1, 2) mostly led to is worth more than one that says another."""
+    common = [("chat", [], [1, 2, 3])] * 6
+    usual, other = (
+        TraceMemory.parse(built(*common, ("chat", [0, 1, 2], [token]))).lookup("chat", 1) for token in (3, 4)
+    )
+    assert usual.next_after((0, 1, 2)) == (3, pytest.approx((1 + 6 * 7 / (7 + 6)) / (1 + 6)))
+    assert other.next_after((0, 1, 2)) == (4, pytest.approx((1 + 6 * 0) / (1 + 6)))
+
+
+def test_memory_goes_on_behind_tokens_that_another_drafted() -> None:
+    data = built(("chat", [], [1, 2, 3, 4, 5, 6]))
+    behind, alone = (proposer(data).start([9, 1], "chat") for _ in range(2))
+    alone.observe([2])
+    assert behind.propose(3, after=[2]) == alone.propose(3) == [3, 4, 5]
+    assert behind.confidence == alone.confidence
+    assert proposer(data, 0.1).start([9, 1], "chat").propose(3, after=[2], survival=0.5) == []  # 0.5 / 7
+    assert behind.propose(3) == []  # its own context did not grow
 
 
 def test_what_is_remembered_of_a_table_is_bounded_and_right(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -84,8 +108,8 @@ def test_counts_agree_with_counting_by_hand() -> None:
     memory = TraceMemory.parse(built(*responses))
     for (traffic_class, key), nexts in seen.items():
         best = min(set(nexts), key=lambda token: (-nexts.count(token), token))
-        table = Lookup([memory.classes[traffic_class]], 1)
-        assert table.next_after(key) == (best, nexts.count(best) / (len(nexts) + 1))
+        table = memory.classes[traffic_class]
+        assert table.find(ngram_hash(key)) == (best, nexts.count(best), len(nexts))
 
 
 def test_same_bytes_in_any_order_and_never_more_than_allowed() -> None:

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import random
 import time
-from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
-from engine.bench import peers, telemetry_cost
+from engine.bench import clients, peers, telemetry_cost
 from engine.bench.blocks import NONE, Block, Run, best_figure, rate_figures, ratio_figure, speculation_figures
 from engine.bench.report import Figure, Report
 from engine.bench.workload import Ids, Responses, Workload, workloads
@@ -26,11 +25,11 @@ from engine.model.loading import Target, configured_target
 from engine.ops.supervisor import Say
 from engine.runner.engine import Engine, EngineRequest
 from engine.runner.profile import profile_step_costs
-from engine.runner.request import RequestResult
 from engine.settings import Settings
 from engine.speculation.artifact import build_artifact, load_proposer, read_artifact
 from engine.speculation.memory import MEMORY_FILE, TraceMemoryBuilder
 from engine.speculation.neural_file import draft_files
+from engine.speculation.none import NoneProposer
 from engine.speculation.proposer import Proposer
 from engine.speculation.step_costs import StepCosts
 
@@ -116,10 +115,12 @@ class Bench:
             target,
             max_num_seqs=max(*options.concurrency, LEARN_AT),
             max_model_len=options.longest + options.tokens,
+            max_queue=100_000,
             prefill_chunk=settings.engine.prefill_chunk,
             clock=time.perf_counter,
             capture_on=graphs_on if settings.engine.cuda_graphs else no_graphs_on,
         )
+        self.engine.load(0, NoneProposer())  # makes the responses that are learned from
         self._responses = Responses(target, options.tokens, settings.dir("bench"))
         self._versions: dict[tuple[str, str], int] = {}  # (policy, class) → version
         self._order = random.Random(options.seed)
@@ -157,29 +158,16 @@ class Bench:
                 self._versions[name, workload.traffic_class] = version
         return names
 
-    def serve(
-        self, prompts: Sequence[Ids], policy: str, traffic_class: str, concurrency: int, tokens: int | None = None
-    ) -> Run:
-        """Serve ``prompts``, ``concurrency`` at a time: the next begins when one ends."""
-        engine, waiting, results = self.engine, deque(enumerate(prompts)), list[RequestResult]()
-        sampling = SamplingParams(tokens or self.options.tokens)
-        began, cpu = time.perf_counter(), time.process_time()
-        running = 0
-        while waiting or running:
-            while waiting and running < concurrency:
-                number, ids = waiting.popleft()
-                engine.add(
-                    EngineRequest(str(number), ids, sampling, self._versions[policy, traffic_class], traffic_class)
-                )
-                running += 1
-            for output in engine.step():
-                if output.result is not None:
-                    results.append(output.result)
-                    running -= 1
-        seconds, cpu = time.perf_counter() - began, time.process_time() - cpu
-        if broken := [r.error for r in results if r.error]:
-            raise SlipstreamError(f"{policy} failed on {len(broken)} of {len(prompts)} requests: {broken[0]}")
-        return Run(sum(r.output_tokens for r in results), seconds, cpu, tuple(results))
+    def serve(self, prompts: Sequence[Ids], policy: str, traffic_class: str, concurrency: int) -> Run:
+        version = self._versions[policy, traffic_class]
+
+        def ask(request_id: str, ids: Ids, most: int) -> EngineRequest:
+            return EngineRequest(request_id, ids, SamplingParams(most), version, traffic_class)
+
+        try:
+            return clients.serve(self.engine, ask, prompts, concurrency, self.options.tokens)
+        except SlipstreamError as error:
+            raise SlipstreamError(f"Policy {policy} cannot be measured. {error}") from None
 
     def _block(self, prompts: Sequence[Ids], names: Sequence[str], traffic_class: str, concurrency: int) -> Block:
         order = list(names)
@@ -223,11 +211,7 @@ class Bench:
 
     def _memory(self, workload: Workload) -> dict[str, bytes]:
         """A trace memory of the target's own responses to the prompts that are not tested."""
-        missing = self._responses.missing(workload.learn)
-        for at in range(0, len(missing), LEARN_AT):
-            self.say(f"{workload.traffic_class}: responses to learn from, {at}/{len(missing)}")
-            made = self.serve(missing[at : at + LEARN_AT], NONE, workload.traffic_class, LEARN_AT).results
-            self._responses.add({r.payload.prompt_ids: r.payload.output_ids for r in made})
+        self._responses.make(self.engine, workload.learn, self.say)
         builder = TraceMemoryBuilder()
         for prompt, response in self._responses.of(workload.learn):
             builder.add(workload.traffic_class, prompt, response)

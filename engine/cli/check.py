@@ -30,12 +30,15 @@ YIELDING = 10
 THREADS = ("OMP_NUM_THREADS", "1")
 """Tests are parallel already. A second thread of torch's spins while it waits for a first that another process keeps
 off its processor: a pass on real weights took six times as much of both."""
+UNCACHED = "PYTHONDONTWRITEBYTECODE"
+"""Container images set it. Here some hundred processes import the same libraries, and each would compile them anew."""
 
 
 def main() -> None:
     if not Path("pyproject.toml").is_file() or not Path("tests").is_dir():
         sys.exit("slipstream-check: run it in the root of a checkout (no pyproject.toml or tests/ here).")
     os.environ.setdefault(*THREADS)
+    os.environ.pop(UNCACHED, None)
     for name, command in FIRST:
         print(f"── {name}: {' '.join(command[-2:])}", flush=True)
         if code := subprocess.run(command).returncode:

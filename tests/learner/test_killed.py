@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
 import time
-from datetime import timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import numpy as np
@@ -21,10 +23,9 @@ from tests.learner.test_learner import World
 
 LONGEST_S = 2.0
 """An attempt here takes less: some learners are killed before it, most within, some after."""
-CHILD = """
-import sys, threading
+NURSERY = """
+import os, sys
 from datetime import datetime
-from pathlib import Path
 from engine.learner.learner import Learner
 from engine.registry.artifacts import ArtifactStore
 from engine.settings import load_settings
@@ -32,21 +33,42 @@ from engine.store.database import Database
 import engine.learner.gate, engine.speculation.memory
 
 settings = load_settings(flags=sys.argv[1:])
-database = Database(settings.database_url)
-print("ready", flush=True)
-now = datetime.fromisoformat(sys.stdin.readline().strip())
-learner = Learner(settings, database, ArtifactStore(settings.dir("policies")), lambda: now)
+for line in sys.stdin:
+    child = os.fork()
+    if child == 0:
+        break
+    print(child, flush=True)
+    os.waitpid(child, 0)
+    print("gone", flush=True)
+else:
+    sys.exit()
+now = datetime.fromisoformat(line.strip())
+learner = Learner(settings, Database(settings.database_url), ArtifactStore(settings.dir("policies")), lambda: now)
 while True:
     learner.attempt_if_due()
 """
+"""Reads in the learner's libraries once. Each line it is sent is the time of a new learner, a process of its own."""
 
 
-def child(url: str, home: Path) -> subprocess.Popen[str]:
+def nursery(url: str, home: Path) -> subprocess.Popen[str]:
     flags = [f"database_url={url}", f"home={home}", "learner.auto_rollout=false", "learner.duty_cycle=1"]
     flags += ["learner.every_requests=40", "learner.min_requests=40"]
     return subprocess.Popen(
-        [sys.executable, "-c", CHILD, *flags], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", NURSERY, *flags], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
+
+
+def start_and_kill(nursery: subprocess.Popen[str], now: datetime, after_s: float) -> None:
+    assert nursery.stdin is not None
+    assert nursery.stdout is not None
+    nursery.stdin.write(now.isoformat() + "\n")
+    nursery.stdin.flush()
+    victim = int(nursery.stdout.readline())
+    try:
+        time.sleep(after_s)
+    finally:
+        os.kill(victim, signal.SIGKILL)
+    assert nursery.stdout.readline() == "gone\n"
 
 
 def check(w: World) -> int:
@@ -68,25 +90,17 @@ def test_a_learner_killed_at_any_moment_leaves_nothing_half_written(
     db: Database, database_url: str, tmp_path: Path, kills: int
 ) -> None:
     w, rng = World(db, tmp_path), np.random.default_rng(kills)
-    waiting = child(database_url, tmp_path)
+    learners = nursery(database_url, tmp_path)
     try:
         for _ in range(kills):
             w.serve(40)
             w.now += timedelta(seconds=LEASE_S + 1)  # the dead one's lease runs out
             w.beat()
-            victim, waiting = waiting, child(database_url, tmp_path)
-            assert victim.stdin is not None
-            assert victim.stdout is not None
-            assert victim.stdout.readline() == "ready\n"
-            victim.stdin.write(w.now.isoformat() + "\n")
-            victim.stdin.flush()
-            time.sleep(rng.uniform(0.0, LONGEST_S))  # the moment of the kill is what is tested
-            victim.kill()
-            victim.wait()
+            start_and_kill(learners, w.now, rng.uniform(0.0, LONGEST_S))  # the moment of the kill is what is tested
             check(w)
     finally:
-        waiting.kill()
-        waiting.wait()
+        learners.kill()
+        learners.communicate()
     before = check(w)
     w.serve(200)
     w.now += timedelta(seconds=LEASE_S + 1)

@@ -17,11 +17,14 @@ from tests.app.hour import Hour, seeded_hour
 from tests.databases import TEMPLATE, copied, with_database
 from tests.tiny_model import write_tiny_model
 
+ALSO_LONG = {"test_rollups.py", "test_slices.py"}
+"""Files of a minute or two, though none of their tests is slow."""
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files that start many processes come first: begun last, one of them would keep a single worker to the end."""
+    """Long files come first: begun last, one of them would keep a single worker to the end."""
     long = {item.path for item in items if item.get_closest_marker("slow") or item.get_closest_marker("browser")}
-    items.sort(key=lambda item: item.path not in long)
+    items.sort(key=lambda item: item.path not in long and item.path.name not in ALSO_LONG)
 
 
 @pytest.fixture(scope="session")

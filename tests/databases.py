@@ -17,7 +17,7 @@ def copied(server_url: str, template: str = TEMPLATE) -> Iterator[str]:
     """A database with what the template holds; its URL."""
     name = f"test_{uuid.uuid4().hex[:12]}"
     with psycopg.connect(server_url, autocommit=True) as connection:
-        # Its files are copied: by default each page goes through the log, which takes twice the processor here.
+        # Its files are copied: by default each page goes through the write-ahead log.
         connection.execute(f"CREATE DATABASE {name} TEMPLATE {template} STRATEGY FILE_COPY")
     try:
         yield with_database(server_url, name)

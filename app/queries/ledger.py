@@ -10,6 +10,7 @@ import pandas as pd
 import streamlit as st
 
 from app.queries.database import database
+from app.queries.overview import kept
 from engine.contracts import ReplicaState, ServingPlan
 from engine.rollout import launch as launching
 from engine.rollout.guards import RolloutSpec
@@ -22,6 +23,9 @@ from engine.store.repositories.replicas import Effect
 from engine.store.repositories.rollouts import DecisionRecord, Rollout
 
 TTL = timedelta(seconds=2)
+kept_as_it_is = st.cache_resource(ttl=TTL, show_spinner=False)
+"""For frozen records, which nobody changes: all sessions have the same. To copy the decisions of a rollout for each,
+with all their evidence, was a third of a refresh."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +41,11 @@ class Serving:
     """The newest plan that every live replica routes by."""
     waiting: tuple[Command, ...] = ()
     """What was asked of the rollout and not answered yet."""
+
+    @property
+    def generation(self) -> int | None:
+        """Of the newest plan. The ledger only grows, so this tells all that it says."""
+        return self.plan.generation if self.plan is not None else None
 
     @property
     def target(self) -> int | None:
@@ -57,7 +66,7 @@ class Serving:
         return self.roles.get(version, "")
 
 
-@st.cache_data(ttl=TTL, show_spinner=False)
+@kept_as_it_is
 def serving() -> Serving:
     with database().read() as session:
         plan = plans.latest(session)
@@ -82,9 +91,9 @@ def observed(generation: int, since: datetime) -> dict[str, int]:
         return traces.arms(session, generation, max(since, datetime.now(UTC) - timedelta(hours=1)))
 
 
-@st.cache_data(ttl=TTL, show_spinner=False)
-def marks(part: Slice) -> pd.DataFrame:
-    """(at, label, canary) of the plans in a window, oldest first: the deploy markers."""
+@kept
+def marks(part: Slice, generation: int | None) -> pd.DataFrame:
+    """(at, label, canary) of the plans in a window, oldest first: the deploy markers. ``generation`` is the newest."""
     with database().read() as session:
         found = plans.history(session, part.since, part.until)
         before = {plan.generation: plan for plan in plans.history(session, until=part.until)}
@@ -94,21 +103,21 @@ def marks(part: Slice) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["at", "label", "canary"])
 
 
-@st.cache_data(ttl=TTL, show_spinner=False)
+@kept_as_it_is
 def all_rollouts() -> list[Rollout]:
     with database().read() as session:
         return rollouts.list_rollouts(session)
 
 
-@st.cache_data(ttl=TTL, show_spinner=False)
+@kept_as_it_is
 def decisions(rollout_id: int) -> list[DecisionRecord]:
     with database().read() as session:
         return history.verdicts(session, rollout_id)
 
 
-@st.cache_data(ttl=timedelta(seconds=5), show_spinner=False)
-def counts(rollout_id: int) -> list[dict[str, Any]]:
-    """What the last decision about a rollout was made of: one entry per arm and class."""
+@st.cache_data(ttl=timedelta(seconds=30), show_spinner=False)
+def counts(rollout_id: int, newest: int | None) -> list[dict[str, Any]]:
+    """What the last decision about a rollout was made of, one entry per arm and class; ``newest`` is its id."""
     with database().read() as session:
         return history.newest_counts(session, rollout_id)
 

@@ -10,10 +10,10 @@ import streamlit as st
 from app.charts import latency, speculation
 from app.components import context
 from app.components.alarms import alarms, named
-from app.components.context import ago, heading, link, plain
+from app.components.context import Context, ago, heading, link, plain
 from app.components.drawing import draw_to_traces
 from app.components.export import export
-from app.components.finished import finished
+from app.components.shared import shared
 from app.components.tables import Columns, table
 from app.queries import ledger, overview
 from engine.store.repositories.overview import Slice
@@ -24,7 +24,7 @@ NEAR = timedelta(hours=1)
 
 def page() -> None:
     here = current()
-    part, colours, window = here.part, here.colours, here.window
+    part = here.part
     found = overview.rows("drift.findings", part)
     classes = overview.over_time(part, ("traffic_class",), ())
     if classes.empty and found.empty:
@@ -33,34 +33,43 @@ def page() -> None:
         return
     still = found[found["ended_at"].isna()] if len(found) else found
     context.headline(_verdict(found, still))
+    _panels(here, ledger.serving().generation, _newest(found))
+    export("drift", part)
+
+
+@shared
+def _panels(here: Context, generation: int | None, newest: str) -> None:
+    """``newest``: how long ago the newest finding was made."""
+    part, colours, window = here.part, here.colours, here.window
+    found = overview.rows("drift.findings", part)
+    classes = overview.over_time(part, ("traffic_class",), ())
     by_class = overview.totals(part, ("traffic_class",), ())
-    st.html(finished(alarms, found, by_class, classes, _newest(found), colours))
+    st.html(alarms(found, by_class, classes, newest, colours))
     with st.container(border=True):
         heading("Findings", "the last hour against the day before it; acceptance length against what was usual")
         _findings(found)
-    marks = ledger.marks(part)
+    marks = ledger.marks(part, generation)
     left, right = st.columns(2)
     with left.container(border=True):
         heading("Mix of traffic", "% of requests by class · drag to open the traces")
-        figure = finished(speculation.share_by_class, classes, marks, window, colours)
+        figure = speculation.share_by_class(classes, marks, window, colours)
         draw_to_traces(figure, "mix", "Share of the requests over time by traffic class.")
     with right.container(border=True):
         heading("Acceptance length", "by class: what a change of mix cannot move")
-        figure = finished(speculation.by_class, classes, "acceptance_length", marks, window, colours)
+        figure = speculation.by_class(classes, "acceptance_length", marks, window, colours)
         draw_to_traces(figure, "acceptance", "Acceptance length over time, a line a traffic class.")
     left, right = st.columns(2)
     for column, name, title in ((left, "prompt_tokens", "Prompt length"), (right, "output_tokens", "Output length")):
         with column.container(border=True):
             heading(title, "tokens a request, mean, by class")
             frame = classes.assign(mean=classes[name] / classes["requests"]) if len(classes) else classes
-            figure = finished(speculation.by_class, frame, "mean", marks, window, colours, ",.0f")
+            figure = speculation.by_class(frame, "mean", marks, window, colours, ",.0f")
             draw_to_traces(figure, name, f"{title} over time, a line a traffic class.")
     with st.container(border=True):
         heading("Versions", "acceptance length over time: a slide at a constant version")
         versions = overview.over_time(overview.leading(part), ("policy_version",), ())
-        figure = finished(latency.by_version, versions, "acceptance_length", marks, window, colours)
+        figure = latency.by_version(versions, "acceptance_length", marks, window, colours)
         draw_to_traces(figure, "versions", "Acceptance length over time, a line a version.")
-    export("drift", part)
 
 
 def _verdict(found: pd.DataFrame, still: pd.DataFrame) -> str:

@@ -17,7 +17,6 @@ from app.components.cards import first as first_of
 from app.components.context import RANGES, heading, link, plain
 from app.components.drawing import draw
 from app.components.export import MIME
-from app.components.finished import finished
 from app.components.sheets import number, sheet, words
 from app.queries import explain, overview
 from engine.diagnosis.explain import METRICS, Explanation, signed
@@ -48,7 +47,7 @@ def page() -> None:
     # How far each metric moved is read from rollups and is there at once; why, takes a look at the requests.
     now, before, trend = overview.totals(second), overview.totals(first), overview.over_time(second)
     if len(now):
-        st.html(finished(cards, first_of(now), first_of(before), trend, here.colours, EXPLAINED))
+        st.html(cards(first_of(now), first_of(before), trend, here.colours, EXPLAINED))
     with head:
         found = explain.between(first, second, str(metric))
         st.markdown(plain(found.sentence))
@@ -65,7 +64,7 @@ def page() -> None:
             )
             heading("Where the change comes from", f"{unit}; grey where it may be nothing")
             lower = METRICS[str(metric)].better == "lower"
-            figure = finished(system.waterfall, found.parts, found.total, lower, found.unit, here.colours)
+            figure = system.waterfall(found.parts, found.total, lower, found.unit, here.colours)
             draw(figure, "waterfall", found.sentence)
         with right.container(border=True, height="stretch"):
             heading("Which traffic", "share of requests in either window, and what it adds to the change")

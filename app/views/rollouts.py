@@ -7,11 +7,12 @@ import streamlit as st
 
 from app.charts import latency
 from app.charts import rollout as charts
+from app.charts.theme import Palette
 from app.components import context, decision_log, guard_table, operations, rollout, verbs
-from app.components.context import heading, plain
+from app.components.context import Context, heading, plain
 from app.components.drawing import draw, draw_to_traces
 from app.components.export import export
-from app.components.finished import finished
+from app.components.shared import shared
 from app.components.tables import Columns, by_identity, table
 from app.queries import ledger, overview
 from engine.contracts import CANARY, CONTROL, RolloutState
@@ -51,21 +52,32 @@ def page() -> None:
             st.html(rollout.steps(active, here.colours))
     with right.container(border=True, height="stretch"):
         heading("Guards", "set before the start, evaluated on every tick")
-        judged = [decision for decision in decisions if decision.evidence.get("guards")]
-        if active is not None and judged:
-            guard_table.guard_table(judged[-1], active, ledger.counts(active.id), here.colours)
-        else:
-            st.caption(
-                "No guard has anything to judge. `slipstream rollout start VERSION` begins a rollout; "
-                "so does a policy that passes its gate."
-            )
+        _guards(active, decisions, _newest(decisions), here.colours)
     if active is not None:
-        _arms(active, decisions)
+        _evidence(active, decisions, "active", active.id, _newest(decisions), here.colours)
+        _arms(here, serving.plan.generation)
     with st.container(border=True):
         heading("Rollouts", "newest first; choose one to read its decisions")
         _history()
     operations.panel(ledger.operations_record())
     export("rollouts", here.part)
+
+
+def _newest(decisions: list[DecisionRecord]) -> int | None:
+    """The decision that all panels of a rollout are as of: decisions are only ever added."""
+    return decisions[-1].id if decisions else None
+
+
+@shared
+def _guards(_active: Rollout | None, _decisions: list[DecisionRecord], newest: int | None, colours: Palette) -> None:
+    judged = [decision for decision in _decisions if decision.evidence.get("guards")]
+    if _active is not None and judged:
+        guard_table.guard_table(judged[-1], _active, ledger.counts(_active.id, newest), colours)
+    else:
+        st.caption(
+            "No guard has anything to judge. `slipstream rollout start VERSION` begins a rollout; "
+            "so does a policy that passes its gate."
+        )
 
 
 def _sentence(serving: ledger.Serving) -> str:
@@ -87,46 +99,46 @@ def _sentence(serving: ledger.Serving) -> str:
     return f"Canary **v{active.canary}** {share} against **v{active.champion}**, {state}: {reason}."
 
 
-def _arms(active: Rollout, decisions: list[DecisionRecord]) -> None:
-    """Canary and control side by side over the chosen window, and how sure the guard is of the difference."""
-    here = current()
-    frame = overview.over_time(here.part, ("arm", "policy_version"))
+@shared
+def _arms(here: Context, generation: int | None) -> None:
+    """Canary and control side by side over the chosen window."""
+    frame = overview.over_time(here.part, ("arm", "policy_version"), ("e2e",))
     if not frame.empty:
         frame = frame[frame["arm"].isin((CANARY, CONTROL))]
-    marks = ledger.marks(here.part)
-    _evidence(active, decisions, "active")
+    marks = ledger.marks(here.part, generation)
     columns = st.columns(2)
     with columns[0].container(border=True):
         heading("Acceptance length", "canary and control arms")
-        figure = finished(latency.by_version, frame, "acceptance_length", marks, here.window, here.colours)
+        figure = latency.by_version(frame, "acceptance_length", marks, here.window, here.colours)
         draw_to_traces(figure, "arms-acceptance", "Acceptance length of canary and control over time.")
     with columns[1].container(border=True):
         heading("p95 end-to-end latency", "canary and control arms, ms")
-        figure = finished(latency.by_version, frame, "e2e_p95", marks, here.window, here.colours, ",.0f")
+        figure = latency.by_version(frame, "e2e_p95", marks, here.window, here.colours, ",.0f")
         draw_to_traces(figure, "arms-latency", "95th percentile of latency of canary and control over time.")
 
 
-def _evidence(one: Rollout, decisions: list[DecisionRecord], key: str) -> None:
+@shared
+def _evidence(
+    _one: Rollout, _decisions: list[DecisionRecord], key: str, rollout_id: int, newest: int | None, colours: Palette
+) -> None:
     """What the guards of a rollout judged by: certainty, boundaries, latency of both arms, and the classes."""
-    colours = current().colours
-    guards = one.spec.get("guards", [])
-    counts = ledger.counts(one.id)
+    guards = _one.spec.get("guards", [])
+    counts = ledger.counts(rollout_id, newest)
     metric = next((g["metric"] for g in guards if g["kind"] == "latency"), "e2e")
     columns = st.columns(3)
     with columns[0].container(border=True):
         heading("Certainty", "tokens per step, canary − control")
         drops = [g["max_drop"] for g in guards if g["kind"] == "tokens_per_step"]
-        differences = rollout.differences(decisions, drops[0] if drops else 0.0)
-        figure = finished(charts.certainty, differences, one.canary, colours)
+        differences = rollout.differences(_decisions, drops[0] if drops else 0.0)
+        figure = charts.certainty(differences, _one.canary, colours)
         draw(figure, f"certainty-{key}", "Difference of tokens per step, canary less control, with its interval.")
     with columns[1].container(border=True):
         heading("Evidence against the canary", "share of what rolls back, by guard")
-        figure = finished(charts.boundaries, rollout.evidence(decisions, guards), colours)
+        figure = charts.boundaries(rollout.evidence(_decisions, guards), colours)
         draw(figure, f"boundaries-{key}", "Evidence of each guard over time, as a share of what rolls back.")
     with columns[2].container(border=True):
         heading("Latency of both arms", f"{guard_table.METRICS.get(metric, metric)} by quantile, all compared requests")
-        frame = rollout.curves(counts, metric)
-        figure = finished(charts.quantile_curves, frame, one.canary, one.champion, colours)
+        figure = charts.quantile_curves(rollout.curves(counts, metric), _one.canary, _one.champion, colours)
         draw(figure, f"curves-{key}", "Latency of canary and control by quantile.")
     with st.container(border=True):
         heading("Classes", "canary and control, all compared requests since the start")
@@ -173,7 +185,7 @@ def _history() -> None:
         decisions = ledger.decisions(one.id)
         serving = ledger.serving()
         if one.state not in (RolloutState.DRAFT,) and (serving.rollout is None or serving.rollout.id != one.id):
-            _evidence(one, decisions, "chosen")
+            _evidence(one, decisions, "chosen", one.id, _newest(decisions), colours)
         decision_log.panel(one, decisions, colours)
 
 

@@ -8,13 +8,14 @@ import streamlit as st
 from app.charts import latency, speculation
 from app.components import context
 from app.components.cards import DRAFTING, cards, first
-from app.components.context import few, heading
+from app.components.context import Context, few, heading
 from app.components.drawing import draw, draw_to_traces
 from app.components.export import export
-from app.components.finished import finished
+from app.components.shared import shared
 from app.components.tables import Columns, by_identity, table
 from app.queries import ledger, overview
 from engine.store.panels.versions import SHOWN
+from engine.store.repositories.overview import Slice
 
 PREDICTED = (
     "what K control expected when it chose: plain decoding of the tokens it expected, over what it expected drafting "
@@ -29,48 +30,53 @@ current = context.bar()
 
 def page() -> None:
     here = current()
-    part, colours, window = here.part, here.colours, here.window
-    totals = overview.totals(part)
+    totals = overview.totals(here.part)
     if totals.empty or not totals["steps"].iloc[0]:
         context.headline("**No verify step** in this window.")
         st.info("Choose a longer window or fewer filters; `slipstream demo` sends traffic.", icon=":material/info:")
         return
-    lines, listed = overview.leading(part), overview.leading(part, SHOWN)
+    context.headline(_verdict(totals.iloc[0], _costs(here.part)))
+    _panels(here, ledger.serving().generation)
+    export("speculation", here.part)
+
+
+@shared
+def _panels(here: Context, generation: int | None) -> None:
+    part, colours, window = here.part, here.colours, here.window
+    lines, costs = overview.leading(part), _costs(part)
     capped = few(part, lines)
-    costs = overview.numbers(overview.rows("speculation.cost", listed), ("policy_version", "traffic_class"))
-    context.headline(_verdict(totals.iloc[0], costs))
-    before, trend = overview.totals(part.before()), overview.over_time(part)
-    st.html(finished(cards, totals.iloc[0], first(before), trend, colours, DRAFTING))
-    marks = ledger.marks(part)
+    total, before = first(overview.totals(part)), first(overview.totals(part.before()))
+    st.html(cards(total, before, overview.over_time(part), colours, DRAFTING))
+    marks = ledger.marks(part, generation)
     versions = overview.over_time(lines, ("policy_version",), ())
     classes = overview.over_time(part, ("traffic_class",), ())
     left, middle, right = st.columns(3)
     with left.container(border=True):
         heading("Acceptance length", f"1 + accepted / steps, by version{capped}")
-        figure = finished(latency.by_version, versions, "acceptance_length", marks, window, colours)
+        figure = latency.by_version(versions, "acceptance_length", marks, window, colours)
         draw_to_traces(figure, "length", "Acceptance length over time, a line a version.")
     with middle.container(border=True):
         heading("Draft acceptance rate", f"accepted / drafted, by version{capped}")
-        figure = finished(latency.by_version, versions, "acceptance_rate", marks, window, colours, ".1%")
+        figure = latency.by_version(versions, "acceptance_rate", marks, window, colours, ".1%")
         draw_to_traces(figure, "rate", "Share of drafted tokens accepted over time, a line a version.")
     with right.container(border=True):
         heading("Draft length", "drafted tokens per verify step: the K that was used")
-        figure = finished(latency.by_version, versions, "draft_length", marks, window, colours)
+        figure = latency.by_version(versions, "draft_length", marks, window, colours)
         draw_to_traces(figure, "k", "Drafted tokens per verify step over time, a line a version.")
     left, middle, right = st.columns(3)
     with left.container(border=True):
         heading("By class", "acceptance length · drag to open the traces")
-        figure = finished(speculation.by_class, classes, "acceptance_length", marks, window, colours)
+        figure = speculation.by_class(classes, "acceptance_length", marks, window, colours)
         draw_to_traces(figure, "by-class", "Acceptance length over time, a line a traffic class.")
     with middle.container(border=True):
         heading("By position", "% of steps that drafted, by version")
-        figure = finished(latency.positions, overview.positions(lines), colours)
+        figure = latency.positions(overview.positions(lines), colours)
         draw(figure, "positions", "Share accepted at each draft position, by version.")
     with right.container(border=True):
         heading("By position", "% of steps that drafted, by class")
         frame = overview.numbers(overview.rows("speculation.positions_by_class", part), ("traffic_class",))
         draw(
-            finished(speculation.positions_by_class, frame, colours),
+            speculation.positions_by_class(frame, colours),
             "class-positions",
             "The same, a line a traffic class.",
         )
@@ -81,7 +87,7 @@ def page() -> None:
         heading("Per request", f"% of requests by acceptance length; {note}")
         frame = overview.rows("speculation.distribution", lines)
         draw(
-            finished(speculation.distribution, frame, band, colours),
+            speculation.distribution(frame, band, colours),
             "spread",
             "How requests spread over acceptance lengths.",
         )
@@ -92,14 +98,19 @@ def page() -> None:
             "tokens a verify step brings; above the line drafting pays · shapes are classes · hover: gain",
         )
         draw(
-            finished(speculation.cost, drawn, colours),
+            speculation.cost(drawn, colours),
             "cost",
             "Acceptance length against the cost of a step, with break-even.",
         )
     with st.container(border=True):
         heading("Versions and classes", "times in ms per verify step; gain: time of plain decoding / time spent")
         _table(costs, here)
-    export("speculation", part)
+
+
+def _costs(part: Slice) -> pd.DataFrame:
+    """What each version costs and brings in each class."""
+    listed = overview.leading(part, SHOWN)
+    return overview.numbers(overview.rows("speculation.cost", listed), ("policy_version", "traffic_class"))
 
 
 def _verdict(total: pd.Series, costs: pd.DataFrame) -> str:
@@ -115,7 +126,7 @@ def _verdict(total: pd.Series, costs: pd.DataFrame) -> str:
     return f"{text}. :red[Drafting costs more than it brings] for {where}: {worst['gain']:.2f} × plain decoding."
 
 
-def _table(costs: pd.DataFrame, here: context.Context) -> None:
+def _table(costs: pd.DataFrame, here: Context) -> None:
     number = st.column_config.NumberColumn
     frame = costs.assign(version=[f"v{int(version)}" for version in costs["policy_version"]])
     frame["acceptance_rate"] = frame["acceptance_rate"] * 100

@@ -8,10 +8,11 @@ import streamlit as st
 
 from app.charts import system
 from app.components import context
-from app.components.context import heading
+from app.components.context import Context, heading
 from app.components.drawing import draw
 from app.components.export import export
-from app.components.finished import finished
+from app.components.health import health
+from app.components.shared import shared
 from app.components.sheets import number, sheet, words
 from app.queries import overview
 
@@ -21,28 +22,35 @@ LATE_S = 300.0  # deltas that wait longer say that housekeeping does not run
 
 def page() -> None:
     here = current()
-    part, colours = here.part, here.colours
-    writers, exporter, waiting, stored, learning, sinks = (
-        overview.rows(f"system.{name}", part)
-        for name in ("writers", "exporter", "compaction", "partitions", "learning", "notifications")
-    )
+    writers, exporter, waiting, sinks = _read(here, "writers", "exporter", "compaction", "notifications")
     context.headline(_verdict(writers, exporter, waiting, sinks))
+    _panels(here)
+    export("system", here.part)
+
+
+def _read(here: Context, *names: str) -> list[pd.DataFrame]:
+    return [overview.rows(f"system.{name}", here.part) for name in names]
+
+
+@shared
+def _panels(here: Context) -> None:
+    writers, exporter, waiting, stored = _read(here, "writers", "exporter", "compaction", "partitions")
     if writers.empty and stored.empty:
         st.info("Nothing has run on this database yet. Start the system: `slipstream up`.", icon=":material/info:")
+    st.html(health(writers, exporter, waiting, stored, here.colours))
     with st.container(border=True):
         heading("Replicas", "what each routes by, and its trace writer since its start")
         _writers(writers)
     left, right = st.columns([3, 2])
     with left.container(border=True, height="stretch"):
         heading("Partitions", "megabytes by UTC day")
-        draw(finished(system.partitions, stored, colours), "partitions", "Size of each day's partitions.")
+        draw(system.partitions(stored, here.colours), "partitions", "Size of each day's partitions.")
     with right.container(border=True, height="stretch"):
         heading("Behind the scenes")
-        _parts(exporter, waiting, learning, sinks)
+        _parts(exporter, waiting, *_read(here, "learning", "notifications"))
     with st.container(border=True):
         heading("Queries of this dashboard", "ms, the last 500 that were not in the cache")
         _queries()
-    export("system", part)
 
 
 def _verdict(writers: pd.DataFrame, exporter: pd.DataFrame, waiting: pd.DataFrame, sinks: pd.DataFrame) -> str:

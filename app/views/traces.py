@@ -14,7 +14,6 @@ from app.charts.theme import Palette
 from app.components import context, tokens, trace_list
 from app.components.context import heading, plain
 from app.components.drawing import draw
-from app.components.finished import finished
 from app.components.tokens import Origin
 from app.queries import traces, versions
 from engine.store import frames
@@ -95,10 +94,10 @@ def _one(asked: str, colours: Palette) -> None:
         _response(found, colours)
     with right.container(border=True, height="stretch"):
         heading("Time", "from arrival, ms")
-        draw(finished(charts.waterfall, _parts(row), colours), "waterfall", "Where the time of this request went.")
+        draw(charts.waterfall(_parts(row), colours), "waterfall", "Where the time of this request went.")
         if found.payload is not None:
             heading("Verify steps", "tokens drafted, and how many of them were accepted")
-            figure = finished(charts.steps, found.payload.step_drafted, found.payload.step_accepted, colours)
+            figure = charts.steps(found.payload.step_drafted, found.payload.step_accepted, colours)
             draw(figure, "steps", "Tokens drafted and accepted in each verify step.")
     with st.container(border=True):
         heading("Fields")

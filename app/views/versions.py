@@ -8,13 +8,14 @@ from typing import Any
 import streamlit as st
 
 from app.charts import versions as charts
+from app.charts.figure import Figure
 from app.components import adaptation, context, diff
 from app.components import versions as shown
-from app.components.context import ago, heading, plain
+from app.components.context import Context, ago, heading, plain
 from app.components.diff import MEASURES
 from app.components.drawing import draw_to_choose
 from app.components.export import export
-from app.components.finished import finished
+from app.components.shared import shared
 from app.queries import ledger, versions
 from app.queries.database import settings
 from engine.contracts import PolicyVersion
@@ -50,11 +51,11 @@ def page() -> None:
     family = versions.family(chosen.version)
     left, right = st.columns([1, 1])
     with left.container(border=True, height="stretch"):
-        _against_version(part, chosen, serving)
+        _against_version(here, chosen, serving)
     with right.container(border=True, height="stretch"):
         heading(f"Family of v{chosen.version}", "solid: parent, dotted: whose traffic taught it · click to choose")
         nodes = shown.nodes(family, serving)
-        figure = finished(charts.family, nodes, shown.taught(family), chosen.version, here.colours)
+        figure = charts.family(nodes, shown.taught(family), chosen.version, here.colours)
         draw_to_choose(figure, "family", _in_words(nodes, chosen.version), _choose)
     left, right = st.columns([1, 1])
     with left.container(border=True, height="stretch"):
@@ -109,7 +110,7 @@ def _table(
         here = tuple(numbers[(at - 1) * PAGE : at * PAGE])
         asked = tuple(number for number in here if number in served) or (0,)
         measured, moved = versions.measured(part, asked), versions.trends(part, asked)
-        frame = finished(shown.rows, versions.some(here), measured, moved, sum(served.values()), serving.roles)
+        frame = shown.rows(versions.some(here), measured, moved, sum(served.values()), serving.roles)
         st.session_state["listed"] = [int(number) for number in frame["policy_version"]]
         shown.listing(frame, current().colours, _key(which, at), _pick)
         if pages > 1:
@@ -124,20 +125,21 @@ def _key(which: str | None, page: int) -> str:
     return str(st.session_state["listing"])
 
 
-def _against_version(part: Slice, chosen: PolicyVersion, serving: ledger.Serving) -> None:
+def _against_version(here: Context, chosen: PolicyVersion, serving: ledger.Serving) -> None:
     with st.container(horizontal=True, vertical_alignment="center", key="measure-bar"):
         heading("By version", "95 % intervals; the 50 with the most requests")
         label = st.selectbox("Metric", list(MEASURES), key="measure", bind="query-params", width=190, **HIDDEN)
-    measure = MEASURES[str(label)]
-    frame = versions.measured(part)
+    figure = _compared(here, str(label), chosen.version, serving.generation, serving.roles)
+    draw_to_choose(figure, "by-version", f"{label} by version with 95 % intervals.", _choose)
+
+
+@shared
+def _compared(here: Context, label: str, chosen: int, generation: int | None, _roles: dict[int, str]) -> Figure:
+    measure, frame = MEASURES[label], versions.measured(replace(here.part, version=None))
     names = [measure.column, f"{measure.column}_low", f"{measure.column}_high"]
     if len(frame):
         frame = frame.assign(**{name: frame[name] * measure.scale for name in names})
-    colours = current().colours
-    figure = finished(
-        charts.against, frame, measure.column, chosen.version, serving.roles, measure.form, measure.unit, colours
-    )
-    draw_to_choose(figure, "by-version", f"{measure.label} by version with 95 % intervals.", _choose)
+    return charts.against(frame, measure.column, chosen, _roles, measure.form, measure.unit, here.colours)
 
 
 def _diff(

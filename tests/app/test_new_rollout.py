@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-import streamlit as st
 from sqlalchemy import text as sql
 from streamlit.testing.v1 import AppTest
 
 from app.components.new_rollout import Wishes, specification
+from app.queries import ledger
 from engine.contracts import RolloutState
 from engine.rollout import specs
 from engine.rollout.guards import Latency, SpecError, TokensPerStep
@@ -87,7 +87,7 @@ def newest(db: Database) -> rollouts.Rollout:
 def ended(db: Database) -> None:
     with db.write() as session:
         session.execute(sql("UPDATE rollouts SET state = 'ROLLED_BACK' WHERE state = 'RAMPING'"))
-    st.cache_data.clear()
+    ledger.serving.clear()
 
 
 def test_the_form_writes_what_it_shows(seeded: Database) -> None:

@@ -1,0 +1,89 @@
+"""What one session drew is handed to those that look at the same, and to no others."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+import streamlit as st
+from streamlit.testing.v1 import AppTest
+
+from app.charts import speculation
+from app.charts.theme import DARK, LIGHT
+from app.components import shared as module
+from app.components.context import Context
+from engine.store.database import Database
+from engine.store.repositories.overview import Slice
+from tests.app.test_pages import page
+
+SEEN = datetime(2026, 3, 1, 12, tzinfo=UTC)
+HERE = Context(Slice(SEEN - timedelta(hours=1), SEEN), "1h", LIGHT)
+
+
+def looked_at(**query: str) -> AppTest:
+    """The page over a window that does not move."""
+    end = datetime.now(UTC).replace(microsecond=0)
+    return page(
+        "speculation", **query | {"from": f"{end - timedelta(hours=1):%FT%H:00:00}", "to": f"{end:%FT23:59:59}"}
+    )
+
+
+def cards(test: AppTest) -> str:
+    found: list[str] = [element.proto.body for element in test.get("html")]
+    return next(body for body in found if 'class="cards"' in body)
+
+
+def test_what_two_sessions_look_at_is_drawn_once(seeded: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, drawn = speculation.cost, list[int]()
+
+    def counted(*given: Any) -> Any:
+        drawn.append(1)
+        return plain(*given)
+
+    monkeypatch.setattr(speculation, "cost", counted)
+    first, second = looked_at(), looked_at()
+    assert len(drawn) == 1
+    assert cards(first) == cards(second)
+    assert [chart.proto.spec for chart in first.get("plotly_chart")] == [
+        chart.proto.spec for chart in second.get("plotly_chart")
+    ]
+    assert [element.value for element in first.markdown] == [element.value for element in second.markdown]
+
+
+def test_a_session_with_other_filters_has_its_own_answer(seeded: Database) -> None:
+    chat, code = cards(looked_at(**{"class": "chat"})), cards(looked_at(**{"class": "code"}))
+    assert chat != code
+    st.cache_resource.clear()
+    assert cards(looked_at(**{"class": "code"})) == code
+
+
+def test_that_test_sees_an_answer_given_to_another(seeded: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    careless = st.cache_resource(show_spinner=False, hash_funcs={Context: lambda here: here.range})
+    monkeypatch.setattr(module, "shared", careless)
+    with pytest.raises(AssertionError):
+        test_a_session_with_other_filters_has_its_own_answer(seeded)
+
+
+OTHERS = {
+    "window": replace(HERE, part=replace(HERE.part, until=SEEN + timedelta(seconds=5))),
+    "class": replace(HERE, part=replace(HERE.part, traffic_class="chat")),
+    "arm": replace(HERE, part=replace(HERE.part, arm="canary")),
+    "version": replace(HERE, part=replace(HERE.part, version=3)),
+    "versions": replace(HERE, part=replace(HERE.part, versions=(3, 4))),
+    "scheme": replace(HERE, colours=DARK),
+}
+
+
+@pytest.mark.parametrize("other", OTHERS.values(), ids=list(OTHERS))
+def test_whatever_a_page_is_about_tells_its_parts_apart(other: Context) -> None:
+    asked = list[Context]()
+
+    @module.shared
+    def part(here: Context) -> int:
+        asked.append(here)
+        return len(asked)
+
+    part.clear()
+    assert [part(HERE), part(replace(HERE)), part(other), part(HERE)] == [1, 1, 2, 1]

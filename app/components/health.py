@@ -7,6 +7,7 @@ import pandas as pd
 
 from app.charts.theme import Palette, floats
 from app.components.cards import card, row
+from app.components.sheets import MISSING
 
 
 def health(
@@ -15,27 +16,37 @@ def health(
     """A row of cards as HTML. The frames are those of the page's panels: a row a replica, what is exported, all deltas
     that wait, a day."""
     queue, spilled, set_aside, dropped = (
-        _whole(writers, name) for name in ("queue", "spill_files", "set_aside", "dropped")
+        _sum(writers, name) for name in ("queue", "spill_files", "set_aside", "dropped")
     )
-    lag = floats(exporter, "lag_s")
-    known = lag[~np.isnan(lag)]
-    behind = f"{known.max():,.0f} s" if len(known) else "–"
-    deltas = _whole(waiting, "deltas_waiting")
+    known = floats(exporter, "lag_s")
+    known = known[~np.isnan(known)]
+    behind = f"{known.max():,.0f} s" if len(known) else MISSING
     lost = colours.bad if dropped or set_aside else colours.muted
     made = [
-        card("Replicas", f"{len(writers):,}", "heard of lately" if len(writers) else "none", colours.muted),
-        card("Queue", f"{queue:,}", "traces to be written", colours.muted),
-        card("Spill", f"{spilled:,}", "batches on disk", colours.bad if spilled else colours.muted),
-        card("Dropped", f"{dropped:,}", f"{set_aside:,} set aside", lost),
+        card("Replicas", f"{len(writers):,}", "" if len(writers) else "none heard of", colours.muted),
+        card("Queue", _written(queue), "traces", colours.muted),
+        card("Spill", _written(spilled), "batches", colours.bad if spilled else colours.muted),
+        card("Dropped", _written(dropped), f"{_written(set_aside)} set aside", lost),
         card("MLflow lag", behind, "", colours.muted),
-        card("Rollups", f"{deltas:,}", "deltas not compacted", colours.muted),
-        card("Stored", f"{_megabytes(stored):,.0f} MB", f"{len(stored)} days", colours.muted),
+        card("Not compacted", _written(_sum(waiting, "deltas_waiting")), "deltas", colours.muted),
+        card(
+            "Stored",
+            f"{_megabytes(stored):,.0f} MB",
+            "of 1 day" if len(stored) == 1 else f"of {len(stored)} days",
+            colours.muted,
+        ),
     ]
     return row(made, is_low=True)
 
 
-def _whole(frame: pd.DataFrame, column: str) -> int:
-    return int(pd.to_numeric(frame[column]).fillna(0).sum()) if len(frame) else 0
+def _sum(frame: pd.DataFrame, column: str) -> float | None:
+    """None where no row has a value: unknown is not nothing."""
+    values = pd.to_numeric(frame[column]).dropna() if len(frame) else ()
+    return float(sum(values)) if len(values) else None
+
+
+def _written(value: float | None) -> str:
+    return MISSING if value is None else f"{value:,.0f}"
 
 
 def _megabytes(stored: pd.DataFrame) -> float:

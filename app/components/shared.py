@@ -15,9 +15,8 @@ ENTRIES = 64
 """Of each part of a page; one is some 50 KB."""
 
 BY_WORDS = dict.fromkeys((Context, Palette), repr)
-shared = st.cache_resource(
-    ttl=TTL, max_entries=ENTRIES, show_spinner=False, hash_funcs=dict.fromkeys((Context, Palette), repr)
-)
+"""Frozen records of plain values, so their words tell them apart."""
+shared = st.cache_resource(ttl=TTL, max_entries=ENTRIES, show_spinner=False, hash_funcs=BY_WORDS)
 """For a part of a page that follows from its arguments and from what is stored: of sessions that ask for it in the
 same step one draws it, others wait for that, and all are sent what was drawn. There can be no widget in it.
 

@@ -41,7 +41,7 @@ def page() -> None:
         st.markdown("compared with", width="content")
         back = st.selectbox("Compared with", list(BACK), key="back", bind="query-params", width=180,
                             label_visibility="collapsed", format_func=_ago)  # fmt: skip
-    second = replace(here.part, version=None)  # a policy cannot be told from itself
+    second = _whole_minutes(replace(here.part, version=None))  # a policy cannot be told from itself
     first = _earlier(second, back)
     head = st.container(key="headline")
     # How far each metric moved is read from rollups and is there at once; why, takes a look at the requests.
@@ -51,7 +51,8 @@ def page() -> None:
     with head:
         found = explain.between(first, second, str(metric))
         st.markdown(plain(found.sentence))
-    st.caption(f"{_window(first)} ({found.requests[0]:,} requests) against {_window(second)} ({found.requests[1]:,})")
+    before_n, now_n = found.requests
+    st.caption(f"{_window(first)} ({before_n:,} answered requests) against {_window(second)} ({now_n:,})")
     if found.total is None:
         st.info("Choose a longer window, fewer filters, or another comparison.", icon=":material/info:")
     else:
@@ -101,6 +102,12 @@ def _earlier(second: Slice, back: str) -> Slice:
     name = BACK[back]
     shift = max(RANGES[name], length) if name else length
     return replace(second, since=second.since - shift, until=second.until - shift)
+
+
+def _whole_minutes(part: Slice) -> Slice:
+    """Its window by the minutes that rollups know: cards and sentence speak of the same requests."""
+    since, until = (at.replace(second=0, microsecond=0) for at in (part.since, part.until))
+    return replace(part, since=since, until=max(until, since + timedelta(minutes=1)))
 
 
 def _ago(name: str) -> str:

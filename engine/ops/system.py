@@ -28,6 +28,10 @@ ENVIRONMENT = {
 }
 BEHIND_PEOPLE = 5
 """Niceness of what serves: a rollback, by the controller or typed, must not wait for the very load it is to end."""
+BEHIND_SERVING = 17
+"""Niceness of the dashboard: with twenty open pages they get what serving leaves, and a core's twentieth where it
+leaves nothing. As nice as the engine, each of its slices kept one of an engine's threads off its core, and the others
+of a pass waited for that one (docs/log.md)."""
 BEHIND_ALL = 19
 """Niceness of the learner: it gets what serving leaves, and a few per cent of a busy core, so that attempts end."""
 READY_S = {"mlflow": 120.0, "engine": 600.0, "dashboard": 120.0}
@@ -129,7 +133,7 @@ def dashboard_component(settings: Settings) -> Component:
     """The control plane's pages as a process; ``settings.database_url`` must be set."""
     board = f"http://{settings.dashboard.host}:{settings.dashboard.port}"
     ready = answers(f"{board}/_stcore/health")
-    return _part("dashboard", _environment(settings), board, ready, niceness=BEHIND_PEOPLE)
+    return _part("dashboard", _environment(settings), board, ready, niceness=BEHIND_SERVING)
 
 
 def watch_once(chosen: Settings, supervisor: Supervisor, say: Say) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from sqlalchemy import text as sql
 from streamlit.testing.v1 import AppTest
 
 from app.components.context import plain
@@ -232,3 +234,20 @@ def test_explain_says_the_command_with_every_filter_quoted(seeded: Database) -> 
     asked = {"class": "code; rm -rf ~", "arm": "canary $(id)"}
     given = shlex.split(page("explain", **asked).code[-1].value)
     assert {name: given[given.index(f"--{name}") + 1] for name in asked} == asked
+
+
+@pytest.mark.parametrize("second", [0, 17, 43])
+def test_the_cards_of_explain_count_the_requests_that_its_sentence_is_about(seeded: Database, second: int) -> None:
+    until = datetime.now(UTC).replace(second=second, microsecond=0) - timedelta(minutes=2)
+    asked = {"from": (until - timedelta(minutes=40)).isoformat(), "to": until.isoformat()}
+    test = page("explain", **asked)
+    row = next(element.proto.body for element in test.get("html") if 'class="cards"' in element.proto.body)
+    shown = re.search(r'Requests.*?class="value">([0-9]+)', row, re.DOTALL)
+    said = re.search(r"answered requests\) against .*\(([0-9]+)\)", text(test))
+    assert shown is not None
+    assert said is not None
+    with seeded.read() as session:
+        minutes = {"since": until.replace(second=0) - timedelta(minutes=40), "until": until.replace(second=0)}
+        where = "started_at >= :since AND started_at < :until AND status <> 'ok'"
+        failed = session.execute(sql(f"SELECT count(*) FROM traces WHERE {where}"), minutes).scalar_one()
+    assert int(shown[1]) == int(said[1]) + failed > 100

@@ -14,7 +14,7 @@ from app.charts import system
 from app.components import context, sheets
 from app.components.cards import EXPLAINED, cards
 from app.components.cards import first as first_of
-from app.components.context import RANGES, heading, link, plain
+from app.components.context import FIXED, RANGES, heading, link, plain
 from app.components.drawing import draw
 from app.components.export import MIME
 from app.components.sheets import number, sheet, words
@@ -41,7 +41,8 @@ def page() -> None:
         st.markdown("compared with", width="content")
         back = st.selectbox("Compared with", list(BACK), key="back", bind="query-params", width=180,
                             label_visibility="collapsed", format_func=_ago)  # fmt: skip
-    second = _whole_minutes(replace(here.part, version=None))  # a policy cannot be told from itself
+    # Without a version: a policy cannot be told from itself.
+    second = _whole_minutes(replace(here.part, version=None), is_past=here.range == FIXED)
     first = _earlier(second, back)
     head = st.container(key="headline")
     # How far each metric moved is read from rollups and is there at once; why, takes a look at the requests.
@@ -104,10 +105,15 @@ def _earlier(second: Slice, back: str) -> Slice:
     return replace(second, since=second.since - shift, until=second.until - shift)
 
 
-def _whole_minutes(part: Slice) -> Slice:
-    """Its window by the minutes that rollups know: cards and sentence speak of the same requests."""
+def _whole_minutes(part: Slice, is_past: bool) -> Slice:
+    """Its window by the minutes that rollups know, so that cards and sentence speak of the same requests.
+
+    Of a window that was asked for (``is_past``) nothing is lost; one that ends now ends with the last whole minute.
+    """
     since, until = (at.replace(second=0, microsecond=0) for at in (part.since, part.until))
-    return replace(part, since=since, until=max(until, since + timedelta(minutes=1)))
+    if (is_past and until < part.until) or until <= since:
+        until += timedelta(minutes=1)
+    return replace(part, since=since, until=until)
 
 
 def _ago(name: str) -> str:

@@ -90,7 +90,7 @@ class _Clients:
                 self.silent.discard(output.request_id)
             if (result := output.result) is not None:
                 if result.error:
-                    raise SlipstreamError(f"Request {self.begun} of a block failed: {result.error}")
+                    raise SlipstreamError(f"Request {output.request_id} failed: {result.error}")
                 self.running.discard(output.request_id)
                 ended.append(result)
         return made, ended

@@ -19,7 +19,6 @@ from engine.bench.blocks import NONE, Block, Run, best_figure, rate_figures, rat
 from engine.bench.report import Figure, Report
 from engine.bench.workload import Ids, Responses, Workload, workloads
 from engine.contracts import ProposerKind, SamplingParams, SlipstreamError, artifact_digest
-from engine.learner.memory import MIN_CONFIDENCE
 from engine.model.graphs import graphs_on, no_graphs_on
 from engine.model.loading import Target, configured_target
 from engine.ops.supervisor import Say
@@ -27,7 +26,7 @@ from engine.runner.engine import Engine, EngineRequest
 from engine.runner.profile import profile_step_costs
 from engine.settings import Settings
 from engine.speculation.artifact import build_artifact, load_proposer, read_artifact
-from engine.speculation.memory import MEMORY_FILE, TraceMemoryBuilder
+from engine.speculation.memory import MEMORY_FILE, MIN_CONFIDENCE, TraceMemoryBuilder
 from engine.speculation.neural_file import draft_files
 from engine.speculation.none import NoneProposer
 from engine.speculation.proposer import Proposer
@@ -134,7 +133,7 @@ class Bench:
         names = self.policies(workload)
         found: dict[int, list[Block]] = {}
         for name in names:
-            self.serve(workload.learn[: min(4, len(workload.learn))], name, workload.traffic_class, 4)
+            self.serve((workload.learn or workload.test)[:4], name, workload.traffic_class, 4)
         for concurrency in self.options.concurrency:
             size = concurrency if concurrency == 1 else min(max(8, concurrency), len(workload.test))
             parts = [workload.test[at : at + size] for at in range(0, len(workload.test), size)]

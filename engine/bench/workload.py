@@ -99,6 +99,8 @@ class Responses:
             for output in engine.step():
                 if output.result is None:
                     continue
+                if output.result.error:  # half a response must not be learned from
+                    raise SlipstreamError(f"The engine failed on a prompt to learn from: {output.result.error}")
                 payload = output.result.payload
                 self.add({payload.prompt_ids: payload.output_ids})
                 done += 1

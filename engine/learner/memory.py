@@ -20,14 +20,12 @@ from engine.learner import traces
 from engine.learner.traces import ServedTarget
 from engine.settings import LearnerSettings
 from engine.speculation.artifact import build_artifact
-from engine.speculation.memory import MEMORY_FILE
+from engine.speculation.memory import MEMORY_FILE, MIN_CONFIDENCE
 from engine.speculation.memory_build import MAX_ORDER, MIN_ORDER, POOLED, PairCounts, add_up, count_pairs, write_memory
 from engine.store.repositories.intake import TrainableTrace
 
 UNIT = 16
 BLOCK = 64
-MIN_CONFIDENCE = 0.1
-"""Drafts are long and unsure: K control, which knows the costs, decides how much of them is verified."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -137,9 +137,9 @@ class Live:
             step = VerifyStep(tuple(draft.tokens[:emitted]), emitted, emitted)
         else:
             step = VerifyStep(tuple(draft.tokens[:verified]), outcome.accepted, emitted)
-        if draft.said:
-            self.controls[draft.part].settle(step, draft.confidence)
         for one in draft.said:
+            if one.part == draft.part:
+                self.controls[one.part].settle(step, len(one.tokens), draft.confidence)
             self.controls[one.part].observe(one.asked, one.tokens, one.confidence, kept)
         self.counts.add(step)
         self.steps.append(step)

@@ -172,11 +172,12 @@ class RowControl:
             found.append(alive)
         return found
 
-    def settle(self, step: VerifyStep, confidence: Sequence[float]) -> None:
-        """What the verified beginning of the draft had promised, and what it brought. Before ``observe``: a promise is
-        what was believed when it was made."""
-        promised = sum(self.survivals(len(step.proposed), confidence)) / self.acceptance.honesty
-        self.acceptance.settle(promised, step.accepted)
+    def settle(self, step: VerifyStep, own: int, confidence: Sequence[float]) -> None:
+        """What the verified beginning of the draft had promised, and what it brought: its first ``own`` tokens, where
+        another drafter went on behind them. Before ``observe``: a promise is what was believed when it was made."""
+        count = min(len(step.proposed), own)
+        promised = sum(self.survivals(count, confidence)) / self.acceptance.honesty
+        self.acceptance.settle(promised, min(step.accepted, count))
 
     def observe(self, asked: int, draft: Sequence[int], confidence: Sequence[float], committed: Sequence[int]) -> None:
         """Judge the whole draft, verified or not, by what the target then committed."""

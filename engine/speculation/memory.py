@@ -30,7 +30,9 @@ PRIOR = 6.0
 model's own conversations after 80 others (docs/log.md); flat between 4 and 8."""
 MOST_KNOWN = 20_000
 """N-grams of which a table's answer is remembered, some 4 MB a class at most."""
-DEFAULTS: dict[str, int | float] = {"min_n": 2, "max_n": 4, "min_confidence": 0.1, "unit": 1}
+MIN_CONFIDENCE = 0.1
+"""Drafts are long and unsure: K control, which knows the costs, decides how much of them is verified."""
+DEFAULTS: dict[str, int | float] = {"min_n": 2, "max_n": 4, "min_confidence": MIN_CONFIDENCE, "unit": 1}
 
 
 class ClassMemory:
@@ -185,7 +187,7 @@ class TraceMemoryProposer:
     memory: TraceMemory
     min_n: int = 2
     max_n: int = 4
-    min_confidence: float = 0.1
+    min_confidence: float = MIN_CONFIDENCE
     control: ControlSettings = DEFAULT_CONTROL
     unit: int = 1
     kind: ProposerKind = ProposerKind.TRACE_MEMORY

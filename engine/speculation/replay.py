@@ -78,9 +78,9 @@ def replay_controlled(
         k = controller.choose([Offer(rows[part], len(draft), confidence)]).ks[0]
         step = verify_stored(draft[:k], output_ids[done:])
         committed = output_ids[done : done + step.emitted]
-        if said:
-            rows[part].settle(step, confidence)
         for one in said:
+            if one.part == part:
+                rows[one.part].settle(step, len(one.tokens), confidence)
             rows[one.part].observe(one.asked, one.tokens, one.confidence, committed)
         drafter.observe(committed)
         counts.add(step)

@@ -247,7 +247,8 @@ def test_the_cards_of_explain_count_the_requests_that_its_sentence_is_about(seed
     assert shown is not None
     assert said is not None
     with seeded.read() as session:
-        minutes = {"since": until.replace(second=0) - timedelta(minutes=40), "until": until.replace(second=0)}
+        whole = until.replace(second=0)
+        minutes = {"since": whole - timedelta(minutes=40), "until": whole + timedelta(minutes=bool(second))}
         where = "started_at >= :since AND started_at < :until AND status <> 'ok'"
         failed = session.execute(sql(f"SELECT count(*) FROM traces WHERE {where}"), minutes).scalar_one()
     assert int(shown[1]) == int(said[1]) + failed > 100

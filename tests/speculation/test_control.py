@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from engine.contracts import SlipstreamError
+from engine.contracts import SlipstreamError, VerifyStep
 from engine.speculation.control import (
     MOST_KEPT,
     Acceptance,
@@ -33,7 +33,7 @@ def seconds(profile: dict[int, int]) -> dict[int, float]:
 
 def judge(row: RowControl, asked: int, confidence: Sequence[float], committed: list[int], verified: int) -> None:
     """A draft of as many zeros as were ``asked``, the first of them ``verified``."""
-    row.settle(verify_stored([0] * verified, committed), confidence)
+    row.settle(verify_stored([0] * verified, committed), asked, confidence)
     row.observe(asked, [0] * asked, confidence, committed)
 
 
@@ -342,3 +342,14 @@ def test_costs_between_and_beyond_what_was_profiled() -> None:
 def test_settings_are_strict(given: dict[str, object]) -> None:
     with pytest.raises(SlipstreamError):
         ControlSettings.read(given)
+
+
+def test_a_drafter_answers_for_its_own_tokens() -> None:
+    """Another went on behind its two, and is always wrong."""
+    sure = [0.9] * 6
+    honest = {own: KController().row(1, "code", ControlSettings()) for own in (2, 6)}
+    for own, row in honest.items():
+        for _ in range(100):
+            row.settle(VerifyStep((0,) * 6, 2, 3), own, sure)
+    assert honest[2].acceptance.honesty == 1.0
+    assert honest[6].acceptance.honesty < 0.6  # fault: the tail is held against the draft

@@ -10,14 +10,13 @@ from statistics import median
 from engine.bench.adaptation.streams import Response
 from engine.bench.kept import kept_lines
 from engine.contracts import ProposerKind, SpecCounts
-from engine.learner.memory import MIN_CONFIDENCE
 from engine.learner.target_replay import TargetReplayer
 from engine.learner.traces import ServedTarget
 from engine.model.draft import DraftNetwork
 from engine.speculation.artifact import build_artifact
 from engine.speculation.control import KController
 from engine.speculation.hybrid import BoundHybrid
-from engine.speculation.memory import MEMORY_FILE
+from engine.speculation.memory import MEMORY_FILE, MIN_CONFIDENCE
 from engine.speculation.memory_build import MAX_ORDER, MIN_ORDER, write_memory
 from engine.speculation.neural import BoundNeural
 from engine.speculation.neural_file import draft_files

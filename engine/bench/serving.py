@@ -158,6 +158,7 @@ class Bench:
         return names
 
     def serve(self, prompts: Sequence[Ids], policy: str, traffic_class: str, concurrency: int) -> Run:
+        """Serve ``prompts`` under a policy to so many clients (``clients.serve``)."""
         version = self._versions[policy, traffic_class]
 
         def ask(request_id: str, ids: Ids, most: int) -> EngineRequest:

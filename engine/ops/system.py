@@ -29,7 +29,7 @@ ENVIRONMENT = {
 BEHIND_PEOPLE = 5
 """Niceness of what serves: a rollback, by the controller or typed, must not wait for the very load it is to end."""
 BEHIND_SERVING = 17
-"""Niceness of the dashboard: with twenty open pages they get what serving leaves, and a core's twentieth where it
+"""Niceness of the dashboard: with twenty open pages they get what serving leaves, and a core's fifteenth where it
 leaves nothing. As nice as the engine, each of its slices kept one of an engine's threads off its core, and the others
 of a pass waited for that one (docs/log.md)."""
 BEHIND_ALL = 19

@@ -13,7 +13,7 @@ from engine.model.tokenizer import Tokenizer
 from engine.runner.request import EngineRequest, Output, RequestResult
 from engine.runner.stopping import StopText
 from engine.scheduler.sequence import Sequence as SequenceState
-from engine.speculation.control import RowControl
+from engine.speculation.control import RowControl, judge
 from engine.speculation.proposer import Drafter, HiddenReader, InTurn, Proposer, Said, checked, parts
 from engine.speculation.verify import VerifyOutcome
 
@@ -96,8 +96,8 @@ class Live:
                 self._drafter.observe(self._output_ids)
             if self._drafter is None:  # it has missed hidden states, and nobody has them any more
                 return Draft([])
-            if self.parts > 1 and isinstance(self._drafter, InTurn):
-                return self.drafted(limit, self._drafter.propose(k, limit), vocab_size)
+            if (drafter := self._in_turn) is not None:
+                return self.drafted(limit, drafter.propose(k, limit), vocab_size)
             return self.drafted(limit, self._drafter.propose(k), vocab_size)
         except Exception:
             self.draft_failed()
@@ -110,12 +110,17 @@ class Live:
         try:
             k = self.most_asked(limit)
             tokens, confidence = checked(drafter, k, tokens, vocab_size), drafter.confidence
-            if self.parts > 1 and isinstance(drafter, InTurn):
-                return Draft(tokens, confidence, drafter.part, drafter.said)
+            if (in_turn := self._in_turn) is not None:
+                return Draft(tokens, confidence, in_turn.part, in_turn.said)
             return Draft(tokens, confidence, said=(Said(0, k, tokens, confidence),))
         except Exception:
             self.draft_failed()
             return Draft([])
+
+    @property
+    def _in_turn(self) -> InTurn | None:
+        """The drafter, where it asks several parts."""
+        return self._drafter if self.parts > 1 and isinstance(self._drafter, InTurn) else None
 
     def commit_first(self, token: int, now: float) -> Output:
         """The token that the prefill's last logits gave: output, but not a verify step."""
@@ -137,10 +142,7 @@ class Live:
             step = VerifyStep(tuple(draft.tokens[:emitted]), emitted, emitted)
         else:
             step = VerifyStep(tuple(draft.tokens[:verified]), outcome.accepted, emitted)
-        for one in draft.said:
-            if one.part == draft.part:
-                self.controls[one.part].settle(step, len(one.tokens), draft.confidence)
-            self.controls[one.part].observe(one.asked, one.tokens, one.confidence, kept)
+        judge(self.controls, draft.part, draft.said, step, draft.confidence, kept)
         self.counts.add(step)
         self.steps.append(step)
         if reason is None and self._drafter is not None:

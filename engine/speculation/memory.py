@@ -153,8 +153,8 @@ class TraceMemoryDrafter:
         self.confidence: list[float] = []
 
     def propose(self, k: int, after: Sequence[int] = (), survival: float = 1.0) -> list[int]:
-        """``after``: tokens that somebody else drafted, all of them accepted with the probability ``survival``."""
-        draft, self.confidence = list[int](), []  # survival: that all up to here is accepted
+        """``after``: tokens that somebody else drafted; ``survival``: the probability that all so far are accepted."""
+        draft, self.confidence = list[int](), []
         window = [*self.index.tokens[-self.index.max_n :], *after][-self.index.max_n :]  # the end of context + draft
         while len(draft) < k and (found := self._next(window)) is not None:
             token, share = found

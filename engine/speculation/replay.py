@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from engine.contracts import SpecCounts, VerifyStep
-from engine.speculation.control import KController, Offer
+from engine.speculation.control import KController, Offer, judge
 from engine.speculation.proposer import Drafter, HiddenReader, InTurn, Proposer, Said, asked_of, parts
 
 
@@ -78,10 +78,7 @@ def replay_controlled(
         k = controller.choose([Offer(rows[part], len(draft), confidence)]).ks[0]
         step = verify_stored(draft[:k], output_ids[done:])
         committed = output_ids[done : done + step.emitted]
-        for one in said:
-            if one.part == part:
-                rows[one.part].settle(step, len(one.tokens), confidence)
-            rows[one.part].observe(one.asked, one.tokens, one.confidence, committed)
+        judge(rows, part, said, step, confidence, committed)
         drafter.observe(committed)
         counts.add(step)
         seconds += controller.costs(1 + k)

@@ -13,8 +13,8 @@ from engine.model.tokenizer import Tokenizer
 from engine.runner.request import EngineRequest, Output, RequestResult
 from engine.runner.stopping import StopText
 from engine.scheduler.sequence import Sequence as SequenceState
-from engine.speculation.control import RowControl, judge
-from engine.speculation.proposer import Drafter, HiddenReader, InTurn, Proposer, Said, checked, parts
+from engine.speculation.control import RowControl
+from engine.speculation.proposer import Drafter, HiddenReader, InTurn, Proposer, Said, checked, judge, parts
 from engine.speculation.verify import VerifyOutcome
 
 log = logging.getLogger(__name__)

@@ -16,13 +16,10 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from engine.contracts import SlipstreamError, VerifyStep
 from engine.speculation.step_costs import StepCosts
-
-if TYPE_CHECKING:
-    from engine.speculation.proposer import Said
 
 LEVELS = 10
 """Steps of confidence that are told apart."""
@@ -196,22 +193,6 @@ class RowControl:
                 return
         if len(draft) < min(asked, len(committed)):
             acceptance.observe(len(draft), None, False)  # it fell silent: asking for more was in vain
-
-
-def judge(
-    rows: Sequence[RowControl],
-    part: int,
-    said: Sequence[Said],
-    step: VerifyStep,
-    confidence: Sequence[float],
-    committed: Sequence[int],
-) -> None:
-    """After a step: the ``part`` that spoke answers for its promises, and all that were asked (``said``) learn from
-    what the target committed. ``rows``: by part; ``confidence``: of the whole proposal."""
-    for one in said:
-        if one.part == part:
-            rows[part].settle(step, len(one.tokens), confidence)
-        rows[one.part].observe(one.asked, one.tokens, one.confidence, committed)
 
 
 @dataclass(frozen=True, slots=True)

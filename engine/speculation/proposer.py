@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-from engine.contracts import ProposerKind, SlipstreamError
-from engine.speculation.control import ControlSettings
+from engine.contracts import ProposerKind, SlipstreamError, VerifyStep
+from engine.speculation.control import ControlSettings, RowControl
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -82,6 +82,22 @@ class Said:
 def asked_of(part: int, said: Sequence[Said]) -> int:
     """How many tokens were asked of this part."""
     return sum(one.asked for one in said if one.part == part)
+
+
+def judge(
+    rows: Sequence[RowControl],
+    part: int,
+    said: Sequence[Said],
+    step: VerifyStep,
+    confidence: Sequence[float],
+    committed: Sequence[int],
+) -> None:
+    """After a step: the ``part`` that spoke answers for its promises, and all that were asked (``said``) learn from
+    what the target committed. ``rows``: by part; ``confidence``: of the whole proposal."""
+    for one in said:
+        if one.part == part:
+            rows[part].settle(step, len(one.tokens), confidence)
+        rows[one.part].observe(one.asked, one.tokens, one.confidence, committed)
 
 
 @runtime_checkable

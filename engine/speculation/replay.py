@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from engine.contracts import SpecCounts, VerifyStep
-from engine.speculation.control import KController, Offer, judge
-from engine.speculation.proposer import Drafter, HiddenReader, InTurn, Proposer, Said, asked_of, parts
+from engine.speculation.control import KController, Offer
+from engine.speculation.proposer import Drafter, HiddenReader, InTurn, Proposer, Said, asked_of, judge, parts
 
 
 def replay(

@@ -18,7 +18,7 @@ from torch import Tensor
 from engine.bench.report import Figure, Report, quantile_figure, share_figure
 from engine.bench.workload import Ids, workloads
 from engine.contracts import SamplingParams
-from engine.model.batch import Row, build_batch
+from engine.model.batch import Row
 from engine.model.kv_cache import KVCache
 from engine.model.llama import Llama
 from engine.model.loading import Target, configured_target
@@ -115,7 +115,7 @@ def _others(model: Llama, group: Sequence[tuple[Ids, Ids]]) -> Mapping[str, Iter
     for slot, (prompt, _) in enumerate(group):
         for start in range(0, len(prompt), CHUNK):
             row = Row(slot, start, prompt[start : start + CHUNK])
-            model.forward(build_batch([], [row], longest, config.group_size, model.dtype, model.device), cache)
+            model.forward(model.lay_out([], [row], longest), cache)
     slots = dict(enumerate(group))
     return {
         "alone": (rows for slot, pair in slots.items() for rows in _decoded(model, cache, {slot: pair}, 1)),
@@ -134,7 +134,7 @@ def _decoded(model: Llama, cache: KVCache, group: Mapping[int, tuple[Ids, Ids]],
             for slot, (prompt, output) in group.items()
             if first < len(output) - 1
         ]
-        batch = build_batch(rows, [], cache.max_len, config.group_size, model.dtype, model.device, repeat=True)
+        batch = model.lay_out(rows, [], cache.max_len)
         counts = [len(row.token_ids) for row in rows]
         made = model.logits(model.forward(batch, cache))[: sum(counts)].float()
         for row, part in zip(rows, made.split(counts), strict=True):

@@ -51,7 +51,7 @@ class Batch:
     """``token_ids``, ``positions``, ``places`` [N], int64; ``places`` are flat KV cache places.
 
     The tokens of decode rows come first, ``num_decode`` of them; rows with much longer drafts than others are ``lone``.
-    ``repeated``: a single token is decoded, and stands there ``COPIES`` times, at one place; ``num_decode`` is 1.
+    Without groups, ``decode``, ``lone`` and ``prefills`` are empty: every token attends by itself.
     """
 
     token_ids: Tensor
@@ -61,7 +61,6 @@ class Batch:
     decode: DecodeGroup | None
     lone: tuple[LoneGroup, ...]
     prefills: tuple[LoneGroup, ...]
-    repeated: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,8 +80,6 @@ LENGTH_STEP = 64
 """bfloat16 on a CPU: lengths are rounded up to this and rows padded to two tokens. A kernel of its own serves a single
 token, and sums end elsewhere for other lengths; so a row's result hardly ever depends on its neighbours or on how much
 is drafted (docs/log.md)."""
-COPIES = 4
-"""bfloat16 on a CPU: products of four rows take less time than of one or two, and padding each of them takes more."""
 LONE_COST = 4
 
 
@@ -93,20 +90,20 @@ def build_batch(
     group_size: int,
     dtype: torch.dtype,
     device: torch.device,
-    repeat: bool = False,
+    grouped: bool = True,
 ) -> Batch:
     """Lay out the rows of one pass; ``max_len`` is the cache's, ``group_size`` the query heads per kv head.
 
-    ``repeat``: a token that is decoded alone may be computed several times over, if that is faster.
+    ``grouped``: which tokens attend together is said, as torch must know it.
     """
     rounded = dtype == torch.bfloat16 and device.type == "cpu"
-    if repeat and rounded and not prefills and len(decodes) == 1 and len(decodes[0].token_ids) == 1:
-        return _repeated(decodes[0], max_len, group_size, dtype, device)
     rows = [*decodes, *prefills]
     ids = [token for row in rows for token in row.token_ids]
     positions = [position for row in rows for position in range(row.start, row.end)]
     places = [row.slot * max_len + position for row in rows for position in range(row.start, row.end)]
     flat = upload([ids, positions, places], torch.int64, device)
+    if not grouped:
+        return Batch(flat[0], flat[1], flat[2], sum(len(row.token_ids) for row in decodes), None, (), ())
 
     def lone(row: Row, first: int, length: int) -> LoneGroup:
         last = first + len(row.token_ids)
@@ -133,15 +130,6 @@ def build_batch(
         tuple(lone(decodes[i], firsts[i], ends[i]) for i in wide),
         tuple(lone(row, first, row.end) for row, first in zip(prefills, firsts[len(decodes) :], strict=False)),
     )
-
-
-def _repeated(row: Row, max_len: int, group_size: int, dtype: torch.dtype, device: torch.device) -> Batch:
-    """A pass over one token."""
-    token, place = row.token_ids[0], row.slot * max_len + row.start
-    flat = upload([[token] * COPIES, [row.start] * COPIES, [place] * COPIES], torch.int64, device)
-    length = _rounded(row.end, max_len)
-    group = LoneGroup(0, COPIES, row.slot, length, causal_mask(flat[1], length, group_size, dtype))
-    return Batch(flat[0], flat[1], flat[2], 1, None, (group,), (), repeated=True)
 
 
 def _rounded(length: int, max_len: int) -> int:

@@ -57,4 +57,10 @@ def function(found: Any, *arguments: type) -> Callable[..., None]:
     return cast(Callable[..., None], found)
 
 
-POINTER, COUNT, REAL = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+def address_of(found: Callable[..., None] | None) -> int:
+    """Where a compiled function is, for other C to call it."""
+    assert found is not None, "nothing was compiled"
+    return cast(int, ctypes.cast(cast(Any, found), ctypes.c_void_p).value)
+
+
+POINTER, COUNT = ctypes.c_void_p, ctypes.c_int64

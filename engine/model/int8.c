@@ -125,12 +125,14 @@ static void to_int16(const bf16 *x, int count, int16_t *whole, float *scale) {
 }
 
 // x [rows, n_in], w [panels, groups, PAIRS, PANEL, 2], w_scales [panels, groups, PANEL], out [rows, n_out];
-// whole [rows, groups, GROUP] and x_scales [rows, groups] are x as integers, written here.
-void product(const bf16 *x, int16_t *whole, float *x_scales, const int8_t *w, const bf16 *w_scales, bf16 *out,
+// x as integers is written to room: scales [rows, groups], then whole numbers [rows, groups, GROUP].
+void product(const bf16 *x, float *room, const int8_t *w, const bf16 *w_scales, bf16 *out,
              int64_t rows, int64_t n_in, int64_t n_out) {
   if (rows < 1) return; // no tile would say how many panels are done
   const int64_t panels = (n_out + PANEL - 1) / PANEL, tiles = (rows + MOST - 1) / MOST;
   const int64_t groups = (n_in + GROUP - 1) / GROUP;
+  float *x_scales = room;
+  int16_t *whole = (int16_t *)(room + rows * groups);
 #pragma omp parallel
   {
 #pragma omp for

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.model.compiler import COUNT, POINTER, compile_function
+from engine.model.compiler import COUNT, POINTER, address_of, compile_function
 from engine.model.product import PANEL
 
 SOURCE = Path(__file__).with_name("int8.c")
@@ -78,15 +78,24 @@ def multiply_int8(x: Tensor, panels: Int8Panels) -> Tensor:
     """bfloat16 [rows, inputs] → [rows, outputs], rows >= 0; a row's bits do not depend on how many there are."""
     product = _product()
     assert product is not None, "there would be no panels"
-    x, (rows, inputs), groups = x.contiguous(), x.shape, panels.scales.shape[1]
+    x, (rows, inputs) = x.contiguous(), x.shape
     assert (x.dtype, inputs) == (torch.bfloat16, panels.inputs), "C reads and writes by these"
-    whole = x.new_empty(rows, groups * GROUP, dtype=torch.int16)
-    scales, out = x.new_empty(rows, groups, dtype=torch.float32), x.new_empty(rows, panels.outputs)
-    pointers = (tensor.data_ptr() for tensor in (x, whole, scales, panels.words, panels.scales, out))
+    taken, out = torch.empty(rows * room(panels), dtype=torch.uint8), x.new_empty(rows, panels.outputs)
+    pointers = (tensor.data_ptr() for tensor in (x, taken, panels.words, panels.scales, out))
     product(*pointers, rows, inputs, panels.outputs)
     return out
 
 
+def room(panels: Int8Panels) -> int:
+    """Bytes that a row needs beside it: itself as int16, and a scale in float32 to a group."""
+    return panels.scales.shape[1] * (2 * GROUP + 4)
+
+
+def address() -> int:
+    """Of the product in C, for what is called there."""
+    return address_of(_product())
+
+
 @cache
 def _product() -> Callable[..., None] | None:
-    return compile_function(SOURCE, "product", {"PANEL": PANEL, "GROUP": GROUP}, *[POINTER] * 6, *[COUNT] * 3)
+    return compile_function(SOURCE, "product", {"PANEL": PANEL, "GROUP": GROUP}, *[POINTER] * 5, *[COUNT] * 3)

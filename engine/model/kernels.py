@@ -1,84 +1,121 @@
-"""``ops.Ops`` in C, for bfloat16 on a CPU: compiled at start for the model's shape, in about a second.
+"""The layers of a pass in one call of C, for bfloat16 on a CPU: compiled at start for the model's shape (layers.c).
 
-Without a C compiler, or for a shape that they do not know, there is torch.
+Without a C compiler, or for a model that they do not know, there is torch.
 """
 
 from __future__ import annotations
 
 import ctypes
 import logging
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from engine.model.attention import attend_alone
+from engine.model import int8, product
 from engine.model.batch import Batch
-from engine.model.compiler import COUNT, POINTER, REAL, compile_c, function
-from engine.model.config import LlamaConfig
+from engine.model.compiler import COUNT, POINTER, compile_function
+from engine.model.int8 import Int8Panels
 from engine.model.kv_cache import KVCache
-from engine.model.ops import Turns
+from engine.model.linear import Weight
+from engine.model.llama import Llama
+from engine.model.product import Panels
 
 log = logging.getLogger(__name__)
-SOURCE = Path(__file__).with_name("kernels.c")
+SOURCE = Path(__file__).with_name("layers.c")
 LANES = 16
 
 
-def compile_kernels(config: LlamaConfig, cos: Tensor, sin: Tensor) -> KernelOps | None:
-    """The kernels for a model whose weights are like ``cos`` in dtype and device; None, with the reason in the log."""
-    if cos.dtype != torch.bfloat16 or cos.device.type != "cpu":
+class _Matrix(ctypes.Structure):
+    _fields_ = (
+        ("product", POINTER), ("weights", POINTER), ("scales", POINTER), ("inputs", COUNT), ("outputs", COUNT),
+    )  # fmt: skip
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = (
+        ("attention_norm", POINTER), ("mlp_norm", POINTER), ("qkv_bias", POINTER),
+        ("qkv", _Matrix), ("out", _Matrix), ("gate_up", _Matrix), ("down", _Matrix),
+    )  # fmt: skip
+
+
+class _Model(ctypes.Structure):
+    _fields_ = (
+        ("cos", POINTER), ("sin", POINTER), ("hidden", COUNT), ("kv_heads", COUNT), ("eps", ctypes.c_double),
+        ("layers", ctypes.POINTER(_Layer)),
+    )  # fmt: skip
+
+
+def compile_kernels(model: Llama) -> Kernels | None:
+    """Kernels for ``model``; None, with the reason in the log, where torch must do it."""
+    config = model.config
+    if model.dtype != torch.bfloat16 or model.device.type != "cpu":
         return None
-    if (
-        config.qk_norm
-        or config.head_dim % (2 * LANES)
-        or config.hidden_size % LANES
-        or config.intermediate_size % LANES
-    ):
-        log.info("no kernels for a model of this shape: torch runs between its matrix products")
+    shaped = not (config.head_dim % (2 * LANES) or config.hidden_size % LANES or config.intermediate_size % LANES)
+    matrices = [matrix for layer in model.layers for matrix in (layer.qkv, layer.out, layer.gate_up, layer.down)]
+    if config.qk_norm or not shaped or not all(isinstance(matrix, Panels | Int8Panels) for matrix in matrices):
+        log.info("no kernels for a model of this shape: torch runs its layers")
         return None
     shape = {"HEAD_DIM": config.head_dim, "GROUP": config.group_size}
-    return compile_c(SOURCE, shape, lambda library: KernelOps(library, config, cos, sin))
+    run = compile_function(SOURCE, "forward", shape, POINTER, COUNT, *[POINTER] * 5, COUNT, POINTER, COUNT,
+                           *[POINTER] * 4, COUNT)  # fmt: skip
+    return None if run is None else Kernels(run, model)
 
 
-class KernelOps:
-    def __init__(self, library: Path, config: LlamaConfig, cos: Tensor, sin: Tensor) -> None:
-        """``library`` may be deleted afterwards. OSError or AttributeError when it is not what ``kernels.c`` makes."""
-        quick = ctypes.PyDLL(str(library))  # microseconds: not worth handing the interpreter to another thread
-        self._add_rms_norm = function(quick.add_rms_norm, *[POINTER] * 4, COUNT, COUNT, REAL)
-        self._silu_mul = function(quick.silu_mul, POINTER, POINTER, COUNT, COUNT)
-        self._rotate_and_write = function(quick.rotate_and_write, *[POINTER] * 7, *[COUNT] * 3)
-        self._attend = function(ctypes.CDLL(str(library)).attend, *[POINTER] * 6, *[COUNT] * 3)
-        self._config, self._tables = config, (cos, sin)
+class Kernels:
+    def __init__(self, run: Callable[..., None], model: Llama) -> None:
+        """The model's weights, and so ``model``, must stay where they are."""
+        config = model.config
+        self._run, self._hidden, self._inter = run, config.hidden_size, config.intermediate_size
+        self._qkv = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
+        self._heads = config.num_heads * config.head_dim
+        made = [
+            _Layer(
+                layer.attention_norm.data_ptr(),
+                layer.mlp_norm.data_ptr(),
+                None if layer.qkv_bias is None else layer.qkv_bias.data_ptr(),
+                *map(_matrix, (layer.qkv, layer.out, layer.gate_up, layer.down)),
+            )
+            for layer in model.layers
+        ]
+        self._product_room = max(
+            _room(matrix) for layer in model.layers for matrix in (layer.qkv, layer.out, layer.gate_up, layer.down)
+        )
+        self._layers = (_Layer * len(made))(*made)
+        self._model = _Model(
+            model.cos.data_ptr(), model.sin.data_ptr(), config.hidden_size, config.num_kv_heads, config.rms_norm_eps,
+            self._layers,
+        )  # fmt: skip
 
-    def add_norm(self, x: Tensor, y: Tensor | None, weight: Tensor) -> tuple[Tensor, Tensor]:
-        out, (rows, width) = torch.empty_like(x), x.shape
-        added = None if y is None else y.data_ptr()
-        eps = self._config.rms_norm_eps
-        self._add_rms_norm(x.data_ptr(), added, weight.data_ptr(), out.data_ptr(), rows, width, eps)
-        return x, out
+    def forward(
+        self, x: Tensor, batch: Batch, cache: KVCache, aux_layers: Sequence[int], depth: int
+    ) -> tuple[Tensor, Tensor | None]:
+        """As ``Llama.forward_with_aux``, from embeddings ``x`` [N, hidden], which are written over."""
+        n, hidden = x.shape
+        aux = torch.tensor(aux_layers, dtype=torch.int64)
+        given = x.new_empty(n, len(aux_layers) * hidden)
+        wide = max(self._qkv + self._heads, 3 * self._inter)  # of a token at a time: attention's, then the MLP's
+        room = x.new_empty(n * (2 * hidden + wide))
+        product_room = torch.empty(n * self._product_room, dtype=torch.uint8)
+        starts = torch.empty(n + 1, dtype=torch.int64)
+        keys, values = cache.flat_keys, cache.flat_values
+        self._run(
+            ctypes.byref(self._model), depth, x.data_ptr(), batch.positions.data_ptr(), batch.places.data_ptr(),
+            keys[0].data_ptr(), values[0].data_ptr(), keys[0].numel(), aux.data_ptr(), len(aux_layers),
+            given.data_ptr(), room.data_ptr(), starts.data_ptr(), product_room.data_ptr(), n,
+        )  # fmt: skip
+        return x, given if aux_layers else None
 
-    def turns(self, positions: Tensor) -> Turns:
-        return self._tables
 
-    def attend(
-        self, layer: int, qkv: Tensor, qk_norm: Tensor | None, turns: Turns, batch: Batch, cache: KVCache
-    ) -> Tensor:
-        heads, kv_heads, dim = self._config.num_heads, self._config.num_kv_heads, self._config.head_dim
-        positions, places = batch.positions.data_ptr(), batch.places.data_ptr()
-        keys, values, n = cache.keys[layer].data_ptr(), cache.values[layer].data_ptr(), qkv.shape[0]
-        at, (cos, sin) = qkv.data_ptr(), turns
-        self._rotate_and_write(at, cos.data_ptr(), sin.data_ptr(), positions, places, keys, values, n, heads, kv_heads)
-        out = qkv.new_empty(n, heads * dim)
-        self._attend(at, keys, values, positions, places, out.data_ptr(), 0, batch.num_decode, kv_heads)
-        if batch.repeated:
-            out[1:] = out[0]
-        query = qkv.view(n, -1, dim)[:, :heads]
-        for group in batch.prefills:  # long, so that matrix products pay there too
-            out[group.first : group.last] = attend_alone(layer, query[group.first : group.last], group, cache)
-        return out
+def _matrix(weight: Weight) -> _Matrix:
+    if isinstance(weight, Int8Panels):
+        return _Matrix(int8.address(), weight.words.data_ptr(), weight.scales.data_ptr(), weight.inputs, weight.outputs)
+    assert isinstance(weight, Panels)
+    return _Matrix(product.address(), weight.words.data_ptr(), None, weight.inputs, weight.outputs)
 
-    def silu_mul(self, gate_up: Tensor) -> Tensor:
-        rows, width = gate_up.shape
-        out = gate_up.new_empty(rows, width // 2)
-        self._silu_mul(gate_up.data_ptr(), out.data_ptr(), rows, width // 2)
-        return out
+
+def _room(weight: Weight) -> int:
+    """Bytes that the product needs for a row."""
+    assert isinstance(weight, Panels | Int8Panels)
+    return int8.room(weight) if isinstance(weight, Int8Panels) else product.room(weight)

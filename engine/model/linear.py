@@ -10,10 +10,10 @@ of it when they are the right one. Linear layers of SmolLM2-135M, two cores of a
 One row goes to a matrix-vector kernel that is slower than two rows through this one, and 10 to 15 rows cost more than
 16; so these are filled up.
 
-In bfloat16 oneDNN lays the weights out anew at every call, unless they are in its own layout already (docs/log.md).
-Its products of two rows and more then have a property that the others lack: a row's result does not depend on how
-many rows there are. Processors that do not multiply bfloat16 get a product of our own with that property (product.py),
-and so do weights in int8 (int8.py).
+In bfloat16 there is a product of our own on every CPU with a C compiler (product.py), and one for weights in int8
+(int8.py). Without a compiler oneDNN multiplies where the processor can; it lays the weights out anew at every call,
+unless they are in its own layout already (docs/log.md). All three have a property that torch's other products lack, but
+for oneDNN with a single row: a row's result does not depend on how many rows there are.
 """
 
 from __future__ import annotations
@@ -76,9 +76,11 @@ def pack(weight: Tensor, kernels: bool = True) -> Weight:
     """
     if weight.dtype != torch.bfloat16 or weight.device.type != "cpu":
         return weight
+    if kernels and (panels := to_panels(weight)) is not None:
+        return panels
     if multiplies_bfloat16():
         return Packed(torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _PACKED_FOR))
-    return (to_panels(weight) if kernels else None) or weight
+    return weight
 
 
 def dense(weight: Weight) -> Tensor:

@@ -7,6 +7,7 @@ token belongs to which sequence. Query, key and value share one projection, gate
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -14,11 +15,14 @@ from torch import Tensor
 
 from engine.contracts import SlipstreamError
 from engine.model.attention import rope_tables
-from engine.model.batch import Batch
+from engine.model.batch import Batch, Row, build_batch
 from engine.model.config import LlamaConfig
 from engine.model.kv_cache import KVCache
-from engine.model.linear import Layout, Packed, Weight, copy_in_place, linear, pack
-from engine.model.ops import Ops, TorchOps
+from engine.model.linear import Layout, Weight, copy_in_place, linear, pack
+from engine.model.ops import Ops
+
+if TYPE_CHECKING:
+    from engine.model.kernels import Kernels
 
 
 class Layer:
@@ -55,13 +59,13 @@ class Llama:
         head = tensors["model.embed_tokens.weight" if config.tie_embeddings else "lm_head.weight"]
         self.head = self.embedding if config.tie_embeddings else layout.plain(head)  # [vocab, hidden]
         self._head = layout.panels(head) or pack(self.head, layout.kernels)
-        self.copies_lone_token = isinstance(self._head, Packed)  # whose products of one row are slower (batch.COPIES)
         self.layers = [Layer(config, tensors, i, layout) for i in range(config.num_layers)]
         self.dtype, self.device = self.embedding.dtype, self.embedding.device
         self.cos, self.sin = rope_tables(
             config.rope_theta, config.head_dim, config.max_position, self.dtype, self.device
         )
-        self.ops: Ops = TorchOps(config, self.cos, self.sin)
+        self._ops = Ops(config, self.cos, self.sin)
+        self.kernels: Kernels | None = None  # given by whoever compiles them (kernels.py)
 
     @classmethod
     def from_checkpoint(
@@ -104,6 +108,11 @@ class Llama:
             fresh = Layer(self.config, here(f"model.layers.{i}."), i, self.layout)
             copy_in_place(layer.weights(), fresh.weights(), "The target")
 
+    def lay_out(self, decodes: Sequence[Row], prefills: Sequence[Row], max_len: int) -> Batch:
+        """Rows of one pass over a cache of ``max_len``, as the layers read them."""
+        grouped = self.kernels is None
+        return build_batch(decodes, prefills, max_len, self.config.group_size, self.dtype, self.device, grouped)
+
     def forward(self, batch: Batch, cache: KVCache) -> Tensor:
         """Hidden states [num_tokens, hidden] before the last norm; keys and values go into ``cache``."""
         return self.forward_with_aux(batch, cache, ())[0]
@@ -116,10 +125,12 @@ class Llama:
 
         ``depth``: layers that are computed, the first ones; the hidden states are then those after the last of them.
         """
-        ops, turns, y = self.ops, self.ops.turns(batch.positions), None
         x = F.embedding(batch.token_ids, self.embedding)
-        outputs: dict[int, Tensor] = {}
         layers = self.layers[:depth]
+        if self.kernels is not None:
+            return self.kernels.forward(x, batch, cache, aux_layers, len(layers))
+        ops, turns, y = self._ops, self._ops.turns(batch.positions), None
+        outputs: dict[int, Tensor] = {}
         for i, layer in enumerate(layers):
             x, h = ops.add_norm(x, y, layer.attention_norm)
             if i - 1 in aux_layers:

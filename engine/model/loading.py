@@ -79,7 +79,7 @@ def load_target(
             "bfloat16 of its own, with a C compiler and engine.kernels"
         )
     if kernels:
-        llama.ops = compile_kernels(config, llama.cos, llama.sin) or llama.ops
+        llama.kernels = compile_kernels(llama)
     return Target(
         model=llama,
         tokenizer=Tokenizer(folder),

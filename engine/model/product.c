@@ -71,8 +71,10 @@ static int64_t few(int rows, int64_t left, const float *x, const uint32_t *w, bf
   }
 }
 
-// x [rows, n_in], w [panels, n_in / 2, PANEL], out [rows, n_out]; wide [rows, n_in] is x as floats, written here.
-void product(const bf16 *x, float *wide, const uint32_t *w, bf16 *out, int64_t rows, int64_t n_in, int64_t n_out) {
+// x [rows, n_in], w [panels, n_in / 2, PANEL], out [rows, n_out]; wide [rows, n_in] is x as floats, written here. There
+// are no scales.
+void product(const bf16 *x, float *wide, const uint32_t *w, const void *scales, bf16 *out, int64_t rows, int64_t n_in,
+             int64_t n_out) {
   if (rows < 1) return; // no tile would say how many panels are done
   const int64_t panels = (n_out + PANEL - 1) / PANEL, tiles = (rows + MOST - 1) / MOST;
 #pragma omp parallel

@@ -1,7 +1,8 @@
-"""Products with bfloat16 weights on processors that do not multiply bfloat16, in C.
+"""Products with bfloat16 weights on a CPU, in C.
 
 Half the bytes of float32, and a decoding step is the reading of its weights. Activations are rounded to bfloat16 as
-everywhere with this dtype, but every sum is one of floats.
+everywhere with this dtype, but every sum is one of floats. Processors with AVX512-BF16 multiply pairs of columns
+(dot_product.c), others floats that weights are widened to (product.c).
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.model.compiler import COUNT, POINTER, compile_function
+from engine.model.compiler import COUNT, POINTER, address_of, compile_function
 
-SOURCE = Path(__file__).with_name("product.c")
+SOURCE = Path(__file__).with_name("dot_product.c" if torch.cpu._is_avx512_bf16_supported() else "product.c")
 PANEL = 16
 """Outputs whose weights lie together."""
 
@@ -28,6 +29,10 @@ class Panels:
 
     words: Tensor
     outputs: int
+
+    @property
+    def inputs(self) -> int:
+        return 2 * self.words.shape[1]
 
 
 def to_panels(weight: Tensor) -> Panels | None:
@@ -50,10 +55,21 @@ def multiply(x: Tensor, panels: Panels) -> Tensor:
     product = _product()
     assert product is not None, "there would be no panels"
     x, (rows, inputs) = x.contiguous(), x.shape
-    wide, out = x.new_empty(rows, inputs, dtype=torch.float32), x.new_empty(rows, panels.outputs)
-    pointers = (tensor.data_ptr() for tensor in (x, wide, panels.words, out))
-    product(*pointers, rows, inputs, panels.outputs)
+    assert (x.dtype, inputs) == (torch.bfloat16, panels.inputs), "C reads and writes by these"
+    taken, out = torch.empty(rows * room(panels), dtype=torch.uint8), x.new_empty(rows, panels.outputs)
+    words, given = panels.words.data_ptr(), out.data_ptr()
+    product(x.data_ptr(), taken.data_ptr(), words, None, given, rows, inputs, panels.outputs)
     return out
+
+
+def room(panels: Panels) -> int:
+    """Bytes that a row needs beside it: itself as floats."""
+    return 4 * panels.inputs
+
+
+def address() -> int:
+    """Of the product in C, for what is called there."""
+    return address_of(_product())
 
 
 def multiplies() -> bool:
@@ -63,4 +79,4 @@ def multiplies() -> bool:
 
 @cache
 def _product() -> Callable[..., None] | None:
-    return compile_function(SOURCE, "product", {"PANEL": PANEL}, *[POINTER] * 4, *[COUNT] * 3)
+    return compile_function(SOURCE, "product", {"PANEL": PANEL}, *[POINTER] * 5, *[COUNT] * 3)

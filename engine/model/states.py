@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from engine.contracts import SlipstreamError
-from engine.model.batch import Row, build_batch
+from engine.model.batch import Row
 from engine.model.kv_cache import KVCache
 from engine.model.llama import Llama
 
@@ -34,7 +34,7 @@ def _prefill(model: Llama, token_ids: Sequence[int], aux_layers: Sequence[int], 
     last, aux = [], []
     for start in range(0, n, CHUNK):
         row = Row(0, start, token_ids[start : start + CHUNK])
-        batch = build_batch([], [row], n, model.config.group_size, model.dtype, model.device)
+        batch = model.lay_out([], [row], n)
         x, states = model.forward_with_aux(batch, cache, aux_layers, depth)
         assert states is not None
         last.append(x)

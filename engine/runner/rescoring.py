@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from engine.model.batch import Row, build_batch
+from engine.model.batch import Row
 from engine.model.kv_cache import KVCache
 from engine.model.llama import Llama
 
@@ -39,8 +39,8 @@ class Prefill:
     def advance(self, most: int, layers: Sequence[int] = ()) -> tuple[Tensor, Tensor | None]:
         """The next ``most`` tokens at most: (hidden states [n, hidden], outputs of ``layers`` or None)."""
         row = Row(0, self.done, self.token_ids[self.done : self.done + most])
-        config, model = self.model.config, self.model
-        batch = build_batch([], [row], self.cache.max_len, config.group_size, model.dtype, model.device)
+        model = self.model
+        batch = model.lay_out([], [row], self.cache.max_len)
         states = model.forward_with_aux(batch, self.cache, layers)
         self.done = row.end
         return states

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from engine.contracts import SamplingParams
-from engine.model.batch import Batch, Row, build_batch
+from engine.model.batch import Row
 from engine.model.kv_cache import KVCache
 from engine.model.llama import Llama
 from engine.model.staged import upload
@@ -90,13 +90,13 @@ class EagerPass:
     ) -> Passed:
         rows = decode_rows(scheduled, drafts)
         prefills = [Row(c.seq.slot, c.start, c.seq.token_ids[c.start : c.start + c.count]) for c in scheduled.prefills]
-        batch = self._batch(rows, prefills, self._cache)
+        batch = self._model.lay_out(rows, prefills, self._cache.max_len)
         hidden, aux = self._model.forward_with_aux(batch, self._cache, layers)
-        logits = self._model.logits(hidden[self._wanted(batch, scheduled)])
+        firsts = list(accumulate((len(row.token_ids) for row in [*rows, *prefills]), initial=0))
+        logits = self._model.logits(hidden[self._wanted(firsts, scheduled)])
         ending = [chunk.seq for chunk in scheduled.prefills if chunk.gives_first_token]
         asking = [lives[seq.request_id] for seq in [*scheduled.decodes, *ending]]
         outcomes = self.verify(asking, [*drafts, *([] for _ in ending)], logits)
-        firsts = list(accumulate((len(row.token_ids) for row in [*rows, *prefills]), initial=0))
         return Passed(outcomes, aux, firsts[:-1])
 
     def trial(self, context: int, most: int) -> Callable[[int], None]:
@@ -104,7 +104,7 @@ class EagerPass:
         cache = KVCache(model.config, 1, context + most, model.dtype, model.device)
 
         def run(count: int) -> None:
-            batch = self._batch([Row(0, context, [0] * count)], [], cache)
+            batch = model.lay_out([Row(0, context, [0] * count)], [], cache.max_len)
             model.logits(model.forward(batch, cache)).max(-1).indices.tolist()
 
         return run
@@ -112,18 +112,16 @@ class EagerPass:
     def prepare(self, most_drafted: int, layers: Sequence[int] = ()) -> None:
         """Nothing is set up in advance."""
 
-    def _batch(self, rows: Sequence[Row], prefills: Sequence[Row], cache: KVCache) -> Batch:
-        model = self._model
-        return build_batch(
-            rows, prefills, cache.max_len, model.config.group_size, model.dtype, model.device, model.copies_lone_token
-        )
+    def _wanted(self, firsts: Sequence[int], scheduled: ScheduledStep) -> Tensor | slice:
+        """The rows whose logits are needed: every decode token, and the last token of a prompt.
 
-    def _wanted(self, batch: Batch, scheduled: ScheduledStep) -> Tensor | slice:
-        """The rows whose logits are needed: every decode token, and the last token of a prompt."""
-        if not batch.prefills:
+        ``firsts``: where the tokens of each sequence begin, and where all end.
+        """
+        if not scheduled.prefills:
             return slice(None)
-        chunks = zip(batch.prefills, scheduled.prefills, strict=True)
-        rows = [*range(batch.num_decode), *(group.last - 1 for group, chunk in chunks if chunk.gives_first_token)]
+        decodes = len(scheduled.decodes)
+        ends = zip(firsts[decodes + 1 :], scheduled.prefills, strict=True)
+        rows = [*range(firsts[decodes]), *(end - 1 for end, chunk in ends if chunk.gives_first_token)]
         return upload(rows, torch.int64, self._model.device)
 
 

@@ -1,4 +1,4 @@
-"""The product for bfloat16 without hardware for it, with faults planted in its source."""
+"""The products for bfloat16 on a CPU, with faults planted in their sources."""
 
 from __future__ import annotations
 
@@ -20,7 +20,14 @@ from tests.runner.driving import engine_of, request, run
 from tests.tiny_model import write_tiny_model
 
 pytestmark = pytest.mark.skipif(not any(map(shutil.which, ("cc", "gcc", "clang"))), reason="no C compiler")
-SHAPES = ((96, 64), (40, 34), (16, 2))  # whole panels, a part of one, a single one
+SHAPES = ((288, 64), (40, 34), (16, 2))  # whole panels, a part of one, a single one
+
+
+FLOATS, PAIRS = (Path(product.__file__).with_name(name) for name in ("product.c", "dot_product.c"))
+needs_pairs = pytest.mark.skipif(product.SOURCE != PAIRS, reason="this processor does not multiply bfloat16")
+of_both = pytest.mark.parametrize(
+    "source", [FLOATS, pytest.param(PAIRS, marks=needs_pairs)], indirect=True, ids=lambda source: source.stem
+)
 
 
 @pytest.fixture
@@ -29,6 +36,13 @@ def compiled_anew() -> Iterator[None]:
     product._product.cache_clear()
     yield
     product._product.cache_clear()
+
+
+@pytest.fixture
+def source(request: pytest.FixtureRequest, compiled_anew: None, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The product that is compiled in this test."""
+    monkeypatch.setattr(product, "SOURCE", request.param)
+    return product.SOURCE
 
 
 def off() -> float:
@@ -48,29 +62,45 @@ def off() -> float:
     return worst
 
 
-def test_a_product_is_that_of_floats_rounded_once() -> None:
+@of_both
+def test_a_product_is_that_of_floats_rounded_once(source: Path) -> None:
     assert off() < 2**-8 * 1.01
 
 
 @pytest.mark.parametrize(
-    ("right", "wrong"),
+    ("source", "right", "wrong"),
     [
-        ("pair << 16", "pair & 0xffff0000u"),
-        ("x + k + odd", "x + k"),
-        ("+ 0x7fff +", "+"),
-        ("rows * (t + 1) / tiles - row", "rows * (t + 1) / tiles - row - (t > 0)"),
-        ("panels * (me + 1) / all", "panels * (me + 1) / all - 1"),
-        ("TILE(3, 1);", "TILE(2, 1);"),
+        (FLOATS, "pair << 16", "pair & 0xffff0000u"),
+        (FLOATS, "x + k + odd", "x + k"),
+        (FLOATS, "+ 0x7fff +", "+"),
+        (FLOATS, "rows * (t + 1) / tiles - row", "rows * (t + 1) / tiles - row - (t > 0)"),
+        (FLOATS, "panels * (me + 1) / all", "panels * (me + 1) / all - 1"),
+        (FLOATS, "TILE(3, 1);", "TILE(2, 1);"),
+        *(
+            pytest.param(PAIRS, right, wrong, marks=needs_pairs)
+            for right, wrong in (
+                ("+ 0x7fff +", "+"),
+                ("else for (int64_t i = 0; i < count; i++) at[i] = out[i];", ""),
+                ("pair[r * pairs + k]", "pair[k]"),
+                ("out + r * n_out + first + p * PANEL, sums", "out + r * n_out + first, sums"),
+                ("rows * (t + 1) / tiles - row", "rows * (t + 1) / tiles - row - (t > 0)"),
+                ("panels * (me + 1) / all", "panels * (me + 1) / all - 1"),
+                ("tile_3_6, tile_4_6", "tile_3_6, tile_3_6"),
+                ("rows == 4 && panels == 4 ? tile_4_4", "rows == 4 && panels == 4 ? tile_4_1"),
+            )
+        ),
     ],
+    indirect=["source"],
 )
 def test_a_fault_in_the_product_is_seen(
-    compiled_anew: None, right: str, wrong: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    source: Path, right: str, wrong: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plant(product, right, wrong, tmp_path, monkeypatch)
     assert not off() < 2**-8 * 1.01
 
 
-def test_a_row_does_not_depend_on_its_neighbours() -> None:
+@of_both
+def test_a_row_does_not_depend_on_its_neighbours(source: Path) -> None:
     panels = to_panels(torch.randn(96, 64, generator=torch.Generator().manual_seed(1)).bfloat16())
     assert panels is not None
     assert_rows_stand_alone(multiply, panels)

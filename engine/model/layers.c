@@ -1,0 +1,305 @@
+// The layers of a pass in bfloat16 on a CPU, all in one call: what torch would need hundreds of calls for. Compiled
+// for a model's shape (HEAD_DIM, GROUP = query heads per kv head) by kernels.py; the matrix products are product.c's.
+// A token's results depend on nothing but the token and its own keys and values.
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#ifdef __AVX512F__
+enum { LANES = 16 };
+#define EACH_LANE(of, step) of(0, step), of(1, step), of(2, step), of(3, step), of(4, step), of(5, step), of(6, step), \
+  of(7, step), of(8, step), of(9, step), of(10, step), of(11, step), of(12, step), of(13, step), of(14, step), of(15, step)
+#else
+enum { LANES = 8 };
+#define EACH_LANE(of, step) of(0, step), of(1, step), of(2, step), of(3, step), of(4, step), of(5, step), of(6, step), \
+  of(7, step)
+#endif
+typedef uint16_t bf16;
+typedef float vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef int32_t ints __attribute__((vector_size(4 * LANES)));
+typedef uint32_t words __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef uint16_t halves __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
+enum {
+  SETS = 4, KEYS = SETS * LANES, // keys that are looked at together
+  PIECES = HEAD_DIM / LANES, RUN = PIECES % 4 ? 2 : 4, // of a value, and how many of them are summed at a time
+  TOGETHER = GROUP % 3 == 0 ? 3 : GROUP % 2 == 0 ? 2 : 1, // heads: SETS or RUN sums each is what registers hold
+  TILE = 8, // tokens of one sequence that share what is made of their keys
+  MANY = 32 // rows from here on are worth two threads
+};
+#define UNROLL _Pragma("GCC unroll 16")
+
+static inline vec wide(words low) { return (vec)(low << 16); }
+
+static inline vec load(const bf16 *at) { return wide(__builtin_convertvector(*(const halves *)at, words)); }
+
+static inline words rounded(vec x) { // to nearest, ties to even, as torch does
+  words bits = (words)x;
+  return (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+}
+
+static inline void store(bf16 *at, vec x) { *(halves *)at = __builtin_convertvector(rounded(x), halves); }
+
+static inline vec through_bf16(vec x) { return wide(rounded(x)); }
+
+static inline vec all(float x) { return x - (vec){}; }
+
+static inline float sum(vec x) {
+  for (int step = LANES / 2; step; step /= 2)
+    for (int i = 0; i < step; i++) x[i] += x[i + step];
+  return x[0];
+}
+
+static inline float largest(vec x) {
+  for (int step = LANES / 2; step; step /= 2)
+    for (int i = 0; i < step; i++) x[i] = x[i] > x[i + step] ? x[i] : x[i + step];
+  return x[0];
+}
+
+static inline vec exponential(vec x) { // Cephes: relative error under 2e-7; below -87 it is as good as nothing
+  ints low = x < all(-87.0f);
+  x = (vec)(((ints)all(-87.0f) & low) | ((ints)x & ~low));
+  ints high = x > all(88.0f);
+  x = (vec)(((ints)all(88.0f) & high) | ((ints)x & ~high));
+  vec scaled = x * 1.44269504f;
+  vec half = (vec)(((ints)all(-0.5f) & (ints)(scaled < all(0.0f))) | ((ints)all(0.5f) & (ints)(scaled >= all(0.0f))));
+  ints n = __builtin_convertvector(scaled + half, ints);
+  vec whole = __builtin_convertvector(n, vec);
+  vec r = x - whole * 0.693359375f + whole * 2.12194440e-4f;
+  vec p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  return p * (vec)((n + 127) << 23);
+}
+
+// x [rows, n] += y where y is given; out, where it is wanted, = x / sqrt(mean(x^2) + eps) * weight.
+static void add_rms_norm(bf16 *x, const bf16 *y, const bf16 *weight, bf16 *out, int64_t rows, int64_t n, float eps) {
+#pragma omp parallel for if (rows >= MANY)
+  for (int64_t row = 0; row < rows; row++) {
+    bf16 *mine = x + row * n;
+    vec squares = {};
+    for (int64_t i = 0; i < n; i += LANES) {
+      vec v = load(mine + i);
+      if (y) {
+        v = through_bf16(v + load(y + row * n + i));
+        store(mine + i, v);
+      }
+      squares += v * v;
+    }
+    if (!out) continue;
+    const float scale = 1.0f / __builtin_sqrtf(sum(squares) / (float)n + eps);
+    for (int64_t i = 0; i < n; i += LANES) store(out + row * n + i, load(mine + i) * scale * load(weight + i));
+  }
+}
+
+// gate_up [rows, 2 n]: out [rows, n] = silu(gate) * up.
+static void silu_mul(const bf16 *gate_up, bf16 *out, int64_t rows, int64_t n) {
+#pragma omp parallel for if (rows >= MANY)
+  for (int64_t row = 0; row < rows; row++)
+    for (int64_t i = 0; i < n; i += LANES) {
+      const bf16 *at = gate_up + 2 * row * n + i;
+      vec gate = load(at);
+      store(out + row * n + i, through_bf16(gate / (exponential(-gate) + 1.0f)) * load(at + n));
+    }
+}
+
+static inline void rotated(const bf16 *x, const bf16 *cos, const bf16 *sin, bf16 *out) {
+  for (int i = 0; i < HEAD_DIM / 2; i += LANES) {
+    const int j = i + HEAD_DIM / 2;
+    vec low = load(x + i), high = load(x + j);
+    store(out + i, through_bf16(low * load(cos + i)) + high * load(sin + i));
+    store(out + j, through_bf16(high * load(cos + j)) + low * load(sin + j));
+  }
+}
+
+// qkv [n, heads + 2 kv_heads, HEAD_DIM]: query is rotated in place; key, rotated, and value go to their places.
+static void rotate_and_write(bf16 *qkv, const bf16 *cos, const bf16 *sin, const int64_t *positions,
+                             const int64_t *places, bf16 *keys, bf16 *values, int64_t n, int64_t kv_heads) {
+  const int64_t stride = kv_heads * HEAD_DIM, width = (GROUP + 2) * stride;
+#pragma omp parallel for if (n >= MANY)
+  for (int64_t t = 0; t < n; t++) {
+    const bf16 *c = cos + positions[t] * HEAD_DIM, *s = sin + positions[t] * HEAD_DIM;
+    bf16 *query = qkv + t * width, *key = query + GROUP * stride;
+    for (int64_t h = 0; h < GROUP * kv_heads; h++) rotated(query + h * HEAD_DIM, c, s, query + h * HEAD_DIM);
+    for (int64_t h = 0; h < kv_heads; h++) rotated(key + h * HEAD_DIM, c, s, keys + places[t] * stride + h * HEAD_DIM);
+    memcpy(values + places[t] * stride, key + stride, stride * sizeof(bf16));
+  }
+}
+
+#if defined(__has_builtin) && __has_builtin(__builtin_shufflevector)
+#define PICK(low, high, ...) __builtin_shufflevector(low, high, __VA_ARGS__)
+#else // gcc before 12
+#define PICK(low, high, ...) __builtin_shuffle(low, high, (words){__VA_ARGS__})
+#endif
+#define LOW(lane, step) ((lane) & (step) ? LANES + (lane) - (step) : (lane))
+#define HIGH(lane, step) ((lane) & (step) ? LANES + (lane) : (lane) + (step))
+#define EXCHANGE(step)                                                                     \
+  UNROLL for (int i = 0; i < LANES; i++) if (!(i & (step))) {                              \
+    const words low = row[i], high = row[i + (step)];                                      \
+    row[i] = PICK(low, high, EACH_LANE(LOW, step));                     \
+    row[i + (step)] = PICK(low, high, EACH_LANE(HIGH, step));           \
+  }
+
+// KEYS keys from key on, of which count are there: out [HEAD_DIM, SETS], a dimension of LANES keys in each.
+static void turn_keys(const bf16 *key, int64_t stride, int count, vec *out) {
+  for (int set = 0; set < SETS; set++)
+    for (int first = 0; first < HEAD_DIM; first += 2 * LANES) {
+      words row[LANES]; // two dimensions in a word
+      UNROLL for (int k = 0; k < LANES; k++) {
+        const int at = set * LANES + k < count ? set * LANES + k : count - 1;
+        row[k] = *(const words *)(key + at * stride + first);
+      }
+      EXCHANGE(1) EXCHANGE(2) EXCHANGE(4)
+#ifdef __AVX512F__
+      EXCHANGE(8)
+#endif
+      UNROLL for (int i = 0; i < LANES; i++) {
+        out[(first + 2 * i) * SETS + set] = wide(row[i]);
+        out[(first + 2 * i + 1) * SETS + set] = (vec)(row[i] & 0xffff0000u);
+      }
+    }
+}
+
+struct seen { float most[GROUP], total[GROUP]; vec sums[GROUP][PIECES]; }; // of the keys so far, by one token
+
+// TOGETHER heads of a token, from head g on, over a block of keys of which it sees count; the softmax is made up.
+static inline void look(struct seen *seen, int g, const float *query, const vec *keys, const vec *values, int count) {
+  vec scores[TOGETHER][SETS];
+  UNROLL for (int h = 0; h < TOGETHER; h++) UNROLL for (int s = 0; s < SETS; s++) scores[h][s] = (vec){};
+  for (int d = 0; d < HEAD_DIM; d++)
+    UNROLL for (int h = 0; h < TOGETHER; h++)
+      UNROLL for (int s = 0; s < SETS; s++) scores[h][s] += query[(g + h) * HEAD_DIM + d] * keys[d * SETS + s];
+  float weights[TOGETHER][KEYS];
+  for (int h = 0; h < TOGETHER; h++) {
+    vec top = all(seen->most[g + h]), mass = {};
+    for (int s = 0; s < SETS; s++) {
+      ints there;
+      for (int i = 0; i < LANES; i++) there[i] = s * LANES + i < count ? -1 : 0;
+      scores[h][s] = (vec)(((ints)scores[h][s] & there) | ((ints)all(-__builtin_inff()) & ~there));
+      ints more = scores[h][s] > top;
+      top = (vec)(((ints)scores[h][s] & more) | ((ints)top & ~more));
+    }
+    const float most = largest(top);
+    for (int s = 0; s < SETS; s++) {
+      ints there = scores[h][s] > all(-3e38f);
+      const vec weight = (vec)((ints)exponential(scores[h][s] - most) & there);
+      *(vec *)(weights[h] + s * LANES) = weight;
+      mass += weight;
+    }
+    const float keep = exponential(all(seen->most[g + h] - most))[0];
+    seen->most[g + h] = most, seen->total[g + h] = seen->total[g + h] * keep + sum(mass);
+    for (int i = 0; i < PIECES; i++) seen->sums[g + h][i] *= keep;
+  }
+  for (int first = 0; first < PIECES; first += RUN) {
+    vec sums[TOGETHER][RUN];
+    UNROLL for (int h = 0; h < TOGETHER; h++) UNROLL for (int i = 0; i < RUN; i++) sums[h][i] = seen->sums[g + h][first + i];
+    for (int k = 0; k < count; k++)
+      UNROLL for (int h = 0; h < TOGETHER; h++)
+        UNROLL for (int i = 0; i < RUN; i++) sums[h][i] += weights[h][k] * values[k * PIECES + first + i];
+    UNROLL for (int h = 0; h < TOGETHER; h++) UNROLL for (int i = 0; i < RUN; i++) seen->sums[g + h][first + i] = sums[h][i];
+  }
+}
+
+// One kv head of n tokens that follow each other, the first at a position: qkv and out are theirs.
+static void attend_tile(const bf16 *qkv, const bf16 *key, const bf16 *value, int64_t stride, int64_t position, int64_t n,
+                        bf16 *out) {
+  const int64_t width = (GROUP + 2) * stride, last = position + n - 1;
+  const float scale = 1.0f / __builtin_sqrtf((float)HEAD_DIM);
+  struct seen seen[TILE];
+  float query[TILE][GROUP * HEAD_DIM];
+  vec turned[HEAD_DIM * SETS], values[KEYS * PIECES];
+  for (int64_t t = 0; t < n; t++) {
+    for (int g = 0; g < GROUP; g++) seen[t].most[g] = -__builtin_inff(), seen[t].total[g] = 0;
+    memset(seen[t].sums, 0, sizeof seen[t].sums);
+    for (int i = 0; i < GROUP * HEAD_DIM; i += LANES) *(vec *)(query[t] + i) = load(qkv + t * width + i) * scale;
+  }
+  for (int64_t first = 0; first <= last; first += KEYS) {
+    const int there = last - first + 1 < KEYS ? (int)(last - first + 1) : KEYS;
+    turn_keys(key + first * stride, stride, there, turned);
+    for (int k = 0; k < there; k++)
+      for (int i = 0; i < PIECES; i++) values[k * PIECES + i] = load(value + (first + k) * stride + i * LANES);
+    for (int64_t t = 0; t < n; t++) {
+      const int64_t sees = position + t - first + 1;
+      if (sees < 1) continue;
+      for (int g = 0; g < GROUP; g += TOGETHER)
+        look(seen + t, g, query[t], turned, values, sees < KEYS ? (int)sees : KEYS);
+    }
+  }
+  for (int64_t t = 0; t < n; t++)
+    for (int g = 0; g < GROUP; g++)
+      for (int i = 0; i < PIECES; i++)
+        store(out + (t * stride * GROUP) + g * HEAD_DIM + i * LANES, seen[t].sums[g][i] / seen[t].total[g]);
+}
+
+// Into the cache of this core. In their order the processor foresees what is read; by head, line after line would be
+// waited for.
+static void touch(const bf16 *at, int64_t count) {
+  const volatile bf16 *line = at;
+  for (int64_t i = 0; i < count; i += 64 / sizeof(bf16)) (void)line[i];
+}
+
+// qkv [n, heads + 2 kv_heads, HEAD_DIM], rotated, over the keys and values of each token's slot up to itself: out
+// [n, heads, HEAD_DIM]. starts: room for n + 1 numbers.
+static void attend(const bf16 *qkv, const bf16 *keys, const bf16 *values, const int64_t *positions,
+                   const int64_t *places, bf16 *out, int64_t *starts, int64_t n, int64_t kv_heads) {
+  const int64_t stride = kv_heads * HEAD_DIM, width = (GROUP + 2) * stride;
+  int64_t tiles = 0;
+  for (int64_t t = 0; t < n; t++)
+    if (!t || t - starts[tiles - 1] == TILE || places[t] != places[t - 1] + 1 || positions[t] != positions[t - 1] + 1)
+      starts[tiles++] = t;
+  starts[tiles] = n;
+#pragma omp parallel for collapse(2) schedule(static, tiles > 3 ? kv_heads : 1)
+  for (int64_t i = 0; i < tiles; i++)
+    for (int64_t h = 0; h < kv_heads; h++) {
+      const int64_t t = starts[i], sequence = (places[t] - positions[t]) * stride, begin = sequence + h * HEAD_DIM;
+      if (!h) touch(keys + sequence, (positions[t] + 1) * stride), touch(values + sequence, (positions[t] + 1) * stride);
+      attend_tile(qkv + t * width + h * GROUP * HEAD_DIM, keys + begin, values + begin, stride, positions[t],
+                  starts[i + 1] - t, out + (t * kv_heads + h) * GROUP * HEAD_DIM);
+    }
+}
+
+// A matrix [outputs, inputs] as one of the products reads it, which is given with how much room a row of it needs.
+typedef void product_of(const bf16 *x, void *room, const void *weights, const void *scales, bf16 *out, int64_t rows,
+                        int64_t inputs, int64_t outputs);
+struct matrix { product_of *product; const void *weights, *scales; int64_t inputs, outputs; };
+struct layer { const bf16 *attention_norm, *mlp_norm, *qkv_bias; struct matrix qkv, out, gate_up, down; };
+struct model { const bf16 *cos, *sin; int64_t hidden, kv_heads; double eps; const struct layer *layers; };
+
+static void times(const bf16 *x, const struct matrix *m, void *room, bf16 *out, int64_t rows) {
+  m->product(x, room, m->weights, m->scales, out, rows, m->inputs, m->outputs);
+}
+
+// x [n, hidden] through the first depth layers, in place. keys and values are those of layer 0, cache numbers before
+// those of the next. What the layers aux give out goes to given [n, num_aux, hidden]; room is for all between (kernels.py).
+void forward(const struct model *model, int64_t depth, bf16 *x, const int64_t *positions, const int64_t *places,
+             bf16 *keys, bf16 *values, int64_t cache, const int64_t *aux, int64_t num_aux, bf16 *given, bf16 *room,
+             int64_t *starts, void *product_room, int64_t n) {
+  const int64_t hidden = model->hidden, kv_heads = model->kv_heads;
+  const float eps = (float)model->eps;
+  bf16 *y = NULL;
+  for (int64_t i = 0; i <= depth; i++) {
+    const struct layer *layer = model->layers + i;
+    bf16 *h = room + n * hidden, *wide_one = h + n * hidden;
+    add_rms_norm(x, y, i < depth ? layer->attention_norm : NULL, i < depth ? h : NULL, n, hidden, eps);
+    for (int64_t j = 0; j < num_aux; j++)
+      if (aux[j] == i - 1)
+        for (int64_t t = 0; t < n; t++) memcpy(given + (t * num_aux + j) * hidden, x + t * hidden, hidden * sizeof(bf16));
+    if (i == depth) return;
+    bf16 *attended = wide_one + n * layer->qkv.outputs, *activated = wide_one + n * layer->gate_up.outputs;
+    times(h, &layer->qkv, product_room, wide_one, n);
+    if (layer->qkv_bias)
+      for (int64_t t = 0; t < n; t++)
+        for (int64_t k = 0; k < layer->qkv.outputs; k += LANES)
+          store(wide_one + t * layer->qkv.outputs + k, load(wide_one + t * layer->qkv.outputs + k) + load(layer->qkv_bias + k));
+    rotate_and_write(wide_one, model->cos, model->sin, positions, places, keys + i * cache, values + i * cache, n, kv_heads);
+    attend(wide_one, keys + i * cache, values + i * cache, positions, places, attended, starts, n, kv_heads);
+    y = room;
+    times(attended, &layer->out, product_room, y, n);
+    add_rms_norm(x, y, layer->mlp_norm, h, n, hidden, eps);
+    times(h, &layer->gate_up, product_room, wide_one, n);
+    silu_mul(wide_one, activated, n, layer->gate_up.outputs / 2);
+    times(activated, &layer->down, product_room, y, n);
+  }
+}

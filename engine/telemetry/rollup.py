@@ -52,6 +52,7 @@ class Sums:
     expected_accepted: float = 0.0
     expected_plain_s: float = 0.0
     expected_cost_s: float = 0.0
+    e2e_s: float = 0.0
 
     def add(self, record: TraceRecord, objectives: Objectives) -> None:
         self.requests += 1
@@ -75,6 +76,7 @@ class Sums:
         self.expected_accepted += record.expected_accepted
         self.expected_plain_s += record.expected_plain_s
         self.expected_cost_s += record.expected_cost_s
+        self.e2e_s += record.e2e_s
         if record.ttft_s is not None:
             self.decode_s += max(record.e2e_s - record.ttft_s, 0.0)
 

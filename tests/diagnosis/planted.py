@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
+from dataclasses import fields, replace
 from functools import cache
 from uuid import UUID
 
@@ -49,19 +49,27 @@ def requests(
     ttft = 0.1 * rng.lognormal(0, 0.2, n)
     return Requests(
         trace_id=[trace_id(number) for number in range(n)],
-        started_at=[datetime(2026, 3, 1, tzinfo=UTC)] * n,
         traffic_class=classes.astype(object),
         policy_version=versions,
         conversation=np.array([f"c{one}" for one in of], dtype=object),
-        tenant=np.array([""] * n, dtype=object),
         prompt_tokens=rng.lognormal(4.5, 0.8, n),
         output_tokens=output.astype(float),
         steps=steps.astype(float),
         accepted=accepted.astype(float),
-        queue_s=np.full(n, 0.01),
         ttft_s=ttft,
         tpot_s=tpot,
         e2e_s=ttft + tpot * (output - 1),
         in_flight=in_flight,
         share=1.0,
     )
+
+
+def drawn(rng: np.random.Generator, whole: Requests, share: float) -> Requests:
+    """Each request with the same chance, by itself, as a long window is sampled."""
+    places = np.nonzero(rng.random(len(whole)) < share)[0]
+    columns = {f.name: getattr(whole, f.name) for f in fields(whole) if f.name != "share"}
+    kept = {
+        name: column[places] if isinstance(column, np.ndarray) else [column[place] for place in places.tolist()]
+        for name, column in columns.items()
+    }
+    return replace(whole, **kept, share=share)

@@ -12,7 +12,7 @@ import pytest
 from engine.diagnosis import decompose
 from engine.diagnosis.decompose import Decomposition
 from engine.diagnosis.explain import METRICS, compare, sentence
-from tests.diagnosis.planted import requests
+from tests.diagnosis.planted import drawn, requests
 
 RUNS = 100
 RESAMPLES = 30
@@ -62,6 +62,27 @@ def test_speed_and_acceptance_fall_with_a_worse_policy(metric: str, sign: int) -
 
 def test_without_a_cause_the_answer_is_that_it_cannot_be_told() -> None:
     said = [run(seed, "p95").verdict for seed in range(RUNS)]
+    assert sum(verdict is None for verdict in said) >= 0.93 * RUNS
+
+
+def sampled(seed: int, **changes: Any) -> Decomposition:
+    """As many requests as ``run`` compares, out of four times as many."""
+    rng = np.random.default_rng(seed)
+    pair = [drawn(rng, requests(rng, conversations=2_000, **what), 0.25) for what in ({}, changes)]
+    found, _ = compare(pair[0], pair[1], METRICS["p95"], rng, RESAMPLES)
+    assert isinstance(found, Decomposition)
+    return found
+
+
+@pytest.mark.parametrize("name", PLANTED)
+def test_the_planted_cause_comes_first_in_a_sample_too(name: str) -> None:
+    changes, causes, sign = PLANTED[name]
+    hits = sum(right(sampled(seed, **changes), causes, sign) for seed in range(RUNS // 5))
+    assert hits >= 0.95 * RUNS / 5, f"{hits} of {RUNS // 5}"
+
+
+def test_a_sample_without_a_cause_has_none() -> None:
+    said = [sampled(seed).verdict for seed in range(RUNS)]
     assert sum(verdict is None for verdict in said) >= 0.93 * RUNS
 
 

@@ -41,6 +41,7 @@ COUNTS = (
     "expected_accepted",
     "expected_plain_s",
     "expected_cost_s",
+    "e2e_s",
 )
 RAW = f"""
     SELECT date_trunc('minute', started_at, 'UTC') AS minute, {KEY}, count(*) AS requests,

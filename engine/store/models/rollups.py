@@ -9,7 +9,7 @@ from __future__ import annotations
 from datetime import datetime
 from uuid import UUID
 
-from sqlalchemy import ARRAY, BigInteger, Integer, SmallInteger
+from sqlalchemy import ARRAY, BigInteger, Integer, SmallInteger, text
 from sqlalchemy.orm import Mapped, mapped_column
 
 from engine.store.models.base import Base
@@ -19,7 +19,8 @@ class Sums:
     """Counts and seconds over some requests; nothing here is a ratio.
 
     ``good`` are the requests that ended well within the operator's objectives for TTFT and TPOT, as these were when the
-    request was written or its rollup rebuilt. Positions are those in the draft, 0-based.
+    request was written or its rollup rebuilt. Positions are those in the draft, 0-based. ``e2e_s`` is NaN where an
+    engine wrote that did not sum it up.
     """
 
     requests: Mapped[int]
@@ -44,6 +45,7 @@ class Sums:
     expected_accepted: Mapped[float] = mapped_column(server_default="0")
     expected_plain_s: Mapped[float] = mapped_column(server_default="0")
     expected_cost_s: Mapped[float] = mapped_column(server_default="0")
+    e2e_s: Mapped[float] = mapped_column(server_default=text("'NaN'"))
 
 
 class Buckets:

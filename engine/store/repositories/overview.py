@@ -22,6 +22,8 @@ from engine.store.repositories.rollups import COUNTS, METRICS, POSITIONS, REALS,
 DIMENSIONS = frozenset({"policy_version", "arm", "traffic_class", "replica_id"})
 ORIGIN = datetime(2000, 1, 1, tzinfo=UTC)
 HOUR = timedelta(hours=1)
+MINUTE = timedelta(minutes=1)
+"""The finest that rollups know."""
 KEPT_LONG = ("hour", "day")
 """Tiers that outlive the traces."""
 _SUMS, _HISTOGRAMS = ("rollups", "rollup_deltas"), ("rollup_histograms", "rollup_delta_histograms")
@@ -55,6 +57,14 @@ class Slice:
             seconds = max(seconds, HOUR.total_seconds())
         rounds = (60, 120, 180, 300, 600, 1_200, 1_800, 3_600, 7_200, 10_800, 14_400, 86_400)
         return timedelta(seconds=next((r for r in rounds if r >= seconds), rounds[-1]))
+
+    def by_minutes(self) -> tuple[Slice | None, list[Slice]]:
+        """The whole minutes of it, which rollups know, and what is left at its ends, which only the traces do."""
+        first, last = self.since + (ORIGIN - self.since) % MINUTE, self.until - (self.until - ORIGIN) % MINUTE
+        if first >= last:
+            return None, [self]
+        ends = [replace(self, until=first), replace(self, since=last)]
+        return replace(self, since=first, until=last), [end for end in ends if end.since < end.until]
 
     def covered_by(self, width: timedelta | None) -> list[tuple[str, datetime, datetime]]:
         """(tier, begin, end) of pieces that cover the window once: the coarsest tier that the bins allow in the middle,
@@ -101,6 +111,14 @@ def resolved(session: ReadSession, part: Slice) -> Slice:
         return part
     until = part.until + (ORIGIN - part.until) % HOUR if part.until < finer else part.until
     return replace(part, since=part.since - (part.since - ORIGIN) % HOUR, until=until, hours_before=finer)
+
+
+def with_traces(session: ReadSession, part: Slice) -> Slice:
+    """What of a slice may still have its traces: rollups outlive them."""
+    known = resolved(session, part)
+    if known.hours_before is None:
+        return part
+    return replace(part, since=min(max(part.since, known.hours_before), part.until))
 
 
 def sums(

@@ -35,7 +35,7 @@ COUNTS = (
 )
 REALS = (
     *("draft_s", "verify_s", "decode_s", "other_s", "cost_s", "plain_s"),
-    *("expected_accepted", "expected_plain_s", "expected_cost_s"),
+    *("expected_accepted", "expected_plain_s", "expected_cost_s", "e2e_s"),
 )
 POSITIONS = ("drafted_per_pos", "accepted_per_pos")
 METRICS = ("ttft", "tpot", "e2e", "queue", "acceptance_length")
@@ -265,7 +265,7 @@ _RAW = f"""(
         CAST(status IN ('error', 'timeout') AS integer) AS errors, CAST(status = 'cancelled' AS integer) AS cancelled,
         CAST(retry > 0 AS integer) AS retries, preemptions, CAST(coalesce({_WELL}, false) AS integer) AS good,
         prompt_tokens, output_tokens, steps, drafted, accepted, drafted_per_pos, accepted_per_pos, draft_s, verify_s,
-        other_s, cost_s, plain_s, expected_accepted, expected_plain_s, expected_cost_s,
+        other_s, cost_s, plain_s, expected_accepted, expected_plain_s, expected_cost_s, e2e_s,
         CASE WHEN ttft_s IS NULL THEN 0 ELSE greatest(e2e_s - ttft_s, 0) END AS decode_s
     FROM traces WHERE started_at >= :since AND started_at < :until) AS raw"""
 _BUCKET = "CAST(ceil(ln(greatest(v, CAST(:smallest AS float8))) / CAST(:log_gamma AS float8)) AS smallint)"

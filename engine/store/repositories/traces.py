@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass, replace
-from datetime import datetime, timedelta
+from datetime import datetime
 from operator import ge, gt, lt
 from typing import Any
 from uuid import UUID
@@ -17,7 +17,7 @@ from engine.store import histogram
 from engine.store.database import ReadSession
 from engine.store.models import TracePayloadRow, TraceRow
 from engine.store.repositories import overview
-from engine.store.repositories.overview import ORIGIN, Slice
+from engine.store.repositories.overview import Slice
 
 LISTED = (
     TraceRow.started_at,
@@ -46,8 +46,6 @@ ORDERS = {"newest": TraceRow.started_at, "slowest": TraceRow.e2e_s}
 """What a list is sorted by, descending; equal ones by their id."""
 LATENCIES = {"e2e": TraceRow.e2e_s, "ttft": TraceRow.ttft_s, "tpot": TraceRow.tpot_s, "queue": TraceRow.queue_s}
 FAILED = (Status.ERROR, Status.TIMEOUT)
-MINUTE = timedelta(minutes=1)
-"""The finest that rollups know."""
 COUNTED = 100_000
 """Matches of a filter that rollups do not know are counted to here and not further."""
 
@@ -131,10 +129,7 @@ def listed(
 def matching(session: ReadSession, part: Slice, chosen: Filter) -> tuple[int, bool]:
     """How many traces match, and whether that is all of them: from the rollups where they know, else up to COUNTED."""
     if chosen.is_empty:
-        known = overview.resolved(session, part)
-        if known.hours_before is not None:  # rollups outlive the traces that are listed
-            part = replace(part, since=min(max(part.since, known.hours_before), part.until))
-        return _all_in(session, part), True
+        return _all_in(session, overview.with_traces(session, part)), True
     some = select(TraceRow.trace_id).where(*_conditions(session, part, chosen)).limit(COUNTED).subquery()
     found = session.scalar(select(func.count()).select_from(some)) or 0
     return found, found < COUNTED
@@ -142,17 +137,12 @@ def matching(session: ReadSession, part: Slice, chosen: Filter) -> tuple[int, bo
 
 def _all_in(session: ReadSession, part: Slice) -> int:
     """How many traces a slice has: whole minutes by the rollups, what is left at its ends by the traces themselves."""
-    first, last = part.since + (ORIGIN - part.since) % MINUTE, part.until - (part.until - ORIGIN) % MINUTE
-    if first >= last:
-        ends, counted = [part], 0
-    else:
-        rows = overview.sums(session, replace(part, since=first, until=last))
-        counted = rows[0]["requests"] if rows else 0
-        ends = [replace(part, until=first), replace(part, since=last)]
+    whole, ends = part.by_minutes()
+    rows = overview.sums(session, whole) if whole is not None else []
+    counted = rows[0]["requests"] if rows else 0
     for end in ends:
-        if end.since < end.until:
-            some = select(func.count()).select_from(TraceRow).where(*_conditions(session, end, Filter()))
-            counted += session.scalar(some) or 0
+        some = select(func.count()).select_from(TraceRow).where(*_conditions(session, end, Filter()))
+        counted += session.scalar(some) or 0
     return counted
 
 

@@ -1,9 +1,11 @@
 """The gate: whether a candidate may be registered at all. Pure; every refusal has a reason.
 
 Static checks first (``soundness``), then candidate and champion draft the same held-out responses
-(``speculation.replay``), so the comparison is paired and needs no target. The change in tokens per verify step is
-resampled over requests (percentile bootstrap, Efron 1979), in all and per class. Where that refuses nothing, what both
-earn is priced by the engine's measured costs, under its own K control.
+(``speculation.replay``), so the comparison is paired and needs no target. With whole drafts no class may lose tokens a
+verify step. Then both are priced by the engine's measured costs, under its own K control, and the candidate must be
+faster for certain: a memory that says what a neural draft would have said saves that draft's passes, which no count of
+tokens shows. Without measured costs the tokens per verify step must be more for certain. Changes are resampled over
+requests (percentile bootstrap, Efron 1979), in all and per class.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import numpy as np
 
 from engine.contracts import SpecCounts, artifact_digest
 from engine.learner import soundness
-from engine.learner.traces import ServedTarget
+from engine.learner.traces import MAX_HELD_OUT, ServedTarget
 from engine.percent import percent
 from engine.speculation.artifact import load_proposer
 from engine.speculation.control import KController
@@ -33,9 +35,13 @@ MIN_HELD_OUT = 8
 """Fewer held-out requests than this prove nothing, whatever they say."""
 MIN_CLASS = 3
 """A class with fewer held-out requests is shown but does not refuse."""
-MAX_LOOKS = 10
-"""Refused candidates that may look at the same held-out requests. The next ones are judged on later requests: the
-bounds of an eleventh would lie so far out that resampling says nothing of them."""
+MAX_LOOKS = 6
+"""Refused candidates that may look at the same held-out requests. The next ones are judged on later requests."""
+LEVEL = ALPHA / MAX_LOOKS
+"""Of the bounds of one look: over all looks at the same requests no more than α errs (Bonferroni)."""
+GROWTH = 1.5
+"""How many times the requests of the look before a look needs. What is learned in between seldom changes a verdict that
+evidence did not, every look costs error level, and its requests must go through the target."""
 
 Replayer = Callable[[Proposer, TrainableTrace, KController | None], tuple[SpecCounts, float]]
 """What a policy earns on one held-out request, under K control or with whole drafts, and the seconds it takes. The
@@ -47,7 +53,7 @@ states brings its own, and adds what its drafting costs."""
 class Comparison:
     """Tokens per verify step of both over the same ``n`` requests; ``low`` and ``high`` bound the change, one-sided.
 
-    ``champion_ms`` and ``candidate_ms`` are milliseconds of target passes per token, None where they were not asked.
+    ``champion_ms`` and ``candidate_ms`` are milliseconds per token, None where they were not asked.
     """
 
     n: int
@@ -68,8 +74,8 @@ class Comparison:
 @dataclass(frozen=True, slots=True)
 class GateReport:
     """``speedup`` is predicted over plain decoding, ``net`` over the champion: one request at a time, both under K
-    control with the measured costs, None where there are none or the counts refuse already. ``alpha`` is the level of
-    the bounds.
+    control with the measured costs, and ``net_low`` its lower bound; None where there are no costs or the counts refuse
+    already. ``alpha`` is the level of the bounds.
     """
 
     passed: bool
@@ -78,30 +84,35 @@ class GateReport:
     classes: Mapping[str, Comparison] | None = None
     speedup: float | None = None
     net: float | None = None
-    alpha: float = ALPHA
+    net_low: float | None = None
+    alpha: float = LEVEL
 
     def to_json(self) -> dict[str, Any]:
         tree = asdict(self)
         return {**tree, "reasons": list(self.reasons), "classes": tree["classes"] or {}}
 
 
-def level(refused_before: int) -> float:
-    """The error level of the next look at held-out requests that so many refused candidates have looked at already.
-
-    α / (k (k + 1)) for the k-th look: over all looks no more than α (a spending sequence, Σ 1/(k(k+1)) = 1).
-    """
-    k = refused_before + 1
-    return ALPHA / (k * (k + 1))
+def due(held_out: int, looked_at: int) -> bool:
+    """Whether there are enough for a look; ``looked_at``: of them, how many the look before saw, 0 without one."""
+    return held_out >= max(MIN_HELD_OUT, min(GROWTH * looked_at, MAX_HELD_OUT))
 
 
-def unspent(passed_through: int, looks: Sequence[int]) -> tuple[int, int]:
-    """(the ordinal after which held-out requests may still judge, how many refused candidates looked at them).
+@dataclass(frozen=True, slots=True)
+class Look:
+    """A refused candidate's: at how many held-out ``requests``, the last of them no later than ordinal ``through``."""
 
-    ``passed_through``: the last ordinal that the newest version's gate could see; ``looks``: those of each refused
-    candidate since that was compared, oldest first. A refusal without a comparison has seen nothing.
+    through: int
+    requests: int
+
+
+def unspent(passed_through: int, looks: Sequence[Look]) -> tuple[int, int]:
+    """(the ordinal after which held-out requests may still judge, how many of them the last look saw).
+
+    ``passed_through``: the last ordinal that the newest version's gate could see; ``looks``: since then, oldest first.
+    A refusal without a comparison has seen nothing and is none.
     """
     spent = len(looks) // MAX_LOOKS * MAX_LOOKS
-    return (looks[spent - 1] if spent else passed_through), len(looks) - spent
+    return (looks[spent - 1].through if spent else passed_through), (looks[-1].requests if looks[spent:] else 0)
 
 
 def examine(
@@ -111,7 +122,7 @@ def examine(
     target: ServedTarget,
     worst_class_drop: float,
     rng: np.random.Generator,
-    alpha: float = ALPHA,
+    alpha: float = LEVEL,
     replayer: Replayer | None = None,
 ) -> GateReport:
     """Static checks first, then the replay: a candidate that does not fit the target is not even drafted with."""
@@ -131,12 +142,12 @@ def compare(
     step_cost_ms: Mapping[int, float],
     worst_class_drop: float,
     rng: np.random.Generator,
-    alpha: float = ALPHA,
+    alpha: float = LEVEL,
     replayer: Replayer | None = None,
 ) -> GateReport:
     """Paired replay over ``held_out``; passes when every rule holds, else names each that does not.
 
-    Replay under K control doubles the work, so it is asked only of a candidate that the counts do not refuse.
+    Replay under K control doubles the work, so it is asked only of a candidate that no class refuses.
     """
     if len(held_out) < MIN_HELD_OUT:
         return GateReport(False, (f"only {len(held_out)} held-out requests, {MIN_HELD_OUT} are needed",), alpha=alpha)
@@ -151,13 +162,15 @@ def compare(
     overall = _compare(old, new, [True] * len(names), rng, alpha)
     report = GateReport(True, (), overall, classes, alpha=alpha)
     reasons = _worse(report, worst_class_drop)
-    if step_cost_ms and not reasons:
+    if reasons or not step_cost_ms:
+        reasons = _no_gain(overall) + reasons
+    else:
         old, new = (
             _priced(earned, p, held_out, step_cost_ms, replayer) for earned, p in ((old, champion), (new, candidate))
         )
-        report = _in_time(report, old, new, chosen, step_cost_ms[min(step_cost_ms)])
+        report = _in_time(report, old, new, chosen, step_cost_ms[min(step_cost_ms)], rng)
         reasons = _too_dear(report)
-    return replace(report, passed=not reasons, reasons=tuple(reasons) or (_praise(overall),))
+    return replace(report, passed=not reasons, reasons=tuple(reasons) or (_praise(report),))
 
 
 def stored(proposer: Proposer, trace: TrainableTrace, controller: KController | None) -> tuple[SpecCounts, float]:
@@ -194,7 +207,12 @@ def _priced(
 
 
 def _in_time(
-    report: GateReport, old: _Earned, new: _Earned, chosen: Mapping[str, Sequence[bool]], plain_ms: float
+    report: GateReport,
+    old: _Earned,
+    new: _Earned,
+    chosen: Mapping[str, Sequence[bool]],
+    plain_ms: float,
+    rng: np.random.Generator,
 ) -> GateReport:
     """The report with milliseconds per token; ``plain_ms`` is a pass of one row."""
     assert report.overall is not None
@@ -207,44 +225,56 @@ def _in_time(
     overall = timed(report.overall, everywhere)
     classes = {name: timed(one, chosen[name]) for name, one in report.classes.items()}
     before, after = overall.champion_ms or plain_ms, overall.candidate_ms or plain_ms
-    return replace(report, overall=overall, classes=classes, speedup=plain_ms / after, net=before / after)
+    t_old, s_old, t_new, s_new = _resampled(
+        np.array([old.tokens, old.seconds, new.tokens, new.seconds], float).T, report.alpha, rng
+    )
+    low = float(np.quantile(_ratio(t_new, s_new) / _ratio(t_old, s_old), report.alpha))
+    return replace(report, overall=overall, classes=classes, speedup=plain_ms / after, net=before / after, net_low=low)
 
 
 def _worse(report: GateReport, worst_class_drop: float) -> list[str]:
-    overall, reasons = report.overall, []
-    assert overall is not None
-    if not overall.low > 0:
-        reasons.append(
-            f"no certain gain: {overall.candidate:.3f} tokens per verify step against {overall.champion:.3f}, "
-            f"lower bound of the change {overall.low:+.3f}"
-        )
-    for name, one in (report.classes or {}).items():
-        if one.n >= MIN_CLASS and one.change < -worst_class_drop:
-            reasons.append(
-                f"class {name} loses {percent(-one.change, 1)} (allowed {percent(worst_class_drop)}): "
-                f"{one.candidate:.3f} tokens per verify step against {one.champion:.3f} on {one.n} requests"
-            )
-    return reasons
+    return [
+        f"class {name} loses {percent(-one.change, 1)} (allowed {percent(worst_class_drop)}): "
+        f"{one.candidate:.3f} tokens per verify step against {one.champion:.3f} on {one.n} requests"
+        for name, one in (report.classes or {}).items()
+        if one.n >= MIN_CLASS and one.change < -worst_class_drop
+    ]
+
+
+def _no_gain(overall: Comparison) -> list[str]:
+    if overall.low > 0:
+        return []
+    return [
+        f"no certain gain: {overall.candidate:.3f} tokens per verify step against {overall.champion:.3f}, "
+        f"lower bound of the change {overall.low:+.3f}"
+    ]
 
 
 def _too_dear(report: GateReport) -> list[str]:
     reasons = []
-    if report.speedup is not None and not report.speedup > 1.0:
+    assert report.speedup is not None
+    assert report.net_low is not None
+    if not report.speedup > 1.0:
         reasons.append(
             f"predicted speed-up over plain decoding is {report.speedup:.2f}, not above 1, with the measured costs"
         )
-    if report.net is not None and not report.net > 1.0:
+    if not report.net_low > 1.0:
         reasons.append(
-            f"predicted net speed-up over the champion is {report.net:.3f}, not above 1: the rows it verifies more "
-            "cost what it accepts more"
+            f"no certain gain: predicted net speed-up over the champion is {report.net:.3f} with the measured costs, "
+            f"lower bound {report.net_low:.3f}"
         )
     return reasons
 
 
-def _praise(overall: Comparison) -> str:
+def _praise(report: GateReport) -> str:
+    overall = report.overall
+    assert overall is not None
+    counted = f"{overall.candidate:.3f} tokens per verify step against {overall.champion:.3f}"
+    if report.net is None:
+        return f"{counted} on {overall.n} held-out requests, lower bound of the change {overall.low:+.3f}"
     return (
-        f"{overall.candidate:.3f} tokens per verify step against {overall.champion:.3f} on {overall.n} held-out "
-        f"requests, lower bound of the change {overall.low:+.3f}"
+        f"predicted {report.net:.3f} times as fast as the champion on {overall.n} held-out requests, lower bound "
+        f"{report.net_low:.3f}: {counted}"
     )
 
 
@@ -252,15 +282,20 @@ def _compare(old: _Earned, new: _Earned, chosen: Sequence[bool], rng: np.random.
     """Ratio of sums of both, and the bootstrap of their difference: the same resampled requests for both."""
     pairs = [(a, b) for a, b, wanted in zip(old.full, new.full, chosen, strict=True) if wanted]
     table = np.array([[a.steps + a.accepted, a.steps, b.steps + b.accepted, b.steps] for a, b in pairs], float)
-    n = len(table)
-    resamples = max(RESAMPLES, math.ceil(BEYOND / alpha))
-    picks = rng.multinomial(n, np.full(n, 1.0 / n), size=resamples)  # [resamples, n]: how often each request is drawn
-    x_old, y_old, x_new, y_new = (picks @ table).T
+    x_old, y_old, x_new, y_new = _resampled(table, alpha, rng)
     deltas = _ratio(x_new, y_new) - _ratio(x_old, y_old)
     a, b, c, d = table.sum(0)
     before, after = float(_ratio(a, b)), float(_ratio(c, d))
     low, high = np.quantile(deltas, [alpha, 1 - alpha])
-    return Comparison(n, before, after, after - before, float(low), float(high))
+    return Comparison(len(table), before, after, after - before, float(low), float(high))
+
+
+def _resampled(table: np.ndarray, alpha: float, rng: np.random.Generator) -> np.ndarray:
+    """Column sums [columns, resamples] over requests drawn with replacement; ``table`` [n, columns]."""
+    n = len(table)
+    picks = rng.multinomial(n, np.full(n, 1.0 / n), size=max(RESAMPLES, math.ceil(BEYOND / alpha)))
+    sums: np.ndarray = (picks @ table).T
+    return sums
 
 
 def _ratio(x: Any, y: Any) -> Any:

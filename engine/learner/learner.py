@@ -64,14 +64,13 @@ class ForgottenMeanwhile(SlipstreamError):
 
 @dataclass(frozen=True, slots=True)
 class Situation:
-    """What an attempt starts from. ``alpha``: the level its gate may spend."""
+    """What an attempt starts from."""
 
     target: ServedTarget
     champion: PolicyVersion
     train: tuple[TrainableTrace, ...]
     held_out: tuple[TrainableTrace, ...]
     through: int
-    alpha: float
 
 
 @dataclass(slots=True)
@@ -127,15 +126,16 @@ class Learner:
             enough = wanted.min_requests if last is None else wanted.every_requests
             if intake.count(session, target.model, last.through if last else 0) < enough:
                 return None
-            since, looks = gate.unspent(*learning.looks(session))
+            passed, looks = learning.looks(session)
+            since, looked_at = gate.unspent(passed, [gate.Look(*look) for look in looks])
             held_out = traces.held_out(session, target.model, since)
-            if len(held_out) < gate.MIN_HELD_OUT:  # they come with the traffic
+            if not gate.due(len(held_out), looked_at):  # they come with the traffic
                 return None
             champion = policies.get(session, plan.champion)
             train = self._buffer.refresh(session, target.model)
             through = intake.last_ordinal(session, target.model)
         assert champion is not None  # the ledger's foreign key
-        return Situation(target, champion, train, held_out, through, gate.level(looks))
+        return Situation(target, champion, train, held_out, through)
 
     def _attempt(self, situation: Situation, now: datetime, began: float) -> Attempt:
         meter = Meter()
@@ -198,8 +198,7 @@ class Learner:
                 target,
                 wanted.worst_class_drop,
                 self.rng,
-                situation.alpha,
-                self._replayed,
+                replayer=self._replayed,
             )
         attempt = replace(attempt, reason="; ".join(report.reasons), gate=report.to_json())
         if not report.passed:

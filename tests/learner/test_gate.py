@@ -10,16 +10,18 @@ from uuid import UUID
 import numpy as np
 import pytest
 
-from engine.contracts import ProposerKind, artifact_digest
+from engine.contracts import ProposerKind, SpecCounts, artifact_digest
 from engine.learner import gate
 from engine.learner.gate import GateReport
 from engine.learner.memory import build_memory
-from engine.learner.traces import ServedTarget
+from engine.learner.traces import MAX_HELD_OUT, ServedTarget
 from engine.settings import LearnerSettings
 from engine.speculation.artifact import build_artifact, load_proposer
+from engine.speculation.control import KController
 from engine.speculation.memory import MEMORY_FILE, TraceMemoryBuilder
 from engine.speculation.ngram import NgramProposer
 from engine.speculation.none import NoneProposer
+from engine.speculation.proposer import Proposer
 from engine.store.repositories.intake import TrainableTrace
 
 COSTS = {1: 30.0, 3: 36.0, 5: 44.0, 8: 60.0}
@@ -79,7 +81,9 @@ def test_a_memory_of_the_same_traffic_passes(rng: np.random.Generator, held_out:
     assert report.overall.low > 0
     assert report.overall.candidate > report.overall.champion
     assert report.speedup is not None
-    assert report.speedup > 1
+    assert report.net_low is not None
+    assert report.net is not None
+    assert report.speedup > report.net > report.net_low > 1
     assert set(report.classes or {}) == {"chat", "code"}
     assert report.to_json()["classes"]["chat"]["n"] == 20
 
@@ -100,13 +104,12 @@ def test_garbage_is_refused(rng: np.random.Generator, held_out: list[TrainableTr
     wrong = [replace(t, prompt_ids=[], output_ids=rng.permutation(t.output_ids).tolist()) for t in good]
     report = examine(memory(wrong), held_out, champion=champion)
     assert not report.passed
-    assert any("no certain gain" in reason for reason in report.reasons)
     assert any("loses" in reason for reason in report.reasons)
+    spread = [replace(t, traffic_class=f"only-{n}") for n, t in enumerate(held_out)]  # no class has enough to refuse
+    assert "no certain gain" in examine(memory(wrong), spread, champion=champion).reasons[0]
 
 
 def test_a_bound_far_out_is_drawn_from_enough_samples(rng: np.random.Generator, held_out: list[TrainableTrace]) -> None:
-    """At the tenth look α is 1 in 2,200: of 5,000 sums two would lie beyond, and of an eleventh look's fewer still."""
-
     class Counting:
         drawn = 0
 
@@ -114,11 +117,40 @@ def test_a_bound_far_out_is_drawn_from_enough_samples(rng: np.random.Generator, 
             Counting.drawn = size
             return rng.multinomial(n, shares, size=size)
 
-    for looks in range(gate.MAX_LOOKS):
-        alpha = gate.level(looks)
+    for alpha in (gate.LEVEL, gate.LEVEL / 100):
         gate.compare(NgramProposer(4), NgramProposer(2), held_out, COSTS, 0.02, Counting(), alpha)  # type: ignore[arg-type]
         assert Counting.drawn >= gate.RESAMPLES
         assert alpha * Counting.drawn >= gate.BEYOND
+
+
+def test_a_look_waits_for_half_as_much_evidence_again() -> None:
+    """From the least on, and at the latest when as many are there as may judge at all."""
+    assert not gate.due(gate.MIN_HELD_OUT - 1, 0)
+    assert gate.due(gate.MIN_HELD_OUT, 0)
+    assert not gate.due(29, 20)
+    assert gate.due(30, 20)
+    assert gate.due(MAX_HELD_OUT, MAX_HELD_OUT - 1)
+
+
+def test_what_saves_a_drafts_passes_is_a_gain_that_no_count_of_tokens_shows(held_out: list[TrainableTrace]) -> None:
+    """Both say the same and one of them costs less: equal per verify step, and certainly faster."""
+
+    def replayer(proposer: Proposer, trace: TrainableTrace, control: KController | None) -> tuple[SpecCounts, float]:
+        counts, seconds = gate.stored(NgramProposer(4), trace, control)
+        return counts, seconds * (0.97 if proposer.num_speculative_tokens == 2 else 1.0)
+
+    def compare(candidate: int, champion: int) -> GateReport:
+        return gate.compare(
+            NgramProposer(candidate), NgramProposer(champion), held_out, COSTS, 0.02, np.random.default_rng(1),
+            replayer=replayer,
+        )  # fmt: skip
+
+    report = compare(2, 4)
+    assert report.passed, report.reasons
+    assert report.overall is not None
+    assert report.overall.delta == 0
+    assert "no certain gain" in compare(4, 2).reasons[0]
+    assert "no certain gain" in compare(4, 3).reasons[0]
 
 
 def test_one_ruined_class_is_refused_though_the_blend_improves(rng: np.random.Generator) -> None:
@@ -131,6 +163,7 @@ def test_one_ruined_class_is_refused_though_the_blend_improves(rng: np.random.Ge
     report = examine(memory([t for t in train if t.traffic_class == "chat"]), held_out, champion=champion)
     assert report.overall is not None
     assert report.overall.low > 0
+    assert report.net is None  # nothing is priced that a class refuses
     assert not report.passed
     assert [reason for reason in report.reasons if "class code loses" in reason]
 
@@ -186,6 +219,9 @@ def test_without_measured_costs_the_speed_up_is_not_claimed(
     report = examine(memory(traffic(rng, 80), unknown), held_out, unknown)
     assert report.passed
     assert report.speedup is None
+    files = memory(traffic(rng, 80), unknown)
+    champion = load_proposer(files, artifact_digest(files), unknown.fingerprint)
+    assert "tokens per verify step" in examine(files, held_out, unknown, champion).reasons[0]
 
 
 def test_the_same_seed_gives_the_same_report(rng: np.random.Generator, held_out: list[TrainableTrace]) -> None:

@@ -267,26 +267,25 @@ def test_an_attempt_ends_where_its_lease_was_lost_and_outlives_a_silent_database
 
 
 def test_refusals_without_a_comparison_are_no_looks(w: World) -> None:
-    """A look spends error level; after ten at the same held-out requests the next ones are judged on later requests."""
+    """A look spends error level; after six at the same held-out requests the next ones are judged on later requests."""
     began, compared = w.now, {"overall": {"n": 9}}
     tries = [("refused", {}), ("refused", {"overall": None}), ("error", {}), ("refused", compared)]
     with w.db.write() as session:
         assert learning.looks(session) == (0, [])
         for at, (outcome, verdict) in enumerate(tries):
-            learning.record(session, Attempt(began, began, outcome, "", 9, 9, verdict, 1.0, through=100 + at))
-        assert learning.looks(session) == (0, [103])
+            learning.record(session, Attempt(began, began, outcome, "", 9, 30 + at, verdict, 1.0, through=100 + at))
+        assert learning.looks(session) == (0, [(103, 33)])
         learning.record(session, Attempt(began, began, "registered", "", 9, 9, compared, 1.0, through=200))
         assert learning.looks(session) == (200, [])
-    assert gate.unspent(200, []) == (200, 0)
-    assert gate.unspent(200, list(range(201, 210))) == (200, 9)
-    assert gate.unspent(200, list(range(201, 211))) == (210, 0)
-    assert gate.unspent(200, list(range(201, 224))) == (220, 3)
 
 
 def test_refused_candidates_use_up_the_error_level_and_a_pass_brings_fresh_requests() -> None:
-    spent = [gate.level(k) for k in range(1_000)]
-    assert spent[0] == gate.ALPHA / 2
-    assert 0.99 * gate.ALPHA < sum(spent) <= gate.ALPHA
+    looks = [gate.Look(200 + n, 10 * n) for n in range(1, 15)]
+    assert gate.unspent(200, []) == (200, 0)
+    assert gate.unspent(200, looks[:5]) == (200, 50)
+    assert gate.unspent(200, looks[:6]) == (206, 0)
+    assert gate.unspent(200, looks[:14]) == (212, 140)
+    assert pytest.approx(gate.ALPHA) == gate.MAX_LOOKS * gate.LEVEL
 
 
 def test_the_loop_survives_what_fails_and_stops_when_told(w: World, monkeypatch: pytest.MonkeyPatch) -> None:

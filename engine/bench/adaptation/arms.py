@@ -101,7 +101,8 @@ class AdaptiveArm(Arm):
         self.attempts: list[Attempt] = []
         self.draft = world.neural.draft if world.neural is not None else None
         self.saboteur: Saboteur | None = None
-        self._judged = self._looked = self._attempted = self._due = 0
+        self._passed = self._attempted = self._due = 0
+        self._looks: list[gate.Look] = []
         self._charged = world.charged()
 
     def learn(self, response: Response) -> float:
@@ -110,7 +111,7 @@ class AdaptiveArm(Arm):
         self.seen += 1
         if self.seen - self._attempted < world.settings.every_requests or not self.traffic.train:
             return 0.0
-        if self.gated and len(self.fresh) < gate.MIN_HELD_OUT:
+        if self.gated and not gate.due(len(self.fresh), gate.unspent(self._passed, self._looks)[1]):
             return 0.0
         self._attempted = self.seen
         files = self._candidate()
@@ -119,11 +120,12 @@ class AdaptiveArm(Arm):
             return made - began
         reason, passed = "not gated", True
         if self.gated:
-            report, seen = self.judge(files, self._charged), self.fresh[-1].ordinal
+            report, look = self.judge(files, self._charged), gate.Look(self.fresh[-1].ordinal, len(self.fresh))
             reason, passed = "; ".join(report.reasons), report.passed
-            self._looked = 0 if passed else self._looked + (report.overall is not None)
-            if passed or self._looked == gate.MAX_LOOKS:  # these requests are spent
-                self._judged, self._looked = seen, 0
+            if passed:
+                self._passed, self._looks = look.through, []
+            elif report.overall is not None:
+                self._looks.append(look)
         if passed:
             self._take(files)
         ended = self._spent()
@@ -178,8 +180,9 @@ class AdaptiveArm(Arm):
 
     @property
     def fresh(self) -> list[TrainableTrace]:
-        """Held-out requests on which no version has passed yet."""
-        return [trace for trace in self.traffic.held_out if trace.ordinal > self._judged]
+        """Held-out requests that may still judge."""
+        since, _ = gate.unspent(self._passed, self._looks)
+        return [trace for trace in self.traffic.held_out if trace.ordinal > since]
 
     def _spent(self) -> float:
         """CPU seconds so far; rehearsals count what they cost this arm, not what they took here."""
@@ -197,8 +200,7 @@ class AdaptiveArm(Arm):
             world.target,
             world.settings.worst_class_drop,
             self.rng,
-            gate.level(self._looked),
-            replayer,
+            replayer=replayer,
         )
 
 

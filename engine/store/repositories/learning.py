@@ -62,15 +62,15 @@ def finished(session: ReadSession, since: datetime, until: datetime) -> list[Att
     return [_attempt(row) for row in session.scalars(query)]
 
 
-def looks(session: ReadSession | WriteSession) -> tuple[int, list[int]]:
-    """(``through`` of the newest attempt that passed, 0 before the first; those of every refused one since then that
-    its gate compared with the champion, oldest first)."""
+def looks(session: ReadSession | WriteSession) -> tuple[int, list[tuple[int, int]]]:
+    """(``through`` of the newest attempt that passed, 0 before the first; ``through`` and held-out requests of every
+    refused one since then that its gate compared with the champion, oldest first)."""
     row = LearningAttemptRow
     passed = select(row.id, row.through).where(row.outcome == REGISTERED).order_by(row.id.desc()).limit(1)
     last, through = session.execute(passed).one_or_none() or (0, 0)
     compared = func.jsonb_typeof(row.gate["overall"]) == "object"
-    since = select(row.through).where(row.id > last, row.outcome == REFUSED, compared).order_by(row.id)
-    return through, list(session.scalars(since))
+    since = select(row.through, row.gate_traces).where(row.id > last, row.outcome == REFUSED, compared).order_by(row.id)
+    return through, [(at, seen) for at, seen in session.execute(since)]
 
 
 def outcomes(session: ReadSession) -> dict[str, int]:

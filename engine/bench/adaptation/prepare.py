@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 from scipy.optimize import isotonic_regression
 
 from engine.bench.adaptation.arms import offline
@@ -97,7 +98,7 @@ def prepare(settings: Settings, options: Options, say: Say) -> Material:
     if kind in REPLAYED:
         return Material(target, engine, world, classes, tuple(corpus), world.load(files))
     sample = [r for found in classes.values() for r in found[: 1 + REHEARSED // len(classes)]]
-    neural = _neural(target, world, files, sample, options, settings.dir("bench"), say)
+    neural = _neural(settings, target, world, files, sample, options, say)
     world = replace(world, neural=neural)
     alone = world.load(beside_own_context(files, served, settings.learner.num_speculative_tokens))
     return Material(target, engine, world, classes, tuple(corpus), world.load(files), alone)
@@ -111,17 +112,17 @@ def _static_files(options: Options, target: Target) -> dict[str, bytes] | None:
 
 
 def _neural(
+    settings: Settings,
     target: Target,
     world: World,
     files: dict[str, bytes],
     sample: Sequence[Response],
     options: Options,
-    folder: Path,
     say: Say,
 ) -> NeuralPart:
     """One price for a draft pass and a rehearsal of every arm, whoever tuned its draft: they have one shape."""
     clock = time.thread_time if options.busy else time.perf_counter
-    rehearsals = KeptRehearsals(folder, world.cpu)
+    rehearsals = KeptRehearsals(settings.dir("bench"), world.cpu)
     bound, pass_s = TargetReplayer(target.model, clock, rehearsals).bound(world.load(files))
     assert isinstance(bound, BoundNeural | BoundHybrid)  # the other kinds need tokens only
     network = bound.pool.network
@@ -129,7 +130,12 @@ def _neural(
     say(f"milliseconds of a draft pass: {1e3 * pass_s:.1f}, of the target's states a token: {1e3 * token_s:.2f}")
     rehearsals.keep(network)
     replayer = TargetReplayer(target.model, clock, rehearsals, pass_s)
-    return NeuralPart(target.model, replayer, rehearsals, token_s, draft_files(files), options.tune_every)
+    trains = options.tune > 0 or "planted" in options.streams
+    if trains and target.model.dtype != torch.float32:  # as a learner does, whatever its engine serves with
+        taught = configured_target(settings, say, "float32").model
+    else:
+        taught = target.model
+    return NeuralPart(taught, replayer, rehearsals, token_s, draft_files(files), options.tune_every)
 
 
 def _costs(engine: Engine, busy: bool) -> dict[int, float]:

@@ -29,8 +29,9 @@ OVERSHOT_REQUESTS = 16
 
 @dataclass(frozen=True, slots=True)
 class NeuralPart:
-    """``draft``: the files of the draft that hybrids start with. Tuned on ``learner.tune_requests`` requests with every
-    ``tune_every``-th candidate. ``token_s``: what a rehearsal costs per token of its request, CPU seconds."""
+    """``model``: the target that drafts are trained beside. ``draft``: the files of the draft that hybrids start with,
+    tuned on ``learner.tune_requests`` requests with every ``tune_every``-th candidate. ``token_s``: what a rehearsal
+    costs per token of its request, CPU seconds."""
 
     model: Llama
     replayer: TargetReplayer

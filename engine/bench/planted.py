@@ -21,7 +21,7 @@ from engine.runner.engine import Engine, EngineRequest
 from engine.server.main import serve
 from engine.settings import load_settings
 from engine.speculation import artifact
-from engine.speculation.control import DEFAULT_CONTROL, ControlSettings
+from engine.speculation.acceptance import DEFAULT_CONTROL, ControlSettings
 from engine.speculation.ngram import NgramDrafter
 from engine.speculation.proposer import Drafter, Loader, Proposer, loaders
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from engine.contracts import ProposerKind, SlipstreamError, artifact_digest
-from engine.speculation.control import ControlSettings
+from engine.speculation.acceptance import ControlSettings
 from engine.speculation.proposer import PolicyError, Proposer, loaders
 
 MANIFEST = "manifest.json"

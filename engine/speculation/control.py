@@ -14,62 +14,21 @@ itself off finds out that it pays again without costing a row.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
-from engine.contracts import SlipstreamError, VerifyStep
+from engine.contracts import VerifyStep
+from engine.speculation.acceptance import Acceptance, ControlSettings
 from engine.speculation.step_costs import StepCosts
 
-LEVELS = 10
-"""Steps of confidence that are told apart."""
-POSITIONS = 8
-"""Positions of a draft that are told apart; later ones count as the last."""
 FREE_SHARE = 0.01
-"""A draft that costs less than this share of a plain pass is always asked for: its tokens decide, and teach."""
-DRAFT_WEIGHT = 0.05
-"""Weight of one draft in the estimate of what drafting costs."""
-PROMISED_WEIGHT = 30.0
-"""Promised tokens before which nothing is held against the estimates."""
+"""A draft that costs less than this share of a plain pass is no matter of how many tokens are asked for."""
 ROW_KEEP = 0.97
 """What a request's own experience keeps with every judged token: some 30 tokens."""
 MOST = 0.99
 """No token is certain."""
 MOST_KEPT = 1_024
 """Versions and classes whose experience is kept, those used last; classes are named by clients."""
-
-
-@dataclass(frozen=True, slots=True)
-class ControlSettings:
-    """The K controller of a policy; part of its manifest, so of its version. Off: always the policy's own K."""
-
-    enabled: bool = True
-    prior: float = 0.5  # that a drafted token is accepted, where neither drafter nor experience says anything
-    prior_strength: float = 16.0  # trials that a prior, or the drafter's own confidence, is worth
-    row_strength: float = 4.0  # accepted tokens that the experience of the class is worth against a request's own
-    memory: float = 1_000.0  # trials after which the experience of a class forgets
-    min_gain: float = 0.02  # share of tokens per second that drafting must promise
-    probe_every: int = 16  # a drafter that costs time is asked for one token more in one of so many steps
-
-    @classmethod
-    def read(cls, given: Mapping[str, Any]) -> ControlSettings:
-        """Strict: an unknown key, a wrong type or an impossible value is an error that names it."""
-        known = {f.name: type(f.default) for f in fields(cls)}
-        for key, value in given.items():
-            if key not in known:
-                raise SlipstreamError(f"K control has no setting {key!r}; it knows {sorted(known)}.")
-            allowed = (int, float) if known[key] is float else (known[key],)
-            if not isinstance(value, allowed) or (isinstance(value, bool) and known[key] is not bool):
-                raise SlipstreamError(f"K control: {key} must be {known[key].__name__}, got {value!r}.")
-        made = cls(**given)
-        if not (0 < made.prior < 1 and made.prior_strength > 0 and made.row_strength > 0 and made.memory >= 1):
-            raise SlipstreamError(f"K control needs 0 < prior < 1 and positive strengths and memory, got {made}.")
-        if made.min_gain < 0 or made.probe_every < 1:
-            raise SlipstreamError(f"K control needs min_gain >= 0 and probe_every >= 1, got {made}.")
-        return made
-
-
-DEFAULT_CONTROL = ControlSettings()
 
 
 def allocate(
@@ -97,64 +56,12 @@ def allocate(
     return chosen
 
 
-class Acceptance:
-    """What the drafts of one policy version were worth in one traffic class. Counts that forget beyond ``memory``."""
-
-    def __init__(self, settings: ControlSettings) -> None:
-        self.settings = settings
-        self._tried = [0.0] * (2 * LEVELS + POSITIONS)
-        self._accepted = [0.0] * (2 * LEVELS + POSITIONS)
-        self._promised = self._kept = 0.0  # tokens that were verified
-        self.draft_s = 0.0  # seconds a drafted token costs, lately
-        self.weighed = 0  # steps of requests in which it was weighed whether to ask for a draft
-
-    def chance(self, position: int, confidence: float | None) -> float:
-        """That the token at ``position`` (from 0) is accepted when all before it are."""
-        at, settings = _level(position, confidence), self.settings
-        prior = settings.prior if confidence is None else confidence
-        weight = settings.prior_strength
-        return (self._accepted[at] + weight * prior) / (self._tried[at] + weight)
-
-    def observe(self, position: int, confidence: float | None, accepted: bool) -> None:
-        at, memory = _level(position, confidence), self.settings.memory
-        keep = min(1.0, (memory - 1) / self._tried[at]) if self._tried[at] else 1.0
-        self._tried[at] = keep * self._tried[at] + 1
-        self._accepted[at] = keep * self._accepted[at] + accepted
-
-    @property
-    def honesty(self) -> float:
-        """What verified tokens brought of what they promised lately, at most 1.
-
-        Who takes the likeliest of many tokens takes those whose chances are guessed too high, the more the more there
-        are to take from. Beside sixteen requests that made a draft look worth its rows that was not.
-        """
-        return min((self._kept + PROMISED_WEIGHT) / (self._promised + PROMISED_WEIGHT), 1.0)
-
-    def settle(self, promised: float, kept: float) -> None:
-        """After a step of one request: of its verified tokens so many were ``promised``, so many accepted. Forgets at
-        every step, so that a class whose drafts are not verified any more is given another chance."""
-        keep = 1 - 1 / self.settings.memory
-        self._promised = keep * self._promised + promised
-        self._kept = keep * self._kept + kept
-
-    def survivals(self, k: int) -> list[float]:
-        """Before a draft is there: the probability, by position, that it will reach so far and all be right."""
-        alive, found = 1.0, list[float]()
-        for position in range(k):
-            alive *= self.chance(position, None)
-            found.append(alive)
-        return found
-
-    def took(self, seconds: float, tokens: int) -> None:
-        """Asking for ``tokens`` drafted tokens took so long."""
-        self.draft_s += DRAFT_WEIGHT * (seconds / tokens - self.draft_s) if self.draft_s else seconds / tokens
-
-
 class RowControl:
     """The K controller of one request."""
 
     def __init__(self, acceptance: Acceptance) -> None:
         self.acceptance, self.settings = acceptance, acceptance.settings
+        self.asked = False  # in this step, and free of charge
         self._accepted = self._expected = 0.0
 
     @property
@@ -243,17 +150,25 @@ class KController:
             del self._acceptance[key]
 
     def limits(self, rows: Sequence[RowControl], ks: Sequence[int], prompt_rows: int = 0) -> list[int]:
-        """How many tokens to ask of each drafter, at most ``ks``. Only a drafter that costs time is ever not asked.
+        """How many tokens to ask of each drafter, at most ``ks``.
+
+        Of one that costs time, as many as its past says are worth it; of one that costs next to none, all it knows or,
+        where that has not paid lately, nothing. Both are asked now and then in any case, to find out that they pay.
 
         ``rows``: of those parts that may cost time, one for each request that decodes; beside them the pass computes
         ``prompt_rows`` tokens of prompts.
         """
+        limits = list(ks)
         if self.costs is None:
-            return list(ks)
+            return limits
         base_rows = len(rows) + prompt_rows
         free = FREE_SHARE * self.costs(len(rows))
-        dear = [i for i, row in enumerate(rows) if ks[i] and row.settings.enabled and row.acceptance.draft_s > free]
-        limits = list(ks)
+        steered = [i for i, row in enumerate(rows) if ks[i] and row.settings.enabled]
+        dear = [i for i in steered if rows[i].acceptance.draft_s > free]
+        for i in steered:
+            if i not in dear:
+                rows[i].asked = rows[i].acceptance.pays(len(rows)) or _probes(rows[i])
+                limits[i] = ks[i] if rows[i].asked else 0
         if not dear:
             return limits
         per_token = sum(rows[i].acceptance.draft_s for i in dear) / len(dear)
@@ -266,10 +181,7 @@ class KController:
             max(rows[i].settings.min_gain for i in dear),
         )
         for i, k in zip(dear, chosen, strict=True):
-            acceptance = rows[i].acceptance  # counts for all requests: short ones would never come to their probe
-            acceptance.weighed += 1
-            probe = acceptance.weighed % rows[i].settings.probe_every == 0
-            limits[i] = min(k + probe, ks[i])
+            limits[i] = min(k + _probes(rows[i]), ks[i])
         return limits
 
     def choose(self, offers: Sequence[Offer], prompt_rows: int = 0) -> Choice:
@@ -292,7 +204,10 @@ class KController:
         expected = [sum(chances[:k]) for chances, k in zip(survivals, ks, strict=True)]
         if costs is None:
             return Choice(ks, expected)
-        return Choice(ks, expected, costs(base_rows), costs(base_rows + sum(ks)))
+        choice = Choice(ks, expected, costs(base_rows), costs(base_rows + sum(ks)))
+        if not prompt_rows:
+            _learn_worth([offer.row for offer in offers], choice)
+        return choice
 
     def _decoding_costs(self, decoding: int, prompt_rows: int) -> Callable[[int], float]:
         """Seconds of a pass by its rows, less what its prompts take.
@@ -309,8 +224,18 @@ class KController:
         return lambda rows: max(costs(rows) - prompts, plain)  # a bump in the profile makes no row cheaper than free
 
 
-def _level(position: int, confidence: float | None) -> int:
-    """Where the experience of such a token is kept: first and later tokens of a draft differ."""
-    if confidence is None:
-        return 2 * LEVELS + min(position, POSITIONS - 1)
-    return min(int(confidence * LEVELS), LEVELS - 1) + (LEVELS if position else 0)
+def _learn_worth(rows: Sequence[RowControl], choice: Choice) -> None:
+    """What the step saves, against plain decoding of as many tokens, shared by those who were asked."""
+    asked = [row for row in rows if row.asked]
+    for row in asked:
+        row.asked = False
+    if asked:
+        saved = choice.plain_s * (1 + sum(choice.expected) / len(rows)) - choice.pass_s
+        for acceptance in {id(row.acceptance): row.acceptance for row in asked}.values():
+            acceptance.saved(len(rows), saved / len(asked))
+
+
+def _probes(row: RowControl) -> bool:
+    """Whether it is asked in any case. Counts for all requests: short ones would never come to their probe."""
+    row.acceptance.weighed += 1
+    return row.acceptance.weighed % row.settings.probe_every == 0

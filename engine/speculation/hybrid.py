@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from engine.contracts import ProposerKind
 from engine.speculation import memory, neural
-from engine.speculation.control import DEFAULT_CONTROL, ControlSettings
+from engine.speculation.acceptance import DEFAULT_CONTROL, ControlSettings
 from engine.speculation.memory import MEMORY_FILE, TraceMemory, TraceMemoryDrafter, TraceMemoryProposer
 from engine.speculation.neural import NeuralDrafter, check_survival, propose_together
 from engine.speculation.neural_file import SHAPE_FILE, WEIGHTS_FILE, DraftFile, unpack

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from engine.contracts import ProposerKind
-from engine.speculation.control import DEFAULT_CONTROL, ControlSettings
+from engine.speculation.acceptance import DEFAULT_CONTROL, ControlSettings
 from engine.speculation.memory_build import COLUMNS, MAX_ORDER, MIN_ORDER, POOLED, TraceMemoryBuilder, ngram_hash
 from engine.speculation.ngram import ContextIndex, match_confidence
 from engine.speculation.proposer import PolicyError, read_settings

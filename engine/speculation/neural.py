@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from engine.contracts import ProposerKind
-from engine.speculation.control import DEFAULT_CONTROL, ControlSettings
+from engine.speculation.acceptance import DEFAULT_CONTROL, ControlSettings
 from engine.speculation.draft_pool import DraftPool, Want
 from engine.speculation.neural_file import SHAPE_FILE, WEIGHTS_FILE, DraftFile, unpack
 from engine.speculation.proposer import PolicyError, read_settings, unbound

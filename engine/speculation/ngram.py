@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from engine.contracts import ProposerKind
-from engine.speculation.control import DEFAULT_CONTROL, ControlSettings
+from engine.speculation.acceptance import DEFAULT_CONTROL, ControlSettings
 from engine.speculation.proposer import Drafter, PolicyError, no_files, read_settings
 
 EXACTLY = {1: 0.23, 2: 0.54, 3: 0.64, 4: 0.70, 5: 0.77}

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from engine.contracts import ProposerKind
-from engine.speculation.control import DEFAULT_CONTROL, ControlSettings
+from engine.speculation.acceptance import DEFAULT_CONTROL, ControlSettings
 from engine.speculation.proposer import Drafter, no_files, read_settings
 
 

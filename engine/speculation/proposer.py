@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from engine.contracts import ProposerKind, SlipstreamError, VerifyStep
-from engine.speculation.control import ControlSettings, RowControl
+from engine.speculation.acceptance import ControlSettings
+from engine.speculation.control import RowControl
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -15,7 +15,7 @@ from engine.model.batch import Row, build_batch
 from engine.model.draft import DraftConfig, DraftNetwork
 from engine.model.kv_cache import KVCache
 from engine.model.loading import Target
-from engine.speculation.control import DEFAULT_CONTROL, ControlSettings
+from engine.speculation.acceptance import DEFAULT_CONTROL, ControlSettings
 from engine.speculation.draft_pool import DraftPool, DraftState
 from engine.speculation.draft_pools import DraftPools
 from engine.speculation.neural import BoundNeural, NeuralProposer

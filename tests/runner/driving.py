@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from engine.contracts import ProposerKind, SamplingParams
 from engine.model.loading import Target
 from engine.runner.engine import Engine, EngineRequest, Output, RequestResult
-from engine.speculation.control import DEFAULT_CONTROL, ControlSettings
+from engine.speculation.acceptance import DEFAULT_CONTROL, ControlSettings
 from engine.speculation.memory import TraceMemory, TraceMemoryBuilder, TraceMemoryProposer
 from engine.speculation.ngram import NgramProposer
 from engine.speculation.none import NoneProposer

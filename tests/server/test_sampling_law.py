@@ -17,7 +17,7 @@ from engine.model.batch import Row, build_batch
 from engine.model.kv_cache import KVCache
 from engine.model.loading import Target
 from engine.runner import target_pass
-from engine.speculation.control import DEFAULT_CONTROL, ControlSettings
+from engine.speculation.acceptance import DEFAULT_CONTROL, ControlSettings
 from engine.speculation.verify import VerifyOutcome, target_probabilities, verify_one_hot
 from engine.store.models import TracePayloadRow
 from tests.server.conftest import Start

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from engine.contracts import ProposerKind, artifact_digest
+from engine.speculation.acceptance import ControlSettings
 from engine.speculation.artifact import MANIFEST, build_artifact, load_proposer, read_manifest
-from engine.speculation.control import ControlSettings
 from engine.speculation.memory import MEMORY_FILE, TraceMemoryBuilder
 from engine.speculation.proposer import PolicyError, loaders
 

@@ -10,15 +10,8 @@ from dataclasses import dataclass, field
 import pytest
 
 from engine.contracts import SlipstreamError, VerifyStep
-from engine.speculation.control import (
-    MOST_KEPT,
-    Acceptance,
-    ControlSettings,
-    KController,
-    Offer,
-    RowControl,
-    allocate,
-)
+from engine.speculation.acceptance import JUDGED, WORTH_STEPS, Acceptance, ControlSettings
+from engine.speculation.control import MOST_KEPT, KController, Offer, RowControl, allocate
 from engine.speculation.replay import verify_stored
 from engine.speculation.step_costs import StepCosts
 
@@ -175,6 +168,42 @@ def test_what_was_switched_off_by_itself_comes_back() -> None:
     assert sum(step(False) for _ in range(50)) == 0
     assert sum(step(True) for _ in range(400)) > 0
     assert step(True) >= 3
+
+
+def asked(controller: KController, rows: Sequence[RowControl], chance: float, steps: int = 640) -> float:
+    """How many of the rows' drafters, which take next to no time, were asked in the last steps, as a share."""
+    found = list[float]()
+    for _ in range(steps):
+        limits = controller.limits(rows, [4] * len(rows))
+        for row, n in zip(rows, limits, strict=True):
+            row.acceptance.took(1e-5, n) if n else None
+        controller.choose([Offer(row, n, [chance] * n) for row, n in zip(rows, limits, strict=True)])
+        found.append(sum(map(bool, limits)) / len(rows))
+    return sum(found[steps // 2 :]) / (steps // 2)
+
+
+def test_a_cheap_drafter_is_left_alone_but_for_probes_where_asking_saves_less_than_it_takes() -> None:
+    """Beside sixteen requests, and still asked alone, where the same tokens are worth their rows."""
+    controller = KController(StepCosts(seconds(MEASURED)))
+    rows = [controller.row(1, "chat", ControlSettings()) for _ in range(16)]
+    assert asked(controller, rows[:1], 0.6) == 1
+    assert asked(controller, rows, 0.3) < 0.1
+    assert asked(controller, rows[:1], 0.6) == 1
+    assert asked(controller, rows, 0.95) > 0.9  # a probe has found that it pays
+
+
+def test_whether_asking_pays_waits_for_experience_and_counts_the_judging() -> None:
+    acceptance = Acceptance(ControlSettings())
+    acceptance.took(1e-3, 4)
+    for step in range(WORTH_STEPS):
+        assert acceptance.pays(16), step
+        acceptance.saved(16, JUDGED * 0.99e-3)
+    assert not acceptance.pays(16)
+    assert not acceptance.pays(31)
+    assert acceptance.pays(15)  # another load
+    for _ in range(100):
+        acceptance.saved(16, JUDGED * 1.01e-3)
+    assert acceptance.pays(16)
 
 
 def test_a_drafter_that_costs_time_is_left_alone_but_for_probes() -> None:

@@ -1,0 +1,138 @@
+"""What the drafts of a policy version were worth in one traffic class, learned while serving; K control's settings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from engine.contracts import SlipstreamError
+
+LEVELS = 10
+"""Steps of confidence that are told apart."""
+POSITIONS = 8
+"""Positions of a draft that are told apart; later ones count as the last."""
+DRAFT_WEIGHT = 0.05
+"""Weight of one draft in the estimate of what drafting costs."""
+PROMISED_WEIGHT = 30.0
+"""Promised tokens before which nothing is held against the estimates."""
+JUDGED = 1.7
+"""Asking and then judging what was said takes this many times as long as asking (docs/log.md)."""
+WORTH_WEIGHT = 0.05
+"""Weight of one step in the estimate of what asking saves."""
+WORTH_STEPS = 32
+"""Steps before which nothing is held against asking."""
+
+
+@dataclass(frozen=True, slots=True)
+class ControlSettings:
+    """The K controller of a policy; part of its manifest, so of its version. Off: always the policy's own K."""
+
+    enabled: bool = True
+    prior: float = 0.5  # that a drafted token is accepted, where neither drafter nor experience says anything
+    prior_strength: float = 16.0  # trials that a prior, or the drafter's own confidence, is worth
+    row_strength: float = 4.0  # accepted tokens that the experience of the class is worth against a request's own
+    memory: float = 1_000.0  # trials after which the experience of a class forgets
+    min_gain: float = 0.02  # share of tokens per second that drafting must promise
+    probe_every: int = 16  # a drafter that costs time is asked for one token more in one of so many steps
+
+    @classmethod
+    def read(cls, given: Mapping[str, Any]) -> ControlSettings:
+        """Strict: an unknown key, a wrong type or an impossible value is an error that names it."""
+        known = {f.name: type(f.default) for f in fields(cls)}
+        for key, value in given.items():
+            if key not in known:
+                raise SlipstreamError(f"K control has no setting {key!r}; it knows {sorted(known)}.")
+            allowed = (int, float) if known[key] is float else (known[key],)
+            if not isinstance(value, allowed) or (isinstance(value, bool) and known[key] is not bool):
+                raise SlipstreamError(f"K control: {key} must be {known[key].__name__}, got {value!r}.")
+        made = cls(**given)
+        if not (0 < made.prior < 1 and made.prior_strength > 0 and made.row_strength > 0 and made.memory >= 1):
+            raise SlipstreamError(f"K control needs 0 < prior < 1 and positive strengths and memory, got {made}.")
+        if made.min_gain < 0 or made.probe_every < 1:
+            raise SlipstreamError(f"K control needs min_gain >= 0 and probe_every >= 1, got {made}.")
+        return made
+
+
+DEFAULT_CONTROL = ControlSettings()
+
+
+class Acceptance:
+    """What the drafts of one policy version were worth in one traffic class. Counts that forget beyond ``memory``."""
+
+    def __init__(self, settings: ControlSettings) -> None:
+        self.settings = settings
+        self._tried = [0.0] * (2 * LEVELS + POSITIONS)
+        self._accepted = [0.0] * (2 * LEVELS + POSITIONS)
+        self._promised = self._kept = 0.0  # tokens that were verified
+        self.draft_s = self.ask_s = 0.0  # seconds that a drafted token, and asking for a draft, cost lately
+        self.weighed = 0  # steps of requests in which it was weighed whether to ask for a draft
+        self._saved: dict[int, tuple[int, float]] = {}  # by load: steps, seconds saved by asking one request in them
+
+    def chance(self, position: int, confidence: float | None) -> float:
+        """That the token at ``position`` (from 0) is accepted when all before it are."""
+        at, settings = _level(position, confidence), self.settings
+        prior = settings.prior if confidence is None else confidence
+        weight = settings.prior_strength
+        return (self._accepted[at] + weight * prior) / (self._tried[at] + weight)
+
+    def observe(self, position: int, confidence: float | None, accepted: bool) -> None:
+        at, memory = _level(position, confidence), self.settings.memory
+        keep = min(1.0, (memory - 1) / self._tried[at]) if self._tried[at] else 1.0
+        self._tried[at] = keep * self._tried[at] + 1
+        self._accepted[at] = keep * self._accepted[at] + accepted
+
+    @property
+    def honesty(self) -> float:
+        """What verified tokens brought of what they promised lately, at most 1.
+
+        Who takes the likeliest of many tokens takes those whose chances are guessed too high, the more the more there
+        are to take from. Beside sixteen requests that made a draft look worth its rows that was not.
+        """
+        return min((self._kept + PROMISED_WEIGHT) / (self._promised + PROMISED_WEIGHT), 1.0)
+
+    def settle(self, promised: float, kept: float) -> None:
+        """After a step of one request: of its verified tokens so many were ``promised``, so many accepted. Forgets at
+        every step, so that a class whose drafts are not verified any more is given another chance."""
+        keep = 1 - 1 / self.settings.memory
+        self._promised = keep * self._promised + promised
+        self._kept = keep * self._kept + kept
+
+    def survivals(self, k: int) -> list[float]:
+        """Before a draft is there: the probability, by position, that it will reach so far and all be right."""
+        alive, found = 1.0, list[float]()
+        for position in range(k):
+            alive *= self.chance(position, None)
+            found.append(alive)
+        return found
+
+    def took(self, seconds: float, tokens: int) -> None:
+        """Asking for ``tokens`` drafted tokens took so long."""
+        self.draft_s += DRAFT_WEIGHT * (seconds / tokens - self.draft_s) if self.draft_s else seconds / tokens
+        self.ask_s += DRAFT_WEIGHT * (seconds - self.ask_s) if self.ask_s else seconds
+
+    def saved(self, requests: int, seconds: float) -> None:
+        """In a step of so many requests, asking saved each that was asked so long, by what was verified."""
+        steps, mean = self._saved.get(_load(requests), (0, 0.0))
+        weight = max(WORTH_WEIGHT, 1 / (steps + 1))
+        self._saved[_load(requests)] = steps + 1, mean + weight * (seconds - mean)
+
+    def pays(self, requests: int) -> bool:
+        """Whether asking for a draft that costs next to nothing saves more than that, in steps of so many requests.
+
+        Beside sixteen requests few drafted tokens are worth their rows, and asking sixteen drafters is 2 % of a step.
+        """
+        steps, mean = self._saved.get(_load(requests), (0, 0.0))
+        return steps < WORTH_STEPS or mean > JUDGED * self.ask_s
+
+
+def _load(requests: int) -> int:
+    """Steps of about as many requests are alike."""
+    return requests.bit_length()
+
+
+def _level(position: int, confidence: float | None) -> int:
+    """Where the experience of such a token is kept: first and later tokens of a draft differ."""
+    if confidence is None:
+        return 2 * LEVELS + min(position, POSITIONS - 1)
+    return min(int(confidence * LEVELS), LEVELS - 1) + (LEVELS if position else 0)

@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -57,10 +58,36 @@ def function(found: Any, *arguments: type) -> Callable[..., None]:
     return cast(Callable[..., None], found)
 
 
-def address_of(found: Callable[..., None] | None) -> int:
-    """Where a compiled function is, for other C to call it."""
-    assert found is not None, "nothing was compiled"
-    return cast(int, ctypes.cast(cast(Any, found), ctypes.c_void_p).value)
+@dataclass(frozen=True, slots=True)
+class Shares:
+    """Where a product's functions for one thread's share are, for other C to call; ``prepare`` None: it has none."""
+
+    prepare: int | None
+    product: int
+
+
+@dataclass(frozen=True, slots=True)
+class CompiledProduct:
+    """``multiply(x, room, weights, scales, out, rows, inputs, outputs)`` with all threads of torch."""
+
+    multiply: Callable[..., None]
+    shares: Shares
+
+
+def compile_product(source: Path, constants: Mapping[str, int]) -> CompiledProduct | None:
+    """Of ``product.c`` and its like; None as of ``compile_c``."""
+
+    def load(path: Path) -> CompiledProduct:
+        library = ctypes.CDLL(str(path))
+        prepare = _address(library.prepare) if hasattr(library, "prepare") else None
+        multiply = function(library.multiply, *[POINTER] * 5, *[COUNT] * 3)
+        return CompiledProduct(multiply, Shares(prepare, _address(library.product)))
+
+    return compile_c(source, constants, load)
+
+
+def _address(found: Any) -> int:
+    return cast(int, ctypes.cast(found, ctypes.c_void_p).value)
 
 
 POINTER, COUNT = ctypes.c_void_p, ctypes.c_int64

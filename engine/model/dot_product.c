@@ -52,21 +52,24 @@ static tile *tile_of(int64_t rows, int64_t panels) {
   return panels == 1 ? narrow[rows] : rows == 4 && panels == 4 ? tile_4_4 : broad[rows];
 }
 
-// x [rows, n_in], w [panels, n_in / 2, PANEL], out [rows, n_out]; neither room nor scales are needed.
-void product(const bf16 *x, void *room, const uint32_t *w, const void *scales, bf16 *out, int64_t rows, int64_t n_in,
-             int64_t n_out) {
-  const int64_t panels = (n_out + PANEL - 1) / PANEL, tiles = (rows + MOST - 1) / MOST;
+// Thread me of all makes its share of the outputs: x [rows, n_in], w [panels, n_in / 2, PANEL], out [rows, n_out].
+// Neither room nor scales are needed.
+void product(const bf16 *x, const void *room, const uint32_t *w, const void *scales, bf16 *out, int64_t rows,
+             int64_t n_in, int64_t n_out, int64_t me, int64_t all) {
   if (rows < 1) return;
+  const int64_t panels = (n_out + PANEL - 1) / PANEL, tiles = (rows + MOST - 1) / MOST, last = panels * (me + 1) / all;
   const int64_t most = (rows + tiles - 1) / tiles, broad = most > 4 ? 4 : most > 2 ? 6 : WIDEST;
-#pragma omp parallel
-  {
-    const int64_t me = omp_get_thread_num(), all = omp_get_num_threads(), last = panels * (me + 1) / all;
-    for (int64_t panel = panels * me / all, done; panel < last; panel += done) {
-      done = broad <= last - panel ? broad : 1;
-      for (int64_t t = 0; t < tiles; t++) {
-        const int64_t row = rows * t / tiles, count = rows * (t + 1) / tiles - row;
-        tile_of(count, done)(x + row * n_in, w + panel * n_in / 2 * PANEL, out + row * n_out, n_in, n_out, panel * PANEL);
-      }
+  for (int64_t panel = panels * me / all, done; panel < last; panel += done) {
+    done = broad <= last - panel ? broad : 1;
+    for (int64_t t = 0; t < tiles; t++) {
+      const int64_t row = rows * t / tiles, count = rows * (t + 1) / tiles - row;
+      tile_of(count, done)(x + row * n_in, w + panel * n_in / 2 * PANEL, out + row * n_out, n_in, n_out, panel * PANEL);
     }
   }
+}
+
+void multiply(const bf16 *x, void *room, const uint32_t *w, const void *scales, bf16 *out, int64_t rows, int64_t n_in,
+              int64_t n_out) {
+#pragma omp parallel
+  product(x, room, w, scales, out, rows, n_in, n_out, omp_get_thread_num(), omp_get_num_threads());
 }

@@ -124,31 +124,42 @@ static void to_int16(const bf16 *x, int count, int16_t *whole, float *scale) {
   }
 }
 
-// x [rows, n_in], w [panels, groups, PAIRS, PANEL, 2], w_scales [panels, groups, PANEL], out [rows, n_out];
-// x as integers is written to room: scales [rows, groups], then whole numbers [rows, groups, GROUP].
-void product(const bf16 *x, float *room, const int8_t *w, const bf16 *w_scales, bf16 *out,
-             int64_t rows, int64_t n_in, int64_t n_out) {
-  if (rows < 1) return; // no tile would say how many panels are done
-  const int64_t panels = (n_out + PANEL - 1) / PANEL, tiles = (rows + MOST - 1) / MOST;
+// Thread me of all writes its share of x [rows, n_in] as integers to room, before anybody's product: scales
+// [rows, groups], then whole numbers [rows, groups, GROUP].
+void prepare(const bf16 *x, float *room, int64_t rows, int64_t n_in, int64_t me, int64_t all) {
   const int64_t groups = (n_in + GROUP - 1) / GROUP;
-  float *x_scales = room;
   int16_t *whole = (int16_t *)(room + rows * groups);
+  for (int64_t i = rows * groups * me / all; i < rows * groups * (me + 1) / all; i++) {
+    const int64_t at = i % groups * GROUP;
+    const int count = n_in - at < GROUP ? (int)(n_in - at) : GROUP;
+    to_int16(x + i / groups * n_in + at, count, whole + i * GROUP, room + i);
+  }
+}
+
+// Thread me of all makes its share of the outputs: w [panels, groups, PAIRS, PANEL, 2], w_scales [panels, groups, PANEL],
+// out [rows, n_out].
+void product(const bf16 *x, const float *room, const int8_t *w, const bf16 *w_scales, bf16 *out, int64_t rows,
+             int64_t n_in, int64_t n_out, int64_t me, int64_t all) {
+  if (rows < 1) return; // no tile would say how many panels are done
+  const int64_t panels = (n_out + PANEL - 1) / PANEL, tiles = (rows + MOST - 1) / MOST, last = panels * (me + 1) / all;
+  const int64_t groups = (n_in + GROUP - 1) / GROUP;
+  const int16_t *whole = (const int16_t *)(room + rows * groups);
+  for (int64_t panel = panels * me / all, done; panel < last; panel += done)
+    for (int64_t t = 0; t < tiles; t++) {
+      const int64_t row = rows * t / tiles, count = rows * (t + 1) / tiles - row;
+      done = few((int)count, tiles > 1 ? 1 : last - panel, whole + row * groups * GROUP, room + row * groups,
+                 w + panel * groups * GROUP * PANEL, w_scales + panel * groups * PANEL, out + row * n_out, groups, n_out,
+                 panel * PANEL);
+    }
+}
+
+void multiply(const bf16 *x, float *room, const int8_t *w, const bf16 *w_scales, bf16 *out, int64_t rows, int64_t n_in,
+              int64_t n_out) {
 #pragma omp parallel
   {
-#pragma omp for
-    for (int64_t i = 0; i < rows * groups; i++) {
-      const int64_t at = i % groups * GROUP;
-      const int count = n_in - at < GROUP ? (int)(n_in - at) : GROUP;
-      to_int16(x + i / groups * n_in + at, count, whole + i * GROUP, x_scales + i);
-    }
     const int64_t me = omp_get_thread_num(), all = omp_get_num_threads();
-    const int64_t last = panels * (me + 1) / all;
-    for (int64_t panel = panels * me / all, done; panel < last; panel += done)
-      for (int64_t t = 0; t < tiles; t++) {
-        const int64_t row = rows * t / tiles, count = rows * (t + 1) / tiles - row;
-        done = few((int)count, tiles > 1 ? 1 : last - panel, whole + row * groups * GROUP, x_scales + row * groups,
-                   w + panel * groups * GROUP * PANEL, w_scales + panel * groups * PANEL, out + row * n_out, groups,
-                   n_out, panel * PANEL);
-      }
+    prepare(x, room, rows, n_in, me, all);
+#pragma omp barrier
+    product(x, room, w, w_scales, out, rows, n_in, n_out, me, all);
   }
 }

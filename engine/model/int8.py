@@ -7,7 +7,6 @@ with scales in float32 (docs/log.md); here they are bfloat16.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -16,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.model.compiler import COUNT, POINTER, address_of, compile_function
+from engine.model.compiler import CompiledProduct, Shares, compile_product
 from engine.model.product import PANEL
 
 SOURCE = Path(__file__).with_name("int8.c")
@@ -76,13 +75,13 @@ def from_int8_panels(panels: Int8Panels) -> Int8:
 
 def multiply_int8(x: Tensor, panels: Int8Panels) -> Tensor:
     """bfloat16 [rows, inputs] → [rows, outputs], rows >= 0; a row's bits do not depend on how many there are."""
-    product = _product()
-    assert product is not None, "there would be no panels"
+    found = _product()
+    assert found is not None, "there would be no panels"
     x, (rows, inputs) = x.contiguous(), x.shape
     assert (x.dtype, inputs) == (torch.bfloat16, panels.inputs), "C reads and writes by these"
     taken, out = torch.empty(rows * room(panels), dtype=torch.uint8), x.new_empty(rows, panels.outputs)
     pointers = (tensor.data_ptr() for tensor in (x, taken, panels.words, panels.scales, out))
-    product(*pointers, rows, inputs, panels.outputs)
+    found.multiply(*pointers, rows, inputs, panels.outputs)
     return out
 
 
@@ -91,11 +90,13 @@ def room(panels: Int8Panels) -> int:
     return panels.scales.shape[1] * (2 * GROUP + 4)
 
 
-def address() -> int:
-    """Of the product in C, for what is called there."""
-    return address_of(_product())
+def shares() -> Shares:
+    """The product in C, for what is called there."""
+    found = _product()
+    assert found is not None, "there would be no panels"
+    return found.shares
 
 
 @cache
-def _product() -> Callable[..., None] | None:
-    return compile_function(SOURCE, "product", {"PANEL": PANEL, "GROUP": GROUP}, *[POINTER] * 5, *[COUNT] * 3)
+def _product() -> CompiledProduct | None:
+    return compile_product(SOURCE, {"PANEL": PANEL, "GROUP": GROUP})

@@ -29,7 +29,8 @@ LANES = 16
 
 class _Matrix(ctypes.Structure):
     _fields_ = (
-        ("product", POINTER), ("weights", POINTER), ("scales", POINTER), ("inputs", COUNT), ("outputs", COUNT),
+        ("prepare", POINTER), ("product", POINTER), ("weights", POINTER), ("scales", POINTER),
+        ("inputs", COUNT), ("outputs", COUNT),
     )  # fmt: skip
 
 
@@ -109,10 +110,12 @@ class Kernels:
 
 
 def _matrix(weight: Weight) -> _Matrix:
+    assert isinstance(weight, Panels | Int8Panels)
     if isinstance(weight, Int8Panels):
-        return _Matrix(int8.address(), weight.words.data_ptr(), weight.scales.data_ptr(), weight.inputs, weight.outputs)
-    assert isinstance(weight, Panels)
-    return _Matrix(product.address(), weight.words.data_ptr(), None, weight.inputs, weight.outputs)
+        shares, scales = int8.shares(), weight.scales.data_ptr()
+    else:
+        shares, scales = product.shares(), None
+    return _Matrix(shares.prepare, shares.product, weight.words.data_ptr(), scales, weight.inputs, weight.outputs)
 
 
 def _room(weight: Weight) -> int:

@@ -1,6 +1,7 @@
 // The layers of a pass in bfloat16 on a CPU, all in one call: what torch would need hundreds of calls for. Compiled
 // for a model's shape (HEAD_DIM, GROUP = query heads per kv head) by kernels.py; the matrix products are product.c's.
 // A token's results depend on nothing but the token and its own keys and values.
+#include <sched.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
@@ -14,6 +15,13 @@ enum { LANES = 8 };
 #define EACH_LANE(of, step) of(0, step), of(1, step), of(2, step), of(3, step), of(4, step), of(5, step), of(6, step), \
   of(7, step)
 #endif
+#ifdef _OPENMP
+int omp_get_thread_num(void), omp_get_num_threads(void); // clang comes without omp.h
+#else
+static int omp_get_thread_num(void) { return 0; }
+static int omp_get_num_threads(void) { return 1; }
+#endif
+
 typedef uint16_t bf16;
 typedef float vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef int32_t ints __attribute__((vector_size(4 * LANES)));
@@ -24,7 +32,7 @@ enum {
   PIECES = HEAD_DIM / LANES, RUN = PIECES % 4 ? 2 : 4, // of a value, and how many of them are summed at a time
   TOGETHER = GROUP % 3 == 0 ? 3 : GROUP % 2 == 0 ? 2 : 1, // heads: SETS or RUN sums each is what registers hold
   TILE = 8, // tokens of one sequence that share what is made of their keys
-  MANY = 32 // rows from here on are worth two threads
+  PATIENCE = 1 << 14 // looks at the others' progress before the processor is offered to somebody else
 };
 #define UNROLL _Pragma("GCC unroll 16")
 
@@ -74,10 +82,30 @@ static inline vec exponential(vec x) { // Cephes: relative error under 2e-7; bel
   return p * (vec)((n + 127) << 23);
 }
 
+// The threads of a pass, each with its number. They meet nine times a layer and hardly wait: OpenMP's own barriers ask
+// the kernel to wake them where a process has computed in other threads as well (docs/log.md).
+struct place { _Alignas(64) int64_t arrived; _Alignas(64) int64_t round; };
+struct team { struct place *place; int64_t me, all; };
+
+static void meet(struct team team) {
+  if (team.all == 1) return;
+  const int64_t round = __atomic_load_n(&team.place->round, __ATOMIC_RELAXED);
+  if (__atomic_add_fetch(&team.place->arrived, 1, __ATOMIC_ACQ_REL) == team.all) {
+    __atomic_store_n(&team.place->arrived, 0, __ATOMIC_RELAXED);
+    __atomic_store_n(&team.place->round, round + 1, __ATOMIC_RELEASE);
+  } else
+    for (int looks = 1; __atomic_load_n(&team.place->round, __ATOMIC_ACQUIRE) == round; looks++) {
+#if defined(__x86_64__) || defined(__i386__)
+      __builtin_ia32_pause();
+#endif
+      if (looks % PATIENCE == 0) sched_yield();
+    }
+}
+
 // x [rows, n] += y where y is given; out, where it is wanted, = x / sqrt(mean(x^2) + eps) * weight.
-static void add_rms_norm(bf16 *x, const bf16 *y, const bf16 *weight, bf16 *out, int64_t rows, int64_t n, float eps) {
-#pragma omp parallel for if (rows >= MANY)
-  for (int64_t row = 0; row < rows; row++) {
+static void add_rms_norm(bf16 *x, const bf16 *y, const bf16 *weight, bf16 *out, int64_t rows, int64_t n, float eps,
+                         struct team team) {
+  for (int64_t row = team.me; row < rows; row += team.all) {
     bf16 *mine = x + row * n;
     vec squares = {};
     for (int64_t i = 0; i < n; i += LANES) {
@@ -95,10 +123,10 @@ static void add_rms_norm(bf16 *x, const bf16 *y, const bf16 *weight, bf16 *out, 
 }
 
 // gate_up [rows, 2 n]: out [rows, n] = silu(gate) * up.
-static void silu_mul(const bf16 *gate_up, bf16 *out, int64_t rows, int64_t n) {
-#pragma omp parallel for if (rows >= MANY)
+static void silu_mul(const bf16 *gate_up, bf16 *out, int64_t rows, int64_t n, struct team team) {
+  const int64_t begin = n / LANES * team.me / team.all * LANES, end = n / LANES * (team.me + 1) / team.all * LANES;
   for (int64_t row = 0; row < rows; row++)
-    for (int64_t i = 0; i < n; i += LANES) {
+    for (int64_t i = begin; i < end; i += LANES) {
       const bf16 *at = gate_up + 2 * row * n + i;
       vec gate = load(at);
       store(out + row * n + i, through_bf16(gate / (exponential(-gate) + 1.0f)) * load(at + n));
@@ -116,10 +144,10 @@ static inline void rotated(const bf16 *x, const bf16 *cos, const bf16 *sin, bf16
 
 // qkv [n, heads + 2 kv_heads, HEAD_DIM]: query is rotated in place; key, rotated, and value go to their places.
 static void rotate_and_write(bf16 *qkv, const bf16 *cos, const bf16 *sin, const int64_t *positions,
-                             const int64_t *places, bf16 *keys, bf16 *values, int64_t n, int64_t kv_heads) {
+                             const int64_t *places, bf16 *keys, bf16 *values, int64_t n, int64_t kv_heads,
+                             struct team team) {
   const int64_t stride = kv_heads * HEAD_DIM, width = (GROUP + 2) * stride;
-#pragma omp parallel for if (n >= MANY)
-  for (int64_t t = 0; t < n; t++) {
+  for (int64_t t = team.me; t < n; t += team.all) {
     const bf16 *c = cos + positions[t] * HEAD_DIM, *s = sin + positions[t] * HEAD_DIM;
     bf16 *query = qkv + t * width, *key = query + GROUP * stride;
     for (int64_t h = 0; h < GROUP * kv_heads; h++) rotated(query + h * HEAD_DIM, c, s, query + h * HEAD_DIM);
@@ -240,19 +268,16 @@ static void touch(const bf16 *at, int64_t count) {
   for (int64_t i = 0; i < count; i += 64 / sizeof(bf16)) (void)line[i];
 }
 
-// qkv [n, heads + 2 kv_heads, HEAD_DIM], rotated, over the keys and values of each token's slot up to itself: out
-// [n, heads, HEAD_DIM]. starts: room for n + 1 numbers.
+// qkv [n, heads + 2 kv_heads, HEAD_DIM], rotated, over the keys and values of each token's slot up to itself: out [n, heads, HEAD_DIM].
+// starts: where tiles of tokens begin, and where the last one ends.
 static void attend(const bf16 *qkv, const bf16 *keys, const bf16 *values, const int64_t *positions,
-                   const int64_t *places, bf16 *out, int64_t *starts, int64_t n, int64_t kv_heads) {
+                   const int64_t *places, bf16 *out, const int64_t *starts, int64_t tiles, int64_t kv_heads,
+                   struct team team) {
   const int64_t stride = kv_heads * HEAD_DIM, width = (GROUP + 2) * stride;
-  int64_t tiles = 0;
-  for (int64_t t = 0; t < n; t++)
-    if (!t || t - starts[tiles - 1] == TILE || places[t] != places[t - 1] + 1 || positions[t] != positions[t - 1] + 1)
-      starts[tiles++] = t;
-  starts[tiles] = n;
-#pragma omp parallel for collapse(2) schedule(static, tiles > 3 ? kv_heads : 1)
+  const int64_t each = tiles >= 2 * team.all ? kv_heads : 1; // heads of a tile by one thread, where there is work for all
   for (int64_t i = 0; i < tiles; i++)
     for (int64_t h = 0; h < kv_heads; h++) {
+      if ((i * kv_heads + h) / each % team.all != team.me) continue;
       const int64_t t = starts[i], sequence = (places[t] - positions[t]) * stride, begin = sequence + h * HEAD_DIM;
       if (!h) touch(keys + sequence, (positions[t] + 1) * stride), touch(values + sequence, (positions[t] + 1) * stride);
       attend_tile(qkv + t * width + h * GROUP * HEAD_DIM, keys + begin, values + begin, stride, positions[t],
@@ -260,46 +285,77 @@ static void attend(const bf16 *qkv, const bf16 *keys, const bf16 *values, const 
     }
 }
 
-// A matrix [outputs, inputs] as one of the products reads it, which is given with how much room a row of it needs.
-typedef void product_of(const bf16 *x, void *room, const void *weights, const void *scales, bf16 *out, int64_t rows,
-                        int64_t inputs, int64_t outputs);
-struct matrix { product_of *product; const void *weights, *scales; int64_t inputs, outputs; };
+// Tiles of at most TILE tokens that follow each other: where they begin, and where the last one ends; how many.
+static int64_t tile_starts(const int64_t *positions, const int64_t *places, int64_t n, int64_t *starts) {
+  int64_t tiles = 0;
+  for (int64_t t = 0; t < n; t++)
+    if (!t || t - starts[tiles - 1] == TILE || places[t] != places[t - 1] + 1 || positions[t] != positions[t - 1] + 1)
+      starts[tiles++] = t;
+  starts[tiles] = n;
+  return tiles;
+}
+
+// A matrix [outputs, inputs] as one of the products reads it; prepare is NULL where it needs nothing made of its rows.
+typedef void prepare_of(const bf16 *x, void *room, int64_t rows, int64_t inputs, int64_t me, int64_t all);
+typedef void product_of(const bf16 *x, const void *room, const void *weights, const void *scales, bf16 *out,
+                        int64_t rows, int64_t inputs, int64_t outputs, int64_t me, int64_t all);
+struct matrix { prepare_of *prepare; product_of *product; const void *weights, *scales; int64_t inputs, outputs; };
 struct layer { const bf16 *attention_norm, *mlp_norm, *qkv_bias; struct matrix qkv, out, gate_up, down; };
 struct model { const bf16 *cos, *sin; int64_t hidden, kv_heads; double eps; const struct layer *layers; };
 
-static void times(const bf16 *x, const struct matrix *m, void *room, bf16 *out, int64_t rows) {
-  m->product(x, room, m->weights, m->scales, out, rows, m->inputs, m->outputs);
+static void times(const bf16 *x, const struct matrix *m, void *room, bf16 *out, int64_t rows, struct team team) {
+  if (m->prepare) {
+    m->prepare(x, room, rows, m->inputs, team.me, team.all);
+    meet(team);
+  }
+  m->product(x, room, m->weights, m->scales, out, rows, m->inputs, m->outputs, team.me, team.all);
+  meet(team);
+}
+
+static void add_bias(bf16 *x, const bf16 *bias, int64_t rows, int64_t n, struct team team) {
+  for (int64_t row = team.me; row < rows; row += team.all)
+    for (int64_t i = 0; i < n; i += LANES) store(x + row * n + i, load(x + row * n + i) + load(bias + i));
+  meet(team);
 }
 
 // x [n, hidden] through the first depth layers, in place. keys and values are those of layer 0, cache numbers before
-// those of the next. What the layers aux give out goes to given [n, num_aux, hidden]; room is for all between (kernels.py).
+// those of the next. What the layers aux give out goes to given [n, num_aux, hidden]; room is for all between, starts
+// for n + 1 numbers (kernels.py).
 void forward(const struct model *model, int64_t depth, bf16 *x, const int64_t *positions, const int64_t *places,
              bf16 *keys, bf16 *values, int64_t cache, const int64_t *aux, int64_t num_aux, bf16 *given, bf16 *room,
              int64_t *starts, void *product_room, int64_t n) {
-  const int64_t hidden = model->hidden, kv_heads = model->kv_heads;
+  const int64_t hidden = model->hidden, kv_heads = model->kv_heads, tiles = tile_starts(positions, places, n, starts);
   const float eps = (float)model->eps;
-  bf16 *y = NULL;
-  for (int64_t i = 0; i <= depth; i++) {
-    const struct layer *layer = model->layers + i;
-    bf16 *h = room + n * hidden, *wide_one = h + n * hidden;
-    add_rms_norm(x, y, i < depth ? layer->attention_norm : NULL, i < depth ? h : NULL, n, hidden, eps);
-    for (int64_t j = 0; j < num_aux; j++)
-      if (aux[j] == i - 1)
-        for (int64_t t = 0; t < n; t++) memcpy(given + (t * num_aux + j) * hidden, x + t * hidden, hidden * sizeof(bf16));
-    if (i == depth) return;
-    bf16 *attended = wide_one + n * layer->qkv.outputs, *activated = wide_one + n * layer->gate_up.outputs;
-    times(h, &layer->qkv, product_room, wide_one, n);
-    if (layer->qkv_bias)
-      for (int64_t t = 0; t < n; t++)
-        for (int64_t k = 0; k < layer->qkv.outputs; k += LANES)
-          store(wide_one + t * layer->qkv.outputs + k, load(wide_one + t * layer->qkv.outputs + k) + load(layer->qkv_bias + k));
-    rotate_and_write(wide_one, model->cos, model->sin, positions, places, keys + i * cache, values + i * cache, n, kv_heads);
-    attend(wide_one, keys + i * cache, values + i * cache, positions, places, attended, starts, n, kv_heads);
-    y = room;
-    times(attended, &layer->out, product_room, y, n);
-    add_rms_norm(x, y, layer->mlp_norm, h, n, hidden, eps);
-    times(h, &layer->gate_up, product_room, wide_one, n);
-    silu_mul(wide_one, activated, n, layer->gate_up.outputs / 2);
-    times(activated, &layer->down, product_room, y, n);
+  bf16 *y = room, *h = y + n * hidden, *between = h + n * hidden;
+  struct place place = {0, 0};
+#pragma omp parallel
+  {
+    const struct team team = {&place, omp_get_thread_num(), omp_get_num_threads()};
+    for (int64_t i = 0; i <= depth; i++) {
+      const struct layer *layer = model->layers + i;
+      const int more = i < depth;
+      add_rms_norm(x, i ? y : NULL, more ? layer->attention_norm : NULL, more ? h : NULL, n, hidden, eps, team);
+      meet(team);
+      for (int64_t j = 0; j < num_aux; j++)
+        if (aux[j] == i - 1)
+          for (int64_t t = team.me; t < n; t += team.all)
+            memcpy(given + (t * num_aux + j) * hidden, x + t * hidden, hidden * sizeof(bf16));
+      if (!more) break;
+      bf16 *attended = between + n * layer->qkv.outputs, *activated = between + n * layer->gate_up.outputs;
+      times(h, &layer->qkv, product_room, between, n, team);
+      if (layer->qkv_bias) add_bias(between, layer->qkv_bias, n, layer->qkv.outputs, team);
+      rotate_and_write(between, model->cos, model->sin, positions, places, keys + i * cache, values + i * cache, n,
+                       kv_heads, team);
+      meet(team);
+      attend(between, keys + i * cache, values + i * cache, positions, places, attended, starts, tiles, kv_heads, team);
+      meet(team);
+      times(attended, &layer->out, product_room, y, n, team);
+      add_rms_norm(x, y, layer->mlp_norm, h, n, hidden, eps, team);
+      meet(team);
+      times(h, &layer->gate_up, product_room, between, n, team);
+      silu_mul(between, activated, n, layer->gate_up.outputs / 2, team);
+      meet(team);
+      times(activated, &layer->down, product_room, y, n, team);
+    }
   }
 }

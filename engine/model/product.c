@@ -71,26 +71,34 @@ static int64_t few(int rows, int64_t left, const float *x, const uint32_t *w, bf
   }
 }
 
-// x [rows, n_in], w [panels, n_in / 2, PANEL], out [rows, n_out]; wide [rows, n_in] is x as floats, written here. There
-// are no scales.
-void product(const bf16 *x, float *wide, const uint32_t *w, const void *scales, bf16 *out, int64_t rows, int64_t n_in,
-             int64_t n_out) {
+// Thread me of all writes its share of x [rows, n_in] as floats to wide, before anybody's product.
+void prepare(const bf16 *x, float *wide, int64_t rows, int64_t n_in, int64_t me, int64_t all) {
+  for (int64_t i = rows * n_in * me / all; i < rows * n_in * (me + 1) / all; i++) {
+    union { uint32_t bits; float real; } at = {(uint32_t)x[i] << 16};
+    wide[i] = at.real;
+  }
+}
+
+// Thread me of all makes its share of the outputs: w [panels, n_in / 2, PANEL], out [rows, n_out]. There are no scales.
+void product(const bf16 *x, const float *wide, const uint32_t *w, const void *scales, bf16 *out, int64_t rows,
+             int64_t n_in, int64_t n_out, int64_t me, int64_t all) {
   if (rows < 1) return; // no tile would say how many panels are done
-  const int64_t panels = (n_out + PANEL - 1) / PANEL, tiles = (rows + MOST - 1) / MOST;
+  const int64_t panels = (n_out + PANEL - 1) / PANEL, tiles = (rows + MOST - 1) / MOST, last = panels * (me + 1) / all;
+  for (int64_t panel = panels * me / all, done; panel < last; panel += done)
+    for (int64_t t = 0; t < tiles; t++) {
+      const int64_t row = rows * t / tiles, count = rows * (t + 1) / tiles - row;
+      done = few((int)count, tiles > 1 ? 1 : last - panel, wide + row * n_in, w + panel * n_in / 2 * PANEL,
+                 out + row * n_out, n_in, n_out, panel * PANEL);
+    }
+}
+
+void multiply(const bf16 *x, float *wide, const uint32_t *w, const void *scales, bf16 *out, int64_t rows, int64_t n_in,
+              int64_t n_out) {
 #pragma omp parallel
   {
-#pragma omp for
-    for (int64_t i = 0; i < rows * n_in; i++) {
-      union { uint32_t bits; float real; } at = {(uint32_t)x[i] << 16};
-      wide[i] = at.real;
-    }
     const int64_t me = omp_get_thread_num(), all = omp_get_num_threads();
-    const int64_t last = panels * (me + 1) / all;
-    for (int64_t panel = panels * me / all, done; panel < last; panel += done)
-      for (int64_t t = 0; t < tiles; t++) {
-        const int64_t row = rows * t / tiles, count = rows * (t + 1) / tiles - row;
-        done = few((int)count, tiles > 1 ? 1 : last - panel, wide + row * n_in, w + panel * n_in / 2 * PANEL,
-                   out + row * n_out, n_in, n_out, panel * PANEL);
-      }
+    prepare(x, wide, rows, n_in, me, all);
+#pragma omp barrier
+    product(x, wide, w, scales, out, rows, n_in, n_out, me, all);
   }
 }

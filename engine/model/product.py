@@ -7,7 +7,6 @@ everywhere with this dtype, but every sum is one of floats. Processors with AVX5
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -16,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.model.compiler import COUNT, POINTER, address_of, compile_function
+from engine.model.compiler import CompiledProduct, Shares, compile_product
 
 SOURCE = Path(__file__).with_name("dot_product.c" if torch.cpu._is_avx512_bf16_supported() else "product.c")
 PANEL = 16
@@ -52,13 +51,13 @@ def from_panels(panels: Panels) -> Tensor:
 
 def multiply(x: Tensor, panels: Panels) -> Tensor:
     """bfloat16 [rows, in] → [rows, out], rows >= 0; a row's bits do not depend on how many there are."""
-    product = _product()
-    assert product is not None, "there would be no panels"
+    found = _product()
+    assert found is not None, "there would be no panels"
     x, (rows, inputs) = x.contiguous(), x.shape
     assert (x.dtype, inputs) == (torch.bfloat16, panels.inputs), "C reads and writes by these"
     taken, out = torch.empty(rows * room(panels), dtype=torch.uint8), x.new_empty(rows, panels.outputs)
     words, given = panels.words.data_ptr(), out.data_ptr()
-    product(x.data_ptr(), taken.data_ptr(), words, None, given, rows, inputs, panels.outputs)
+    found.multiply(x.data_ptr(), taken.data_ptr(), words, None, given, rows, inputs, panels.outputs)
     return out
 
 
@@ -67,9 +66,11 @@ def room(panels: Panels) -> int:
     return 4 * panels.inputs
 
 
-def address() -> int:
-    """Of the product in C, for what is called there."""
-    return address_of(_product())
+def shares() -> Shares:
+    """The product in C, for what is called there."""
+    found = _product()
+    assert found is not None, "there would be no panels"
+    return found.shares
 
 
 def multiplies() -> bool:
@@ -78,5 +79,5 @@ def multiplies() -> bool:
 
 
 @cache
-def _product() -> Callable[..., None] | None:
-    return compile_function(SOURCE, "product", {"PANEL": PANEL}, *[POINTER] * 5, *[COUNT] * 3)
+def _product() -> CompiledProduct | None:
+    return compile_product(SOURCE, {"PANEL": PANEL})

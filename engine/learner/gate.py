@@ -74,7 +74,7 @@ class Comparison:
 @dataclass(frozen=True, slots=True)
 class GateReport:
     """``speedup`` is predicted over plain decoding, ``net`` over the champion: one request at a time, both under K
-    control with the measured costs, and ``net_low`` its lower bound; None where there are no costs or the counts refuse
+    control with the measured costs, and ``net_low`` its lower bound; None where there are no costs or a class refuses
     already. ``alpha`` is the level of the bounds.
     """
 
@@ -92,11 +92,6 @@ class GateReport:
         return {**tree, "reasons": list(self.reasons), "classes": tree["classes"] or {}}
 
 
-def due(held_out: int, looked_at: int) -> bool:
-    """Whether there are enough for a look; ``looked_at``: of them, how many the look before saw, 0 without one."""
-    return held_out >= max(MIN_HELD_OUT, min(GROWTH * looked_at, MAX_HELD_OUT))
-
-
 @dataclass(frozen=True, slots=True)
 class Look:
     """A refused candidate's: at how many held-out ``requests``, the last of them no later than ordinal ``through``."""
@@ -105,14 +100,25 @@ class Look:
     requests: int
 
 
-def unspent(passed_through: int, looks: Sequence[Look]) -> tuple[int, int]:
-    """(the ordinal after which held-out requests may still judge, how many of them the last look saw).
+def unspent(passed_through: int, looks: Sequence[Look]) -> tuple[int, Look | None]:
+    """(the ordinal after which held-out requests may still judge, the last look at any of them).
 
     ``passed_through``: the last ordinal that the newest version's gate could see; ``looks``: since then, oldest first.
     A refusal without a comparison has seen nothing and is none.
     """
     spent = len(looks) // MAX_LOOKS * MAX_LOOKS
-    return (looks[spent - 1].through if spent else passed_through), (looks[-1].requests if looks[spent:] else 0)
+    return (looks[spent - 1].through if spent else passed_through), (looks[-1] if looks[spent:] else None)
+
+
+def due(ordinals: Sequence[int], last: Look | None) -> bool:
+    """Whether the held-out requests of these ``ordinals`` are enough for a look after the ``last`` one at them.
+
+    What is new is counted: of the old ones some leave meanwhile, by retention or because a tenant was forgotten.
+    """
+    if len(ordinals) < MIN_HELD_OUT or last is None:
+        return len(ordinals) >= MIN_HELD_OUT
+    fresh = sum(ordinal > last.through for ordinal in ordinals)
+    return fresh >= (GROWTH - 1) * min(last.requests, MAX_HELD_OUT)
 
 
 def examine(
@@ -169,7 +175,7 @@ def compare(
             _priced(earned, p, held_out, step_cost_ms, replayer) for earned, p in ((old, champion), (new, candidate))
         )
         report = _in_time(report, old, new, chosen, step_cost_ms[min(step_cost_ms)], rng)
-        reasons = _too_dear(report)
+        reasons = _too_dear(report, worst_class_drop)
     return replace(report, passed=not reasons, reasons=tuple(reasons) or (_praise(report),))
 
 
@@ -250,7 +256,7 @@ def _no_gain(overall: Comparison) -> list[str]:
     ]
 
 
-def _too_dear(report: GateReport) -> list[str]:
+def _too_dear(report: GateReport, worst_class_drop: float) -> list[str]:
     reasons = []
     assert report.speedup is not None
     assert report.net_low is not None
@@ -263,6 +269,13 @@ def _too_dear(report: GateReport) -> list[str]:
             f"no certain gain: predicted net speed-up over the champion is {report.net:.3f} with the measured costs, "
             f"lower bound {report.net_low:.3f}"
         )
+    for name, one in (report.classes or {}).items():
+        before, after = one.champion_ms or 0.0, one.candidate_ms or 0.0
+        if one.n >= MIN_CLASS and after > before * (1 + worst_class_drop):
+            reasons.append(
+                f"class {name} gets slower by {percent(after / before - 1, 1)} (allowed {percent(worst_class_drop)}): "
+                f"{after:.2f} ms per token against {before:.2f} on {one.n} requests"
+            )
     return reasons
 
 

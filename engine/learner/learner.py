@@ -127,12 +127,13 @@ class Learner:
             if intake.count(session, target.model, last.through if last else 0) < enough:
                 return None
             passed, looks = learning.looks(session)
-            since, looked_at = gate.unspent(passed, [gate.Look(*look) for look in looks])
-            held_out = traces.held_out(session, target.model, since)
-            if not gate.due(len(held_out), looked_at):  # they come with the traffic
+            since, last_look = gate.unspent(passed, [gate.Look(*look) for look in looks])
+            judges = traces.held_out(session, target.model, since)
+            if not gate.due(judges, last_look):  # they come with the traffic
                 return None
             champion = policies.get(session, plan.champion)
             train = self._buffer.refresh(session, target.model)
+            held_out = tuple(intake.load(session, judges))
             through = intake.last_ordinal(session, target.model)
         assert champion is not None  # the ledger's foreign key
         return Situation(target, champion, train, held_out, through)

@@ -9,6 +9,7 @@ from statistics import median
 import torch
 
 from engine.contracts import SpecCounts
+from engine.model.draft import DraftConfig
 from engine.model.kv_cache import KVCache
 from engine.model.llama import Llama
 from engine.runner.profile import CONTEXT
@@ -44,6 +45,7 @@ class TargetReplayer:
         self._rehearsing = rehearsing or Rehearsals()
         self._bound: dict[int, tuple[Proposer, Proposer, float]] = {}  # by id; the policy itself keeps the id taken
         self._row_s: float | None = None
+        self._pass_of: dict[DraftConfig, float] = {}
 
     def __call__(
         self, proposer: Proposer, trace: TrainableTrace, controller: KController | None
@@ -75,10 +77,17 @@ class TargetReplayer:
                     bound = BoundNeural(proposer, pool, self._rehearsing)
                 else:
                     bound = BoundHybrid(proposer, pool, self._rehearsing)
-                pass_s = draft_pass_s(pool, self._clock) if self._pass_s is None else self._pass_s
+                pass_s = self._price(pool) if self._pass_s is None else self._pass_s
             self._bound = {**dict(list(self._bound.items())[-3:]), id(proposer): (proposer, bound, pass_s)}
         _, bound, pass_s = self._bound[id(proposer)]
         return bound, pass_s
+
+    def _price(self, pool: DraftPool) -> float:
+        """One for all drafts of a shape: the noise of measuring each by itself would be a gain on every request."""
+        shape = pool.network.config
+        if shape not in self._pass_of:
+            self._pass_of[shape] = draft_pass_s(pool, self._clock)
+        return self._pass_of[shape]
 
 
 def draft_pass_s(pool: DraftPool, clock: Callable[[], float], repeats: int = 9, context: int = 64) -> float:

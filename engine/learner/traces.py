@@ -105,9 +105,9 @@ def buffered(session: ReadSession, model: str, size: int) -> list[int]:
     return sorted([*newest, *(o for name in names for o in intake.sample(session, model, name, newest[0], room))])
 
 
-def held_out(session: ReadSession, model: str, after: int) -> tuple[TrainableTrace, ...]:
-    """The newest held-out traces taken in after an ordinal: those on which no version has passed yet."""
-    return tuple(intake.load(session, intake.recent(session, model, held_out=True, limit=MAX_HELD_OUT, after=after)))
+def held_out(session: ReadSession, model: str, after: int) -> list[int]:
+    """Ordinals of the newest held-out traces taken in after an ordinal: those on which no version has passed yet."""
+    return intake.recent(session, model, held_out=True, limit=MAX_HELD_OUT, after=after)
 
 
 def lineage(role: str, traces: Sequence[TrainableTrace]) -> Lineage:

@@ -94,6 +94,7 @@ class Kernels:
     ) -> tuple[Tensor, Tensor | None]:
         """As ``Llama.forward_with_aux``, from embeddings ``x`` [N, hidden], which are written over."""
         n, hidden = x.shape
+        assert all(layer < depth for layer in aux_layers), f"{depth} layers give out nothing of {aux_layers}"
         aux = torch.tensor(aux_layers, dtype=torch.int64)
         given = x.new_empty(n, len(aux_layers) * hidden)
         wide = max(self._qkv + self._heads, 3 * self._inter)  # of a token at a time: attention's, then the MLP's

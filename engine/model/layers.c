@@ -32,7 +32,7 @@ enum {
   PIECES = HEAD_DIM / LANES, RUN = PIECES % 4 ? 2 : 4, // of a value, and how many of them are summed at a time
   TOGETHER = GROUP % 3 == 0 ? 3 : GROUP % 2 == 0 ? 2 : 1, // heads: SETS or RUN sums each is what registers hold
   TILE = 8, // tokens of one sequence that share what is made of their keys
-  PATIENCE = 1 << 14 // looks at the others' progress before the processor is offered to somebody else
+  PATIENCE = 1 << 10, AGAIN = 1 << 6 // looks at the others' progress before the processor is offered, and offered again
 };
 #define UNROLL _Pragma("GCC unroll 16")
 
@@ -82,7 +82,7 @@ static inline vec exponential(vec x) { // Cephes: relative error under 2e-7; bel
   return p * (vec)((n + 127) << 23);
 }
 
-// The threads of a pass, each with its number. They meet nine times a layer and hardly wait: OpenMP's own barriers ask
+// The threads of a pass, each with its number. They meet nine times a layer or more and hardly wait: OpenMP's own barriers ask
 // the kernel to wake them where a process has computed in other threads as well (docs/log.md).
 struct place { _Alignas(64) int64_t arrived; _Alignas(64) int64_t round; };
 struct team { struct place *place; int64_t me, all; };
@@ -98,7 +98,7 @@ static void meet(struct team team) {
 #if defined(__x86_64__) || defined(__i386__)
       __builtin_ia32_pause();
 #endif
-      if (looks % PATIENCE == 0) sched_yield();
+      if (looks >= PATIENCE && looks % AGAIN == 0) sched_yield(); // the one that is waited for may need this processor
     }
 }
 
@@ -156,9 +156,12 @@ static void rotate_and_write(bf16 *qkv, const bf16 *cos, const bf16 *sin, const 
   }
 }
 
-#if defined(__has_builtin) && __has_builtin(__builtin_shufflevector)
+#ifdef __has_builtin
+#if __has_builtin(__builtin_shufflevector)
 #define PICK(low, high, ...) __builtin_shufflevector(low, high, __VA_ARGS__)
-#else // gcc before 12
+#endif
+#endif
+#ifndef PICK // gcc before 12
 #define PICK(low, high, ...) __builtin_shuffle(low, high, (words){__VA_ARGS__})
 #endif
 #define LOW(lane, step) ((lane) & (step) ? LANES + (lane) - (step) : (lane))

@@ -59,7 +59,8 @@ class Layout:
         return (to_int8(weight).dense() if self.int8 else weight).to(self.dtype)
 
     def panels(self, weight: Tensor) -> Int8Panels | None:
-        """``weight`` as bytes; None where it is not rounded, or the processor has a better product."""
+        """``weight`` as bytes; None where it is not rounded, or the processor multiplies bfloat16, which is faster for
+        many rows and was never measured against it for few."""
         if not (self.int8 and self.kernels and self.dtype == torch.bfloat16 and weight.device.type == "cpu"):
             return None
         return None if multiplies_bfloat16() else to_int8_panels(to_int8(weight))

@@ -134,7 +134,7 @@ class Llama:
         for i, layer in enumerate(layers):
             x, h = ops.add_norm(x, y, layer.attention_norm)
             if i - 1 in aux_layers:
-                outputs[i - 1] = x.clone()
+                outputs[i - 1] = x
             qkv = linear(h, layer.qkv)
             if layer.qkv_bias is not None:
                 qkv = qkv + layer.qkv_bias

@@ -159,6 +159,8 @@ class KController:
         ``prompt_rows`` tokens of prompts.
         """
         limits = list(ks)
+        for row in rows:
+            row.asked = False
         if self.costs is None:
             return limits
         base_rows = len(rows) + prompt_rows
@@ -225,14 +227,16 @@ class KController:
 
 
 def _learn_worth(rows: Sequence[RowControl], choice: Choice) -> None:
-    """What the step saves, against plain decoding of as many tokens, shared by those who were asked."""
-    asked = [row for row in rows if row.asked]
-    for row in asked:
-        row.asked = False
-    if asked:
-        saved = choice.plain_s * (1 + sum(choice.expected) / len(rows)) - choice.pass_s
-        for acceptance in {id(row.acceptance): row.acceptance for row in asked}.values():
-            acceptance.saved(len(rows), saved / len(asked))
+    """What a step saves, against plain decoding of as many tokens: to each class what its own drafts bring and cost."""
+    per_token, verified = choice.plain_s / len(rows), sum(choice.ks)
+    per_row = (choice.pass_s - choice.plain_s) / verified if verified else 0.0
+    saved: dict[int, list[float]] = {}
+    acceptances = {id(row.acceptance): row.acceptance for row in rows}
+    for row, k, expected in zip(rows, choice.ks, choice.expected, strict=True):
+        if row.asked:
+            saved.setdefault(id(row.acceptance), []).append(per_token * expected - per_row * k)
+    for key, shares in saved.items():
+        acceptances[key].saved(len(rows), sum(shares) / len(shares))
 
 
 def _probes(row: RowControl) -> bool:

@@ -124,12 +124,35 @@ def test_a_bound_far_out_is_drawn_from_enough_samples(rng: np.random.Generator, 
 
 
 def test_a_look_waits_for_half_as_much_evidence_again() -> None:
-    """From the least on, and at the latest when as many are there as may judge at all."""
-    assert not gate.due(gate.MIN_HELD_OUT - 1, 0)
-    assert gate.due(gate.MIN_HELD_OUT, 0)
-    assert not gate.due(29, 20)
-    assert gate.due(30, 20)
-    assert gate.due(MAX_HELD_OUT, MAX_HELD_OUT - 1)
+    assert not gate.due(range(gate.MIN_HELD_OUT - 1), None)
+    assert gate.due(range(gate.MIN_HELD_OUT), None)
+    last = gate.Look(through=100, requests=20)
+    assert not gate.due(range(81, 110), last)
+    assert gate.due(range(81, 111), last)
+
+
+def test_a_look_does_not_wait_for_more_than_may_judge_or_for_what_was_forgotten() -> None:
+    """Half of the most is enough, though the window holds no more than before; and where old ones have left, the new
+    ones count."""
+    last = gate.Look(through=1_000, requests=5 * MAX_HELD_OUT)
+    half = MAX_HELD_OUT // 2
+    assert gate.due(range(1_001 - half, 1_001 + half), last)
+    assert not gate.due(range(1_000 - half, 1_000 + half), last)
+    assert gate.due(range(1_001, 1_031), gate.Look(through=1_000, requests=60))
+
+
+def test_a_class_that_gets_slower_refuses_though_all_together_are_faster(held_out: list[TrainableTrace]) -> None:
+    def replayer(proposer: Proposer, trace: TrainableTrace, control: KController | None) -> tuple[SpecCounts, float]:
+        counts, seconds = gate.stored(NgramProposer(4), trace, control)
+        candidate = proposer.num_speculative_tokens == 2
+        return counts, seconds * ((1.1 if trace.traffic_class == "code" else 0.7) if candidate else 1.0)
+
+    report = gate.compare(
+        NgramProposer(2), NgramProposer(4), held_out, COSTS, 0.02, np.random.default_rng(1), replayer=replayer
+    )
+    assert report.net_low is not None
+    assert report.net_low > 1
+    assert [reason.split(":")[0] for reason in report.reasons] == ["class code gets slower by 10.0 % (allowed 2 %)"]
 
 
 def test_what_saves_a_drafts_passes_is_a_gain_that_no_count_of_tokens_shows(held_out: list[TrainableTrace]) -> None:

@@ -120,7 +120,10 @@ def test_a_draft_pass_costs_beside_the_engines_passes_what_it_costs_beside_the_l
     replayer = TargetReplayer(tiny.model, clock)
     bound, here_s = replayer.bound(policy)
     assert here_s == 0.5
-    step[0] = 5.0  # a pass of the target takes ten times as long as one of the draft
+    step[0] = 5.0
+    another = load_proposer(files, artifact_digest(files), FINGERPRINT)
+    assert replayer.bound(another)[1] == 0.5  # of the same shape, so of the same price, whatever is measured now
+    # a pass of the target takes ten times as long as one of the draft
     there = {rows: ms * times for rows, ms in COSTS.items()}
     trace = said[0]
     expected = replay_controlled(

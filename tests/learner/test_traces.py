@@ -86,7 +86,7 @@ def test_what_opted_out_does_not_teach(db: Database, rng: np.random.Generator) -
         tenants.allow_training(session, "open", False, "t", NOW)
     with db.read() as session:
         assert buffer.refresh(session, MODEL) == ()
-        assert traces.held_out(session, MODEL, 0) == ()
+        assert traces.held_out(session, MODEL, 0) == []
 
 
 def test_the_buffer_is_half_recent_and_half_a_sample_of_each_class(db: Database, rng: np.random.Generator) -> None:

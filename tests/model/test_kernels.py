@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -130,6 +131,46 @@ def test_a_row_does_not_depend_on_its_neighbours(model: Llama, monkeypatch: pyte
     assert torch.equal(torch.cat(beside), alone)
     chunk = run(second, Row(2, 0, TEXTS[1][:37]), prefill=True), run(second, Row(2, 37, TEXTS[1][37:70]), prefill=True)
     assert torch.equal(torch.cat(chunk)[60:], alone)  # whether they are a prompt or decoded, in whatever chunks
+
+
+@pytest.fixture
+def threads() -> Iterator[Callable[[int], None]]:
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@needs_compiler
+def test_the_number_of_threads_changes_no_bit(model: Llama, threads: Callable[[int], None]) -> None:
+    """More of them than processors, heads of a tile and rows."""
+    made = compiled(model)
+    threads(1)
+    alone = decode(model, made)
+    for count in (2, 3, 7):
+        threads(count)
+        assert torch.equal(decode(model, made), alone), count
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [
+        ("n / LANES * (team.me + 1) / team.all * LANES", "n / LANES * (team.me + 1) / team.all * LANES - LANES"),
+        ("/ each % team.all != team.me", "% team.all != team.me * each"),
+        ("int64_t row = team.me; row < rows; row += team.all) {", "int64_t row = 2 * team.me; row < rows; row += 2) {"),
+    ],
+)
+def test_a_fault_in_what_a_thread_does_is_seen(
+    model: Llama,
+    right: str,
+    wrong: str,
+    threads: Callable[[int], None],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    threads(3)
+    plant(kernels, right, wrong, tmp_path, monkeypatch)
+    assert not off(model) < TOLERANCE
 
 
 def test_without_a_compiler_there_is_torch(model: Llama, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -192,6 +192,24 @@ def test_a_cheap_drafter_is_left_alone_but_for_probes_where_asking_saves_less_th
     assert asked(controller, rows, 0.95) > 0.9  # a probe has found that it pays
 
 
+def test_what_asking_saves_is_counted_to_the_class_that_brings_it() -> None:
+    """One request of a class whose drafts are right beside fifteen of one whose drafts are not."""
+    controller = KController(StepCosts(seconds(MEASURED)))
+    chances = {"code": 0.95, "chat": 0.2}
+    rows = [(name, controller.row(1, name, ControlSettings())) for name in ("code", *["chat"] * 15)]
+    found: dict[str, list[bool]] = {name: [] for name in chances}
+    for _ in range(400):
+        limits = controller.limits([row for _, row in rows], [4] * 16)
+        offers = []
+        for (name, row), n in zip(rows, limits, strict=True):
+            row.acceptance.took(1e-5, n) if n else None
+            offers.append(Offer(row, n, [chances[name]] * n))
+            found[name].append(bool(n))
+        controller.choose(offers)
+    assert sum(found["code"][-100:]) == 100
+    assert sum(found["chat"][-1_500:]) < 150
+
+
 def test_whether_asking_pays_waits_for_experience_and_counts_the_judging() -> None:
     acceptance = Acceptance(ControlSettings())
     acceptance.took(1e-3, 4)

@@ -17,6 +17,7 @@ from engine.contracts import SpecCounts
 from engine.learner import gate
 from engine.learner.memory import MemoryLearner, MemoryRecipe, build_memory
 from engine.learner.neural import build_hybrid
+from engine.learner.traces import MAX_HELD_OUT
 from engine.speculation.artifact import read_manifest
 from engine.speculation.control import KController
 from engine.speculation.neural_file import draft_files
@@ -111,7 +112,8 @@ class AdaptiveArm(Arm):
         self.seen += 1
         if self.seen - self._attempted < world.settings.every_requests or not self.traffic.train:
             return 0.0
-        if self.gated and not gate.due(len(self.fresh), gate.unspent(self._passed, self._looks)[1]):
+        last_look = gate.unspent(self._passed, self._looks)[1]
+        if self.gated and not gate.due([trace.ordinal for trace in self.fresh], last_look):
             return 0.0
         self._attempted = self.seen
         files = self._candidate()
@@ -120,7 +122,7 @@ class AdaptiveArm(Arm):
             return made - began
         reason, passed = "not gated", True
         if self.gated:
-            report, look = self.judge(files, self._charged), gate.Look(self.fresh[-1].ordinal, len(self.fresh))
+            report, look = self.judge(files, self._charged), gate.Look(self.traffic.ordinal, len(self.fresh))
             reason, passed = "; ".join(report.reasons), report.passed
             if passed:
                 self._passed, self._looks = look.through, []
@@ -182,7 +184,7 @@ class AdaptiveArm(Arm):
     def fresh(self) -> list[TrainableTrace]:
         """Held-out requests that may still judge."""
         since, _ = gate.unspent(self._passed, self._looks)
-        return [trace for trace in self.traffic.held_out if trace.ordinal > since]
+        return [trace for trace in self.traffic.held_out if trace.ordinal > since][-MAX_HELD_OUT:]
 
     def _spent(self) -> float:
         """CPU seconds so far; rehearsals count what they cost this arm, not what they took here."""

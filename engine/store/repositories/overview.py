@@ -26,6 +26,7 @@ MINUTE = timedelta(minutes=1)
 """The finest that rollups know."""
 KEPT_LONG = ("hour", "day")
 """Tiers that outlive the traces."""
+_SUMMED = tuple(name for name in REALS if name != "e2e_s")  # which old rows do not know
 _SUMS, _HISTOGRAMS = ("rollups", "rollup_deltas"), ("rollup_histograms", "rollup_delta_histograms")
 """Name of the tiers' tables up to the tier, and that of the deltas."""
 
@@ -131,10 +132,10 @@ def sums(
     totals = ", ".join(
         [
             *(f"CAST(sum({name}) AS bigint) AS {name}" for name in COUNTS),
-            *(f"sum({name}) AS {name}" for name in REALS),
+            *(f"sum({name}) AS {name}" for name in _SUMMED),
         ]
     )
-    source = _source(part, width, _SUMS, (*DIMENSIONS, *COUNTS, *REALS))
+    source = _source(part, width, _SUMS, (*DIMENSIONS, *COUNTS, *_SUMMED))
     query = f"SELECT {_list(columns.values(), totals)} FROM {source} {_group(columns)}"
     rows = session.execute(text(query), _parameters(part, width)).mappings()
     return [dict(row) for row in rows if row["requests"] is not None]

@@ -21,6 +21,7 @@ import torch
 log = logging.getLogger(__name__)
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-shared", "-fPIC", "-std=gnu11")
 COMPILE_S = 60.0
+HEADERS = Path(__file__).parent
 T = TypeVar("T")
 
 
@@ -35,7 +36,7 @@ def compile_c(source: Path, constants: Mapping[str, int], load: Callable[[Path],
     with tempfile.TemporaryDirectory(prefix="slipstream-kernels-") as folder:
         library = Path(folder) / "kernels.so"
         defines = [f"-D{name}={value}" for name, value in constants.items()]
-        command = [compiler, *FLAGS, *defines, str(source), "-o", str(library), *parallel]
+        command = [compiler, *FLAGS, f"-I{HEADERS}", *defines, str(source), "-o", str(library), *parallel]
         try:
             subprocess.run(command, check=True, capture_output=True, text=True, timeout=COMPILE_S)
             return load(library)

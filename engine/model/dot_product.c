@@ -3,18 +3,12 @@
 // start by product.py.
 #include <immintrin.h>
 #include <stdint.h>
+#include "threads.h"
 
 typedef uint16_t bf16;
 typedef uint32_t words __attribute__((vector_size(64)));
 typedef uint16_t halves __attribute__((vector_size(32), aligned(2), may_alias));
 enum { MOST = 6, WIDEST = 8, AHEAD = 16 }; // rows and panels of a tile; columns that are fetched ahead, in pairs
-
-#ifdef _OPENMP
-int omp_get_thread_num(void), omp_get_num_threads(void); // clang comes without omp.h
-#else
-static int omp_get_thread_num(void) { return 0; }
-static int omp_get_num_threads(void) { return 1; }
-#endif
 
 static inline void store(bf16 *at, __m512 x, int64_t count) { // to nearest, ties to even, as torch does
   const words bits = (words)x;

@@ -7,6 +7,7 @@
 #ifdef __AVX2__
 #include <immintrin.h>
 #endif
+#include "threads.h"
 
 typedef uint16_t bf16;
 enum { LANES = 8, VECS = PANEL / LANES, MOST = 6, PAIRS = GROUP / 2 }; // MOST: as in product.c
@@ -15,13 +16,6 @@ typedef int32_t ints __attribute__((vector_size(4 * LANES), may_alias));
 typedef int16_t pairs __attribute__((vector_size(4 * LANES), may_alias)); // two columns of LANES outputs
 typedef int8_t bytes __attribute__((vector_size(2 * LANES), aligned(1), may_alias));
 typedef uint16_t halves __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
-
-#ifdef _OPENMP
-int omp_get_thread_num(void), omp_get_num_threads(void); // clang comes without omp.h
-#else
-static int omp_get_thread_num(void) { return 0; }
-static int omp_get_num_threads(void) { return 1; }
-#endif
 
 static inline float real(uint32_t bits) {
   union { uint32_t bits; float real; } at = {bits};

@@ -5,6 +5,7 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#include "threads.h"
 
 #ifdef __AVX512F__
 enum { LANES = 16 };
@@ -14,12 +15,6 @@ enum { LANES = 16 };
 enum { LANES = 8 };
 #define EACH_LANE(of, step) of(0, step), of(1, step), of(2, step), of(3, step), of(4, step), of(5, step), of(6, step), \
   of(7, step)
-#endif
-#ifdef _OPENMP
-int omp_get_thread_num(void), omp_get_num_threads(void); // clang comes without omp.h
-#else
-static int omp_get_thread_num(void) { return 0; }
-static int omp_get_num_threads(void) { return 1; }
 #endif
 
 typedef uint16_t bf16;

@@ -2,18 +2,12 @@
 // multiplied as floats. A row's results do not depend on how many rows there are: every sum runs over the columns in
 // their order. Compiled at start by product.py.
 #include <stdint.h>
+#include "threads.h"
 
 typedef uint16_t bf16;
 enum { LANES = 8, VECS = PANEL / LANES, MOST = 6 }; // MOST rows by two vectors of sums are what sixteen registers hold
 typedef float vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef uint32_t words __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
-
-#ifdef _OPENMP
-int omp_get_thread_num(void), omp_get_num_threads(void); // clang comes without omp.h
-#else
-static int omp_get_thread_num(void) { return 0; }
-static int omp_get_num_threads(void) { return 1; }
-#endif
 
 static inline bf16 rounded(float x) { // to nearest, ties to even, as torch does
   union { float real; uint32_t bits; } at = {x};

@@ -50,14 +50,13 @@ class LoneGroup:
 class Batch:
     """``token_ids``, ``positions``, ``places`` [N], int64; ``places`` are flat KV cache places.
 
-    The tokens of decode rows come first, ``num_decode`` of them; rows with much longer drafts than others are ``lone``.
+    The tokens of decode rows come first; rows with much longer drafts than others are ``lone``.
     Without groups, ``decode``, ``lone`` and ``prefills`` are empty: every token attends by itself.
     """
 
     token_ids: Tensor
     positions: Tensor
     places: Tensor
-    num_decode: int
     decode: DecodeGroup | None
     lone: tuple[LoneGroup, ...]
     prefills: tuple[LoneGroup, ...]
@@ -103,14 +102,13 @@ def build_batch(
     places = [row.slot * max_len + position for row in rows for position in range(row.start, row.end)]
     flat = upload([ids, positions, places], torch.int64, device)
     if not grouped:
-        return Batch(flat[0], flat[1], flat[2], sum(len(row.token_ids) for row in decodes), None, (), ())
+        return Batch(flat[0], flat[1], flat[2], None, (), ())
 
     def lone(row: Row, first: int, length: int) -> LoneGroup:
         last = first + len(row.token_ids)
         return LoneGroup(first, last, row.slot, length, causal_mask(flat[1, first:last], length, group_size, dtype))
 
     firsts = list(accumulate((len(row.token_ids) for row in rows), initial=0))
-    num_decode = firsts[len(decodes)]
     width = _shared_width([(row.slot, len(row.token_ids)) for row in decodes], 2 if rounded else 1)
     ends = [_rounded(row.end, max_len) if rounded else row.end for row in decodes]
     wide = [i for i, row in enumerate(decodes) if len(row.token_ids) > width]
@@ -125,7 +123,6 @@ def build_batch(
         flat[0],
         flat[1],
         flat[2],
-        num_decode,
         decode,
         tuple(lone(decodes[i], firsts[i], ends[i]) for i in wide),
         tuple(lone(row, first, row.end) for row, first in zip(prefills, firsts[len(decodes) :], strict=False)),

@@ -19,7 +19,7 @@ from engine.model.compiler import COUNT, POINTER, compile_function
 from engine.model.int8 import Int8Panels
 from engine.model.kv_cache import KVCache
 from engine.model.linear import Weight
-from engine.model.llama import Llama
+from engine.model.llama import Layer, Llama
 from engine.model.product import Panels
 
 log = logging.getLogger(__name__)
@@ -54,8 +54,8 @@ def compile_kernels(model: Llama) -> Kernels | None:
     if model.dtype != torch.bfloat16 or model.device.type != "cpu":
         return None
     shaped = not (config.head_dim % (2 * LANES) or config.hidden_size % LANES or config.intermediate_size % LANES)
-    matrices = [matrix for layer in model.layers for matrix in (layer.qkv, layer.out, layer.gate_up, layer.down)]
-    if config.qk_norm or not shaped or not all(isinstance(matrix, Panels | Int8Panels) for matrix in matrices):
+    held = all(isinstance(matrix, Panels | Int8Panels) for layer in model.layers for matrix in _matrices(layer))
+    if config.qk_norm or not shaped or not held:
         log.info("no kernels for a model of this shape: torch runs its layers")
         return None
     shape = {"HEAD_DIM": config.head_dim, "GROUP": config.group_size}
@@ -76,13 +76,11 @@ class Kernels:
                 layer.attention_norm.data_ptr(),
                 layer.mlp_norm.data_ptr(),
                 None if layer.qkv_bias is None else layer.qkv_bias.data_ptr(),
-                *map(_matrix, (layer.qkv, layer.out, layer.gate_up, layer.down)),
+                *map(_matrix, _matrices(layer)),
             )
             for layer in model.layers
         ]
-        self._product_room = max(
-            _room(matrix) for layer in model.layers for matrix in (layer.qkv, layer.out, layer.gate_up, layer.down)
-        )
+        self._product_room = max(_room(matrix) for layer in model.layers for matrix in _matrices(layer))
         self._layers = (_Layer * len(made))(*made)
         self._model = _Model(
             model.cos.data_ptr(), model.sin.data_ptr(), config.hidden_size, config.num_kv_heads, config.rms_norm_eps,
@@ -108,6 +106,11 @@ class Kernels:
             given.data_ptr(), room.data_ptr(), starts.data_ptr(), product_room.data_ptr(), n,
         )  # fmt: skip
         return x, given if aux_layers else None
+
+
+def _matrices(layer: Layer) -> tuple[Weight, ...]:
+    """In the order of ``_Layer``."""
+    return layer.qkv, layer.out, layer.gate_up, layer.down
 
 
 def _matrix(weight: Weight) -> _Matrix:

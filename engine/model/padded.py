@@ -117,7 +117,7 @@ def padded_batch(
     rows, width, length = bucket.rows, bucket.width, bucket.length
     mask = causal_mask(positions, length, group_size, dtype).view(rows, 1, width * group_size, length)
     group = DecodeGroup(bucket.tokens, None, rows, width, length, None, None, mask)
-    return Batch(token_ids, positions, places, bucket.tokens, group, (), ())
+    return Batch(token_ids, positions, places, group, (), ())
 
 
 def _lengths(longest: int) -> list[int]:

@@ -62,8 +62,8 @@ def multiply(x: Tensor, panels: Panels) -> Tensor:
 
 
 def room(panels: Panels) -> int:
-    """Bytes that a row needs beside it: itself as floats."""
-    return 4 * panels.inputs
+    """Bytes that a row needs beside it: itself as floats, where the product reads it so."""
+    return 0 if shares().prepare is None else 4 * panels.inputs
 
 
 def shares() -> Shares:

@@ -3,18 +3,21 @@
 SIGTERM (`slipstream down`, a container's stop, `timeout`), SIGHUP (a terminal that is closed) and Ctrl-C are one and
 the same: the first of them raises KeyboardInterrupt in the main thread, so what was started is ended by the ``finally``
 that would end it after any other error. Later ones are heard no more: whoever presses Ctrl-C twice must not break off
-the ending and leave an engine or a Postgres behind.
+the ending and leave an engine or a Postgres behind. Nor may the first be lost: what is raised while the collector calls
+somebody back (a weak reference's callback, ``__del__``) ends there, so it is raised again a moment later.
 """
 
 from __future__ import annotations
 
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
 SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
+AGAIN_S = 0.01
 
 
 class _Moment:
@@ -33,10 +36,22 @@ def interruptible() -> Iterator[None]:
     """
     _Moment.interrupted = _Moment.raised = False
     heard = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
-    before = {number: signal.signal(number, _interrupt) for number in heard}
+    before = {number: signal.signal(number, _interrupt) for number in [*heard, signal.SIGALRM]}
+    unraisable = sys.unraisablehook
+
+    def hook(lost: sys.UnraisableHookArgs) -> None:
+        if not (_Moment.raised and isinstance(lost.exc_value, KeyboardInterrupt)):
+            unraisable(lost)
+            return
+        _Moment.raised = False
+        signal.setitimer(signal.ITIMER_REAL, AGAIN_S)  # takes no lock, of which this thread may hold any just now
+
+    sys.unraisablehook = hook
     try:
         yield
     finally:
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
+        sys.unraisablehook = unraisable
         for number, handler in before.items():
             signal.signal(number, handler)
 

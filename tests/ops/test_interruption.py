@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -100,6 +101,43 @@ def test_an_interruption_is_heard_after_a_held_step_that_failed() -> None:
     with pytest.raises(KeyboardInterrupt) as raised:
         command()
     assert isinstance(raised.value.__context__, ValueError)
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_an_interruption_that_a_callback_swallows_is_raised_again(number: signal.Signals) -> None:
+    """Raised while the collector calls back, it ends there: the command would go on to its own end."""
+    steps = []
+
+    class Collected:
+        def __del__(self) -> None:
+            signal.raise_signal(number)
+            steps.append("never")
+
+    def command() -> None:
+        with interruptible():
+            Collected()
+            time.sleep(60.0)  # what the command waits for, in vain were nothing raised again
+            steps.append("never")
+
+    before = signal.getsignal(signal.SIGALRM), sys.unraisablehook
+    with pytest.raises(KeyboardInterrupt):
+        command()
+    assert not steps
+    assert (signal.getsignal(signal.SIGALRM), sys.unraisablehook) == before
+    assert signal.getitimer(signal.ITIMER_REAL)[0] == 0.0
+
+
+def test_what_else_a_callback_swallows_is_said_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda lost: said.append(type(lost.exc_value)))
+
+    class Collected:
+        def __del__(self) -> None:
+            raise ValueError("not an interruption")
+
+    with interruptible():
+        Collected()
+    assert said == [ValueError]
 
 
 def test_what_was_ignored_from_the_start_stays_ignored() -> None:

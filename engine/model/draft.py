@@ -112,8 +112,8 @@ class DraftNetwork:
         self.vocabulary = vocabulary.to(target.device, torch.int64)
         self.head = target.head[self.vocabulary]  # [vocab_size, hidden]
         matrices = {name: tensor for name, tensor in self.weights.items() if tensor.ndim == 2}
-        self._matrices = {name: pack(tensor, target.layout.kernels) for name, tensor in matrices.items()}
-        self._head = pack(self.head, target.layout.kernels)
+        self.matrices = {name: pack(tensor, target.layout.kernels) for name, tensor in matrices.items()}
+        self.packed_head = pack(self.head, target.layout.kernels)
         self.eps = target.config.rms_norm_eps
 
     @torch.inference_mode()
@@ -122,7 +122,7 @@ class DraftNetwork:
 
         SlipstreamError, and nothing changed, where names or shapes differ.
         """
-        own = {**self.weights, **self._matrices, "vocabulary": self.vocabulary}
+        own = {**self.weights, **self.matrices, "vocabulary": self.vocabulary}
         copy_in_place(own, {**weights, "vocabulary": vocabulary}, "A draft")
         self.head.copy_(self.target.head[self.vocabulary])
 
@@ -135,21 +135,21 @@ class DraftNetwork:
         """[N, 3 * hidden] of the target → [N, hidden]. Each layer is normalised: their scales differ by far."""
         h = self.config.hidden_size
         return linear(F.rms_norm(aux.view(-1, NUM_AUX, h), (h,), None, self.eps).reshape(-1, NUM_AUX * h),
-                      self._matrices["fuse"])  # fmt: skip
+                      self.matrices["fuse"])  # fmt: skip
 
     def project(self, token_ids: Tensor, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Query [N, heads, hd], key and value [N, kv_heads, hd] of slots; query and key rotated to ``positions``."""
         w, c, h = self.weights, self.config, (self.config.hidden_size,)
         embedded = F.rms_norm(F.embedding(token_ids, self.target.embedding), h, w["embedding_norm"], self.eps)
         both = torch.cat([embedded, F.rms_norm(hidden, h, w["hidden_norm"], self.eps)], -1)
-        qkv = linear(both, self._matrices["qkv"]).view(-1, c.num_heads + 2 * c.num_kv_heads, c.head_dim)
+        qkv = linear(both, self.matrices["qkv"]).view(-1, c.num_heads + 2 * c.num_kv_heads, c.head_dim)
         cos, sin = self.target.cos[positions].unsqueeze(1), self.target.sin[positions].unsqueeze(1)
         qk = rotate(qkv[:, : c.num_heads + c.num_kv_heads], cos, sin)
         return qk[:, : c.num_heads], qk[:, c.num_heads :], qkv[:, c.num_heads + c.num_kv_heads :]
 
     def finish(self, hidden: Tensor, attended: Tensor) -> Tensor:
         """The slot's output [N, hidden] from its hidden state and what attention gave, [N, heads * hd]."""
-        w, norm = self._matrices, self.weights["mlp_norm"]
+        w, norm = self.matrices, self.weights["mlp_norm"]
         x = hidden + linear(attended, w["out"])
         gate, up = linear(F.rms_norm(x, (self.config.hidden_size,), norm, self.eps), w["gate_up"]).chunk(2, -1)
         return x + linear(F.silu(gate) * up, w["down"])
@@ -174,7 +174,18 @@ class DraftNetwork:
     @torch.inference_mode()
     def logits(self, output: Tensor) -> Tensor:
         """[N, vocab_size] over the draft's vocabulary."""
-        return linear(self.normed(output), self._head)
+        return linear(self.normed(output), self.packed_head)
+
+    @torch.inference_mode()
+    def likeliest(self, output: Tensor) -> tuple[Tensor, Tensor]:
+        """The first of the likeliest tokens as a target's id and its probability, both [N], from outputs [N, hidden].
+
+        Sums over a vocabulary want more than bfloat16: its probabilities are off by up to .08 (docs/log.md).
+        """
+        logits = self.logits(output)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        best, at = logits.max(-1)
+        return self.vocabulary[at], (best - logits.logsumexp(-1)).exp()
 
 
 def check_fit(config: DraftConfig, target: LlamaConfig) -> None:

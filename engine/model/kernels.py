@@ -27,25 +27,28 @@ SOURCE = Path(__file__).with_name("layers.c")
 LANES = 16
 
 
-class _Matrix(ctypes.Structure):
+class MatrixParts(ctypes.Structure):
     _fields_ = (
         ("prepare", POINTER), ("product", POINTER), ("weights", POINTER), ("scales", POINTER),
         ("inputs", COUNT), ("outputs", COUNT),
     )  # fmt: skip
 
 
-class _Layer(ctypes.Structure):
+class LayerParts(ctypes.Structure):
     _fields_ = (
         ("attention_norm", POINTER), ("mlp_norm", POINTER), ("qkv_bias", POINTER),
-        ("qkv", _Matrix), ("out", _Matrix), ("gate_up", _Matrix), ("down", _Matrix),
+        ("qkv", MatrixParts), ("out", MatrixParts), ("gate_up", MatrixParts), ("down", MatrixParts),
+    )  # fmt: skip
+
+
+class Shape(ctypes.Structure):
+    _fields_ = (
+        ("cos", POINTER), ("sin", POINTER), ("hidden", COUNT), ("kv_heads", COUNT), ("eps", ctypes.c_double),
     )  # fmt: skip
 
 
 class _Model(ctypes.Structure):
-    _fields_ = (
-        ("cos", POINTER), ("sin", POINTER), ("hidden", COUNT), ("kv_heads", COUNT), ("eps", ctypes.c_double),
-        ("layers", ctypes.POINTER(_Layer)),
-    )  # fmt: skip
+    _fields_ = (("shape", Shape), ("layers", ctypes.POINTER(LayerParts)))
 
 
 def compile_kernels(model: Llama) -> Kernels | None:
@@ -72,20 +75,17 @@ class Kernels:
         self._qkv = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
         self._heads = config.num_heads * config.head_dim
         made = [
-            _Layer(
+            LayerParts(
                 layer.attention_norm.data_ptr(),
                 layer.mlp_norm.data_ptr(),
                 None if layer.qkv_bias is None else layer.qkv_bias.data_ptr(),
-                *map(_matrix, _matrices(layer)),
+                *map(matrix_parts, _matrices(layer)),
             )
             for layer in model.layers
         ]
-        self._product_room = max(_room(matrix) for layer in model.layers for matrix in _matrices(layer))
-        self._layers = (_Layer * len(made))(*made)
-        self._model = _Model(
-            model.cos.data_ptr(), model.sin.data_ptr(), config.hidden_size, config.num_kv_heads, config.rms_norm_eps,
-            self._layers,
-        )  # fmt: skip
+        self._product_room = max(product_room(matrix) for layer in model.layers for matrix in _matrices(layer))
+        self._layers = (LayerParts * len(made))(*made)
+        self._model = _Model(shape_of(model, config.num_kv_heads), self._layers)
 
     def forward(
         self, x: Tensor, batch: Batch, cache: KVCache, aux_layers: Sequence[int], depth: int
@@ -108,21 +108,28 @@ class Kernels:
         return x, given if aux_layers else None
 
 
-def _matrices(layer: Layer) -> tuple[Weight, ...]:
-    """In the order of ``_Layer``."""
-    return layer.qkv, layer.out, layer.gate_up, layer.down
+def shape_of(model: Llama, num_kv_heads: int) -> Shape:
+    """What a layer must know beside its weights, the target's or one that stands on it."""
+    config = model.config
+    return Shape(model.cos.data_ptr(), model.sin.data_ptr(), config.hidden_size, num_kv_heads, config.rms_norm_eps)
 
 
-def _matrix(weight: Weight) -> _Matrix:
+def matrix_parts(weight: Weight) -> MatrixParts:
+    """A matrix as C multiplies by it; it must stay where it is."""
     assert isinstance(weight, Panels | Int8Panels)
     if isinstance(weight, Int8Panels):
         shares, scales = int8.shares(), weight.scales.data_ptr()
     else:
         shares, scales = product.shares(), None
-    return _Matrix(shares.prepare, shares.product, weight.words.data_ptr(), scales, weight.inputs, weight.outputs)
+    return MatrixParts(shares.prepare, shares.product, weight.words.data_ptr(), scales, weight.inputs, weight.outputs)
 
 
-def _room(weight: Weight) -> int:
+def product_room(weight: Weight) -> int:
     """Bytes that the product needs for a row."""
     assert isinstance(weight, Panels | Int8Panels)
     return int8.room(weight) if isinstance(weight, Int8Panels) else product.room(weight)
+
+
+def _matrices(layer: Layer) -> tuple[Weight, ...]:
+    """In the order of ``LayerParts``."""
+    return layer.qkv, layer.out, layer.gate_up, layer.down

@@ -115,11 +115,9 @@ class CapturedPool(DraftPool):
 
     def _emit(self, output: Tensor) -> None:
         """The likeliest token and its chance, from outputs [rows, hidden], to the answers and the next pass."""
-        count, network = output.shape[0], self.network
-        logits = network.logits(output)
-        best, at = logits.max(-1)
-        token = network.vocabulary[at]
-        answer = torch.stack([token.double(), (best - logits.logsumexp(-1)).exp().double()])
+        count = output.shape[0]
+        token, chance = self.network.likeliest(output)
+        answer = torch.stack([token.double(), chance.double()])
         answers = self._answers.device[: MOST_DRAFTED * 2 * count].view(MOST_DRAFTED, 2, count)
         answers.index_copy_(0, self._drafted, answer[None])
         self._token[:count].copy_(token)

@@ -131,13 +131,9 @@ class DraftPool:
         proposals = [Proposal([], []) for _ in wants]
         survival, active, step = [1.0] * len(wants), list(range(len(wants))), 0
         while active:
-            logits = network.logits(output)
-            best, at = logits.max(-1)
-            chances = (best - logits.logsumexp(-1)).exp().tolist()
+            found, chances = network.likeliest(output)
             going, kept = list[int](), list[int]()
-            for row, (i, token, chance) in enumerate(
-                zip(active, network.vocabulary[at].tolist(), chances, strict=True)
-            ):
+            for row, (i, token, chance) in enumerate(zip(active, found.tolist(), chances.tolist(), strict=True)):
                 survival[i] *= chance
                 proposals[i].tokens.append(token)
                 proposals[i].confidence.append(chance)

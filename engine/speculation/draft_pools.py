@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from engine.contracts import SlipstreamError
 from engine.model.draft import DraftNetwork
+from engine.model.draft_kernels import compile_draft
 from engine.model.graphs import Capture
 from engine.model.llama import Llama
 from engine.speculation.captured_pool import CapturedPool
+from engine.speculation.compiled_pool import CompiledPool
 from engine.speculation.draft_pool import DraftPool
 from engine.speculation.neural_file import DraftFile
 from engine.speculation.proposer import PolicyError
@@ -35,9 +37,11 @@ class DraftPools:
             network = DraftNetwork(draft.config, draft.weights, draft.vocabulary, self.target)
         except SlipstreamError as error:
             raise PolicyError(f"This draft cannot stand on the target: {error}") from None
-        if self._capture is None:
-            return DraftPool(network, self.num_seqs, self.max_len, min_survival)
-        return CapturedPool(network, self.num_seqs, self.max_len, min_survival, self._capture)
+        if self._capture is not None:
+            return CapturedPool(network, self.num_seqs, self.max_len, min_survival, self._capture)
+        if (kernels := compile_draft(network)) is not None:
+            return CompiledPool(network, self.num_seqs, self.max_len, min_survival, kernels)
+        return DraftPool(network, self.num_seqs, self.max_len, min_survival)
 
     def give_back(self, pool: DraftPool) -> None:
         """Nobody drafts in ``pool`` any more, nor ever will by the draft that is in it now."""

@@ -58,7 +58,7 @@ def rehearse(
     for step in range(1, k + 1):
         seen = torch.arange(last, device=device) <= starts[:, None]
         hidden = network.finish(hidden, attend_chains(query, key, value, seen, keys, values))
-        tokens, chances = _best(network, hidden)
+        tokens, chances = network.likeliest(hidden)
         survival = survival * chances
         for start, token, chance in zip(starts.tolist(), tokens.tolist(), chances.tolist(), strict=True):
             found.tokens[start - begin].append(token)
@@ -71,13 +71,6 @@ def rehearse(
         keys = [*(one[going] for one in keys), own_key]
         values = [*(one[going] for one in values), own_value]
     return found
-
-
-def _best(network: DraftNetwork, output: Tensor) -> tuple[Tensor, Tensor]:
-    """(likeliest token as target id, its probability), [rows] both."""
-    logits = network.logits(output)
-    best, at = logits.max(-1)
-    return network.vocabulary[at], (best - logits.logsumexp(-1)).exp()
 
 
 class Rehearsals:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -15,12 +16,14 @@ ROWS = (0, 1, 2, 3, 4, 5, 6, 7, 13, 40)
 
 
 def plant(module: ModuleType, right: str, wrong: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let ``module`` compile its source with ``wrong`` in the one place where ``right`` stands."""
-    source = module.SOURCE.read_text()
-    assert source.count(right) == 1
-    path = folder / module.SOURCE.name
-    path.write_text(source.replace(right, wrong))
-    monkeypatch.setattr(module, "SOURCE", path)
+    """Let ``module`` compile its source with ``wrong`` in the one place where ``right`` stands, be it in a header."""
+    source, found = module.SOURCE, 0
+    for path in (source, *map(source.with_name, re.findall(r'#include "(.+)"', source.read_text()))):
+        text = path.read_text()
+        found += text.count(right)
+        (folder / path.name).write_text(text.replace(right, wrong))
+    assert found == 1
+    monkeypatch.setattr(module, "SOURCE", folder / source.name)
 
 
 def assert_rows_stand_alone(multiply: Callable[[Tensor, Any], Tensor], panels: Any) -> None:

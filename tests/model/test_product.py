@@ -157,5 +157,5 @@ def test_kernels_switched_off_are_off_for_products_too(tmp_path: Path, monkeypat
     config = DraftConfig.of_target(model.config, 16)
     draft = DraftNetwork(config, fresh_weights(config, model, 0), torch.arange(16), model)
     weights = [weight for layer in model.layers for weight in layer.weights().values()]
-    assert not any(isinstance(one, product.Panels) for one in (*weights, model._head, *draft._matrices.values()))
-    assert isinstance(draft._head, torch.Tensor)
+    assert not any(isinstance(one, product.Panels) for one in (*weights, model._head, *draft.matrices.values()))
+    assert isinstance(draft.packed_head, torch.Tensor)

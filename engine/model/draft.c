@@ -1,0 +1,98 @@
+// A neural draft in bfloat16 on a CPU, every pass of it in one call (draft.py says what a pass is). Compiled for a draft's
+// shape by draft_kernels.py.
+#include "layers.h"
+
+struct draft {
+  struct shape shape;
+  const bf16 *embedding, *embedding_norm, *norm; // the layer's own first norm is that of the hidden states
+  const int64_t *vocabulary;
+  struct layer layer;
+  struct matrix head;
+};
+struct answer { int64_t token; double chance; };
+
+// The first of the likeliest of n logits, and its probability.
+static struct answer judged(const bf16 *logits, const int64_t *vocabulary, int64_t n) {
+  const int64_t whole = n / LANES * LANES;
+  vec top = all(-__builtin_inff()), mass = {};
+  for (int64_t i = 0; i < whole; i += LANES) {
+    const vec v = load(logits + i);
+    const ints more = v > top;
+    top = (vec)(((ints)v & more) | ((ints)top & ~more));
+  }
+  float most = largest(top), total, one;
+  for (int64_t i = whole; i < n; i++) one = alone(logits[i]), most = one > most ? one : most;
+  for (int64_t i = 0; i < whole; i += LANES) mass += exponential(load(logits + i) - most);
+  total = sum(mass);
+  for (int64_t i = whole; i < n; i++) total += exponential(all(alone(logits[i]) - most))[0];
+  int64_t at = 0;
+  while (at < n - 1 && alone(logits[at]) != most) at++;
+  return (struct answer){vocabulary[at], 1.0 / total};
+}
+
+// What a draft of several requests goes on with; row r of it is request who[r].
+struct chain { int64_t rows, n, step, *who, *tokens, *positions, *places; const int64_t *ends; double *survival; };
+
+// After a pass: every answer is noted, and those go on, each from its last slot, that may and are still likely enough.
+static void go_on(struct chain *chain, const struct answer *answers, const int64_t *wanted, double least, int64_t most,
+                  int64_t *drafted, double *chances, int64_t *counts, bf16 *hidden, int64_t size) {
+  int64_t going = 0;
+  for (int64_t r = 0; r < chain->rows; r++) {
+    const int64_t i = chain->who[r], slot = chain->step ? r : chain->ends[r] - 1;
+    drafted[i * most + chain->step] = answers[r].token, chances[i * most + chain->step] = answers[r].chance;
+    counts[i] = chain->step + 1, chain->survival[i] *= answers[r].chance;
+    if (counts[i] >= wanted[i] || !(chain->survival[i] >= least)) continue;
+    memmove(hidden + going * size, hidden + slot * size, size * sizeof(bf16));
+    chain->tokens[going] = answers[r].token, chain->who[going] = i;
+    chain->positions[going] = chain->positions[slot] + 1, chain->places[going] = chain->places[slot] + 1;
+    going++;
+  }
+  chain->rows = chain->n = going, chain->step++;
+}
+
+// tokens, positions, places [n] and hidden [n, hidden] are the slots that wait, those of request r before ends[r]; all are
+// written over. At most wanted[r] <= most tokens are drafted for it, up to one with which it is less likely than least that
+// all are accepted: drafted and chances [rows, most], counts [rows]. room is for all between, starts for n + 1 numbers.
+void draft(const struct draft *draft, int64_t *tokens, int64_t *positions, int64_t *places, bf16 *hidden, int64_t n,
+           const int64_t *ends, const int64_t *wanted, int64_t rows, double least, bf16 *keys, bf16 *values, bf16 *room,
+           int64_t *starts, void *product_room, int64_t most, int64_t *drafted, double *chances, int64_t *counts) {
+  const struct shape *shape = &draft->shape;
+  const int64_t size = shape->hidden, words = draft->head.outputs;
+  const float eps = (float)shape->eps;
+  int64_t who[rows];
+  double survival[rows];
+  struct answer answers[rows];
+  for (int64_t r = 0; r < rows; r++) who[r] = r, survival[r] = 1.0;
+  struct chain chain = {rows, n, 0, who, tokens, positions, places, ends, survival};
+  bf16 *both = room, *y = both + 2 * n * size, *h = y + n * size, *asked = h + n * size, *logits = asked + rows * size;
+  struct pass pass = {n, 0, positions, places, starts, y, h, logits + rows * words, product_room};
+  pass.tiles = tile_starts(positions, places, n, starts);
+  struct place place = {0, 0};
+#pragma omp parallel
+  {
+    const struct team team = {&place, omp_get_thread_num(), omp_get_num_threads()};
+    while (chain.rows) {
+      for (int64_t t = team.me; t < chain.n; t += team.all) {
+        bf16 *embedded = (bf16 *)draft->embedding + tokens[t] * size;
+        add_rms_norm_row(embedded, NULL, draft->embedding_norm, both + 2 * t * size, size, eps);
+        add_rms_norm_row(hidden + t * size, NULL, draft->layer.attention_norm, both + (2 * t + 1) * size, size, eps);
+      }
+      meet(team);
+      run_layer(&draft->layer, shape, &pass, both, hidden, keys, values, team);
+      add_rms_norm(hidden, y, draft->norm, h, chain.n, size, eps, team);
+      meet(team);
+      for (int64_t r = team.me; r < chain.rows; r += team.all)
+        memcpy(asked + r * size, h + (chain.step ? r : ends[r] - 1) * size, size * sizeof(bf16));
+      meet(team);
+      times(asked, &draft->head, product_room, logits, chain.rows, team);
+      for (int64_t r = team.me; r < chain.rows; r += team.all)
+        answers[r] = judged(logits + r * words, draft->vocabulary, words);
+      meet(team);
+      if (!team.me) {
+        go_on(&chain, answers, wanted, least, most, drafted, chances, counts, hidden, size);
+        pass.n = chain.n, pass.tiles = tile_starts(positions, places, chain.n, starts);
+      }
+      meet(team);
+    }
+  }
+}

@@ -1,0 +1,102 @@
+"""A whole neural draft in one call of C, for bfloat16 on a CPU: compiled for the draft's shape (draft.c).
+
+A pass of it is so short that what torch does between its operators takes longer than they do.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Sequence
+from functools import cache
+from itertools import accumulate
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from engine.model.batch import Row
+from engine.model.compiler import COUNT, POINTER, compile_function
+from engine.model.draft import DraftNetwork
+from engine.model.kernels import LayerParts, MatrixParts, Shape, matrix_parts, product_room, shape_of
+from engine.model.kv_cache import KVCache
+from engine.model.product import Panels
+
+SOURCE = Path(__file__).with_name("draft.c")
+
+
+class _Draft(ctypes.Structure):
+    _fields_ = (
+        ("shape", Shape), ("embedding", POINTER), ("embedding_norm", POINTER), ("norm", POINTER),
+        ("vocabulary", POINTER), ("layer", LayerParts), ("head", MatrixParts),
+    )  # fmt: skip
+
+
+def compile_draft(network: DraftNetwork) -> DraftKernels | None:
+    """Kernels for a draft whose target has its own; None where torch must run it."""
+    config = network.config
+    held = all(isinstance(matrix, Panels) for matrix in (*network.matrices.values(), network.packed_head))
+    if network.target.kernels is None or not held:
+        return None
+    run = _compiled(SOURCE, config.head_dim, config.num_heads // config.num_kv_heads)
+    return None if run is None else DraftKernels(run, network)
+
+
+@cache
+def _compiled(source: Path, head_dim: int, group: int) -> Callable[..., None] | None:
+    """Once for all drafts of a shape: new ones come every few minutes."""
+    shape = {"HEAD_DIM": head_dim, "GROUP": group}
+    return compile_function(source, "draft", shape, *[POINTER] * 5, COUNT, *[POINTER] * 2, COUNT, ctypes.c_double,
+                            *[POINTER] * 5, COUNT, *[POINTER] * 3)  # fmt: skip
+
+
+class DraftKernels:
+    def __init__(self, run: Callable[..., None], network: DraftNetwork) -> None:
+        """Its weights, and so ``network``, must stay where they are."""
+        self._run, self._network = run, network
+        config, target = network.config, network.target
+        weights, matrices = network.weights, network.matrices
+        parts = [matrices[name] for name in ("qkv", "out", "gate_up", "down")]
+        layer = LayerParts(
+            weights["hidden_norm"].data_ptr(), weights["mlp_norm"].data_ptr(), None, *map(matrix_parts, parts)
+        )
+        self._draft = _Draft(
+            shape_of(target, config.num_kv_heads), target.embedding.data_ptr(), weights["embedding_norm"].data_ptr(),
+            weights["norm"].data_ptr(), network.vocabulary.data_ptr(), layer, matrix_parts(network.packed_head),
+        )  # fmt: skip
+        heads = config.num_heads * config.head_dim
+        qkv = heads + 2 * config.num_kv_heads * config.head_dim
+        self._per_slot = 4 * config.hidden_size + max(qkv + heads, 3 * config.intermediate_size)
+        self._per_row = config.hidden_size + config.vocab_size
+        self._product_room = max(map(product_room, [*parts, network.packed_head]))
+
+    def draft(
+        self, rows: Sequence[Row], wanted: Sequence[int], hidden: Tensor, cache: KVCache, min_survival: float
+    ) -> list[tuple[list[int], list[float]]]:
+        """(tokens, chances) for each of ``rows``, the slots of a request that wait, at least one; ``hidden``
+        [all their tokens, hidden], the states they are fed with, is written over. Of each at most so many tokens as
+        are ``wanted``, up to the one with which it is less likely than ``min_survival`` that all are accepted."""
+        n, count, most = hidden.shape[0], len(rows), max(wanted)
+        slots = torch.tensor(
+            [
+                [token for row in rows for token in row.token_ids],
+                [position for row in rows for position in range(row.start, row.end)],
+                [row.slot * cache.max_len + position for row in rows for position in range(row.start, row.end)],
+            ]
+        )
+        asked = torch.tensor([list(accumulate(len(row.token_ids) for row in rows)), list(wanted)])
+        assert slots.shape[1] == n, "C reads and writes by these"
+        assert hidden.is_contiguous(), "as it does here"
+        room = hidden.new_empty(n * self._per_slot + count * self._per_row)
+        multiplying = torch.empty(max(n, count) * self._product_room, dtype=torch.uint8)
+        starts = torch.empty(n + 1, dtype=torch.int64)
+        drafted = torch.empty(count, most, dtype=torch.int64)
+        chances = torch.empty(count, most, dtype=torch.float64)
+        counts = torch.empty(count, dtype=torch.int64)
+        self._run(
+            ctypes.byref(self._draft), *(row.data_ptr() for row in slots), hidden.data_ptr(), n,
+            *(row.data_ptr() for row in asked), count, min_survival, cache.flat_keys[0].data_ptr(),
+            cache.flat_values[0].data_ptr(), room.data_ptr(), starts.data_ptr(), multiplying.data_ptr(), most,
+            drafted.data_ptr(), chances.data_ptr(), counts.data_ptr(),
+        )  # fmt: skip
+        made = zip(drafted.tolist(), chances.tolist(), counts.tolist(), strict=True)
+        return [(tokens[:k], likely[:k]) for tokens, likely, k in made]

@@ -16,6 +16,7 @@ from torch import Tensor
 from engine.model import int8, product
 from engine.model.batch import Batch
 from engine.model.compiler import COUNT, POINTER, compile_function
+from engine.model.crew import Crew
 from engine.model.int8 import Int8Panels
 from engine.model.kv_cache import KVCache
 from engine.model.linear import Weight
@@ -63,7 +64,7 @@ def compile_kernels(model: Llama) -> Kernels | None:
         return None
     shape = {"HEAD_DIM": config.head_dim, "GROUP": config.group_size}
     run = compile_function(SOURCE, "forward", shape, POINTER, COUNT, *[POINTER] * 5, COUNT, POINTER, COUNT,
-                           *[POINTER] * 4, COUNT)  # fmt: skip
+                           *[POINTER] * 4, COUNT, POINTER)  # fmt: skip
     return None if run is None else Kernels(run, model)
 
 
@@ -72,6 +73,7 @@ class Kernels:
         """The model's weights, and so ``model``, must stay where they are."""
         config = model.config
         self._run, self._hidden, self._inter = run, config.hidden_size, config.intermediate_size
+        self.crew = Crew()
         self._qkv = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
         self._heads = config.num_heads * config.head_dim
         made = [
@@ -99,12 +101,14 @@ class Kernels:
         room = x.new_empty(n * (2 * hidden + wide))
         product_room = torch.empty(n * self._product_room, dtype=torch.uint8)
         starts = torch.empty(n + 1, dtype=torch.int64)
+        took = (ctypes.c_double * 2)()
         keys, values = cache.flat_keys, cache.flat_values
         self._run(
             ctypes.byref(self._model), depth, x.data_ptr(), batch.positions.data_ptr(), batch.places.data_ptr(),
             keys[0].data_ptr(), values[0].data_ptr(), keys[0].numel(), aux.data_ptr(), len(aux_layers),
-            given.data_ptr(), room.data_ptr(), starts.data_ptr(), product_room.data_ptr(), n,
+            given.data_ptr(), room.data_ptr(), starts.data_ptr(), product_room.data_ptr(), n, took,
         )  # fmt: skip
+        self.crew.observe(*took)
         return x, given if aux_layers else None
 
 

@@ -12,6 +12,7 @@ import torch
 
 from engine.model import kernels
 from engine.model.batch import Row
+from engine.model.crew import Crew
 from engine.model.kernels import Kernels, compile_kernels
 from engine.model.kv_cache import KVCache
 from engine.model.llama import Llama
@@ -36,6 +37,7 @@ def model() -> Llama:
 def compiled(model: Llama) -> Kernels:
     made = compile_kernels(model)
     assert made is not None
+    made.crew = Crew(1)  # a test says how many threads there are
     return made
 
 

@@ -1,0 +1,59 @@
+"""How many threads a pass has: as many as have a processor to themselves.
+
+The threads of a pass share its work in equal parts and meet after each of them. Where one has to wait for a processor
+all others wait with it, so with another busy process on the machine two threads take several times as long as one
+(docs/log.md). How many processors a pass had is seen from outside of it: the processor time of its threads, who look
+for each other while they wait, over the time it took.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+
+WINDOW_S = 0.02
+"""Time of passes that is judged at once, seconds: several of the slices that processes take turns in."""
+HALVED = 0.35
+"""Of the last processor, what may be missing. With less of it than the rest, one thread fewer is faster."""
+SHORTEST, LONGEST = 4, 128
+"""Windows with fewer threads before all are tried again, after the first loss and after many tries in vain."""
+
+
+class Crew:
+    def __init__(self, most: int | None = None, appoint: Callable[[int], None] = torch.set_num_threads) -> None:
+        """``most`` threads, all of torch's unless said; ``appoint`` sets how many there are from now on, in the thread
+        that calls."""
+        self.most = self.threads = torch.get_num_threads() if most is None else most
+        self._appoint = appoint
+        self._processor_s = self._wall_s = 0.0
+        self._wait, self._until_try, self._trying = SHORTEST, 0, False
+
+    def observe(self, processor_s: float, wall_s: float) -> None:
+        """What a pass took, all its threads together and by the clock."""
+        if self.most == 1:
+            return
+        self._processor_s += processor_s
+        self._wall_s += wall_s
+        if self._wall_s >= WINDOW_S:
+            had, self._processor_s, self._wall_s = self._processor_s / self._wall_s, 0.0, 0.0
+            self._judge(max(1, math.floor(had + HALVED)))
+
+    def _judge(self, enough_for: int) -> None:
+        """``enough_for``: threads that the processors of the last window were for."""
+        if enough_for < self.threads:
+            self._wait = min(2 * self._wait, LONGEST) if self._trying else SHORTEST
+            self._until_try = self._wait
+            self._set(enough_for)
+        elif self.threads < self.most:
+            self._until_try -= 1
+            self._trying = self._until_try <= 0
+            if self._trying:
+                self._set(self.most)
+        else:
+            self._trying = False
+
+    def _set(self, threads: int) -> None:
+        self.threads = threads
+        self._appoint(threads)

@@ -2,10 +2,13 @@
 // shape by draft_kernels.py.
 #include "layers.h"
 
+enum { AUX = 3 }; // layers of the target that a slot's hidden state is fused from
+
 struct draft {
   struct shape shape;
   const bf16 *embedding, *embedding_norm, *norm; // the layer's own first norm is that of the hidden states
   const int64_t *vocabulary;
+  struct matrix fuse;
   struct layer layer;
   struct matrix head;
 };
@@ -50,10 +53,11 @@ static void go_on(struct chain *chain, const struct answer *answers, const int64
   chain->rows = chain->n = going, chain->step++;
 }
 
-// tokens, positions, places [n] and hidden [n, hidden] are the slots that wait, those of request r before ends[r]; all are
-// written over. At most wanted[r] <= most tokens are drafted for it, up to one with which it is less likely than least that
-// all are accepted: drafted and chances [rows, most], counts [rows]. room is for all between, starts for n + 1 numbers.
-void draft(const struct draft *draft, int64_t *tokens, int64_t *positions, int64_t *places, bf16 *hidden, int64_t n,
+// tokens, positions, places [n] and aux [n, AUX, hidden] are the slots that wait, those of request r before ends[r]; all
+// are written over. At most wanted[r] <= most tokens are drafted for it, up to one with which it is less likely than
+// least that all are accepted: drafted and chances [rows, most], counts [rows]. room is for all between, starts for
+// n + 1 numbers.
+void draft(const struct draft *draft, int64_t *tokens, int64_t *positions, int64_t *places, bf16 *aux, int64_t n,
            const int64_t *ends, const int64_t *wanted, int64_t rows, double least, bf16 *keys, bf16 *values, bf16 *room,
            int64_t *starts, void *product_room, int64_t most, int64_t *drafted, double *chances, int64_t *counts) {
   const struct shape *shape = &draft->shape;
@@ -64,13 +68,17 @@ void draft(const struct draft *draft, int64_t *tokens, int64_t *positions, int64
   struct answer answers[rows];
   for (int64_t r = 0; r < rows; r++) who[r] = r, survival[r] = 1.0;
   struct chain chain = {rows, n, 0, who, tokens, positions, places, ends, survival};
-  bf16 *both = room, *y = both + 2 * n * size, *h = y + n * size, *asked = h + n * size, *logits = asked + rows * size;
+  bf16 *hidden = room, *both = hidden + n * size, *y = both + 2 * n * size, *h = y + n * size, *asked = h + n * size, *logits = asked + rows * size;
   struct pass pass = {n, 0, positions, places, starts, y, h, logits + rows * words, product_room};
   pass.tiles = tile_starts(positions, places, n, starts);
   struct place place = {0, 0};
 #pragma omp parallel
   {
     const struct team team = {&place, omp_get_thread_num(), omp_get_num_threads()};
+    for (int64_t i = team.me; i < AUX * n; i += team.all)
+      add_rms_norm_row(aux + i * size, NULL, NULL, aux + i * size, size, eps);
+    meet(team);
+    times(aux, &draft->fuse, product_room, hidden, n, team);
     while (chain.rows) {
       for (int64_t t = team.me; t < chain.n; t += team.all) {
         bf16 *embedded = (bf16 *)draft->embedding + tokens[t] * size;

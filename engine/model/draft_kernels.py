@@ -27,7 +27,7 @@ SOURCE = Path(__file__).with_name("draft.c")
 class _Draft(ctypes.Structure):
     _fields_ = (
         ("shape", Shape), ("embedding", POINTER), ("embedding_norm", POINTER), ("norm", POINTER),
-        ("vocabulary", POINTER), ("layer", LayerParts), ("head", MatrixParts),
+        ("vocabulary", POINTER), ("fuse", MatrixParts), ("layer", LayerParts), ("head", MatrixParts),
     )  # fmt: skip
 
 
@@ -61,21 +61,23 @@ class DraftKernels:
         )
         self._draft = _Draft(
             shape_of(target, config.num_kv_heads), target.embedding.data_ptr(), weights["embedding_norm"].data_ptr(),
-            weights["norm"].data_ptr(), network.vocabulary.data_ptr(), layer, matrix_parts(network.packed_head),
+            weights["norm"].data_ptr(), network.vocabulary.data_ptr(), matrix_parts(matrices["fuse"]), layer,
+            matrix_parts(network.packed_head),
         )  # fmt: skip
         heads = config.num_heads * config.head_dim
         qkv = heads + 2 * config.num_kv_heads * config.head_dim
-        self._per_slot = 4 * config.hidden_size + max(qkv + heads, 3 * config.intermediate_size)
+        self._per_slot = 5 * config.hidden_size + max(qkv + heads, 3 * config.intermediate_size)
         self._per_row = config.hidden_size + config.vocab_size
-        self._product_room = max(map(product_room, [*parts, network.packed_head]))
+        self._product_room = max(map(product_room, [*matrices.values(), network.packed_head]))
 
     def draft(
-        self, rows: Sequence[Row], wanted: Sequence[int], hidden: Tensor, cache: KVCache, min_survival: float
+        self, rows: Sequence[Row], wanted: Sequence[int], aux: Tensor, cache: KVCache, min_survival: float
     ) -> list[tuple[list[int], list[float]]]:
-        """(tokens, chances) for each of ``rows``, the slots of a request that wait, at least one; ``hidden``
-        [all their tokens, hidden], the states they are fed with, is written over. Of each at most so many tokens as
-        are ``wanted``, up to the one with which it is less likely than ``min_survival`` that all are accepted."""
-        n, count, most = hidden.shape[0], len(rows), max(wanted)
+        """(tokens, chances) for each of ``rows``, the slots of a request that wait, at least one; ``aux``
+        [all their tokens, 3 * hidden], what the target's layers gave out there, is written over. Of each at most so
+        many tokens as are ``wanted``, up to the one with which it is less likely than ``min_survival`` that all are
+        accepted."""
+        n, count, most = aux.shape[0], len(rows), max(wanted)
         slots = torch.tensor(
             [
                 [token for row in rows for token in row.token_ids],
@@ -85,15 +87,15 @@ class DraftKernels:
         )
         asked = torch.tensor([list(accumulate(len(row.token_ids) for row in rows)), list(wanted)])
         assert slots.shape[1] == n, "C reads and writes by these"
-        assert hidden.is_contiguous(), "as it does here"
-        room = hidden.new_empty(n * self._per_slot + count * self._per_row)
+        assert aux.is_contiguous(), "as it does here"
+        room = aux.new_empty(n * self._per_slot + count * self._per_row)
         multiplying = torch.empty(max(n, count) * self._product_room, dtype=torch.uint8)
         starts = torch.empty(n + 1, dtype=torch.int64)
         drafted = torch.empty(count, most, dtype=torch.int64)
         chances = torch.empty(count, most, dtype=torch.float64)
         counts = torch.empty(count, dtype=torch.int64)
         self._run(
-            ctypes.byref(self._draft), *(row.data_ptr() for row in slots), hidden.data_ptr(), n,
+            ctypes.byref(self._draft), *(row.data_ptr() for row in slots), aux.data_ptr(), n,
             *(row.data_ptr() for row in asked), count, min_survival, cache.flat_keys[0].data_ptr(),
             cache.flat_values[0].data_ptr(), room.data_ptr(), starts.data_ptr(), multiplying.data_ptr(), most,
             drafted.data_ptr(), chances.data_ptr(), counts.data_ptr(),

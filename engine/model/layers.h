@@ -99,7 +99,7 @@ static void meet(struct team team) {
     }
 }
 
-// x [n] += y where y is given; out, where it is wanted, = x / sqrt(mean(x^2) + eps) * weight.
+// x [n] += y where y is given; out, where it is wanted, = x / sqrt(mean(x^2) + eps), times weight where there is one.
 static inline void add_rms_norm_row(bf16 *x, const bf16 *y, const bf16 *weight, bf16 *out, int64_t n, float eps) {
   vec squares = {};
   for (int64_t i = 0; i < n; i += LANES) {
@@ -112,7 +112,7 @@ static inline void add_rms_norm_row(bf16 *x, const bf16 *y, const bf16 *weight, 
   }
   if (!out) return;
   const float scale = 1.0f / __builtin_sqrtf(sum(squares) / (float)n + eps);
-  for (int64_t i = 0; i < n; i += LANES) store(out + i, load(x + i) * scale * load(weight + i));
+  for (int64_t i = 0; i < n; i += LANES) store(out + i, load(x + i) * scale * (weight ? load(weight + i) : all(1.0f)));
 }
 
 static void add_rms_norm(bf16 *x, const bf16 *y, const bf16 *weight, bf16 *out, int64_t rows, int64_t n, float eps,

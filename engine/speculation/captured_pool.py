@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from engine.model.batch import Row
-from engine.model.draft import DraftNetwork
+from engine.model.draft import NUM_AUX, DraftNetwork
 from engine.model.graphs import Body, Capture, Graphs
 from engine.model.padded import WIDTHS, Bucket, PaddedRows, padded_batch
 from engine.model.staged import Staged, upload
@@ -32,7 +32,7 @@ class CapturedPool(DraftPool):
         self._group = config.num_heads // config.num_kv_heads
         self._padded = PaddedRows(self.cache, self._group, dtype, device)
         self.graphs = Graphs(capture)
-        self._waiting = torch.zeros(self._padded.most_tokens, config.hidden_size, dtype=dtype, device=device)
+        self._waiting = torch.zeros(self._padded.most_tokens, NUM_AUX * config.hidden_size, dtype=dtype, device=device)
         self._limits = Staged(num_seqs, torch.int64, device)  # tokens wanted by the request at each place
         # What goes on from pass to pass: the last drafted token, the position of its slot's predecessor, that slot's
         # output, and how many tokens are drafted.
@@ -56,7 +56,7 @@ class CapturedPool(DraftPool):
             self.graphs.get(("next", chain), lambda: self._go_on(chain), lambda: self._park(bucket)),
         )
 
-    def _draft(self, wants: Sequence[Want], rows: Sequence[Row], hidden: Tensor) -> list[Proposal]:
+    def _draft(self, wants: Sequence[Want], rows: Sequence[Row], aux: Tensor) -> list[Proposal]:
         longest = max(want.k for want in wants)
         bucket = self._padded.bucket(rows, beyond=longest)
         first, following = self._prepared(bucket)
@@ -67,7 +67,7 @@ class CapturedPool(DraftPool):
             self._limits.host[want.state.place] = want.k
         self._limits.send(count)
         at = [row.slot * bucket.width + i for row in rows for i in range(len(row.token_ids))]
-        self._waiting.index_copy_(0, upload(at, torch.int64, hidden.device), hidden)
+        self._waiting.index_copy_(0, upload(at, torch.int64, aux.device), aux)
         first()
         for _ in range(longest - 1):
             following()
@@ -96,7 +96,8 @@ class CapturedPool(DraftPool):
         """Captured: the slots that wait, and the first token of each draft."""
         count, width = bucket.rows, bucket.width
         batch = self._padded.batch(bucket)
-        output = self.network.forward(batch, self._waiting[: bucket.tokens], self.cache).view(count, width, -1)
+        fused = self.network.fuse(self._waiting[: bucket.tokens])
+        output = self.network.forward(batch, fused, self.cache).view(count, width, -1)
         last = (self._padded.counts(bucket) - 1).clamp(min=0)[:, None]
         self._position[:count].copy_(batch.positions.view(count, width).gather(1, last)[:, 0])
         self._drafted.zero_()

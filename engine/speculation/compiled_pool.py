@@ -19,6 +19,6 @@ class CompiledPool(DraftPool):
         super().__init__(network, num_seqs, max_len, min_survival)
         self._kernels = kernels
 
-    def _draft(self, wants: Sequence[Want], rows: Sequence[Row], hidden: Tensor) -> list[Proposal]:
-        made = self._kernels.draft(rows, [want.k for want in wants], hidden, self.cache, self.min_survival)
+    def _draft(self, wants: Sequence[Want], rows: Sequence[Row], aux: Tensor) -> list[Proposal]:
+        made = self._kernels.draft(rows, [want.k for want in wants], aux, self.cache, self.min_survival)
         return [Proposal(tokens, chances) for tokens, chances in made]

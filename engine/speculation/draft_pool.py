@@ -26,7 +26,7 @@ class DraftState:
     """One request in a pool.
 
     ``tokens``: prompt and what was committed after it. Slots [0, stored) have true keys and values; those after it
-    wait in ``waiting`` [n, hidden]: fused states of the positions from ``stored`` on. -1 is no place in the pool.
+    wait in ``waiting`` [n, 3 * hidden]: states of the positions from ``stored`` on. -1 is no place in the pool.
     """
 
     place: int
@@ -91,11 +91,10 @@ class DraftPool:
 
         Positions that are known already are passed over: a prompt that is computed again changes nothing.
         """
-        fused = self.network.fuse(torch.cat([aux for _, _, aux in fed]))
-        for (state, start, _), states in zip(fed, fused.split([aux.shape[0] for _, _, aux in fed]), strict=True):
+        for state, start, aux in fed:
             if start > state.known:
                 raise PolicyError(f"States from position {start} came in, but those from {state.known} are missing.")
-            fresh = states[state.known - start :]
+            fresh = aux[state.known - start :]
             if fresh.shape[0]:
                 state.waiting.append(fresh)
                 state.num_waiting += fresh.shape[0]
@@ -113,15 +112,14 @@ class DraftPool:
                     "a draft needs those of all tokens but the last."
                 )
         rows = [Row(w.state.place, w.state.stored, w.state.tokens[w.state.stored + 1 :]) for w in wants]
-        hidden = torch.cat([states for w in wants for states in w.state.waiting])
-        proposals = self._draft(wants, rows, hidden)
+        proposals = self._draft(wants, rows, torch.cat([states for w in wants for states in w.state.waiting]))
         for want in wants:
             want.state.stored, want.state.waiting, want.state.num_waiting = len(want.state.tokens) - 1, [], 0
         return proposals
 
-    def _draft(self, wants: Sequence[Want], rows: Sequence[Row], hidden: Tensor) -> list[Proposal]:
-        """``rows``: the slots of ``wants`` that wait; ``hidden`` [all their tokens, hidden]: their fused states."""
-        output = self._forward(rows, hidden)
+    def _draft(self, wants: Sequence[Want], rows: Sequence[Row], aux: Tensor) -> list[Proposal]:
+        """``rows``: the slots of ``wants`` that wait; ``aux`` [all their tokens, 3 * hidden]: their states."""
+        output = self._forward(rows, self.network.fuse(aux))
         ends = torch.tensor([len(row.token_ids) for row in rows]).cumsum(0) - 1
         return self._chain(wants, rows, output[ends.to(output.device)])
 
@@ -156,18 +154,18 @@ class DraftPool:
 
     def _store(self, states: Sequence[DraftState]) -> None:
         """Keys and values of all waiting slots but each request's last, which its next draft starts from."""
-        rows, hidden = list[Row](), list[Tensor]()
+        rows, aux = list[Row](), list[Tensor]()
         for state in states:
             count = min(state.num_waiting, len(state.tokens) - 1 - state.stored) - 1
             if count <= 0:
                 continue
             waiting = torch.cat(state.waiting)
             rows.append(Row(state.place, state.stored, state.tokens[state.stored + 1 : state.stored + 1 + count]))
-            hidden.append(waiting[:count])
+            aux.append(waiting[:count])
             state.stored, state.num_waiting = state.stored + count, state.num_waiting - count
             state.waiting = [waiting[count:].clone()]
         if rows:
-            self._remember(rows, torch.cat(hidden))
+            self._remember(rows, self.network.fuse(torch.cat(aux)))
 
     def _remember(self, rows: Sequence[Row], hidden: Tensor) -> None:
         target = self.network.target

@@ -125,6 +125,7 @@ def test_a_draft_is_what_torch_drafts(target: Llama) -> None:
         ("most = one > most ? one : most", "most = most"),  # the likeliest is among the last, which fill no vector
         ("total += exponential(all(alone(logits[i]) - most))[0]", "total += 0"),
         ("{vocabulary[at],", "{at,"),
+        ("i < AUX * n;", "i < AUX * n - 1;"),
     ],
 )
 def test_a_fault_in_the_draft_is_seen(

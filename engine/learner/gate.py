@@ -2,20 +2,22 @@
 
 Static checks first (``soundness``), then candidate and champion draft the same held-out responses
 (``speculation.replay``), so the comparison is paired and needs no target. With whole drafts no class may lose tokens a
-verify step. Then both are priced by the engine's measured costs, under its own K control, and the candidate must be
-faster for certain: a memory that says what a neural draft would have said saves that draft's passes, which no count of
-tokens shows. Without measured costs the tokens per verify step must be more for certain. Changes are resampled over
-requests (percentile bootstrap, Efron 1979), in all and per class.
+verify step, which the candidate must show: of few requests a class that loses is often lucky. Then both are priced by
+the engine's measured costs, under its own K control, and the candidate must be faster for certain: a memory that says
+what a neural draft would have said saves that draft's passes, which no count of tokens shows. Without measured costs
+the tokens per verify step must be more for certain, by resampled requests (percentile bootstrap, Efron 1979).
 """
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
+from scipy import special
 
 from engine.contracts import SpecCounts, artifact_digest
 from engine.learner import soundness
@@ -34,7 +36,10 @@ RESAMPLES, BEYOND = 5_000, 10
 MIN_HELD_OUT = 8
 """Fewer held-out requests than this prove nothing, whatever they say."""
 MIN_CLASS = 3
-"""A class with fewer held-out requests is shown but does not refuse."""
+"""Fewer held-out requests of a class prove nothing. Are they an eighth (1 of ``MIN_HELD_OUT``), more must come."""
+AHEAD, SURE = 200, 0.8
+"""Over so many requests to come no class may lose more than is allowed, each with this probability. More would refuse
+nearly all that is worth serving (docs/log.md, 2026-11-27)."""
 MAX_LOOKS = 6
 """Refused candidates that may look at the same held-out requests. The next ones are judged on later requests."""
 LEVEL = ALPHA / MAX_LOOKS
@@ -53,6 +58,7 @@ states brings its own, and adds what its drafting costs."""
 class Comparison:
     """Tokens per verify step of both over the same ``n`` requests; ``low`` and ``high`` bound the change, one-sided.
 
+    ``ahead`` bounds the share that changes over the next ``AHEAD`` requests of all classes, None of too few to say.
     ``champion_ms`` and ``candidate_ms`` are milliseconds per token, None where they were not asked.
     """
 
@@ -62,13 +68,9 @@ class Comparison:
     delta: float
     low: float
     high: float
+    ahead: float | None = None
     champion_ms: float | None = None
     candidate_ms: float | None = None
-
-    @property
-    def change(self) -> float:
-        """The difference as a share of the champion's."""
-        return self.delta / self.champion if self.champion else 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,13 +159,16 @@ def compare(
     """
     if len(held_out) < MIN_HELD_OUT:
         return GateReport(False, (f"only {len(held_out)} held-out requests, {MIN_HELD_OUT} are needed",), alpha=alpha)
+    names = [trace.traffic_class for trace in held_out]
+    chosen = {name: [n == name for n in names] for name in sorted(set(names))}
+    if few := [(name, n) for name, n in Counter(names).items() if n < MIN_CLASS and MIN_HELD_OUT * n >= len(names)]:
+        reasons = [f"class {name} has {n} of {len(names)} requests, {MIN_CLASS} are needed" for name, n in sorted(few)]
+        return GateReport(False, tuple(reasons), alpha=alpha)
     replayer = replayer or stored
     old, new = (_Earned([replayer(p, trace, None)[0] for trace in held_out]) for p in (champion, candidate))
     if not sum(counts.drafted for counts in new.full):
         reason = f"it drafted nothing on {len(held_out)} held-out requests: it is empty"
         return GateReport(False, (reason,), alpha=alpha)
-    names = [trace.traffic_class for trace in held_out]
-    chosen = {name: [n == name for n in names] for name in sorted(set(names))}
     classes = {name: _compare(old, new, wanted, rng, alpha) for name, wanted in chosen.items()}
     overall = _compare(old, new, [True] * len(names), rng, alpha)
     report = GateReport(True, (), overall, classes, alpha=alpha)
@@ -171,9 +176,7 @@ def compare(
     if reasons or not step_cost_ms:
         reasons = _no_gain(overall) + reasons
     else:
-        old, new = (
-            _priced(earned, p, held_out, step_cost_ms, replayer) for earned, p in ((old, champion), (new, candidate))
-        )
+        old, new = (_priced(e, p, held_out, step_cost_ms, replayer) for e, p in ((old, champion), (new, candidate)))
         report = _in_time(report, old, new, chosen, step_cost_ms[min(step_cost_ms)], rng)
         reasons = _too_dear(report, worst_class_drop)
     return replace(report, passed=not reasons, reasons=tuple(reasons) or (_praise(report),))
@@ -223,12 +226,11 @@ def _in_time(
     """The report with milliseconds per token; ``plain_ms`` is a pass of one row."""
     assert report.overall is not None
     assert report.classes is not None
-    everywhere = [True] * report.overall.n
 
     def timed(one: Comparison, wanted: Sequence[bool]) -> Comparison:
         return replace(one, champion_ms=old.ms_per_token(wanted), candidate_ms=new.ms_per_token(wanted))
 
-    overall = timed(report.overall, everywhere)
+    overall = timed(report.overall, [True] * report.overall.n)
     classes = {name: timed(one, chosen[name]) for name, one in report.classes.items()}
     before, after = overall.champion_ms or plain_ms, overall.candidate_ms or plain_ms
     t_old, s_old, t_new, s_new = _resampled(
@@ -240,10 +242,10 @@ def _in_time(
 
 def _worse(report: GateReport, worst_class_drop: float) -> list[str]:
     return [
-        f"class {name} loses {percent(-one.change, 1)} (allowed {percent(worst_class_drop)}): "
-        f"{one.candidate:.3f} tokens per verify step against {one.champion:.3f} on {one.n} requests"
+        f"class {name} may lose {percent(-one.ahead, 1)} over {AHEAD} requests (allowed {percent(worst_class_drop)}): "
+        f"{one.candidate:.3f} tokens per verify step against {one.champion:.3f} on {one.n}"
         for name, one in (report.classes or {}).items()
-        if one.n >= MIN_CLASS and one.change < -worst_class_drop
+        if one.ahead is not None and one.ahead < -worst_class_drop
     ]
 
 
@@ -300,15 +302,27 @@ def _compare(old: _Earned, new: _Earned, chosen: Sequence[bool], rng: np.random.
     a, b, c, d = table.sum(0)
     before, after = float(_ratio(a, b)), float(_ratio(c, d))
     low, high = np.quantile(deltas, [alpha, 1 - alpha])
-    return Comparison(len(table), before, after, after - before, float(low), float(high))
+    ahead = _ahead(table, after / before, len(old.full)) if len(table) >= MIN_CLASS else None
+    return Comparison(len(table), before, after, after - before, float(low), float(high), ahead)
+
+
+def _ahead(table: np.ndarray, kept: float, held_out: int) -> float:
+    """What the change of a class exceeds with the probability ``SURE``, over its share of the next ``AHEAD`` requests.
+
+    The means of n requests seen and of m to come differ with the standard error s √(1/n + 1/m): Student's t bounds what
+    is to come (Hahn, Meeker and Escobar, Statistical Intervals, 2017). s is of what each request adds to the change, a
+    ratio linearized (delta method). It is the class's own: where one class gains much and unevenly, another need not.
+    """
+    n = len(table)
+    parts = kept * (table / np.maximum(table.mean(0), np.finfo(float).tiny) @ np.array([-1.0, 1.0, 1.0, -1.0]))
+    return float(kept - 1 - special.stdtrit(n - 1, SURE) * parts.std(ddof=1) * math.sqrt((1 + held_out / AHEAD) / n))
 
 
 def _resampled(table: np.ndarray, alpha: float, rng: np.random.Generator) -> np.ndarray:
     """Column sums [columns, resamples] over requests drawn with replacement; ``table`` [n, columns]."""
     n = len(table)
     picks = rng.multinomial(n, np.full(n, 1.0 / n), size=max(RESAMPLES, math.ceil(BEYOND / alpha)))
-    sums: np.ndarray = (picks @ table).T
-    return sums
+    return np.asarray((picks @ table).T)
 
 
 def _ratio(x: Any, y: Any) -> Any:

@@ -104,7 +104,7 @@ def test_garbage_is_refused(rng: np.random.Generator, held_out: list[TrainableTr
     wrong = [replace(t, prompt_ids=[], output_ids=rng.permutation(t.output_ids).tolist()) for t in good]
     report = examine(memory(wrong), held_out, champion=champion)
     assert not report.passed
-    assert any("loses" in reason for reason in report.reasons)
+    assert any("may lose" in reason for reason in report.reasons)
     spread = [replace(t, traffic_class=f"only-{n}") for n, t in enumerate(held_out)]  # no class has enough to refuse
     assert "no certain gain" in examine(memory(wrong), spread, champion=champion).reasons[0]
 
@@ -188,7 +188,7 @@ def test_one_ruined_class_is_refused_though_the_blend_improves(rng: np.random.Ge
     assert report.overall.low > 0
     assert report.net is None  # nothing is priced that a class refuses
     assert not report.passed
-    assert [reason for reason in report.reasons if "class code loses" in reason]
+    assert [reason for reason in report.reasons if "class code may lose" in reason]
 
 
 def test_a_policy_for_another_target_does_not_load(rng: np.random.Generator, held_out: list[TrainableTrace]) -> None:
@@ -269,3 +269,94 @@ def test_identical_quality_seldom_passes(rng: np.random.Generator) -> None:
         champion = load_proposer(one, artifact_digest(one), TARGET.fingerprint)
         passed += examine(two, traffic(own, 20), champion=champion).passed
     assert passed <= 4
+
+
+def noisy(rng: np.random.Generator, changes: Mapping[str, float], requests: int) -> GateReport:
+    """A comparison of so many requests of each class, which accept so much more or less in truth, give or take 4 % for
+    a request. The bootstrap, which says nothing of classes, is short."""
+    held_out = [
+        TrainableTrace(n + 1, UUID(int=n), START, name, n, [1], [2], 512)
+        for n, name in enumerate(name for name in changes for _ in range(requests))
+    ]
+
+    def replayer(proposer: Proposer, trace: TrainableTrace, control: KController | None) -> tuple[SpecCounts, float]:
+        steps = 4_000.0
+        if proposer.num_speculative_tokens == 2:
+            steps /= 1 + rng.normal(changes[trace.traffic_class], 0.04)
+        return SpecCounts(steps=round(steps), drafted=1, accepted=10_000 - round(steps)), 0.0
+
+    return gate.compare(NgramProposer(2), NgramProposer(4), held_out, {}, 0.02, rng, alpha=0.5, replayer=replayer)
+
+
+def looks_fine(report: GateReport) -> bool:
+    """By what was seen alone, as if few requests told as much as many."""
+    return all(one.delta >= -0.02 * one.champion for one in (report.classes or {}).values())
+
+
+def accepts(report: GateReport) -> bool:
+    return not any("class" in reason for reason in report.reasons)
+
+
+@pytest.fixture
+def short_bootstrap(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gate, "RESAMPLES", 20)
+
+
+@pytest.mark.usefixtures("short_bootstrap")
+@pytest.mark.parametrize(("requests", "luck", "most"), [(5, 0.12, 0.06), (16, 0.03, 0.02)])
+def test_a_class_that_loses_is_not_served_by_luck(
+    requests: int, luck: float, most: float, rng: np.random.Generator
+) -> None:
+    """The fault that was: one class of three loses 3.5 %, and few of its requests often do not show that."""
+    reports = [noisy(rng, {"a": -0.035, "b": 0.01, "c": 0.01}, requests) for _ in range(300)]
+    assert np.mean([looks_fine(report) for report in reports]) > luck
+    assert np.mean([accepts(report) for report in reports]) < most
+
+
+@pytest.mark.usefixtures("short_bootstrap")
+@pytest.mark.parametrize(("change", "requests", "least"), [(0.01, 16, 0.85), (0.0, 40, 0.85), (0.03, 5, 0.85)])
+def test_what_loses_in_no_class_is_served(change: float, requests: int, least: float, rng: np.random.Generator) -> None:
+    reports = [noisy(rng, dict.fromkeys("abc", change), requests) for _ in range(200)]
+    assert np.mean([accepts(report) for report in reports]) > least
+
+
+@pytest.mark.usefixtures("short_bootstrap")
+@pytest.mark.parametrize(("change", "requests"), [(-0.01, 60), (-0.01, gate.MIN_CLASS), (1.0, 16)])
+def test_the_requests_to_come_keep_to_the_bound_as_often_as_it_says(
+    change: float, requests: int, rng: np.random.Generator
+) -> None:
+    """They are noisy as well: without that part more than a quarter of classes of 60 would fall below."""
+    below = []
+    for _ in range(500):
+        report = noisy(rng, dict.fromkeys("abc", change), requests)
+        for one in (report.classes or {}).values():
+            assert one.ahead is not None
+            to_come = rng.normal(change, 0.04, gate.AHEAD // 3)
+            below.append(1 / np.mean(1 / (1 + to_come)) - 1 < one.ahead)  # counted in steps, as the gate does
+    assert np.mean(below) == pytest.approx(1 - gate.SURE, abs=0.035)
+
+
+@pytest.mark.usefixtures("short_bootstrap")
+def test_a_class_that_gains_unevenly_is_no_doubt_about_another(rng: np.random.Generator) -> None:
+    """Over plain decoding code doubles, more or less; a class in which nothing changes loses nothing for that."""
+    held_out = traffic(rng, 12)
+
+    def replayer(proposer: Proposer, trace: TrainableTrace, control: KController | None) -> tuple[SpecCounts, float]:
+        gains = proposer.num_speculative_tokens == 2 and trace.traffic_class == "code"
+        return SpecCounts(steps=int(rng.integers(20, 80)) if gains else 100, drafted=1, accepted=100), 0.0
+
+    report = gate.compare(NgramProposer(2), NgramProposer(4), held_out, {}, 0.02, rng, replayer=replayer)
+    assert report.classes is not None
+    assert report.classes["chat"].ahead == 0.0
+    assert accepts(report)
+
+
+def test_a_rare_class_says_nothing_and_a_frequent_one_is_waited_for(rng: np.random.Generator) -> None:
+    """The fault that was: of the first eight held-out requests two were of a class, and it lost unseen."""
+    few = gate.MIN_CLASS - 1
+    report = noisy(rng, dict.fromkeys("abcd", -0.5), few)
+    assert report.reasons == tuple(f"class {name} has {few} of 8 requests, 3 are needed" for name in "abcd")
+    assert report.overall is None  # no look
+    rare = noisy(rng, dict.fromkeys("abcdefghi", -0.5), few)
+    assert [one.ahead for one in (rare.classes or {}).values()] == [None] * 9
+    assert accepts(rare)

@@ -56,7 +56,7 @@ def test_the_good_update_that_they_spoil_passes(good: Files, champion: Files, he
     [
         ("shuffled vocabulary", "no certain gain"),
         ("learning rate x100", "no certain gain"),
-        ("one class ruined", "loses"),
+        ("one class ruined", "may lose"),
         ("not finite", "not finite"),
         ("stale fingerprint", "made for target"),
         ("cut short", "does not load"),
@@ -94,7 +94,7 @@ def test_a_ruined_class_hides_in_the_blend(held_out: list[TrainableTrace]) -> No
     report = judged(spoiled, memory(code[:6]), judges)
     assert report.overall is not None
     assert report.overall.low > 0
-    assert [said for said in report.reasons if "class code loses" in said] == list(report.reasons)
+    assert [said for said in report.reasons if "class code may lose" in said] == list(report.reasons)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])

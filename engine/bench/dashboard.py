@@ -6,6 +6,7 @@ dashboard and Chromium are the real ones.
 
 from __future__ import annotations
 
+import math
 import random
 import time
 from collections.abc import Sequence
@@ -23,7 +24,7 @@ from engine.bench.browser import chromium, start_dashboard
 from engine.bench.pages import PAGES, QUIET_S, cpu_s, figures, look
 from engine.bench.report import Figure, Report
 from engine.bench.rig import Rig, rig, wait_until
-from engine.bench.viewers import PATIENCE_S, Recording, Viewers, record
+from engine.bench.viewers import PATIENCE_S, READ, Recording, Viewers, record
 from engine.contracts import ServingPlan
 from engine.demo import prompts
 from engine.demo.traffic import served_model
@@ -37,7 +38,9 @@ STILL = "explain"
 """It compares two windows of the past and is not drawn again by itself."""
 OPEN_PAGES = 20
 CLIENTS, REQUESTS, TOKENS = 2, 24, 24
-"""Requests at a time, and of a block; output tokens of each at most."""
+"""Requests at a time, and that are sent again and again in a block; output tokens of each at most."""
+PERIODS = 3
+"""Refreshes of every open page that a block lasts for, at least: requests meet some of them and miss others."""
 BARS = f"Bars: page_warm_cpu_ms_max 150, first_paint_s_p95 3, ratio:p95:{OPEN_PAGES}_pages/none 1.05; each at most."
 
 
@@ -123,7 +126,9 @@ def _serving(
     viewers.start()
     try:
         with ThreadPoolExecutor(CLIENTS) as pool:
+            began = time.perf_counter()
             paired.serve(pool, system.url, model, sent, TOKENS)  # warms up; meanwhile the pages open
+            times = math.ceil(PERIODS * refresh_s / (time.perf_counter() - began))
             viewers.wait_open()
             wait_until(partial(_rests, server), "the open pages to be drawn", PATIENCE_S)
             for number in range(1, options.pairs + 1):
@@ -133,11 +138,11 @@ def _serving(
                     if watched:
                         viewers.active.set()
                     time.sleep(refresh_s)  # until every page has begun, or the last refresh has ended
-                    found[watched] = paired.serve(pool, system.url, model, sent, TOKENS)
+                    found[watched] = paired.serve(pool, system.url, model, times * sent, TOKENS)
                     viewers.active.clear()
                     if watched:
                         took = time.perf_counter() - began
-                        due = took * OPEN_PAGES / refresh_s
+                        due = (took - READ * refresh_s) * OPEN_PAGES / refresh_s
                         blocks.append(Watched(viewers.refreshed - seen, due, cpu_s(server) - used, took))
                 viewers.check()
                 pairs.append((found[True], found[False]))

@@ -22,6 +22,8 @@ from engine.contracts import SlipstreamError
 POLL_S = 0.05
 ANSWERED = 0.5
 """A refresh brings about as many bytes as the one that was recorded; less than half of it is another answer."""
+READ = 0.9
+"""Share of an interval for which a viewer reads what a refresh brings; then it is counted."""
 PATIENCE_S = 60.0
 """A page that is not answered for so long has ended."""
 
@@ -147,7 +149,7 @@ class Viewers:
         for frame in frames:
             socket.send(frame)
         came, began = 0, time.monotonic()
-        while not self._ended.is_set() and (not came or time.monotonic() - began < 0.9 * self.refresh_s):
+        while not self._ended.is_set() and (not came or time.monotonic() - began < READ * self.refresh_s):
             if not came and time.monotonic() - began > PATIENCE_S:
                 raise SlipstreamError(f"no answer within {PATIENCE_S:.0f} s")
             try:

@@ -17,7 +17,7 @@ WINDOW_S = 0.02
 """Time of passes that is judged at once, seconds: several of the slices that processes take turns in."""
 HALVED = 0.35
 """Of the last processor, what may be missing. With less of it than the rest, one thread fewer is faster."""
-SHORTEST, LONGEST = 4, 128
+SHORTEST, LONGEST = 2, 128
 """Windows with fewer threads before all are tried again, after the first loss and after many tries in vain."""
 
 

@@ -1,5 +1,5 @@
-// A neural draft in bfloat16 on a CPU, every pass of it in one call (draft.py says what a pass is). Compiled for a draft's
-// shape by draft_kernels.py.
+// A neural draft in bfloat16 on a CPU, every pass of it in one call (draft.py says what a pass is). Compiled for a
+// draft's shape by draft_kernels.py.
 #include "layers.h"
 
 enum { AUX = 3 }; // layers of the target that a slot's hidden state is fused from
@@ -53,6 +53,44 @@ static void go_on(struct chain *chain, const struct answer *answers, const int64
   chain->rows = chain->n = going, chain->step++;
 }
 
+// aux [n, AUX, hidden], normalized in place, to the slots' hidden states [n, hidden].
+static void fuse(const struct draft *draft, bf16 *aux, bf16 *hidden, int64_t n, void *product_room, struct team team) {
+  const int64_t size = draft->shape.hidden;
+  for (int64_t i = team.me; i < AUX * n; i += team.all)
+    add_rms_norm_row(aux + i * size, NULL, NULL, aux + i * size, size, (float)draft->shape.eps);
+  meet(team);
+  times(aux, &draft->fuse, product_room, hidden, n, team);
+}
+
+// What attention is of: both [n, 2, hidden], a token's embedding and its slot's hidden state, normalized.
+static void pair(const struct draft *draft, const int64_t *tokens, bf16 *hidden, bf16 *both, int64_t n,
+                 struct team team) {
+  const int64_t size = draft->shape.hidden;
+  const float eps = (float)draft->shape.eps;
+  for (int64_t t = team.me; t < n; t += team.all) {
+    bf16 *embedded = (bf16 *)draft->embedding + tokens[t] * size;
+    add_rms_norm_row(embedded, NULL, draft->embedding_norm, both + 2 * t * size, size, eps);
+    add_rms_norm_row(hidden + t * size, NULL, draft->layer.attention_norm, both + (2 * t + 1) * size, size, eps);
+  }
+  meet(team);
+}
+
+// Keys and values of n slots whose predictions nobody wants; arguments as of draft.
+void remember(const struct draft *draft, const int64_t *tokens, const int64_t *positions, const int64_t *places,
+              bf16 *aux, int64_t n, bf16 *keys, bf16 *values, bf16 *room, void *product_room) {
+  const struct shape *shape = &draft->shape;
+  bf16 *hidden = room, *both = hidden + n * shape->hidden, *qkv = both + 2 * n * shape->hidden;
+  struct place place = {0, 0};
+#pragma omp parallel
+  {
+    const struct team team = {&place, omp_get_thread_num(), omp_get_num_threads()};
+    fuse(draft, aux, hidden, n, product_room, team);
+    pair(draft, tokens, hidden, both, n, team);
+    times(both, &draft->layer.qkv, product_room, qkv, n, team);
+    rotate_and_write(qkv, shape->cos, shape->sin, positions, places, keys, values, n, shape->kv_heads, team);
+  }
+}
+
 // tokens, positions, places [n] and aux [n, AUX, hidden] are the slots that wait, those of request r before ends[r]; all
 // are written over. At most wanted[r] <= most tokens are drafted for it, up to one with which it is less likely than
 // least that all are accepted: drafted and chances [rows, most], counts [rows]. room is for all between, starts for
@@ -75,17 +113,9 @@ void draft(const struct draft *draft, int64_t *tokens, int64_t *positions, int64
 #pragma omp parallel
   {
     const struct team team = {&place, omp_get_thread_num(), omp_get_num_threads()};
-    for (int64_t i = team.me; i < AUX * n; i += team.all)
-      add_rms_norm_row(aux + i * size, NULL, NULL, aux + i * size, size, eps);
-    meet(team);
-    times(aux, &draft->fuse, product_room, hidden, n, team);
+    fuse(draft, aux, hidden, n, product_room, team);
     while (chain.rows) {
-      for (int64_t t = team.me; t < chain.n; t += team.all) {
-        bf16 *embedded = (bf16 *)draft->embedding + tokens[t] * size;
-        add_rms_norm_row(embedded, NULL, draft->embedding_norm, both + 2 * t * size, size, eps);
-        add_rms_norm_row(hidden + t * size, NULL, draft->layer.attention_norm, both + (2 * t + 1) * size, size, eps);
-      }
-      meet(team);
+      pair(draft, tokens, hidden, both, chain.n, team);
       run_layer(&draft->layer, shape, &pass, both, hidden, keys, values, team);
       add_rms_norm(hidden, y, draft->norm, h, chain.n, size, eps, team);
       meet(team);

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cache
 from itertools import accumulate
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from engine.model.batch import Row
-from engine.model.compiler import COUNT, POINTER, compile_function
+from engine.model.compiler import COUNT, POINTER, compile_c, function
 from engine.model.draft import DraftNetwork
 from engine.model.kernels import LayerParts, MatrixParts, Shape, matrix_parts, product_room, shape_of
 from engine.model.kv_cache import KVCache
@@ -37,22 +38,33 @@ def compile_draft(network: DraftNetwork) -> DraftKernels | None:
     held = all(isinstance(matrix, Panels) for matrix in (*network.matrices.values(), network.packed_head))
     if network.target.kernels is None or not held:
         return None
-    run = _compiled(SOURCE, config.head_dim, config.num_heads // config.num_kv_heads)
-    return None if run is None else DraftKernels(run, network)
+    found = _compiled(SOURCE, config.head_dim, config.num_heads // config.num_kv_heads)
+    return None if found is None else DraftKernels(found, network)
+
+
+@dataclass(frozen=True, slots=True)
+class _Functions:
+    draft: Callable[..., None]
+    remember: Callable[..., None]
 
 
 @cache
-def _compiled(source: Path, head_dim: int, group: int) -> Callable[..., None] | None:
+def _compiled(source: Path, head_dim: int, group: int) -> _Functions | None:
     """Once for all drafts of a shape: new ones come every few minutes."""
-    shape = {"HEAD_DIM": head_dim, "GROUP": group}
-    return compile_function(source, "draft", shape, *[POINTER] * 5, COUNT, *[POINTER] * 2, COUNT, ctypes.c_double,
-                            *[POINTER] * 5, COUNT, *[POINTER] * 3)  # fmt: skip
+
+    def load(path: Path) -> _Functions:
+        library = ctypes.CDLL(str(path))
+        slots = [*[POINTER] * 5, COUNT]
+        drafting = [*slots, *[POINTER] * 2, COUNT, ctypes.c_double, *[POINTER] * 5, COUNT, *[POINTER] * 3]
+        return _Functions(function(library.draft, *drafting), function(library.remember, *slots, *[POINTER] * 4))
+
+    return compile_c(source, {"HEAD_DIM": head_dim, "GROUP": group}, load)
 
 
 class DraftKernels:
-    def __init__(self, run: Callable[..., None], network: DraftNetwork) -> None:
+    def __init__(self, functions: _Functions, network: DraftNetwork) -> None:
         """Its weights, and so ``network``, must stay where they are."""
-        self._run, self._network = run, network
+        self._functions, self._network = functions, network
         config, target = network.config, network.target
         weights, matrices = network.weights, network.matrices
         parts = [matrices[name] for name in ("qkv", "out", "gate_up", "down")]
@@ -78,23 +90,15 @@ class DraftKernels:
         many tokens as are ``wanted``, up to the one with which it is less likely than ``min_survival`` that all are
         accepted."""
         n, count, most = aux.shape[0], len(rows), max(wanted)
-        slots = torch.tensor(
-            [
-                [token for row in rows for token in row.token_ids],
-                [position for row in rows for position in range(row.start, row.end)],
-                [row.slot * cache.max_len + position for row in rows for position in range(row.start, row.end)],
-            ]
-        )
+        slots = _slots(rows, aux, cache.max_len)
         asked = torch.tensor([list(accumulate(len(row.token_ids) for row in rows)), list(wanted)])
-        assert slots.shape[1] == n, "C reads and writes by these"
-        assert aux.is_contiguous(), "as it does here"
         room = aux.new_empty(n * self._per_slot + count * self._per_row)
         multiplying = torch.empty(max(n, count) * self._product_room, dtype=torch.uint8)
         starts = torch.empty(n + 1, dtype=torch.int64)
         drafted = torch.empty(count, most, dtype=torch.int64)
         chances = torch.empty(count, most, dtype=torch.float64)
         counts = torch.empty(count, dtype=torch.int64)
-        self._run(
+        self._functions.draft(
             ctypes.byref(self._draft), *(row.data_ptr() for row in slots), aux.data_ptr(), n,
             *(row.data_ptr() for row in asked), count, min_survival, cache.flat_keys[0].data_ptr(),
             cache.flat_values[0].data_ptr(), room.data_ptr(), starts.data_ptr(), multiplying.data_ptr(), most,
@@ -102,3 +106,26 @@ class DraftKernels:
         )  # fmt: skip
         made = zip(drafted.tolist(), chances.tolist(), counts.tolist(), strict=True)
         return [(tokens[:k], likely[:k]) for tokens, likely, k in made]
+
+    def remember(self, rows: Sequence[Row], aux: Tensor, cache: KVCache) -> None:
+        """Keys and values of slots whose predictions nobody wants; ``rows`` and ``aux`` as of ``draft``."""
+        n, slots = aux.shape[0], _slots(rows, aux, cache.max_len)
+        room, multiplying = aux.new_empty(n * self._per_slot), torch.empty(n * self._product_room, dtype=torch.uint8)
+        self._functions.remember(
+            ctypes.byref(self._draft), *(row.data_ptr() for row in slots), aux.data_ptr(), n,
+            cache.flat_keys[0].data_ptr(), cache.flat_values[0].data_ptr(), room.data_ptr(), multiplying.data_ptr(),
+        )  # fmt: skip
+
+
+def _slots(rows: Sequence[Row], aux: Tensor, max_len: int) -> Tensor:
+    """Token, position and place of each slot, [3, all slots]."""
+    slots = torch.tensor(
+        [
+            [token for row in rows for token in row.token_ids],
+            [position for row in rows for position in range(row.start, row.end)],
+            [row.slot * max_len + position for row in rows for position in range(row.start, row.end)],
+        ]
+    )
+    assert slots.shape[1] == aux.shape[0], "C reads and writes by these"
+    assert aux.is_contiguous(), "as it does here"
+    return slots

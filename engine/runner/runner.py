@@ -21,7 +21,7 @@ from engine.runner.request import Output
 from engine.runner.target_pass import EagerPass, Passed, TargetPass
 from engine.scheduler.scheduler import ScheduledStep
 from engine.scheduler.sequence import NO_SLOT
-from engine.speculation.control import Choice, KController, Offer
+from engine.speculation.control import Choice, KController, Offer, learn_worth
 from engine.speculation.proposer import asked_of
 
 
@@ -79,6 +79,10 @@ class Runner:
         before_s = began - started - drafting_captured_s
         pass_s = now - began - (captured_s - drafting_captured_s)
         plain_s = self._account(decoding, drafting, choice, base_rows, before_s, pass_s)
+        if plain_s and base_rows == len(decoding):
+            asked = [live.controls[draft.part] for live, draft in zip(decoding, drafts, strict=True)]
+            accepted = [outcome.accepted for outcome in outcomes[: len(decoding)]]
+            learn_worth(asked, choice, accepted, pass_s)
         for live in decoding:
             live.times.other += captured_s  # it was waited for, and teaches nothing of what drafts and passes cost
         outputs = []

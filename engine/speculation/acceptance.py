@@ -18,8 +18,8 @@ PROMISED_WEIGHT = 30.0
 """Promised tokens before which nothing is held against the estimates."""
 JUDGED = 1.7
 """Asking and then judging what was said takes this many times as long as asking (docs/log.md)."""
-WORTH_WEIGHT = 0.05
-"""Weight of one step in the estimate of what asking saves."""
+WORTH_WEIGHT = 0.01
+"""Weight of one step in the estimate of what asking saves: what a pass takes varies by more than asking costs."""
 WORTH_STEPS = 32
 """Steps before which nothing is held against asking."""
 
@@ -66,7 +66,7 @@ class Acceptance:
         self._accepted = [0.0] * (2 * LEVELS + POSITIONS)
         self._promised = self._kept = 0.0  # tokens that were verified
         self.draft_s = self.ask_s = 0.0  # seconds that a drafted token, and asking for a draft, cost lately
-        self.weighed = 0  # steps of requests in which it was weighed whether to ask for a draft
+        self.steps = 0  # in which it was weighed whether to ask for a draft
         self._saved: dict[int, tuple[int, float]] = {}  # by load: steps, seconds saved by asking one request in them
 
     def chance(self, position: int, confidence: float | None) -> float:

@@ -22,3 +22,6 @@ class CompiledPool(DraftPool):
     def _draft(self, wants: Sequence[Want], rows: Sequence[Row], aux: Tensor) -> list[Proposal]:
         made = self._kernels.draft(rows, [want.k for want in wants], aux, self.cache, self.min_survival)
         return [Proposal(tokens, chances) for tokens, chances in made]
+
+    def _remember(self, rows: Sequence[Row], aux: Tensor) -> None:
+        self._kernels.remember(rows, aux, self.cache)

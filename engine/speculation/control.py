@@ -27,6 +27,8 @@ ROW_KEEP = 0.97
 """What a request's own experience keeps with every judged token: some 30 tokens."""
 MOST = 0.99
 """No token is certain."""
+MOST_LATE = 1.5
+"""Times the expected: a pass that was interrupted teaches no more than that."""
 MOST_KEPT = 1_024
 """Versions and classes whose experience is kept, those used last; classes are named by clients."""
 
@@ -167,9 +169,10 @@ class KController:
         free = FREE_SHARE * self.costs(len(rows))
         steered = [i for i, row in enumerate(rows) if ks[i] and row.settings.enabled]
         dear = [i for i in steered if rows[i].acceptance.draft_s > free]
+        probed = _probed([rows[i].acceptance for i in steered])
         for i in steered:
             if i not in dear:
-                rows[i].asked = rows[i].acceptance.pays(len(rows)) or _probes(rows[i])
+                rows[i].asked = rows[i].acceptance.pays(len(rows)) or id(rows[i].acceptance) in probed
                 limits[i] = ks[i] if rows[i].asked else 0
         if not dear:
             return limits
@@ -183,7 +186,7 @@ class KController:
             max(rows[i].settings.min_gain for i in dear),
         )
         for i, k in zip(dear, chosen, strict=True):
-            limits[i] = min(k + _probes(rows[i]), ks[i])
+            limits[i] = min(k + (id(rows[i].acceptance) in probed), ks[i])
         return limits
 
     def choose(self, offers: Sequence[Offer], prompt_rows: int = 0) -> Choice:
@@ -206,10 +209,7 @@ class KController:
         expected = [sum(chances[:k]) for chances, k in zip(survivals, ks, strict=True)]
         if costs is None:
             return Choice(ks, expected)
-        choice = Choice(ks, expected, costs(base_rows), costs(base_rows + sum(ks)))
-        if not prompt_rows:
-            _learn_worth([offer.row for offer in offers], choice)
-        return choice
+        return Choice(ks, expected, costs(base_rows), costs(base_rows + sum(ks)))
 
     def _decoding_costs(self, decoding: int, prompt_rows: int) -> Callable[[int], float]:
         """Seconds of a pass by its rows, less what its prompts take.
@@ -226,20 +226,32 @@ class KController:
         return lambda rows: max(costs(rows) - prompts, plain)  # a bump in the profile makes no row cheaper than free
 
 
-def _learn_worth(rows: Sequence[RowControl], choice: Choice) -> None:
-    """What a step saves, against plain decoding of as many tokens: to each class what its own drafts bring and cost."""
+def learn_worth(rows: Sequence[RowControl], choice: Choice, accepted: Sequence[float], pass_s: float) -> None:
+    """What a step without prompts saved, against plain decoding of as many tokens: to each class what its own drafts
+    brought and cost.
+
+    By what was ``accepted`` of each row and the ``pass_s`` that it took: the likeliest of many tokens promise more than
+    they bring, and a row more than its products.
+    """
     per_token, verified = choice.plain_s / len(rows), sum(choice.ks)
-    per_row = (choice.pass_s - choice.plain_s) / verified if verified else 0.0
+    took = min(pass_s, MOST_LATE * choice.pass_s)
+    per_row = (took - choice.plain_s) / verified if verified else 0.0
     saved: dict[int, list[float]] = {}
     acceptances = {id(row.acceptance): row.acceptance for row in rows}
-    for row, k, expected in zip(rows, choice.ks, choice.expected, strict=True):
+    for row, k, kept in zip(rows, choice.ks, accepted, strict=True):
         if row.asked:
-            saved.setdefault(id(row.acceptance), []).append(per_token * expected - per_row * k)
+            saved.setdefault(id(row.acceptance), []).append(per_token * kept - per_row * k)
     for key, shares in saved.items():
         acceptances[key].saved(len(rows), sum(shares) / len(shares))
 
 
-def _probes(row: RowControl) -> bool:
-    """Whether it is asked in any case. Counts for all requests: short ones would never come to their probe."""
-    row.acceptance.weighed += 1
-    return row.acceptance.weighed % row.settings.probe_every == 0
+def _probed(acceptances: Sequence[Acceptance]) -> set[int]:
+    """Whose drafters are asked in any case in this step: all requests of a class and version in one of so many steps,
+    for a pass over all of them takes hardly longer than over one. Counts for all, as short requests would never come to
+    their probe."""
+    found = set[int]()
+    for key, acceptance in {id(one): one for one in acceptances}.items():
+        acceptance.steps += 1
+        if acceptance.steps % acceptance.settings.probe_every == 0:
+            found.add(key)
+    return found

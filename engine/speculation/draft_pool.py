@@ -165,9 +165,9 @@ class DraftPool:
             state.stored, state.num_waiting = state.stored + count, state.num_waiting - count
             state.waiting = [waiting[count:].clone()]
         if rows:
-            self._remember(rows, self.network.fuse(torch.cat(aux)))
+            self._remember(rows, torch.cat(aux))
 
-    def _remember(self, rows: Sequence[Row], hidden: Tensor) -> None:
+    def _remember(self, rows: Sequence[Row], aux: Tensor) -> None:
         target = self.network.target
         batch = build_batch(rows, [], self.max_len, 1, target.dtype, target.device)
-        self.network.store(batch, hidden, self.cache)
+        self.network.store(batch, self.network.fuse(aux), self.cache)

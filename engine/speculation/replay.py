@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from engine.contracts import SpecCounts, VerifyStep
-from engine.speculation.control import KController, Offer
+from engine.speculation.control import KController, Offer, learn_worth
 from engine.speculation.proposer import Drafter, HiddenReader, InTurn, Proposer, Said, asked_of, judge, parts
 
 
@@ -75,8 +75,10 @@ def replay_controlled(
         if asked := asked_of(last, said):
             rows[last].acceptance.took((_passes(drafter) - before) * draft_pass_s, asked)
         confidence = drafter.confidence if draft else ()
-        k = controller.choose([Offer(rows[part], len(draft), confidence)]).ks[0]
+        choice = controller.choose([Offer(rows[part], len(draft), confidence)])
+        k = choice.ks[0]
         step = verify_stored(draft[:k], output_ids[done:])
+        learn_worth([rows[part]], choice, [step.accepted], choice.pass_s)
         committed = output_ids[done : done + step.emitted]
         judge(rows, part, said, step, confidence, committed)
         drafter.observe(committed)

@@ -86,8 +86,8 @@ class CopyPool(DraftPool):
     def _forward(self, rows: Sequence[Row], hidden: Tensor) -> Tensor:
         return self._run([replace(row, start=row.start + 1) for row in rows])
 
-    def _remember(self, rows: Sequence[Row], hidden: Tensor) -> None:
-        self._forward(rows, hidden)
+    def _remember(self, rows: Sequence[Row], aux: Tensor) -> None:
+        self._forward(rows, aux)
 
     def _run(self, rows: Sequence[Row]) -> Tensor:
         target = self.network.target

@@ -11,7 +11,7 @@ import pytest
 
 from engine.contracts import SlipstreamError, VerifyStep
 from engine.speculation.acceptance import JUDGED, WORTH_STEPS, Acceptance, ControlSettings
-from engine.speculation.control import MOST_KEPT, KController, Offer, RowControl, allocate
+from engine.speculation.control import MOST_KEPT, KController, Offer, RowControl, allocate, learn_worth
 from engine.speculation.replay import verify_stored
 from engine.speculation.step_costs import StepCosts
 
@@ -170,14 +170,24 @@ def test_what_was_switched_off_by_itself_comes_back() -> None:
     assert step(True) >= 3
 
 
-def asked(controller: KController, rows: Sequence[RowControl], chance: float, steps: int = 640) -> float:
-    """How many of the rows' drafters, which take next to no time, were asked in the last steps, as a share."""
+def asked(
+    controller: KController,
+    rows: Sequence[RowControl],
+    chance: float,
+    steps: int = 640,
+    brought: float = 1.0,
+    row_s: float = 0.0,
+) -> float:
+    """How many of the rows' drafters, which take next to no time, were asked in the last steps, as a share. Of what is
+    promised so much is ``brought``; a drafted row takes ``row_s`` more than was profiled."""
     found = list[float]()
     for _ in range(steps):
         limits = controller.limits(rows, [4] * len(rows))
         for row, n in zip(rows, limits, strict=True):
             row.acceptance.took(1e-5, n) if n else None
-        controller.choose([Offer(row, n, [chance] * n) for row, n in zip(rows, limits, strict=True)])
+        choice = controller.choose([Offer(row, n, [chance] * n) for row, n in zip(rows, limits, strict=True)])
+        kept = [brought * tokens for tokens in choice.expected]
+        learn_worth(rows, choice, kept, choice.pass_s + row_s * sum(choice.ks))
         found.append(sum(map(bool, limits)) / len(rows))
     return sum(found[steps // 2 :]) / (steps // 2)
 
@@ -190,6 +200,36 @@ def test_a_cheap_drafter_is_left_alone_but_for_probes_where_asking_saves_less_th
     assert asked(controller, rows, 0.3) < 0.1
     assert asked(controller, rows[:1], 0.6) == 1
     assert asked(controller, rows, 0.95) > 0.9  # a probe has found that it pays
+
+
+def test_asking_pays_by_what_was_accepted_and_by_what_the_pass_took() -> None:
+    for brought, row_s, pays in ((1.0, 0.0, True), (0.4, 0.0, False), (1.0, 0.003, False)):
+        controller = KController(StepCosts(seconds(MEASURED)))
+        rows = [controller.row(1, "chat", ControlSettings()) for _ in range(16)]
+        share = asked(controller, rows, 0.9, brought=brought, row_s=row_s)
+        assert share > 0.9 if pays else share < 0.1, (brought, row_s, share)
+
+
+def test_one_late_pass_does_not_switch_a_drafter_off() -> None:
+    controller = KController(StepCosts(seconds(MEASURED)))
+    rows = [controller.row(1, "chat", ControlSettings()) for _ in range(16)]
+    asked(controller, rows, 0.9)
+    choice = controller.choose([Offer(row, 1, [0.9]) for row in rows])
+    learn_worth(rows, choice, choice.expected, 1_000 * choice.pass_s)
+    assert rows[0].acceptance.pays(16)
+
+
+def test_all_requests_of_a_class_are_probed_in_the_same_step() -> None:
+    """A pass of a neural draft over all of them takes hardly longer than over one."""
+    controller, settings = KController(StepCosts(seconds(MEASURED))), ControlSettings(probe_every=10)
+    rows = [controller.row(1, "chat", settings) for _ in range(16)]
+    rows[0].acceptance.took(0.004, 1)
+    for row in rows:
+        judge(row, 4, (), [1], 4)
+    for _ in range(100):
+        judge(rows[0], 4, (), [1], 4)
+    steps = [controller.limits(rows, [4] * 16) for _ in range(50)]
+    assert [sum(map(bool, limits)) for limits in steps if any(limits)] == [16] * 5
 
 
 def test_what_asking_saves_is_counted_to_the_class_that_brings_it() -> None:
@@ -205,7 +245,8 @@ def test_what_asking_saves_is_counted_to_the_class_that_brings_it() -> None:
             row.acceptance.took(1e-5, n) if n else None
             offers.append(Offer(row, n, [chances[name]] * n))
             found[name].append(bool(n))
-        controller.choose(offers)
+        choice = controller.choose(offers)
+        learn_worth([row for _, row in rows], choice, choice.expected, choice.pass_s)
     assert sum(found["code"][-100:]) == 100
     assert sum(found["chat"][-1_500:]) < 150
 

@@ -112,10 +112,7 @@ class Engine:
         settings = proposer.control  # a policy that fails must do so before anything is queued
         self.scheduler.add(live.seq)
         # Only now: what is refused must not push the experience of others out.
-        live.controls = [
-            self.control.row(request.policy_version, request.traffic_class, settings, part)
-            for part in range(live.parts)
-        ]
+        live.controls = self.control.rows(request.policy_version, request.traffic_class, settings, live.parts)
         self._lives[request.request_id] = live
 
     def cancel(self, request_id: str, status: Status = Status.CANCELLED) -> Output | None:

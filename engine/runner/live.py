@@ -82,8 +82,9 @@ class Live:
         return self._uniforms[:count]
 
     def most_asked(self, limit: int) -> int:
-        """Tokens to ask for where those that take time are limited: the parts before the last take none."""
-        return self.most_drafts if self.parts > 1 else limit
+        """Tokens to ask for where those that take time are limited: the parts before the last take none, but where
+        asking does not pay nobody is asked."""
+        return self.most_drafts if self.parts > 1 and self.controls[0].asked else limit
 
     def draft(self, limit: int, vocab_size: int) -> Draft:
         """At most ``limit`` tokens that take time. A proposer's failure costs its draft, not the request: there is

@@ -80,9 +80,9 @@ class Runner:
         pass_s = now - began - (captured_s - drafting_captured_s)
         plain_s = self._account(decoding, drafting, choice, base_rows, before_s, pass_s)
         if plain_s and base_rows == len(decoding):
-            asked = [live.controls[draft.part] for live, draft in zip(decoding, drafts, strict=True)]
             accepted = [outcome.accepted for outcome in outcomes[: len(decoding)]]
-            learn_worth(asked, choice, accepted, pass_s)
+            controls, spoke = [live.controls for live in decoding], [draft.part for draft in drafts]
+            learn_worth(controls, spoke, choice, accepted, pass_s)
         for live in decoding:
             live.times.other += captured_s  # it was waited for, and teaches nothing of what drafts and passes cost
         outputs = []

@@ -17,7 +17,8 @@ DRAFT_WEIGHT = 0.05
 PROMISED_WEIGHT = 30.0
 """Promised tokens before which nothing is held against the estimates."""
 JUDGED = 1.7
-"""Asking and then judging what was said takes this many times as long as asking (docs/log.md)."""
+"""Asking one that costs next to nothing and then judging what it said takes this many times as long as asking
+(docs/log.md); beside passes of a draft the judging is no matter."""
 WORTH_WEIGHT = 0.01
 """Weight of one step in the estimate of what asking saves: what a pass takes varies by more than asking costs."""
 WORTH_STEPS = 32
@@ -117,13 +118,13 @@ class Acceptance:
         weight = max(WORTH_WEIGHT, 1 / (steps + 1))
         self._saved[_load(requests)] = steps + 1, mean + weight * (seconds - mean)
 
-    def pays(self, requests: int) -> bool:
-        """Whether asking for a draft that costs next to nothing saves more than that, in steps of so many requests.
+    def pays(self, requests: int, judged: float = JUDGED) -> bool:
+        """Whether asking for a draft saves more than ``judged`` times what it takes, in steps of so many requests.
 
         Beside sixteen requests few drafted tokens are worth their rows, and asking sixteen drafters is 2 % of a step.
         """
         steps, mean = self._saved.get(_load(requests), (0, 0.0))
-        return steps < WORTH_STEPS or mean > JUDGED * self.ask_s
+        return steps < WORTH_STEPS or mean > judged * self.ask_s
 
 
 def _load(requests: int) -> int:

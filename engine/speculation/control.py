@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from engine.contracts import VerifyStep
-from engine.speculation.acceptance import Acceptance, ControlSettings
+from engine.speculation.acceptance import JUDGED, Acceptance, ControlSettings
 from engine.speculation.step_costs import StepCosts
 
 FREE_SHARE = 0.01
@@ -63,7 +63,8 @@ class RowControl:
 
     def __init__(self, acceptance: Acceptance) -> None:
         self.acceptance, self.settings = acceptance, acceptance.settings
-        self.asked = False  # in this step, and free of charge
+        self.before: RowControl | None = None  # of the part that is asked first, where the policy has two
+        self.asked = False  # in this step, by K control
         self._accepted = self._expected = 0.0
 
     @property
@@ -147,6 +148,13 @@ class KController:
             self._acceptance.popitem(last=False)
         return RowControl(acceptance)
 
+    def rows(self, version: int, traffic_class: str, settings: ControlSettings, parts: int) -> list[RowControl]:
+        """``row`` for each part of a policy, in the order in which they are asked."""
+        rows = [self.row(version, traffic_class, settings, part) for part in range(parts)]
+        for row, first in zip(rows[1:], rows, strict=False):
+            row.before = first
+        return rows
+
     def forget(self, version: int) -> None:
         for key in [key for key in self._acceptance if key[0] == version]:
             del self._acceptance[key]
@@ -154,8 +162,8 @@ class KController:
     def limits(self, rows: Sequence[RowControl], ks: Sequence[int], prompt_rows: int = 0) -> list[int]:
         """How many tokens to ask of each drafter, at most ``ks``.
 
-        Of one that costs time, as many as its past says are worth it; of one that costs next to none, all it knows or,
-        where that has not paid lately, nothing. Both are asked now and then in any case, to find out that they pay.
+        None where asking has not paid lately. Else of one that costs time as many as its past says are worth it, of one
+        that costs next to none all it knows. Both are asked now and then in any case, to find out that they pay.
 
         ``rows``: of those parts that may cost time, one for each request that decodes; beside them the pass computes
         ``prompt_rows`` tokens of prompts.
@@ -163,17 +171,26 @@ class KController:
         limits = list(ks)
         for row in rows:
             row.asked = False
+            if row.before is not None:
+                row.before.asked = False
         if self.costs is None:
             return limits
         base_rows = len(rows) + prompt_rows
         free = FREE_SHARE * self.costs(len(rows))
         steered = [i for i, row in enumerate(rows) if ks[i] and row.settings.enabled]
-        dear = [i for i in steered if rows[i].acceptance.draft_s > free]
-        probed = _probed([rows[i].acceptance for i in steered])
+        firsts = [first for i in steered if (first := rows[i].before) is not None]
+        probed = _probed([row.acceptance for row in [*(rows[i] for i in steered), *firsts]])
+        for row in firsts:
+            row.asked = row.acceptance.pays(len(rows)) or id(row.acceptance) in probed
+        dear = list[int]()
         for i in steered:
-            if i not in dear:
-                rows[i].asked = rows[i].acceptance.pays(len(rows)) or id(rows[i].acceptance) in probed
-                limits[i] = ks[i] if rows[i].asked else 0
+            acceptance = rows[i].acceptance
+            costly = acceptance.draft_s > free
+            rows[i].asked = acceptance.pays(len(rows), 1.0 if costly else JUDGED) or id(acceptance) in probed
+            if not rows[i].asked:
+                limits[i] = 0
+            elif costly:
+                dear.append(i)
         if not dear:
             return limits
         per_token = sum(rows[i].acceptance.draft_s for i in dear) / len(dear)
@@ -187,6 +204,7 @@ class KController:
         )
         for i, k in zip(dear, chosen, strict=True):
             limits[i] = min(k + (id(rows[i].acceptance) in probed), ks[i])
+            rows[i].asked = limits[i] > 0
         return limits
 
     def choose(self, offers: Sequence[Offer], prompt_rows: int = 0) -> Choice:
@@ -226,21 +244,29 @@ class KController:
         return lambda rows: max(costs(rows) - prompts, plain)  # a bump in the profile makes no row cheaper than free
 
 
-def learn_worth(rows: Sequence[RowControl], choice: Choice, accepted: Sequence[float], pass_s: float) -> None:
+def learn_worth(
+    rows: Sequence[Sequence[RowControl]],
+    spoke: Sequence[int],
+    choice: Choice,
+    accepted: Sequence[float],
+    pass_s: float,
+) -> None:
     """What a step without prompts saved, against plain decoding of as many tokens: to each class what its own drafts
-    brought and cost.
+    brought and cost, and of a policy's parts to the one that ``spoke``, nothing to another that was asked as well.
 
-    By what was ``accepted`` of each row and the ``pass_s`` that it took: the likeliest of many tokens promise more than
-    they bring, and a row more than its products.
+    ``rows``: all parts of each request's policy. By what was ``accepted`` of each and the ``pass_s`` that it took: the
+    likeliest of many tokens promise more than they bring, and a row costs more than its products.
     """
     per_token, verified = choice.plain_s / len(rows), sum(choice.ks)
     took = min(pass_s, MOST_LATE * choice.pass_s)
     per_row = (took - choice.plain_s) / verified if verified else 0.0
     saved: dict[int, list[float]] = {}
-    acceptances = {id(row.acceptance): row.acceptance for row in rows}
-    for row, k, kept in zip(rows, choice.ks, accepted, strict=True):
-        if row.asked:
-            saved.setdefault(id(row.acceptance), []).append(per_token * kept - per_row * k)
+    acceptances = {id(row.acceptance): row.acceptance for parts in rows for row in parts}
+    for parts, speaker, k, kept in zip(rows, spoke, choice.ks, accepted, strict=True):
+        for part, row in enumerate(parts):
+            if row.asked:
+                brought = per_token * kept - per_row * k if part == speaker else 0.0
+                saved.setdefault(id(row.acceptance), []).append(brought)
     for key, shares in saved.items():
         acceptances[key].saved(len(rows), sum(shares) / len(shares))
 

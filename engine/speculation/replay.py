@@ -57,7 +57,7 @@ def replay_controlled(
     """
     assert controller.costs is not None
     counts, seconds, last = SpecCounts(), 0.0, parts(proposer) - 1
-    rows = [controller.row(version, traffic_class, proposer.control, part) for part in range(last + 1)]
+    rows = controller.rows(version, traffic_class, proposer.control, last + 1)
     drafter = _drafter(proposer, prompt_ids, output_ids, traffic_class)
     in_turn = drafter if isinstance(drafter, InTurn) else None
     drafter.observe(output_ids[:1])
@@ -67,8 +67,8 @@ def replay_controlled(
         (limit,) = controller.limits([rows[last]], [most])
         draft, part = list[int](), last
         said: Sequence[Said] = ()
-        if most and in_turn is not None:
-            draft, said, part = in_turn.propose(most, limit), in_turn.said, in_turn.part
+        if in_turn is not None and (k := most if rows[0].asked else limit):
+            draft, said, part = in_turn.propose(k, limit), in_turn.said, in_turn.part
         elif limit:
             draft = drafter.propose(limit)
             said = [Said(last, limit, draft, drafter.confidence)]
@@ -78,7 +78,7 @@ def replay_controlled(
         choice = controller.choose([Offer(rows[part], len(draft), confidence)])
         k = choice.ks[0]
         step = verify_stored(draft[:k], output_ids[done:])
-        learn_worth([rows[part]], choice, [step.accepted], choice.pass_s)
+        learn_worth([rows], [part], choice, [step.accepted], choice.pass_s)
         committed = output_ids[done : done + step.emitted]
         judge(rows, part, said, step, confidence, committed)
         drafter.observe(committed)

@@ -9,8 +9,9 @@ import pytest
 
 from engine.contracts import SpecCounts
 from engine.model.loading import Target
+from engine.runner import runner
 from engine.runner.engine import RequestResult
-from engine.speculation.control import KController
+from engine.speculation.control import Choice, KController, learn_worth
 from engine.speculation.draft_pool import DraftPool
 from engine.speculation.hybrid import HybridProposer, RehearsedHybrid
 from engine.speculation.neural_file import DraftFile
@@ -156,7 +157,11 @@ def test_replay_under_k_control_asks_for_what_the_engine_asks_for(
         passes[0] += 1
         return forward(*args)
 
+    def learn(rows: Any, spoke: Any, choice: Choice, accepted: Any, took: float) -> None:
+        learn_worth(rows, spoke, choice, accepted, choice.pass_s)  # the target's take no time on this clock
+
     monkeypatch.setattr(DraftPool, "_forward", counted)
+    monkeypatch.setattr(runner, "learn_worth", learn)
     engine = engine_of(tiny, proposers, clock=lambda: passes[0] * pass_s)
     engine.control.costs = Known(costs)
     controller = KController(Known(costs))

@@ -187,7 +187,7 @@ def asked(
             row.acceptance.took(1e-5, n) if n else None
         choice = controller.choose([Offer(row, n, [chance] * n) for row, n in zip(rows, limits, strict=True)])
         kept = [brought * tokens for tokens in choice.expected]
-        learn_worth(rows, choice, kept, choice.pass_s + row_s * sum(choice.ks))
+        learn_worth([[row] for row in rows], [0] * len(rows), choice, kept, choice.pass_s + row_s * sum(choice.ks))
         found.append(sum(map(bool, limits)) / len(rows))
     return sum(found[steps // 2 :]) / (steps // 2)
 
@@ -215,7 +215,7 @@ def test_one_late_pass_does_not_switch_a_drafter_off() -> None:
     rows = [controller.row(1, "chat", ControlSettings()) for _ in range(16)]
     asked(controller, rows, 0.9)
     choice = controller.choose([Offer(row, 1, [0.9]) for row in rows])
-    learn_worth(rows, choice, choice.expected, 1_000 * choice.pass_s)
+    learn_worth([[row] for row in rows], [0] * 16, choice, choice.expected, 1_000 * choice.pass_s)
     assert rows[0].acceptance.pays(16)
 
 
@@ -232,6 +232,28 @@ def test_all_requests_of_a_class_are_probed_in_the_same_step() -> None:
     assert [sum(map(bool, limits)) for limits in steps if any(limits)] == [16] * 5
 
 
+def test_a_policy_of_two_parts_goes_on_asking_the_one_that_pays() -> None:
+    """What costs passes brings nothing here, or what costs nothing does."""
+    for paying in (0, 1):
+        controller = KController(StepCosts(seconds(MEASURED)))
+        parts = controller.rows(1, "chat", ControlSettings(), 2)
+        asked = [0, 0]
+        for step in range(800):
+            (limit,) = controller.limits(parts[1:], [4])
+            if limit:
+                parts[1].acceptance.took(0.004 * limit, limit)
+            choice = controller.choose([Offer(parts[paying], 1, [0.9])])
+            for speaker, row in enumerate(parts):
+                bring = 1.0 if speaker == paying else 0.0
+                if row.asked:
+                    judge(row, 1, (), [0, 0] if bring else [1], 1)
+                    asked[speaker] += step >= 400
+            kept = [0.9] if parts[paying].asked else [0.0]
+            learn_worth([parts], [paying], choice, kept, choice.pass_s)
+        assert asked[paying] > 350
+        assert asked[1 - paying] < 50
+
+
 def test_what_asking_saves_is_counted_to_the_class_that_brings_it() -> None:
     """One request of a class whose drafts are right beside fifteen of one whose drafts are not."""
     controller = KController(StepCosts(seconds(MEASURED)))
@@ -246,7 +268,7 @@ def test_what_asking_saves_is_counted_to_the_class_that_brings_it() -> None:
             offers.append(Offer(row, n, [chances[name]] * n))
             found[name].append(bool(n))
         choice = controller.choose(offers)
-        learn_worth([row for _, row in rows], choice, choice.expected, choice.pass_s)
+        learn_worth([[row] for _, row in rows], [0] * 16, choice, choice.expected, choice.pass_s)
     assert sum(found["code"][-100:]) == 100
     assert sum(found["chat"][-1_500:]) < 150
 

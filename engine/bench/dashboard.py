@@ -126,8 +126,9 @@ def _serving(
     viewers.start()
     try:
         with ThreadPoolExecutor(CLIENTS) as pool:
-            began = time.perf_counter()
             paired.serve(pool, system.url, model, sent, TOKENS)  # warms up; meanwhile the pages open
+            began = time.perf_counter()
+            paired.serve(pool, system.url, model, sent, TOKENS)
             times = math.ceil(PERIODS * refresh_s / (time.perf_counter() - began))
             viewers.wait_open()
             wait_until(partial(_rests, server), "the open pages to be drawn", PATIENCE_S)
@@ -144,6 +145,7 @@ def _serving(
                         took = time.perf_counter() - began
                         due = (took - READ * refresh_s) * OPEN_PAGES / refresh_s
                         blocks.append(Watched(viewers.refreshed - seen, due, cpu_s(server) - used, took))
+                        time.sleep(refresh_s)  # what is under way is not the next block's
                 viewers.check()
                 pairs.append((found[True], found[False]))
                 p95 = {watched: np.quantile(latencies, 0.95) for watched, latencies in found.items()}

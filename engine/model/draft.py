@@ -180,7 +180,7 @@ class DraftNetwork:
     def likeliest(self, output: Tensor) -> tuple[Tensor, Tensor]:
         """The first of the likeliest tokens as a target's id and its probability, both [N], from outputs [N, hidden].
 
-        Sums over a vocabulary want more than bfloat16: its probabilities are off by up to .08 (docs/log.md).
+        Sums over a vocabulary want more than bfloat16: its probabilities are off by some hundredths (docs/log.md).
         """
         logits = self.logits(output)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))

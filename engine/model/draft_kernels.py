@@ -18,8 +18,9 @@ from torch import Tensor
 from engine.model.batch import Row
 from engine.model.compiler import COUNT, POINTER, compile_c, function
 from engine.model.draft import DraftNetwork
-from engine.model.kernels import LayerParts, MatrixParts, Shape, matrix_parts, product_room, shape_of
+from engine.model.kernels import LANES, LayerParts, MatrixParts, Shape, matrix_parts, product_room, shape_of
 from engine.model.kv_cache import KVCache
+from engine.model.llama import Llama
 from engine.model.product import Panels
 
 SOURCE = Path(__file__).with_name("draft.c")
@@ -36,10 +37,16 @@ def compile_draft(network: DraftNetwork) -> DraftKernels | None:
     """Kernels for a draft whose target has its own; None where torch must run it."""
     config = network.config
     held = all(isinstance(matrix, Panels) for matrix in (*network.matrices.values(), network.packed_head))
-    if network.target.kernels is None or not held:
+    if network.target.kernels is None or not held or config.intermediate_size % LANES:
         return None
     found = _compiled(SOURCE, config.head_dim, config.num_heads // config.num_kv_heads)
     return None if found is None else DraftKernels(found, network)
+
+
+def compile_for(target: Llama) -> None:
+    """What drafts in the target's own shape will need, before a request waits for it."""
+    if target.kernels is not None:
+        _compiled(SOURCE, target.config.head_dim, target.config.group_size)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +100,7 @@ class DraftKernels:
         slots = _slots(rows, aux, cache.max_len)
         asked = torch.tensor([list(accumulate(len(row.token_ids) for row in rows)), list(wanted)])
         room = aux.new_empty(n * self._per_slot + count * self._per_row)
-        multiplying = torch.empty(max(n, count) * self._product_room, dtype=torch.uint8)
+        multiplying = torch.empty(n * self._product_room, dtype=torch.uint8)
         starts = torch.empty(n + 1, dtype=torch.int64)
         drafted = torch.empty(count, most, dtype=torch.int64)
         chances = torch.empty(count, most, dtype=torch.float64)
@@ -128,4 +135,5 @@ def _slots(rows: Sequence[Row], aux: Tensor, max_len: int) -> Tensor:
     )
     assert slots.shape[1] == aux.shape[0], "C reads and writes by these"
     assert aux.is_contiguous(), "as it does here"
+    assert aux.dtype == torch.bfloat16, "as it does here"
     return slots

@@ -36,24 +36,28 @@ def interruptible() -> Iterator[None]:
     """
     _Moment.interrupted = _Moment.raised = False
     heard = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
-    before = {number: signal.signal(number, _interrupt) for number in [*heard, signal.SIGALRM]}
-    unraisable = sys.unraisablehook
+    before = {number: signal.signal(number, _interrupt) for number in heard}
+    unraisable, timers = sys.unraisablehook, list[tuple[float, float]]()
 
     def hook(lost: sys.UnraisableHookArgs) -> None:
         if not (_Moment.raised and isinstance(lost.exc_value, KeyboardInterrupt)):
             unraisable(lost)
             return
         _Moment.raised = False
-        signal.setitimer(signal.ITIMER_REAL, AGAIN_S)  # takes no lock, of which this thread may hold any just now
+        before.setdefault(signal.SIGALRM, signal.signal(signal.SIGALRM, _interrupt))
+        timers.append(signal.setitimer(signal.ITIMER_REAL, AGAIN_S))  # takes no lock: this thread may hold any just now
 
     sys.unraisablehook = hook
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0.0)
         sys.unraisablehook = unraisable
+        for was in timers[:1]:
+            signal.setitimer(signal.ITIMER_REAL, *was)
         for number, handler in before.items():
             signal.signal(number, handler)
+        if _Moment.interrupted and not _Moment.raised:  # the block has ended before it could be raised again
+            raise KeyboardInterrupt
 
 
 @contextmanager

@@ -82,8 +82,8 @@ class Live:
         return self._uniforms[:count]
 
     def most_asked(self, limit: int) -> int:
-        """Tokens to ask for where those that take time are limited: the parts before the last take none, but where
-        asking does not pay nobody is asked."""
+        """Tokens to ask for where those that take time are limited. The parts before the last take none, but where
+        asking them saves nothing they are asked for no more than the last one."""
         return self.most_drafts if self.parts > 1 and self.controls[0].asked else limit
 
     def draft(self, limit: int, vocab_size: int) -> Draft:

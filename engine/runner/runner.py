@@ -78,11 +78,9 @@ class Runner:
             chunk.seq.num_computed += chunk.count
         before_s = began - started - drafting_captured_s
         pass_s = now - began - (captured_s - drafting_captured_s)
-        plain_s = self._account(decoding, drafting, choice, base_rows, before_s, pass_s)
-        if plain_s and base_rows == len(decoding):
-            accepted = [outcome.accepted for outcome in outcomes[: len(decoding)]]
-            controls, spoke = [live.controls for live in decoding], [draft.part for draft in drafts]
-            learn_worth(controls, spoke, choice, accepted, pass_s)
+        spoke = [draft.part for draft in drafts]
+        accepted = [outcome.accepted for outcome in outcomes[: len(decoding)]]
+        plain_s = self._account(decoding, drafting, choice, spoke, accepted, base_rows, before_s, pass_s)
         for live in decoding:
             live.times.other += captured_s  # it was waited for, and teaches nothing of what drafts and passes cost
         outputs = []
@@ -108,7 +106,9 @@ class Runner:
         limits = self.control.limits(dear, [live.most_drafts for live in decoding], prompt_rows)
         drafts, drafting = draft_together(decoding, limits, self.model.config.vocab_size, self.work_clock)
         for live, draft, took in zip(decoding, drafts, drafting, strict=True):
-            if asked := asked_of(live.parts - 1, draft.said):
+            asked = asked_of(live.parts - 1, draft.said)
+            live.controls[-1].asked &= asked > 0  # not where the part before it was sure
+            if asked:
                 acceptance = live.controls[-1].acceptance
                 if self.control.costs is not None:
                     live.expected_cost_s += acceptance.draft_s * asked
@@ -123,6 +123,8 @@ class Runner:
         decoding: Sequence[Live],
         drafting: Sequence[float],
         choice: Choice,
+        spoke: Sequence[int],
+        accepted: Sequence[int],
         base_rows: int,
         before_s: float,
         pass_s: float,
@@ -148,6 +150,7 @@ class Runner:
             return 0.0
         if base_rows > len(decoding):  # prompts cost otherwise
             return pass_s * choice.plain_s / choice.pass_s / base_rows + other / len(decoding)
+        learn_worth([live.controls for live in decoding], spoke, choice, accepted, pass_s + other)
         self.control.costs.observe(rows, pass_s + other)
         return choice.plain_s / base_rows
 

@@ -35,7 +35,7 @@ class ControlSettings:
     row_strength: float = 4.0  # accepted tokens that the experience of the class is worth against a request's own
     memory: float = 1_000.0  # trials after which the experience of a class forgets
     min_gain: float = 0.02  # share of tokens per second that drafting must promise
-    probe_every: int = 16  # a drafter that costs time is asked for one token more in one of so many steps
+    probe_every: int = 16  # in one of so many steps drafters are asked in any case, or for one token more
 
     @classmethod
     def read(cls, given: Mapping[str, Any]) -> ControlSettings:

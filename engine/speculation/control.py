@@ -163,7 +163,8 @@ class KController:
         """How many tokens to ask of each drafter, at most ``ks``.
 
         None where asking has not paid lately. Else of one that costs time as many as its past says are worth it, of one
-        that costs next to none all it knows. Both are asked now and then in any case, to find out that they pay.
+        that costs next to none all it knows. Both are asked now and then in any case, to find out that they pay. A part
+        ``before`` is left alone as well where it saves nothing; it takes no pass.
 
         ``rows``: of those parts that may cost time, one for each request that decodes; beside them the pass computes
         ``prompt_rows`` tokens of prompts.

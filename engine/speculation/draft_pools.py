@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from engine.contracts import SlipstreamError
 from engine.model.draft import DraftNetwork
-from engine.model.draft_kernels import compile_draft
+from engine.model.draft_kernels import compile_draft, compile_for
 from engine.model.graphs import Capture
 from engine.model.llama import Llama
 from engine.speculation.captured_pool import CapturedPool
@@ -24,6 +24,7 @@ class DraftPools:
         self.target, self.num_seqs, self.max_len = target, num_seqs, max_len
         self._capture = capture
         self._idle: list[CapturedPool] = []
+        compile_for(target)
 
     def take(self, draft: DraftFile, min_survival: float) -> DraftPool:
         """A pool that drafts by ``draft``; a PolicyError where that does not fit the target."""

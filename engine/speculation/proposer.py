@@ -44,6 +44,8 @@ def checked(drafter: Drafter, k: int, tokens: list[int], vocab_size: int) -> lis
         raise ValueError(f"proposed {tokens!r} for k = {k}, vocabulary {vocab_size}")
     if drafter.confidence and len(drafter.confidence) != len(tokens):
         raise ValueError(f"proposed {len(tokens)} tokens with {len(drafter.confidence)} confidences")
+    if not all(0 <= chance <= 1 for chance in drafter.confidence):  # nor is it so of what is no number
+        raise ValueError(f"proposed {tokens!r} with confidences {drafter.confidence!r}")
     return tokens
 
 

@@ -72,7 +72,9 @@ def replay_controlled(
         elif limit:
             draft = drafter.propose(limit)
             said = [Said(last, limit, draft, drafter.confidence)]
-        if asked := asked_of(last, said):
+        asked = asked_of(last, said)
+        rows[last].asked &= asked > 0
+        if asked:
             rows[last].acceptance.took((_passes(drafter) - before) * draft_pass_s, asked)
         confidence = drafter.confidence if draft else ()
         choice = controller.choose([Offer(rows[part], len(draft), confidence)])

@@ -136,6 +136,27 @@ def test_a_fault_in_the_draft_is_seen(
     assert not off(network_of(target)) < TOLERANCE
 
 
+@pytest.mark.parametrize("kernels", [True, False])
+def test_states_are_kept_though_the_next_pass_writes_where_they_were(target: Llama, kernels: bool) -> None:
+    """As captured passes do."""
+    network, drafts = network_of(target), list[list[Proposal]]()
+    for overwritten in (False, True):
+        pool = compiled(network) if kernels else DraftPool(network, 4, LENGTH, 0.0)
+        state, aux = pool.start(TEXTS[0][:9]), states(8, 0)
+        pool.feed([(state, 0, aux)])
+        if overwritten:
+            aux.zero_()
+        drafts.append(pool.propose([Want(state, K)]))
+    assert drafts[0] == drafts[1]
+
+
+def test_a_draft_whose_layer_no_vectors_fit_is_run_by_torch(target: Llama) -> None:
+    file = drafted_by(target)
+    config = replace(file.config, intermediate_size=40)
+    weights = {name: torch.zeros(shape) for name, shape in config.shapes.items()}
+    assert compile_draft(DraftNetwork(config, weights, file.vocabulary, target)) is None
+
+
 def test_a_request_gets_alone_what_it_gets_beside_others(target: Llama) -> None:
     """To the last bit."""
     network = network_of(target)

@@ -124,7 +124,33 @@ def test_an_interruption_that_a_callback_swallows_is_raised_again(number: signal
         command()
     assert not steps
     assert (signal.getsignal(signal.SIGALRM), sys.unraisablehook) == before
-    assert signal.getitimer(signal.ITIMER_REAL)[0] == 0.0
+
+
+def test_one_that_is_swallowed_at_the_very_end_is_raised_too() -> None:
+    class Collected:
+        def __del__(self) -> None:
+            signal.raise_signal(signal.SIGTERM)
+
+    def command() -> None:
+        with interruptible():
+            Collected()
+
+    with pytest.raises(KeyboardInterrupt):
+        command()
+
+
+def test_an_alarm_that_somebody_else_has_set_stays_set() -> None:
+    """As of a test runner that ends what hangs."""
+    kept = signal.getitimer(signal.ITIMER_REAL)
+    handler = signal.signal(signal.SIGALRM, signal.SIG_IGN)
+    signal.setitimer(signal.ITIMER_REAL, 1_000.0)
+    try:
+        with interruptible():
+            assert signal.getsignal(signal.SIGALRM) is signal.SIG_IGN
+        assert signal.getitimer(signal.ITIMER_REAL)[0] > 900.0
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, *kept)
+        signal.signal(signal.SIGALRM, handler)
 
 
 def test_what_else_a_callback_swallows_is_said_as_before(monkeypatch: pytest.MonkeyPatch) -> None:

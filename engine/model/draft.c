@@ -1,8 +1,6 @@
 // A neural draft in bfloat16 on a CPU, every pass of it in one call (draft.py says what a pass is). Compiled for a
-// draft's shape by draft_kernels.py.
+// draft's shape and NUM_AUX layers of the target, which a slot's hidden state is fused from, by draft_kernels.py.
 #include "layers.h"
-
-enum { AUX = 3 }; // layers of the target that a slot's hidden state is fused from
 
 struct draft {
   struct shape shape;
@@ -53,10 +51,10 @@ static void go_on(struct chain *chain, const struct answer *answers, const int64
   chain->rows = chain->n = going, chain->step++;
 }
 
-// aux [n, AUX, hidden], normalized in place, to the slots' hidden states [n, hidden].
+// aux [n, NUM_AUX, hidden], normalized in place, to the slots' hidden states [n, hidden].
 static void fuse(const struct draft *draft, bf16 *aux, bf16 *hidden, int64_t n, void *product_room, struct team team) {
   const int64_t size = draft->shape.hidden;
-  for (int64_t i = team.me; i < AUX * n; i += team.all)
+  for (int64_t i = team.me; i < NUM_AUX * n; i += team.all)
     add_rms_norm_row(aux + i * size, NULL, NULL, aux + i * size, size, (float)draft->shape.eps);
   meet(team);
   times(aux, &draft->fuse, product_room, hidden, n, team);
@@ -91,8 +89,8 @@ void remember(const struct draft *draft, const int64_t *tokens, const int64_t *p
   }
 }
 
-// tokens, positions, places [n] and aux [n, AUX, hidden] are the slots that wait, those of request r before ends[r]; all
-// are written over. At most wanted[r] <= most tokens are drafted for it, up to one with which it is less likely than
+// tokens, positions, places [n] and aux [n, NUM_AUX, hidden] are the slots that wait, those of request r before ends[r];
+// all are written over. At most wanted[r] <= most tokens are drafted for it, up to one with which it is less likely than
 // least that all are accepted: drafted and chances [rows, most], counts [rows]. room is for all between, starts for
 // n + 1 numbers.
 void draft(const struct draft *draft, int64_t *tokens, int64_t *positions, int64_t *places, bf16 *aux, int64_t n,
@@ -106,7 +104,8 @@ void draft(const struct draft *draft, int64_t *tokens, int64_t *positions, int64
   struct answer answers[rows];
   for (int64_t r = 0; r < rows; r++) who[r] = r, survival[r] = 1.0;
   struct chain chain = {rows, n, 0, who, tokens, positions, places, ends, survival};
-  bf16 *hidden = room, *both = hidden + n * size, *y = both + 2 * n * size, *h = y + n * size, *asked = h + n * size, *logits = asked + rows * size;
+  bf16 *hidden = room, *both = hidden + n * size, *y = both + 2 * n * size, *h = y + n * size;
+  bf16 *asked = h + n * size, *logits = asked + rows * size;
   struct pass pass = {n, 0, positions, places, starts, y, h, logits + rows * words, product_room};
   pass.tiles = tile_starts(positions, places, n, starts);
   struct place place = {0, 0};

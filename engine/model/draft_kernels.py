@@ -15,9 +15,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from engine.model.batch import Row
+from engine.model.batch import Batch, Row, build_batch
 from engine.model.compiler import COUNT, POINTER, compile_c, function
-from engine.model.draft import DraftNetwork
+from engine.model.draft import NUM_AUX, DraftNetwork
 from engine.model.kernels import LANES, LayerParts, MatrixParts, Shape, matrix_parts, product_room, shape_of
 from engine.model.kv_cache import KVCache
 from engine.model.llama import Llama
@@ -65,13 +65,13 @@ def _compiled(source: Path, head_dim: int, group: int) -> _Functions | None:
         drafting = [*slots, *[POINTER] * 2, COUNT, ctypes.c_double, *[POINTER] * 5, COUNT, *[POINTER] * 3]
         return _Functions(function(library.draft, *drafting), function(library.remember, *slots, *[POINTER] * 4))
 
-    return compile_c(source, {"HEAD_DIM": head_dim, "GROUP": group}, load)
+    return compile_c(source, {"HEAD_DIM": head_dim, "GROUP": group, "NUM_AUX": NUM_AUX}, load)
 
 
 class DraftKernels:
     def __init__(self, functions: _Functions, network: DraftNetwork) -> None:
         """Its weights, and so ``network``, must stay where they are."""
-        self._functions, self._network = functions, network
+        self._functions = functions
         config, target = network.config, network.target
         weights, matrices = network.weights, network.matrices
         parts = [matrices[name] for name in ("qkv", "out", "gate_up", "down")]
@@ -97,7 +97,7 @@ class DraftKernels:
         many tokens as are ``wanted``, up to the one with which it is less likely than ``min_survival`` that all are
         accepted."""
         n, count, most = aux.shape[0], len(rows), max(wanted)
-        slots = _slots(rows, aux, cache.max_len)
+        slots = self._slots(rows, aux, cache)
         asked = torch.tensor([list(accumulate(len(row.token_ids) for row in rows)), list(wanted)])
         room = aux.new_empty(n * self._per_slot + count * self._per_row)
         multiplying = torch.empty(n * self._product_room, dtype=torch.uint8)
@@ -106,7 +106,8 @@ class DraftKernels:
         chances = torch.empty(count, most, dtype=torch.float64)
         counts = torch.empty(count, dtype=torch.int64)
         self._functions.draft(
-            ctypes.byref(self._draft), *(row.data_ptr() for row in slots), aux.data_ptr(), n,
+            ctypes.byref(self._draft), slots.token_ids.data_ptr(), slots.positions.data_ptr(), slots.places.data_ptr(),
+            aux.data_ptr(), n,
             *(row.data_ptr() for row in asked), count, min_survival, cache.flat_keys[0].data_ptr(),
             cache.flat_values[0].data_ptr(), room.data_ptr(), starts.data_ptr(), multiplying.data_ptr(), most,
             drafted.data_ptr(), chances.data_ptr(), counts.data_ptr(),
@@ -116,24 +117,18 @@ class DraftKernels:
 
     def remember(self, rows: Sequence[Row], aux: Tensor, cache: KVCache) -> None:
         """Keys and values of slots whose predictions nobody wants; ``rows`` and ``aux`` as of ``draft``."""
-        n, slots = aux.shape[0], _slots(rows, aux, cache.max_len)
+        n, slots = aux.shape[0], self._slots(rows, aux, cache)
         room, multiplying = aux.new_empty(n * self._per_slot), torch.empty(n * self._product_room, dtype=torch.uint8)
         self._functions.remember(
-            ctypes.byref(self._draft), *(row.data_ptr() for row in slots), aux.data_ptr(), n,
+            ctypes.byref(self._draft), slots.token_ids.data_ptr(), slots.positions.data_ptr(), slots.places.data_ptr(),
+            aux.data_ptr(), n,
             cache.flat_keys[0].data_ptr(), cache.flat_values[0].data_ptr(), room.data_ptr(), multiplying.data_ptr(),
         )  # fmt: skip
 
-
-def _slots(rows: Sequence[Row], aux: Tensor, max_len: int) -> Tensor:
-    """Token, position and place of each slot, [3, all slots]."""
-    slots = torch.tensor(
-        [
-            [token for row in rows for token in row.token_ids],
-            [position for row in rows for position in range(row.start, row.end)],
-            [row.slot * max_len + position for row in rows for position in range(row.start, row.end)],
-        ]
-    )
-    assert slots.shape[1] == aux.shape[0], "C reads and writes by these"
-    assert aux.is_contiguous(), "as it does here"
-    assert aux.dtype == torch.bfloat16, "as it does here"
-    return slots
+    def _slots(self, rows: Sequence[Row], aux: Tensor, cache: KVCache) -> Batch:
+        """The slots that C is given: it reads and writes by what is checked here."""
+        batch = build_batch(rows, [], cache.max_len, 1, aux.dtype, aux.device, grouped=False)
+        assert batch.token_ids.shape[0] == aux.shape[0]
+        assert aux.is_contiguous()
+        assert aux.dtype == torch.bfloat16
+        return batch

@@ -18,6 +18,7 @@ from types import FrameType
 
 SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
 AGAIN_S = 0.01
+"""After which an interruption that was swallowed is raised again, seconds: the collector is done by then."""
 
 
 class _Moment:

@@ -181,13 +181,17 @@ class KController:
         steered = [i for i, row in enumerate(rows) if ks[i] and row.settings.enabled]
         firsts = [first for i in steered if (first := rows[i].before) is not None]
         probed = _probed([row.acceptance for row in [*(rows[i] for i in steered), *firsts]])
+
+        def asks(acceptance: Acceptance, judged: float) -> bool:
+            return acceptance.pays(len(rows), judged) or id(acceptance) in probed
+
         for row in firsts:
-            row.asked = row.acceptance.pays(len(rows)) or id(row.acceptance) in probed
+            row.asked = asks(row.acceptance, JUDGED)
         dear = list[int]()
         for i in steered:
             acceptance = rows[i].acceptance
             costly = acceptance.draft_s > free
-            rows[i].asked = acceptance.pays(len(rows), 1.0 if costly else JUDGED) or id(acceptance) in probed
+            rows[i].asked = asks(acceptance, 1.0 if costly else JUDGED)
             if not rows[i].asked:
                 limits[i] = 0
             elif costly:

@@ -94,9 +94,9 @@ class DraftPool:
         for state, start, aux in fed:
             if start > state.known:
                 raise PolicyError(f"States from position {start} came in, but those from {state.known} are missing.")
-            if start + aux.shape[0] > state.known:
-                fresh = aux[state.known - start :].clone()  # the next pass may write where these are
-                state.waiting.append(fresh)
+            fresh = aux[state.known - start :]
+            if fresh.shape[0]:
+                state.waiting.append(fresh.clone())  # the next pass may write where these are
                 state.num_waiting += fresh.shape[0]
         self._store([state for state, _, _ in fed if state.num_waiting > MOST_WAITING])
 

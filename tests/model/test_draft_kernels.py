@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -125,7 +125,7 @@ def test_a_draft_is_what_torch_drafts(target: Llama) -> None:
         ("most = one > most ? one : most", "most = most"),  # the likeliest is among the last, which fill no vector
         ("total += exponential(all(alone(logits[i]) - most))[0]", "total += 0"),
         ("{vocabulary[at],", "{at,"),
-        ("i < AUX * n;", "i < AUX * n - 1;"),
+        ("i < NUM_AUX * n;", "i < NUM_AUX * n - 1;"),
         ("times(both, &draft->layer.qkv, product_room, qkv, n, team)", "(void)times"),  # what a prompt left there
     ],
 )
@@ -163,13 +163,6 @@ def test_a_request_gets_alone_what_it_gets_beside_others(target: Llama) -> None:
     together = drive(compiled(network), TEXTS)
     alone = drive(compiled(network), TEXTS[:1], (K,))
     assert [turn[0] for turn in together] == [turn[0] for turn in alone]
-
-
-@pytest.fixture
-def threads() -> Iterator[Callable[[int], None]]:
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
 
 
 def test_the_number_of_threads_changes_no_bit(target: Llama, threads: Callable[[int], None]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -133,13 +133,6 @@ def test_a_row_does_not_depend_on_its_neighbours(model: Llama, monkeypatch: pyte
     assert torch.equal(torch.cat(beside), alone)
     chunk = run(second, Row(2, 0, TEXTS[1][:37]), prefill=True), run(second, Row(2, 37, TEXTS[1][37:70]), prefill=True)
     assert torch.equal(torch.cat(chunk)[60:], alone)  # whether they are a prompt or decoded, in whatever chunks
-
-
-@pytest.fixture
-def threads() -> Iterator[Callable[[int], None]]:
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
 
 
 @needs_compiler

@@ -1,6 +1,7 @@
 """Start, watch and stop the processes of one machine.
 
 Every component is a process group of its own with a log file of its own, so that stopping it takes its children along.
+All are in one session: where Linux shares the processor between sessions, who yields to whom counts inside one only.
 A component that ends by itself is started again, later and later. What runs is written to ``run/system.json`` for
 `slipstream status` and `slipstream down`.
 """
@@ -12,6 +13,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -43,7 +45,9 @@ class Component:
     """One process of the system: how it starts and how one sees that it is ready.
 
     ``niceness`` is added to the supervisor's own: what nobody waits for must not take the cores from serving. One that
-    ``outlives`` the others is ended after them, for they may still be talking to it.
+    ``gives_way`` runs where a core has nothing else to do, and is taken off it by whoever wakes (Linux' SCHED_IDLE; its
+    niceness has to do elsewhere). One that ``outlives`` the others is ended after them, for they may still be talking
+    to it.
     """
 
     name: str
@@ -52,6 +56,7 @@ class Component:
     url: str | None = None
     ready: Callable[[], bool] = lambda: True
     niceness: int = 0
+    gives_way: bool = False
     outlives: bool = False
 
 
@@ -68,7 +73,7 @@ class _Running:
 class Supervisor:
     """Owns the components it started. ``clock`` is monotonic seconds, ``sleep`` waits; both are arguments for tests.
 
-    Without ``yielding`` the niceness of components counts for nothing.
+    Without ``yielding`` all components are equal.
     """
 
     home: Path
@@ -164,10 +169,10 @@ class Supervisor:
                 stdout=out,
                 stderr=subprocess.STDOUT,
                 env=dict(component.environ),
-                start_new_session=True,
+                process_group=0,
             )
-        if niceness:
-            _lower_session(process.pid, niceness)
+        if component.gives_way and self.yielding:
+            _give_way(process.pid)
         return process
 
     def _write_state(self) -> None:
@@ -186,10 +191,11 @@ class Supervisor:
         temporary.replace(path)
 
 
-def _lower_session(pid: int, niceness: int) -> None:
-    """Where Linux shares the processor between sessions, niceness counts inside one only; the session has its own."""
-    with contextlib.suppress(OSError):  # no such sharing, or not allowed to be changed
-        Path(f"/proc/{pid}/autogroup").write_text(str(niceness))
+def _give_way(pid: int) -> None:
+    """A nice thread keeps its core until its slice has ended, whoever wakes; an idle one does not (docs/log.md)."""
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError):  # it ended, or a sandbox forbids it
+            os.sched_setscheduler(pid, os.SCHED_IDLE, os.sched_param(0))
 
 
 def log_file(home: Path, name: str) -> Path:

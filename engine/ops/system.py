@@ -28,12 +28,10 @@ ENVIRONMENT = {
 }
 BEHIND_PEOPLE = 5
 """Niceness of what serves: a rollback, by the controller or typed, must not wait for the very load it is to end."""
-BEHIND_SERVING = 17
-"""Niceness of the dashboard: with twenty open pages they get what serving leaves, and a core's fifteenth where it
-leaves nothing. As nice as the engine, each of its slices kept one of an engine's threads off its core, and the others
-of a pass waited for that one (docs/log.md)."""
 BEHIND_ALL = 19
-"""Niceness of the learner: it gets what serving leaves, and a few per cent of a busy core, so that attempts end."""
+"""Niceness of the dashboard and the learner, which give way too: they get what serving leaves, and a few per cent of a
+core where it leaves nothing, so that a page comes and an attempt ends. As nice as that but no more, each of their
+slices kept one of an engine's threads off its core, and the others of a pass waited for it (docs/log.md)."""
 READY_S = {"mlflow": 120.0, "engine": 600.0, "dashboard": 120.0}
 """How long to look. One that ends is seen at once; for one that is only slow, `start` goes on."""
 
@@ -120,8 +118,8 @@ def engine_component(settings: Settings) -> Component:
 
 
 def learner_component(settings: Settings) -> Component:
-    """The learner as a process, behind everybody; ``settings.database_url`` must be set."""
-    return _part("learner", _environment(settings), niceness=BEHIND_ALL)
+    """The learner as a process; ``settings.database_url`` must be set."""
+    return _part("learner", _environment(settings), niceness=BEHIND_ALL, gives_way=True)
 
 
 def controller_component(settings: Settings) -> Component:
@@ -133,7 +131,7 @@ def dashboard_component(settings: Settings) -> Component:
     """The control plane's pages as a process; ``settings.database_url`` must be set."""
     board = f"http://{settings.dashboard.host}:{settings.dashboard.port}"
     ready = answers(f"{board}/_stcore/health")
-    return _part("dashboard", _environment(settings), board, ready, niceness=BEHIND_SERVING)
+    return _part("dashboard", _environment(settings), board, ready, BEHIND_ALL, gives_way=True)
 
 
 def watch_once(chosen: Settings, supervisor: Supervisor, say: Say) -> None:
@@ -223,8 +221,9 @@ def _part(
     url: str | None = None,
     ready: Callable[[], bool] = lambda: True,
     niceness: int = 0,
+    gives_way: bool = False,
 ) -> Component:
-    return Component(name, [sys.executable, "-m", "engine.cli", name], environ, url, ready, niceness)
+    return Component(name, [sys.executable, "-m", "engine.cli", name], environ, url, ready, niceness, gives_way)
 
 
 def _environment(settings: Settings) -> dict[str, str]:

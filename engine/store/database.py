@@ -15,7 +15,7 @@ from typing import Any, LiteralString
 
 import psycopg
 from psycopg.rows import namedtuple_row
-from sqlalchemy import Engine, create_engine, func, make_url, select, text
+from sqlalchemy import Engine, create_engine, func, make_url, select
 from sqlalchemy.orm import Session
 
 from engine.store.connection import STATEMENT_TIMEOUT_S, Direct, arguments, libpq_url
@@ -58,13 +58,16 @@ class Database:
             pool_pre_ping=True,
             connect_args=self._arguments,
         )
+<<<<<<< HEAD
         self._open: psycopg.Connection[Any] | None = None
         self._one_at_a_time = threading.Lock()
+=======
+        self._reading = self.engine.execution_options(postgresql_readonly=True)  # what BEGIN says; no statement more
+>>>>>>> 28b1e8e (Dashboard and learner give way: SCHED_IDLE in the system's one session; reads begin read-only)
 
     @contextmanager
     def read(self) -> Iterator[ReadSession]:
-        with ReadSession(self.engine) as session:
-            session.execute(text("SET TRANSACTION READ ONLY"))
+        with ReadSession(self._reading) as session:
             yield session
 
     @contextmanager

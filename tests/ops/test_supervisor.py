@@ -137,6 +137,23 @@ def test_what_yields_to_serving_yields_where_that_is_wanted(supervisor: Supervis
     until(lambda: os.getpriority(os.PRIO_PROCESS, supervisor.pid("part")) == expected, "it has lowered itself")
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has a policy for it")
+@pytest.mark.parametrize(("gives_way", "yielding"), [(True, True), (True, False), (False, True)])
+def test_what_gives_way_runs_where_nothing_else_does(supervisor: Supervisor, gives_way: bool, yielding: bool) -> None:
+    supervisor.yielding = yielding
+    supervisor.start(replace(component(FOR_EVER), gives_way=gives_way))
+    expected = os.SCHED_IDLE if gives_way and yielding else os.SCHED_OTHER
+    assert os.sched_getscheduler(supervisor.pid("part")) == expected
+
+
+def test_components_share_a_session_and_are_groups_of_their_own(supervisor: Supervisor) -> None:
+    """Between sessions Linux shares the processor evenly, whoever gives way."""
+    supervisor.start(component(FOR_EVER))
+    pid = supervisor.pid("part")
+    assert os.getsid(pid) == os.getsid(0)
+    assert os.getpgid(pid) == pid
+
+
 def test_ending_a_group_that_is_gone_is_no_error() -> None:
     end_group(2**22 - 1, grace_s=0.0)
 

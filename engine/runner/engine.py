@@ -112,7 +112,9 @@ class Engine:
         settings = proposer.control  # a policy that fails must do so before anything is queued
         self.scheduler.add(live.seq)
         # Only now: what is refused must not push the experience of others out.
-        live.controls = self.control.rows(request.policy_version, request.traffic_class, settings, live.parts)
+        live.controls = self.control.rows(
+            request.policy_version, request.traffic_class, settings, live.parts, reads=live.reader is not None
+        )
         self._lives[request.request_id] = live
 
     def cancel(self, request_id: str, status: Status = Status.CANCELLED) -> Output | None:
@@ -208,7 +210,8 @@ class Engine:
     def _bind(self, proposer: NeedsTarget) -> HiddenReader:
         bound = proposer.bind(self._pools)
         if not self.has_work:  # else a size waits for its first step: all of them at once would hold everybody up
-            self.runner.target_pass.prepare(bound.num_speculative_tokens, bound.aux_layers)
+            for layers in ((), bound.aux_layers):  # nobody may listen
+                self.runner.target_pass.prepare(bound.num_speculative_tokens, layers)
             bound.pool.prepare(bound.num_speculative_tokens)
         return bound
 

@@ -67,6 +67,7 @@ class Live:
         self._text = StopText(tokenizer.detokenizer(), request.sampling.stop)
         self._eos = frozenset() if request.sampling.ignore_eos else tokenizer.eos_ids
         self._drafter: Drafter | None = None
+        self._missed = False  # states that the drafter would have read
         self.reader = proposer if isinstance(proposer, HiddenReader) else None
         self.parts = parts(proposer)
 
@@ -189,11 +190,24 @@ class Live:
         if self.reader is None:
             return
         self.leave()
+        self._missed = False
         try:
             self._drafter = self.reader.start(self.request.prompt_ids, self.request.traffic_class)
             self._drafter.observe(self._output_ids)
         except Exception:
             self.draft_failed()
+
+    def listens(self, position: int) -> bool:
+        """Whether its drafter is given the states of its tokens from ``position`` on, about to be computed."""
+        if self.reader is None or self._drafter is None:
+            return False
+        listening = self.controls[-1].listening
+        if listening is not None and not listening.on:
+            self._missed = True
+        elif self._missed:
+            self.reader.skip(self._drafter, position)
+            self._missed = False
+        return not self._missed
 
     def leave(self) -> None:
         """Give back what the drafter holds."""

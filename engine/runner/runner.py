@@ -68,8 +68,11 @@ class Runner:
         began, drafting_captured_s = self.clock(), self.captured_s - captured_s
         for chunk in scheduled.prefills:
             if chunk.start == 0:
-                lives[chunk.seq.request_id].begin(began)
-        layers = _aux_layers(scheduled, lives)
+                live = lives[chunk.seq.request_id]
+                live.begin(began)
+                self.control.begin(live.controls[-1], min(len(lives), self.cache.num_slots))
+        listeners = _listeners(scheduled, lives)
+        layers = _aux_layers(listeners)
         passed = self.target_pass(scheduled, verified, lives, layers)
         outcomes = passed.outcomes
         now, captured_s = self.clock(), self.captured_s - captured_s
@@ -92,7 +95,7 @@ class Runner:
             outputs.append(live.guarded(partial(live.commit_first, outcome.tokens[0], now), now))
         if passed.aux is not None:
             going = [live for live, output in zip([*decoding, *ending], outputs, strict=True) if not output.finished]
-            heard, feeding = _heard(scheduled, lives, passed, going), self.clock()
+            heard, feeding = _heard(scheduled, passed, listeners, going), self.clock()
             feed_together(heard, layers, passed.aux)
             fed = self.clock()
             _charge(heard, fed - feeding)
@@ -164,27 +167,31 @@ def _charge(heard: Sequence[Heard], seconds: float) -> None:
         h.live.times.cost += share
 
 
-def _aux_layers(scheduled: ScheduledStep, lives: Mapping[str, Live]) -> tuple[int, ...]:
-    """The layers whose outputs somebody in this step reads, none where nobody does."""
-    readers = {lives[seq.request_id].reader for seq in scheduled.sequences}
+def _listeners(scheduled: ScheduledStep, lives: Mapping[str, Live]) -> dict[str, Live]:
+    """Those of a step whose drafters read what the target says in it, by their ids."""
+    starts = [(seq, seq.num_computed) for seq in scheduled.decodes]
+    starts += [(chunk.seq, chunk.start) for chunk in scheduled.prefills]
+    return {seq.request_id: live for seq, start in starts if (live := lives[seq.request_id]).listens(start)}
+
+
+def _aux_layers(listeners: Mapping[str, Live]) -> tuple[int, ...]:
+    """The layers whose outputs somebody reads, none where nobody does."""
+    readers = {live.reader for live in listeners.values()}
     return tuple(sorted({layer for reader in readers if reader is not None for layer in reader.aux_layers}))
 
 
 def _heard(
-    scheduled: ScheduledStep,
-    lives: Mapping[str, Live],
-    passed: Passed,
-    going: Sequence[Live],
+    scheduled: ScheduledStep, passed: Passed, listeners: Mapping[str, Live], going: Sequence[Live]
 ) -> list[Heard]:
-    """Which rows of the pass hold tokens that stay, of the requests that go on; after the step was committed."""
+    """Which rows of the pass hold tokens that stay, of the listeners that go on; after the step was committed."""
     found = []
     decodes = len(scheduled.decodes)
     for seq, outcome, first in zip(scheduled.decodes, passed.outcomes, passed.firsts, strict=False):
-        live, count = lives[seq.request_id], len(outcome.tokens)
-        if live.reader is not None and live in going:
+        live, count = listeners.get(seq.request_id), len(outcome.tokens)
+        if live is not None and live in going:
             found.append(Heard(live, seq.num_computed - count, first, first + count))
     for chunk, first in zip(scheduled.prefills, passed.firsts[decodes:], strict=True):
-        live = lives[chunk.seq.request_id]
-        if live.reader is not None and (not chunk.gives_first_token or live in going):
+        live = listeners.get(chunk.seq.request_id)
+        if live is not None and (not chunk.gives_first_token or live in going):
             found.append(Heard(live, chunk.start, first, first + chunk.count))
     return found

@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from engine.contracts import SlipstreamError
+from engine.speculation.listening import Audience
 
 LEVELS = 10
 """Steps of confidence that are told apart."""
@@ -67,6 +68,7 @@ class Acceptance:
         self._accepted = [0.0] * (2 * LEVELS + POSITIONS)
         self._promised = self._kept = 0.0  # tokens that were verified
         self.draft_s = self.ask_s = 0.0  # seconds that a drafted token, and asking for a draft, cost lately
+        self.audience = Audience()
         self.steps = 0  # in which it was weighed whether to ask for a draft
         self._saved: dict[int, tuple[int, float]] = {}  # by load: steps, seconds saved by asking one request in them
 

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 
 from engine.contracts import VerifyStep
 from engine.speculation.acceptance import JUDGED, Acceptance, ControlSettings
+from engine.speculation.listening import Listening
 from engine.speculation.step_costs import StepCosts
 
 FREE_SHARE = 0.01
@@ -64,6 +65,7 @@ class RowControl:
     def __init__(self, acceptance: Acceptance) -> None:
         self.acceptance, self.settings = acceptance, acceptance.settings
         self.before: RowControl | None = None  # of the part that is asked first, where the policy has two
+        self.listening: Listening | None = None  # of a part that drafts from the target's hidden states
         self.asked = False  # in this step, by K control
         self._accepted = self._expected = 0.0
 
@@ -148,23 +150,35 @@ class KController:
             self._acceptance.popitem(last=False)
         return RowControl(acceptance)
 
-    def rows(self, version: int, traffic_class: str, settings: ControlSettings, parts: int) -> list[RowControl]:
-        """``row`` for each part of a policy, in the order in which they are asked."""
+    def rows(
+        self, version: int, traffic_class: str, settings: ControlSettings, parts: int, reads: bool = False
+    ) -> list[RowControl]:
+        """``row`` for each part of a policy, in the order in which they are asked; whether the last one ``reads`` the
+        target's hidden states."""
         rows = [self.row(version, traffic_class, settings, part) for part in range(parts)]
         for row, first in zip(rows[1:], rows, strict=False):
             row.before = first
+        if reads:
+            rows[-1].listening = rows[-1].acceptance.audience.join()
         return rows
 
     def forget(self, version: int) -> None:
         for key in [key for key in self._acceptance if key[0] == version]:
             del self._acceptance[key]
 
+    def begin(self, row: RowControl, requests: int) -> None:
+        """The prompt of a request is about to be computed, beside others, ``requests`` in all: whether it listens."""
+        if row.listening is not None:
+            steered = self.costs is not None and row.settings.enabled
+            row.listening.begin(not steered or row.acceptance.pays(requests, 1.0))
+
     def limits(self, rows: Sequence[RowControl], ks: Sequence[int], prompt_rows: int = 0) -> list[int]:
         """How many tokens to ask of each drafter, at most ``ks``.
 
         None where asking has not paid lately. Else of one that costs time as many as its past says are worth it, of one
         that costs next to none all it knows. Both are asked now and then in any case, to find out that they pay. A part
-        ``before`` is left alone as well where it saves nothing; it takes no pass.
+        ``before`` is left alone as well where it saves nothing; it takes no pass. And none of one that has not
+        listened: whether it does from this step on is decided here.
 
         ``rows``: of those parts that may cost time, one for each request that decodes; beside them the pass computes
         ``prompt_rows`` tokens of prompts.
@@ -176,41 +190,53 @@ class KController:
                 row.before.asked = False
         if self.costs is None:
             return limits
-        base_rows = len(rows) + prompt_rows
         free = FREE_SHARE * self.costs(len(rows))
         steered = [i for i, row in enumerate(rows) if ks[i] and row.settings.enabled]
         firsts = [first for i in steered if (first := rows[i].before) is not None]
         probed = _probed([row.acceptance for row in [*(rows[i] for i in steered), *firsts]])
-
-        def asks(acceptance: Acceptance, judged: float) -> bool:
-            return acceptance.pays(len(rows), judged) or id(acceptance) in probed
-
         for row in firsts:
-            row.asked = asks(row.acceptance, JUDGED)
-        dear = list[int]()
+            row.asked = row.acceptance.pays(len(rows)) or id(row.acceptance) in probed
+        dear, paying, wanted = list[int](), set[int](), set[int]()  # these by what their classes have learned
         for i in steered:
             acceptance = rows[i].acceptance
             costly = acceptance.draft_s > free
-            rows[i].asked = asks(acceptance, 1.0 if costly else JUDGED)
-            if not rows[i].asked:
+            if acceptance.pays(len(rows), 1.0 if costly else JUDGED):
+                (paying if costly else wanted).add(id(acceptance))
+            elif id(acceptance) not in probed:
                 limits[i] = 0
-            elif costly:
+                continue
+            rows[i].asked = True
+            if costly:
                 dear.append(i)
+        for i, k in zip(dear, self._worth(rows, ks, dear, prompt_rows), strict=True):
+            acceptance = rows[i].acceptance
+            limits[i] = min(k + (id(acceptance) in probed), ks[i])
+            rows[i].asked = limits[i] > 0
+            if k and id(acceptance) in paying:
+                wanted.add(id(acceptance))
+        for acceptance in {id(rows[i].acceptance): rows[i].acceptance for i in steered}.values():
+            acceptance.audience.weigh(id(acceptance) in wanted)
+        for i, row in enumerate(rows):
+            if row.listening is not None and row.settings.enabled:
+                if not row.listening.is_ready:
+                    limits[i], row.asked = 0, False
+                row.listening.step()
+        return limits
+
+    def _worth(self, rows: Sequence[RowControl], ks: Sequence[int], dear: Sequence[int], prompt_rows: int) -> list[int]:
+        """How many tokens to ask of the ``dear`` drafters: by what their past says are worth their time and rows."""
         if not dear:
-            return limits
+            return []
+        base_rows = len(rows) + prompt_rows
         per_token = sum(rows[i].acceptance.draft_s for i in dear) / len(dear)
         costs = self._decoding_costs(len(rows), prompt_rows)
-        chosen = allocate(
+        return allocate(
             [rows[i].acceptance.survivals(ks[i]) for i in dear],
             base_rows,
             len(rows),
             lambda count: costs(count) + per_token * (count - base_rows),
             max(rows[i].settings.min_gain for i in dear),
         )
-        for i, k in zip(dear, chosen, strict=True):
-            limits[i] = min(k + (id(rows[i].acceptance) in probed), ks[i])
-            rows[i].asked = limits[i] > 0
-        return limits
 
     def choose(self, offers: Sequence[Offer], prompt_rows: int = 0) -> Choice:
         """How many tokens of each draft to verify; an offer, perhaps of none, for each request that decodes."""

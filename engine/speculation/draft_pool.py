@@ -25,8 +25,8 @@ MOST_WAITING = 16
 class DraftState:
     """One request in a pool.
 
-    ``tokens``: prompt and what was committed after it. Slots [0, stored) have true keys and values; those after it
-    wait in ``waiting`` [n, 3 * hidden]: states of the positions from ``stored`` on. -1 is no place in the pool.
+    ``tokens``: prompt and what was committed after it, from position ``first`` on, which is slot 0. Slots [0, stored)
+    have true keys and values; those after them wait in ``waiting`` [n, 3 * hidden]. -1 is no place in the pool.
     """
 
     place: int
@@ -34,10 +34,11 @@ class DraftState:
     stored: int = 0
     waiting: list[Tensor] = field(default_factory=list)
     num_waiting: int = 0
+    first: int = 0
 
     @property
     def known(self) -> int:
-        """Positions whose hidden states came in."""
+        """Slots whose hidden states came in."""
         return self.stored + self.num_waiting
 
 
@@ -78,6 +79,11 @@ class DraftPool:
             self._free.append(state.place)
             state.place, state.waiting, state.num_waiting = -1, [], 0
 
+    def skip(self, state: DraftState, position: int) -> None:
+        """Nobody handed over what lies before ``position``: its slots begin there. Positions are only ever compared."""
+        del state.tokens[: position - state.first]
+        state.first, state.stored, state.waiting, state.num_waiting = position, 0, [], 0
+
     def prepare(self, most_drafted: int) -> None:
         """Set up what drafts of so many tokens need, before a request waits for it: nothing here."""
 
@@ -92,9 +98,10 @@ class DraftPool:
         Positions that are known already are passed over: a prompt that is computed again changes nothing.
         """
         for state, start, aux in fed:
-            if start > state.known:
-                raise PolicyError(f"States from position {start} came in, but those from {state.known} are missing.")
-            fresh = aux[state.known - start :]
+            known = state.first + state.known
+            if start > known:
+                raise PolicyError(f"States from position {start} came in, but those from {known} are missing.")
+            fresh = aux[known - start :]
             if fresh.shape[0]:
                 state.waiting.append(fresh.clone())  # the next pass may write where these are
                 state.num_waiting += fresh.shape[0]
@@ -108,7 +115,7 @@ class DraftPool:
         for want in wants:
             if want.state.known != len(want.state.tokens) - 1 or not want.state.num_waiting:
                 raise PolicyError(
-                    f"The states of {want.state.known} positions are known, of {len(want.state.tokens)} tokens: "
+                    f"The states of {want.state.known} slots are known, of {len(want.state.tokens)} tokens: "
                     "a draft needs those of all tokens but the last."
                 )
         rows = [Row(w.state.place, w.state.stored, w.state.tokens[w.state.stored + 1 :]) for w in wants]

@@ -126,6 +126,9 @@ class BoundHybrid:
     def feed(self, fed: Sequence[tuple[HybridDrafter, int, Tensor]]) -> None:
         self.pool.feed([(drafter.drafting.state, start, aux) for drafter, start, aux in fed])
 
+    def skip(self, drafter: HybridDrafter, position: int) -> None:
+        self.pool.skip(drafter.drafting.state, position)
+
     def end(self, drafter: HybridDrafter) -> None:
         self.pool.end(drafter.drafting.state)
 

@@ -78,6 +78,9 @@ class BoundNeural:
     def feed(self, fed: Sequence[tuple[NeuralDrafter, int, Tensor]]) -> None:
         self.pool.feed([(drafter.state, start, aux) for drafter, start, aux in fed])
 
+    def skip(self, drafter: NeuralDrafter, position: int) -> None:
+        self.pool.skip(drafter.state, position)
+
     def end(self, drafter: NeuralDrafter) -> None:
         self.pool.end(drafter.state)
 

@@ -145,6 +145,9 @@ class HiddenReader(Protocol):
     def feed(self, fed: Sequence[tuple[Any, int, Tensor]]) -> None:
         """(drafter, first position, aux states [n, len(aux_layers) * hidden]) of tokens that the request has."""
 
+    def skip(self, drafter: Any, position: int) -> None:
+        """It has missed states: the next to come are those from ``position`` on, and it drafts by them alone."""
+
     def end(self, drafter: Any) -> None: ...
 
     def rehearse(self, prompt_ids: Sequence[int], output_ids: Sequence[int], traffic_class: str) -> Drafter:

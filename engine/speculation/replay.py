@@ -57,7 +57,9 @@ def replay_controlled(
     """
     assert controller.costs is not None
     counts, seconds, last = SpecCounts(), 0.0, parts(proposer) - 1
-    rows = controller.rows(version, traffic_class, proposer.control, last + 1)
+    reads = isinstance(proposer, HiddenReader)
+    rows = controller.rows(version, traffic_class, proposer.control, last + 1, reads)
+    controller.begin(rows[last], 1)
     drafter = _drafter(proposer, prompt_ids, output_ids, traffic_class)
     in_turn = drafter if isinstance(drafter, InTurn) else None
     drafter.observe(output_ids[:1])

@@ -6,19 +6,15 @@ is one transaction.
 
 from __future__ import annotations
 
-import select as sockets
-import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from typing import Any, LiteralString
 
-import psycopg
-from psycopg.rows import namedtuple_row
 from sqlalchemy import Engine, create_engine, func, make_url, select
 from sqlalchemy.orm import Session
 
-from engine.store.connection import STATEMENT_TIMEOUT_S, Direct, arguments, libpq_url
+from engine.store.connection import STATEMENT_TIMEOUT_S, arguments
 
 
 class _Session(Session):
@@ -50,20 +46,14 @@ class Database:
         statement_timeout_s: int = STATEMENT_TIMEOUT_S,
     ) -> None:
         self.url = sqlalchemy_url(url)
-        self._arguments = arguments(application, statement_timeout_s)
         self.engine: Engine = create_engine(
             self.url,
             pool_size=pool_size,
             max_overflow=8,
             pool_pre_ping=True,
-            connect_args=self._arguments,
+            connect_args=arguments(application, statement_timeout_s),
         )
-<<<<<<< HEAD
-        self._open: psycopg.Connection[Any] | None = None
-        self._one_at_a_time = threading.Lock()
-=======
         self._reading = self.engine.execution_options(postgresql_readonly=True)  # what BEGIN says; no statement more
->>>>>>> 28b1e8e (Dashboard and learner give way: SCHED_IDLE in the system's one session; reads begin read-only)
 
     @contextmanager
     def read(self) -> Iterator[ReadSession]:
@@ -74,20 +64,6 @@ class Database:
     def write(self) -> Iterator[WriteSession]:
         with WriteSession(self.engine, expire_on_commit=False) as session, session.begin():
             yield session
-
-    @contextmanager
-    def statements(self) -> Iterator[Direct]:
-        """Each statement is a transaction by itself, and one round trip: on a connection that stays open between
-        blocks. One block at a time. psycopg's own errors, unwrapped."""
-        with self._one_at_a_time:
-            if self._open is not None and (self._open.closed or _spoken_to(self._open)):
-                self._open.close()
-                self._open = None
-            if self._open is None:
-                self._open = psycopg.connect(
-                    libpq_url(self.url), autocommit=True, row_factory=namedtuple_row, **self._arguments
-                )
-            yield Direct(self._open)
 
     def now(self) -> datetime:
         """The server's clock: whatever is compared between machines is measured by it."""
@@ -103,13 +79,6 @@ class Database:
 
     def close(self) -> None:
         self.engine.dispose()
-        if self._open is not None:
-            self._open.close()
-
-
-def _spoken_to(connection: psycopg.Connection[Any]) -> bool:
-    """Whether the server said something that nobody asked for, as it does when it ends."""
-    return bool(sockets.select([connection.fileno()], [], [], 0)[0])
 
 
 def server_clock(session: Session) -> datetime:

@@ -1,4 +1,4 @@
-"""Trace records → rollup deltas. Pure: what the writer adds together with the traces."""
+"""Trace records → rollup deltas. Pure: what the writer adds in the transaction of the COPY."""
 
 from __future__ import annotations
 

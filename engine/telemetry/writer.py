@@ -1,4 +1,4 @@
-"""The trace writer: a bounded queue, one thread, a statement per batch, and a spill folder for when Postgres is away.
+"""The trace writer: a bounded queue, one thread, batches by COPY, and a spill folder for when Postgres is away.
 
 The request path only puts a record into the queue. A batch is one transaction under its key (writer_id, seq): traces,
 payloads and rollup deltas are there together or not at all, and a batch whose commit was not answered is written again
@@ -8,20 +8,19 @@ without harm.
 from __future__ import annotations
 
 import logging
+import queue
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from datetime import UTC, date, datetime
-from operator import attrgetter
 from typing import Any
 from uuid import uuid4
 
 import psycopg
 from sqlalchemy.exc import DataError, IntegrityError, SQLAlchemyError
 
-from engine.contracts import TracePayload, TraceRecord
+from engine.contracts import TraceRecord
 from engine.settings import TelemetrySettings
 from engine.store.database import Database
 from engine.store.repositories import ingest, partitions
@@ -30,8 +29,7 @@ from engine.telemetry.spill import Batch, Spill
 
 log = logging.getLogger(__name__)
 REFUSED = (DataError, IntegrityError, psycopg.DataError, psycopg.IntegrityError, ValueError, TypeError)
-"""What says that a record is bad, not that the database is away: psycopg's own errors of a batch, and SQLAlchemy's of
-a partition."""
+"""What says that a record is bad, not that the database is away. COPY raises psycopg's own errors, unwrapped."""
 RETRY_S = 0.5
 """After a failed write the database is left alone this long; batches go to the spill folder meanwhile."""
 
@@ -55,13 +53,12 @@ class TraceWriter:
         self._kept = kept
         self._database, self._spill, self._settings = database, spill, settings
         self._clock, self._now = clock, now
-        self._queue: deque[TraceRecord] = deque()
+        self._queue: queue.Queue[TraceRecord] = queue.Queue(settings.queue_records)
         self._writer_id, self._seq = uuid4(), 0
         self._retry_at = 0.0
         self._known_days: set[date] = set()
         self._stop = threading.Event()
-        lock = threading.Lock()
-        self._full, self._idle = threading.Condition(lock), threading.Condition(lock)
+        self._idle = threading.Condition()
         self._pending = 0  # records taken from callers and neither written, spilled nor dropped
         self._stats: dict[str, Any] = {
             "written": 0, "spilled": 0, "replayed": 0, "dropped": 0, "set_aside": 0, "last_write": None, "error": None,
@@ -73,14 +70,13 @@ class TraceWriter:
 
     def submit(self, record: TraceRecord) -> None:
         """Hand over a record; never blocks. A full queue drops it, and counts that."""
-        with self._full:
-            if len(self._queue) >= self._settings.queue_records:
+        with self._idle:
+            try:
+                self._queue.put_nowait(record)
+            except queue.Full:
                 self._stats["dropped"] += 1
-                return
-            self._queue.append(record)
-            self._pending += 1
-            if len(self._queue) >= self._settings.batch_records:  # for fewer nobody is woken beside the engine
-                self._full.notify()
+            else:
+                self._pending += 1
 
     def flush(self, timeout_s: float) -> bool:
         """Wait until every record is in Postgres, the spilled ones too; False when that took too long."""
@@ -90,13 +86,11 @@ class TraceWriter:
     def close(self) -> None:
         """Write what is queued, or spill it where the database is away; then end."""
         self._stop.set()
-        with self._full:
-            self._full.notify()
         self._thread.join()
 
     def stats(self) -> dict[str, Any]:
         """Counts since the start, and how much waits in queue and spill."""
-        waiting = {"queue": len(self._queue), "queue_max": self._settings.queue_records}
+        waiting = {"queue": self._queue.qsize(), "queue_max": self._settings.queue_records}
         spill = {
             "spill_files": self._spill.files,
             "spill_bytes": self._spill.bytes,
@@ -124,12 +118,15 @@ class TraceWriter:
 
     def _take(self) -> list[TraceRecord]:
         """The records of the next ``batch_delay_s``, or a full batch sooner; none waits longer in the queue."""
-        most = self._settings.batch_records
-        with self._full:
-            self._full.wait_for(
-                lambda: self._stop.is_set() or len(self._queue) >= most, timeout=self._settings.batch_delay_s
-            )
-            return [self._queue.popleft() for _ in range(min(most, len(self._queue)))]
+        records: list[TraceRecord] = []
+        deadline = self._clock() + self._settings.batch_delay_s
+        while len(records) < self._settings.batch_records:
+            left = 0.0 if self._stop.is_set() else deadline - self._clock()
+            try:
+                records.append(self._queue.get(timeout=left) if left > 0 else self._queue.get_nowait())
+            except queue.Empty:
+                break
+        return records
 
     def _handle(self, batch: Batch) -> None:
         """Write a batch, else spill it, else drop it and say so."""
@@ -232,49 +229,31 @@ class TraceWriter:
         return True
 
     def _transaction(self, batch: Batch) -> None:
-        days = {record.started_at.astimezone(UTC).date() for record in batch.records}
-        if missing := sorted(days - self._known_days):
-            with self._database.write() as session:
-                for day in missing:
-                    partitions.ensure(session, day)
-            self._known_days |= days
-        rows = _rows(batch, rollup.deltas(batch.records, self._settings.objectives))
-        with self._database.statements() as once:
-            ingest.add(once, batch.writer_id, batch.seq, len(batch.records), rows)
+        deltas = rollup.deltas(batch.records, self._settings.objectives)
+        with self._database.write() as session:
+            if not ingest.claim(session, batch.writer_id, batch.seq, len(batch.records)):
+                return
+            days = {record.started_at.astimezone(UTC).date() for record in batch.records}
+            for day in sorted(days - self._known_days):
+                partitions.ensure(session, day)
+            ingest.copy_traces(session, map(_trace_row, batch.records))
+            ingest.copy_payloads(session, (_payload_row(r) for r in batch.records if r.payload is not None))
+            ingest.add_rollups(session, *_rollup_rows(batch, deltas))
+        self._known_days |= days
 
     def _next_seq(self) -> int:
         self._seq += 1
         return self._seq
 
 
-def _rows(batch: Batch, deltas: Sequence[rollup.Delta]) -> dict[str, list[ingest.Row]]:
-    """What a batch adds to each table."""
-    rows: dict[str, list[ingest.Row]] = {
-        "traces": [_trace_row(record) for record in batch.records],
-        "trace_payloads": [_payload_row(record, record.payload) for record in batch.records if record.payload],
-        "rollup_deltas": [],
-        "rollup_delta_histograms": [],
-    }
-    for ordinal, delta in enumerate(deltas):
-        shared = _columns(delta.key) | {"writer_id": batch.writer_id, "seq": batch.seq, "ordinal": ordinal}
-        rows["rollup_deltas"].append(shared | _columns(delta.sums))
-        rows["rollup_delta_histograms"] += [
-            shared | {"metric": metric, "idx": indices, "cnt": counts}
-            for metric, (indices, counts) in delta.histograms.items()
-        ]
-    return rows
+def _trace_row(record: TraceRecord) -> Sequence[Any]:
+    return [getattr(record, name) for name in ingest.TRACE_COLUMNS]
 
 
-_TRACE = tuple(field.name for field in fields(TraceRecord) if field.name != "payload")
-_trace_values = attrgetter(*_TRACE)
-
-
-def _trace_row(record: TraceRecord) -> ingest.Row:
-    return dict(zip(_TRACE, _trace_values(record), strict=True))
-
-
-def _payload_row(record: TraceRecord, payload: TracePayload) -> ingest.Row:
-    return {
+def _payload_row(record: TraceRecord) -> Sequence[Any]:
+    payload = record.payload
+    assert payload is not None
+    row = {
         "started_at": record.started_at,
         "trace_id": record.trace_id,
         "prompt_ids": payload.prompt_ids,
@@ -284,8 +263,20 @@ def _payload_row(record: TraceRecord, payload: TracePayload) -> ingest.Row:
         "step_accepted": [step.accepted for step in payload.steps],
         "step_emitted": [step.emitted for step in payload.steps],
     }
+    return [row[name] for name in ingest.PAYLOAD_COLUMNS]
 
 
 def _columns(record: rollup.Key | rollup.Sums) -> dict[str, Any]:
     """``asdict`` without its copies."""
     return {field.name: getattr(record, field.name) for field in fields(record)}
+
+
+def _rollup_rows(batch: Batch, deltas: Sequence[rollup.Delta]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    sums: list[dict[str, Any]] = []
+    histograms: list[dict[str, Any]] = []
+    for ordinal, delta in enumerate(deltas):
+        shared = _columns(delta.key) | {"writer_id": batch.writer_id, "seq": batch.seq, "ordinal": ordinal}
+        sums.append(shared | _columns(delta.sums))
+        for metric, (indices, counts) in delta.histograms.items():
+            histograms.append(shared | {"metric": metric, "idx": indices, "cnt": counts})
+    return sums, histograms

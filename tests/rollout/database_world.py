@@ -16,7 +16,7 @@ from engine.store.models import LearningIntakeRow, TracePayloadRow, TraceRow
 from engine.store.repositories import ingest, partitions, plans, policies, replicas, shadow
 from engine.telemetry import rollup
 from engine.telemetry.spill import Batch
-from engine.telemetry.writer import _rows
+from engine.telemetry.writer import _rollup_rows
 
 MODEL = "tiny"
 STARTED = datetime(2026, 1, 1, tzinfo=UTC)
@@ -156,8 +156,7 @@ def _write(db: Database, began: datetime, rows: list[dict[str, object]], payload
             session.execute(insert(TraceRow), [row | {"written_at": row["started_at"]} for row in rows])
             records = tuple(TraceRecord(**row | {"status": Status(row["status"])}) for row in rows)  # type: ignore[arg-type]
             batch = Batch(uuid4(), 0, records)
-            added = _rows(batch, rollup.deltas(records, Objectives(1.0, 0.1))) | {"traces": [], "trace_payloads": []}
-            ingest.add(session, batch.writer_id, batch.seq, len(records), added)
+            ingest.add_rollups(session, *_rollup_rows(batch, rollup.deltas(records, Objectives(1.0, 0.1))))
         if payloads:
             session.execute(insert(TracePayloadRow), payloads)
         session.execute(text("ANALYZE traces"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psycopg
@@ -151,10 +152,14 @@ LATER_IN_ROLLUPS = LATER | {"e2e_s"}
 
 @pytest.fixture
 def engine_of_before(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The writer names only the columns of the first schema, in its traces and in its deltas."""
-    later = {"traces": LATER, "rollup_deltas": LATER_IN_ROLLUPS}
-    for table, columns in ingest.TABLES.items():
-        monkeypatch.setitem(ingest.TABLES, table, tuple(c for c in columns if c not in later.get(table, ())))
+    """The writer names only the columns of the first schema, in its COPY and in its deltas."""
+    add = ingest.add_rollups
+
+    def without(session: WriteSession, sums: Any, histograms: Any) -> None:
+        add(session, [{k: v for k, v in row.items() if k not in LATER_IN_ROLLUPS} for row in sums], histograms)
+
+    monkeypatch.setattr(ingest, "TRACE_COLUMNS", tuple(c for c in ingest.TRACE_COLUMNS if c not in LATER))
+    monkeypatch.setattr(ingest, "add_rollups", without)
 
 
 @pytest.mark.usefixtures("engine_of_before")

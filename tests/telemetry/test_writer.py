@@ -2,50 +2,54 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
-from functools import partial
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-import psycopg
 import pytest
-from sqlalchemy import func, select, text
+from sqlalchemy import func, select
+from sqlalchemy.exc import OperationalError
 
 from engine.contracts import TraceRecord
 from engine.settings import TelemetrySettings
 from engine.store.database import Database
 from engine.store.models import RollupDeltaRow, TraceBatchRow, TracePayloadRow, TraceRow
-from engine.store.repositories import ingest
 from engine.telemetry import rollup
 from engine.telemetry.spill import Batch, Spill
-from engine.telemetry.writer import TraceWriter, _rows
+from engine.telemetry.writer import TraceWriter
 from tests.telemetry.records import START, record
 
 SETTINGS = TelemetrySettings(batch_records=50, batch_delay_s=0.01)
 
 
 class Outage:
-    """Stands in for ``Database.write`` and ``.statements``: refuses before, or loses the answer after, the commit."""
+    """Stands in for ``Database.write``: refuses before, or loses the answer after, the commit."""
 
     def __init__(self, db: Database, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.mode = "none"
+        self._real, self.mode = db.write, "none"
         self.writes_left: int | None = None  # then it is down
-        for name in ("write", "statements"):
-            monkeypatch.setattr(db, name, partial(self._through, getattr(db, name)))
+        monkeypatch.setattr(db, "write", self._write)
 
-    @contextmanager
-    def _through(self, real: Callable[[], AbstractContextManager[Any]]) -> Iterator[Any]:
-        if self.writes_left is not None:
-            self.writes_left -= 1
-        if self.mode == "down" or (self.writes_left or 0) < 0:
-            raise psycopg.OperationalError("connection refused")
-        with real() as inner:
-            yield inner
-        if self.mode == "answer lost":
-            raise psycopg.OperationalError("server closed the connection unexpectedly")
+    def _write(self) -> Any:
+        outage = self
+
+        class Context:
+            def __enter__(self) -> Any:
+                if outage.writes_left is not None:
+                    outage.writes_left -= 1
+                if outage.mode == "down" or (outage.writes_left or 0) < 0:
+                    raise OperationalError("connect", {}, Exception("connection refused"))
+                self.inner = outage._real()
+                return self.inner.__enter__()
+
+            def __exit__(self, *error: Any) -> Any:
+                done = self.inner.__exit__(*error)
+                if outage.mode == "answer lost" and error[0] is None:
+                    raise OperationalError("commit", {}, Exception("server closed the connection unexpectedly"))
+                return done
+
+        return Context()
 
 
 @pytest.fixture
@@ -106,70 +110,6 @@ def test_records_come_back_as_they_were(db: Database, writer: TraceWriter) -> No
     assert len(payload.proposed) == sum(payload.step_drafted)
 
 
-def test_every_column_is_written(db: Database) -> None:
-    """What a row lacks would be NULL, as the statement takes rows by name."""
-    batch = Batch(uuid4(), 1, [record(1)])
-    rows = _rows(batch, rollup.deltas(batch.records, SETTINGS.objectives))
-    assert {table: set(of[0]) for table, of in rows.items()} == {
-        t: set(columns) for t, columns in ingest.TABLES.items()
-    }
-
-
-@pytest.mark.parametrize("table", ["traces", "trace_payloads", "rollup_deltas", "rollup_delta_histograms"])
-def test_a_batch_is_there_whole_or_not_at_all(db: Database, writer: TraceWriter, table: str) -> None:
-    """Whichever table refuses, nothing of the batch stays, its key neither."""
-    with db.write() as session:
-        session.execute(text(f"ALTER TABLE {table} ADD CONSTRAINT refuses CHECK (false) NOT VALID"))
-    with pytest.raises(psycopg.IntegrityError, match="refuses"):
-        writer._transaction(Batch(writer._writer_id, 1, [record(1)]))
-    with db.read() as session:
-        for name in ("trace_batches", *ingest.TABLES):
-            assert session.scalar(text(f"SELECT count(*) FROM {name}")) == 0, name
-
-
-def test_a_batch_is_one_round_trip_and_a_lost_connection_is_made_anew(db: Database, writer: TraceWriter) -> None:
-    """Each wakes the writer beside the engine's threads. A server that ends is noticed before it is given a batch."""
-    batches = [Batch(writer._writer_id, n, [record(n)]) for n in range(3)]
-    writer._transaction(batches[0])
-    with db.statements() as once:
-        (pid,) = once.rows("SELECT pg_backend_pid()")[0]
-    with db.read() as session:
-        of_writer = text("SELECT xact_start = query_start, query FROM pg_stat_activity WHERE pid = :pid")
-        writer._transaction(batches[1])
-        alone, query = session.execute(of_writer, {"pid": pid}).one()
-        assert alone is None  # no transaction is open
-        assert query.startswith("WITH claimed")  # nor was there a COMMIT
-        session.execute(text("SELECT pg_terminate_backend(:pid)"), {"pid": pid})
-    assert writer._write(batches[2], "written")
-    assert_stored_once(db, [one for batch in batches for one in batch.records])
-
-
-def test_a_number_that_is_not_finite_is_set_aside_alone(db: Database, writer: TraceWriter) -> None:
-    """It would be the sum of its minute."""
-    records = [record(n) for n in range(5)]
-    fill(writer, [*records, record(99, e2e_s=float("nan"))])
-    writer.start()
-    assert writer.flush(10)
-    assert_stored_once(db, records)
-    assert writer.stats()["set_aside"] == 1
-
-
-def test_the_writer_sleeps_until_a_batch_is_due(db: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A record that does not fill it wakes nobody; one that does, or the end, does at once."""
-    kept, woken = threading.Event(), list[int]()
-    settings = TelemetrySettings(batch_records=3, batch_delay_s=60.0)
-    made = TraceWriter(db, Spill(tmp_path, 10**8), settings, kept=lambda _: kept.set())
-    notify = made._full.notify
-    monkeypatch.setattr(made._full, "notify", lambda: (woken.append(len(made._queue)), notify()))
-    made.start()
-    fill(made, [record(n) for n in range(3)])
-    assert kept.wait(10)
-    assert woken == [3]
-    fill(made, [record(3)])
-    made.close()
-    assert_stored_once(db, [record(n) for n in range(4)])
-
-
 def test_an_outage_spills_and_is_replayed_once(db: Database, writer: TraceWriter, outage: Outage) -> None:
     records = [record(n) for n in range(120)]
     outage.mode = "down"
@@ -207,10 +147,7 @@ def test_the_batch_key_is_what_keeps_it_once(
     writer._transaction(batch)
     writer._transaction(batch)
     assert_stored_once(db, list(batch.records))
-    statement = ingest._statement(tuple(ingest.TABLES.items()))
-    claims_anyway = "ON CONFLICT (writer_id, seq) DO UPDATE SET records = 0"
-    unguarded = statement.replace("ON CONFLICT DO NOTHING", claims_anyway)
-    monkeypatch.setattr(ingest, "_statement", lambda _: unguarded)
+    monkeypatch.setattr("engine.store.repositories.ingest.claim", lambda *_: True)
     with pytest.raises(Exception, match=r"duplicate key|UniqueViolation"):
         writer._transaction(batch)
 

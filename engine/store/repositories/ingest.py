@@ -1,47 +1,61 @@
-"""Writing traces: a batch is one statement under a key, so that writing it again is known and skipped."""
+"""Writing traces: a batch is one transaction under a key, so that writing it again is known and skipped."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
-from functools import cache
-from typing import Any, LiteralString
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, cast
 from uuid import UUID
 
-from engine.store.connection import Writes
-from engine.store.models import RollupDeltaHistogramRow, RollupDeltaRow, TracePayloadRow, TraceRow
+import psycopg
 
-Row = Mapping[str, Any]
-TABLES: dict[str, tuple[str, ...]] = {
-    model.__tablename__: tuple(c.name for c in model.__table__.columns if c.name != "written_at")  # Postgres' own
-    for model in (TraceRow, TracePayloadRow, RollupDeltaRow, RollupDeltaHistogramRow)
-}
-"""What a batch is written to, and the columns that are written."""
-_ENCODE = json.JSONEncoder(default=str, allow_nan=False, check_circular=False).encode
+from engine.store.database import WriteSession
+from engine.store.models import TracePayloadRow, TraceRow
+
+TRACE_COLUMNS = tuple(c.name for c in TraceRow.__table__.columns if c.name != "written_at")  # Postgres' own
+PAYLOAD_COLUMNS = tuple(c.name for c in TracePayloadRow.__table__.columns)
 
 
-def add(to: Writes, writer_id: UUID, seq: int, records: int, rows: Mapping[str, Sequence[Row]]) -> bool:
-    """Add the rows of a batch, by the table's name; False, and nothing is added, when its key was taken already.
+def claim(session: WriteSession, writer_id: UUID, seq: int, records: int) -> bool:
+    """Take the key of a batch; False when a batch was written under it already."""
+    taken = session.change(
+        "INSERT INTO trace_batches (writer_id, seq, records) VALUES (%(writer_id)s, %(seq)s, %(records)s) "
+        "ON CONFLICT DO NOTHING RETURNING seq",
+        writer_id=writer_id,
+        seq=seq,
+        records=records,
+    )
+    return bool(taken)
 
-    One statement, hence one round trip: at a few requests a second what a batch costs is how often the writer and the
-    server wake each other beside the engine's threads, not its rows. ValueError for a number that is not finite.
-    """
-    written = {table: _ENCODE(rows.get(table, ())) for table in TABLES}
-    statement = _statement(tuple(TABLES.items()))
-    return bool(to.change(statement, writer_id=writer_id, seq=seq, records=records, **written))
+
+def copy_traces(session: WriteSession, rows: Iterable[Sequence[Any]]) -> None:
+    """COPY rows of ``TRACE_COLUMNS`` into traces."""
+    _copy(session, "traces", TRACE_COLUMNS, rows)
 
 
-@cache
-def _statement(tables: tuple[tuple[str, tuple[str, ...]], ...]) -> LiteralString:
-    """Only where the key is claimed are there rows to insert."""
-    parts = [
-        "claimed AS (INSERT INTO trace_batches (writer_id, seq, records) "
-        "VALUES (%(writer_id)s, %(seq)s, %(records)s) ON CONFLICT DO NOTHING RETURNING 1)"
-    ]
-    for table, columns in tables:
-        selected = ", ".join(f"r.{column}" for column in columns)
-        parts.append(
-            f"{table}_added AS (INSERT INTO {table} ({', '.join(columns)}) SELECT {selected} "
-            f"FROM claimed, json_populate_recordset(NULL::{table}, %({table})s) r)"
-        )
-    return f"WITH {', '.join(parts)} SELECT 1 FROM claimed"
+def copy_payloads(session: WriteSession, rows: Iterable[Sequence[Any]]) -> None:
+    """COPY rows of ``PAYLOAD_COLUMNS`` into trace_payloads."""
+    _copy(session, "trace_payloads", PAYLOAD_COLUMNS, rows)
+
+
+def add_rollups(
+    session: WriteSession, sums: Sequence[Mapping[str, Any]], histograms: Sequence[Mapping[str, Any]]
+) -> None:
+    """COPY the deltas of one batch, rows of equal columns; readers sum rows of equal key."""
+    for table, rows in (("rollup_deltas", sums), ("rollup_delta_histograms", histograms)):
+        if rows:
+            _copy(session, table, tuple(rows[0]), (tuple(row.values()) for row in rows))
+
+
+def _copy(session: WriteSession, table: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """Arrays are of integers, and written out here: psycopg looks at each element for what it might be, and a prompt
+    has hundreds."""
+    connection = cast(psycopg.Connection[Any], session.connection().connection.driver_connection)
+    statement = f"COPY {table} ({', '.join(columns)}) FROM STDIN"
+    with connection.cursor() as cursor, cursor.copy(statement) as copy:
+        for row in rows:
+            copy.write_row([_array(value) if isinstance(value, (list, tuple)) else value for value in row])
+
+
+def _array(values: Sequence[int]) -> str:
+    """As Postgres writes an array."""
+    return f"{{{','.join(map(str, values))}}}"

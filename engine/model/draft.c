@@ -78,7 +78,7 @@ void remember(const struct draft *draft, const int64_t *tokens, const int64_t *p
               bf16 *aux, int64_t n, bf16 *keys, bf16 *values, bf16 *room, void *product_room) {
   const struct shape *shape = &draft->shape;
   bf16 *hidden = room, *both = hidden + n * shape->hidden, *qkv = both + 2 * n * shape->hidden;
-  struct place place = {0};
+  struct place place = {0, 0};
 #pragma omp parallel
   {
     const struct team team = {&place, omp_get_thread_num(), omp_get_num_threads()};
@@ -108,7 +108,7 @@ void draft(const struct draft *draft, int64_t *tokens, int64_t *positions, int64
   bf16 *asked = h + n * size, *logits = asked + rows * size;
   struct pass pass = {n, 0, positions, places, starts, y, h, logits + rows * words, product_room};
   pass.tiles = tile_starts(positions, places, n, starts);
-  struct place place = {0};
+  struct place place = {0, 0};
 #pragma omp parallel
   {
     const struct team team = {&place, omp_get_thread_num(), omp_get_num_threads()};

@@ -20,7 +20,7 @@ void forward(const struct model *model, int64_t depth, bf16 *x, const int64_t *p
   const int64_t hidden = model->shape.hidden, tiles = tile_starts(positions, places, n, starts);
   bf16 *y = room, *h = y + n * hidden, *between = h + n * hidden;
   const struct pass pass = {n, tiles, positions, places, starts, y, h, between, product_room};
-  struct place place = {0};
+  struct place place = {0, 0};
   const double begin = seconds(CLOCK_MONOTONIC);
   double processor = 0;
 #pragma omp parallel reduction(+ : processor)

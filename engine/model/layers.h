@@ -1,16 +1,10 @@
 // What a layer in bfloat16 is made of on a CPU, by all threads of a parallel region together, for a model's shape
 // (HEAD_DIM, GROUP = query heads per kv head); the matrix products are product.c's. A token's results depend on nothing
 // but the token and its own keys and values.
+#include <sched.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
-#if __has_include(<linux/futex.h>)
-#include <linux/futex.h>
-#include <sys/syscall.h>
-#include <unistd.h>
-#else
-#include <sched.h>
-#endif
 #include "threads.h"
 
 #ifdef __AVX512F__
@@ -33,7 +27,7 @@ enum {
   PIECES = HEAD_DIM / LANES, RUN = PIECES % 4 ? 2 : 4, // of a value, and how many of them are summed at a time
   TOGETHER = GROUP % 3 == 0 ? 3 : GROUP % 2 == 0 ? 2 : 1, // heads: SETS or RUN sums each is what registers hold
   TILE = 8, // tokens of one sequence that share what is made of their keys
-  PATIENCE = 1 << 10 // looks at the others' progress, some tens of microseconds, before a thread sleeps
+  PATIENCE = 1 << 10, AGAIN = 1 << 6 // looks at the others' progress before the processor is offered, and offered again
 };
 #define UNROLL _Pragma("GCC unroll 16")
 
@@ -86,45 +80,23 @@ static inline vec exponential(vec x) { // Cephes: relative error under 2e-7; bel
 }
 
 // The threads of a pass, each with its number. They meet nine times a layer or more and hardly wait: OpenMP's own barriers
-// ask the kernel to wake them where a process has computed in other threads as well (docs/log.md). Who does wait sleeps
-// soon: one that only offers its processor loses it to whoever gives way, until a tick of the kernel's clock, while one
-// that is woken takes it back at once, and meanwhile the thread that is late may come over.
-struct place { _Alignas(64) int32_t arrived; _Alignas(64) int32_t round; int32_t asleep; };
+// ask the kernel to wake them where a process has computed in other threads as well (docs/log.md).
+struct place { _Alignas(64) int64_t arrived; _Alignas(64) int64_t round; };
 struct team { struct place *place; int64_t me, all; };
-
-static void sleep_until_woken(int32_t *word, int32_t value) { // not at all, where *word is no longer value
-#ifdef FUTEX_WAIT_PRIVATE
-  syscall(SYS_futex, word, FUTEX_WAIT_PRIVATE, value, NULL, NULL, 0);
-#else
-  sched_yield();
-#endif
-}
-
-static void wake_all(int32_t *word) {
-#ifdef FUTEX_WAIT_PRIVATE
-  syscall(SYS_futex, word, FUTEX_WAKE_PRIVATE, INT32_MAX, NULL, NULL, 0);
-#endif
-}
 
 static void meet(struct team team) {
   if (team.all == 1) return;
-  struct place *place = team.place;
-  const int32_t round = __atomic_load_n(&place->round, __ATOMIC_RELAXED);
-  if (__atomic_add_fetch(&place->arrived, 1, __ATOMIC_ACQ_REL) == team.all) {
-    __atomic_store_n(&place->arrived, 0, __ATOMIC_RELAXED);
-    __atomic_store_n(&place->round, round + 1, __ATOMIC_SEQ_CST);
-    if (__atomic_load_n(&place->asleep, __ATOMIC_SEQ_CST)) wake_all(&place->round);
-    return;
-  }
-  for (int looks = 0; looks < PATIENCE; looks++) {
-    if (__atomic_load_n(&place->round, __ATOMIC_ACQUIRE) != round) return;
+  const int64_t round = __atomic_load_n(&team.place->round, __ATOMIC_RELAXED);
+  if (__atomic_add_fetch(&team.place->arrived, 1, __ATOMIC_ACQ_REL) == team.all) {
+    __atomic_store_n(&team.place->arrived, 0, __ATOMIC_RELAXED);
+    __atomic_store_n(&team.place->round, round + 1, __ATOMIC_RELEASE);
+  } else
+    for (int looks = 1; __atomic_load_n(&team.place->round, __ATOMIC_ACQUIRE) == round; looks++) {
 #if defined(__x86_64__) || defined(__i386__)
-    __builtin_ia32_pause();
+      __builtin_ia32_pause();
 #endif
-  }
-  __atomic_add_fetch(&place->asleep, 1, __ATOMIC_SEQ_CST); // counted first: who ends the round then sees it, or is seen
-  while (__atomic_load_n(&place->round, __ATOMIC_SEQ_CST) == round) sleep_until_woken(&place->round, round);
-  __atomic_sub_fetch(&place->asleep, 1, __ATOMIC_SEQ_CST);
+      if (looks >= PATIENCE && looks % AGAIN == 0) sched_yield(); // the one that is waited for may need this processor
+    }
 }
 
 // x [n] += y where y is given; out, where it is wanted, = x / sqrt(mean(x^2) + eps), times weight where there is one.

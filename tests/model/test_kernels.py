@@ -147,22 +147,9 @@ def test_the_number_of_threads_changes_no_bit(model: Llama, threads: Callable[[i
 
 
 @needs_compiler
-def test_threads_that_sleep_are_woken(
-    model: Llama, threads: Callable[[int], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    threads(1)
-    alone = decode(model, compiled(model))
-    plant(kernels, "PATIENCE = 1 << 10", "PATIENCE = 0", tmp_path, monkeypatch)  # all but the last, in every meeting
-    for count in (2, 7):
-        threads(count)
-        assert torch.equal(decode(model, compiled(model)), alone), count
-
-
-@needs_compiler
 @pytest.mark.parametrize(
     ("right", "wrong"),
     [
-        ("if (team.all == 1) return;", "return;"),
         ("n / LANES * (team.me + 1) / team.all * LANES", "n / LANES * (team.me + 1) / team.all * LANES - LANES"),
         ("/ each % team.all != team.me", "% team.all != team.me * each"),
         ("row += team.all)\n    add_rms_norm_row", "row += 2)\n    add_rms_norm_row"),

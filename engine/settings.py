@@ -160,7 +160,7 @@ class Settings(Section):
     mlflow_tracking_uri: str | None = Field(None, description="an MLflow server of yours; also MLFLOW_TRACKING_URI")
     yielding: bool = Field(
         True,
-        description="MLflow, learner and housekeeping yield the processor to serving; off: nothing does",
+        description="dashboard, learner, MLflow and housekeeping yield the processor to serving; off: all are equal",
     )
     engine: EngineSettings = EngineSettings()
     telemetry: TelemetrySettings = TelemetrySettings()

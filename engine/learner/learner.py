@@ -40,8 +40,9 @@ Clock = Callable[[], datetime]
 
 
 def run(settings: Settings, db: Database, stop: threading.Event, clock: Clock = lambda: datetime.now(UTC)) -> None:
-    """Learn until ``stop`` is set, at low priority: serving comes first."""
-    os.nice(NICENESS - os.nice(0))
+    """Learn until ``stop`` is set, at low priority unless that is not wanted: serving comes first."""
+    if settings.yielding:
+        os.nice(NICENESS - os.nice(0))
     learner = Learner(settings, db, ArtifactStore(settings.dir("policies")), clock)
     learner.store.sweep()
     while not stop.is_set():

@@ -30,7 +30,7 @@ BEHIND_PEOPLE = 5
 """Niceness of what serves: a rollback, by the controller or typed, must not wait for the very load it is to end."""
 BEHIND_ALL = 19
 """Niceness of the dashboard and the learner, which give way too: they get what serving leaves, and a few per cent of a
-core where it leaves nothing, so that a page comes and an attempt ends. As nice as that but no more, each of their
+core where engines leave nothing, so that a page comes and an attempt ends. As nice as that but no more, each of their
 slices kept one of an engine's threads off its core, and the others of a pass waited for it (docs/log.md)."""
 READY_S = {"mlflow": 120.0, "engine": 600.0, "dashboard": 120.0}
 """How long to look. One that ends is seen at once; for one that is only slow, `start` goes on."""

@@ -77,7 +77,10 @@ class Command:
 
     def deliver(self, delivery: int, body: bytes, now: datetime) -> None:
         arguments = shlex.split(self._line)  # here, so that a missing quote is a failed delivery, which is shown
-        subprocess.run(arguments, input=body, check=True, capture_output=True, timeout=COMMAND_TIMEOUT_S)
+        # In a session of its own: one that asks a terminal for a password would be stopped, the controller with it.
+        subprocess.run(
+            arguments, input=body, check=True, capture_output=True, timeout=COMMAND_TIMEOUT_S, start_new_session=True
+        )
 
 
 def sinks(settings: RolloutSettings) -> list[Sink]:

@@ -210,7 +210,7 @@ class Engine:
     def _bind(self, proposer: NeedsTarget) -> HiddenReader:
         bound = proposer.bind(self._pools)
         if not self.has_work:  # else a size waits for its first step: all of them at once would hold everybody up
-            for layers in ((), bound.aux_layers):  # nobody may listen
+            for layers in ((), bound.aux_layers):  # a step in which nobody listens hands out none
                 self.runner.target_pass.prepare(bound.num_speculative_tokens, layers)
             bound.pool.prepare(bound.num_speculative_tokens)
         return bound

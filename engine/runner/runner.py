@@ -21,7 +21,7 @@ from engine.runner.request import Output
 from engine.runner.target_pass import EagerPass, Passed, TargetPass
 from engine.scheduler.scheduler import ScheduledStep
 from engine.scheduler.sequence import NO_SLOT
-from engine.speculation.control import Choice, KController, Offer, learn_worth
+from engine.speculation.control import Choice, KController, Offer, learn_costs, learn_worth
 from engine.speculation.proposer import asked_of
 
 
@@ -108,14 +108,12 @@ class Runner:
         dear = [live.controls[-1] for live in decoding]
         limits = self.control.limits(dear, [live.most_drafts for live in decoding], prompt_rows)
         drafts, drafting = draft_together(decoding, limits, self.model.config.vocab_size, self.work_clock)
-        for live, draft, took in zip(decoding, drafts, drafting, strict=True):
-            asked = asked_of(live.parts - 1, draft.said)
-            live.controls[-1].asked &= asked > 0  # not where the part before it was sure
-            if asked:
-                acceptance = live.controls[-1].acceptance
-                if self.control.costs is not None:
-                    live.expected_cost_s += acceptance.draft_s * asked
-                acceptance.took(took, asked)
+        asked = [asked_of(live.parts - 1, draft.said) for live, draft in zip(decoding, drafts, strict=True)]
+        for live, row, tokens in zip(decoding, dear, asked, strict=True):
+            row.asked &= tokens > 0  # not where the part before it was sure
+            if self.control.costs is not None:
+                live.expected_cost_s += row.acceptance.draft_s * tokens
+        learn_costs(dear, drafting, asked)
         offers = [
             Offer(live.controls[d.part], len(d.tokens), d.confidence) for live, d in zip(decoding, drafts, strict=True)
         ]

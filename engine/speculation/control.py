@@ -67,6 +67,7 @@ class RowControl:
         self.before: RowControl | None = None  # of the part that is asked first, where the policy has two
         self.listening: Listening | None = None  # of a part that drafts from the target's hidden states
         self.asked = False  # in this step, by K control
+        self.withheld = False  # in this step, as it has not listened
         self._accepted = self._expected = 0.0
 
     @property
@@ -186,6 +187,7 @@ class KController:
         limits = list(ks)
         for row in rows:
             row.asked = False
+            row.withheld = row.listening is not None and row.settings.enabled and not row.listening.is_ready
             if row.before is not None:
                 row.before.asked = False
         if self.costs is None:
@@ -193,7 +195,8 @@ class KController:
         free = FREE_SHARE * self.costs(len(rows))
         steered = [i for i, row in enumerate(rows) if ks[i] and row.settings.enabled]
         firsts = [first for i in steered if (first := rows[i].before) is not None]
-        probed = _probed([row.acceptance for row in [*(rows[i] for i in steered), *firsts]])
+        listening = [rows[i] for i in steered if not rows[i].withheld]
+        probed = _probed([row.acceptance for row in [*listening, *firsts]])
         for row in firsts:
             row.asked = row.acceptance.pays(len(rows)) or id(row.acceptance) in probed
         dear, paying, wanted = list[int](), set[int](), set[int]()  # these by what their classes have learned
@@ -218,7 +221,7 @@ class KController:
             acceptance.audience.weigh(id(acceptance) in wanted)
         for i, row in enumerate(rows):
             if row.listening is not None and row.settings.enabled:
-                if not row.listening.is_ready:
+                if row.withheld:
                     limits[i], row.asked = 0, False
                 row.listening.step()
         return limits
@@ -300,6 +303,18 @@ def learn_worth(
                 saved.setdefault(id(row.acceptance), []).append(brought)
     for key, shares in saved.items():
         acceptances[key].saved(len(rows), sum(shares) / len(shares))
+
+
+def learn_costs(rows: Sequence[RowControl], seconds: Sequence[float], asked: Sequence[int]) -> None:
+    """What asking for so many tokens took each request, to its class.
+
+    Not where others of the class had not listened: who is asked alone takes the whole pass of the draft, of which each
+    has a share when all are asked, and drafting would look too dear to begin again.
+    """
+    alone = {id(row.acceptance) for row in rows if row.withheld}
+    for row, took, tokens in zip(rows, seconds, asked, strict=True):
+        if tokens and (id(row.acceptance) not in alone or not row.acceptance.ask_s):
+            row.acceptance.took(took, tokens)
 
 
 def _probed(acceptances: Sequence[Acceptance]) -> set[int]:

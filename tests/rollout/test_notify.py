@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import threading
 from datetime import UTC, datetime, timedelta
@@ -210,6 +211,13 @@ def test_a_command_gets_json_and_its_exit_code_counts(tmp_path: Path) -> None:
     assert out.read_text() == "{}"
     with pytest.raises(notify.subprocess.SubprocessError):
         Command(f"{sys.executable} -c 'raise SystemExit(3)'").deliver(1, b"{}", NOW)
+
+
+def test_a_command_has_no_terminal_to_be_stopped_by(tmp_path: Path) -> None:
+    """Stopped with its whole group for asking a password, it would take the controller along."""
+    out = tmp_path / "session"
+    Command(f"{sys.executable} -c \"import os; open('{out}', 'w').write(str(os.getsid(0)))\"").deliver(1, b"{}", NOW)
+    assert int(out.read_text()) != os.getsid(0)
 
 
 def test_the_record_of_operations_counts_changes_and_what_people_did(going: Database) -> None:

@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 
-from engine.speculation import listening
+from engine.speculation import control, listening
 from engine.speculation.acceptance import Acceptance, ControlSettings
 from engine.speculation.control import KController, Offer, RowControl, learn_worth
 from engine.speculation.listening import SAMPLED, SETTLED, WARM, Audience
@@ -17,9 +17,11 @@ NEVER = 10**9
 
 
 class Class:
-    """Requests of a neural policy in one class, whose drafts cost next to nothing and bring what a test says."""
+    """Requests of a neural policy in one class, whose drafts bring what a test says; a pass of the draft takes so long,
+    however many are asked."""
 
-    def __init__(self, requests: int) -> None:
+    def __init__(self, requests: int, pass_s: float = 1e-5) -> None:
+        self.pass_s = pass_s
         self.controller = KController(StepCosts(COSTS))
         self.rows = [self.request() for _ in range(requests)]
 
@@ -30,9 +32,9 @@ class Class:
 
     def step(self, rows: list[RowControl], chance: float) -> list[int]:
         limits = self.controller.limits(rows, [4] * len(rows))
+        control.learn_costs(rows, [self.pass_s / max(sum(map(bool, limits)), 1)] * len(rows), limits)
         offers = []
         for row, n in zip(rows, limits, strict=True):
-            row.acceptance.took(1e-5, n) if n else None
             offers.append(Offer(row, n, [chance] * n))
         choice = self.controller.choose(offers)
         learn_worth([[row] for row in rows], [0] * len(rows), choice, choice.expected, choice.pass_s)
@@ -69,6 +71,28 @@ def test_drafting_is_resumed_where_it_pays_again(monkeypatch: pytest.MonkeyPatch
     assert share(1_500) == 1
     monkeypatch.setattr(listening, "SAMPLED", NEVER)  # the fault: nobody is left to find out
     assert share(1_500) == 0
+
+
+def test_what_a_probe_takes_alone_is_not_what_asking_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sixteen share a pass of the draft; the one that listens has it all, which what it saves would not be worth."""
+
+    def resumes() -> bool:
+        rows = (world := Class(SAMPLED, pass_s=0.008)).rows[-16:]
+        for _ in range(2_000):
+            world.step(rows, 0.05)
+        for _ in range(1_500):
+            asked = world.step(rows, 0.95)
+        return all(asked)
+
+    assert resumes()
+
+    def from_all(rows: list[RowControl], seconds: list[float], asked: list[int]) -> None:
+        for row, took, tokens in zip(rows, seconds, asked, strict=True):
+            if tokens:
+                row.acceptance.took(took, tokens)
+
+    monkeypatch.setattr(control, "learn_costs", from_all)  # the fault
+    assert not resumes()
 
 
 def test_a_request_that_others_leave_alone_begins_late(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -109,9 +109,8 @@ class Runner:
         limits = self.control.limits(dear, [live.most_drafts for live in decoding], prompt_rows)
         drafts, drafting = draft_together(decoding, limits, self.model.config.vocab_size, self.work_clock)
         asked = [asked_of(live.parts - 1, draft.said) for live, draft in zip(decoding, drafts, strict=True)]
-        for live, row, tokens in zip(decoding, dear, asked, strict=True):
-            row.asked &= tokens > 0  # not where the part before it was sure
-            if self.control.costs is not None:
+        if self.control.costs is not None:
+            for live, row, tokens in zip(decoding, dear, asked, strict=True):
                 live.expected_cost_s += row.acceptance.draft_s * tokens
         learn_costs(dear, drafting, asked)
         offers = [

@@ -306,13 +306,14 @@ def learn_worth(
 
 
 def learn_costs(rows: Sequence[RowControl], seconds: Sequence[float], asked: Sequence[int]) -> None:
-    """What asking for so many tokens took each request, to its class.
+    """What asking for so many tokens took each request, to its class; who was asked for none in the end was not asked.
 
     Not where others of the class had not listened: who is asked alone takes the whole pass of the draft, of which each
     has a share when all are asked, and drafting would look too dear to begin again.
     """
     alone = {id(row.acceptance) for row in rows if row.withheld}
     for row, took, tokens in zip(rows, seconds, asked, strict=True):
+        row.asked &= tokens > 0  # not where the part before it was sure
         if tokens and (id(row.acceptance) not in alone or not row.acceptance.ask_s):
             row.acceptance.took(took, tokens)
 

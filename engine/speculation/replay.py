@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from engine.contracts import SpecCounts, VerifyStep
-from engine.speculation.control import KController, Offer, learn_worth
+from engine.speculation.control import KController, Offer, learn_costs, learn_worth
 from engine.speculation.proposer import Drafter, HiddenReader, InTurn, Proposer, Said, asked_of, judge, parts
 
 
@@ -74,10 +74,7 @@ def replay_controlled(
         elif limit:
             draft = drafter.propose(limit)
             said = [Said(last, limit, draft, drafter.confidence)]
-        asked = asked_of(last, said)
-        rows[last].asked &= asked > 0
-        if asked:
-            rows[last].acceptance.took((_passes(drafter) - before) * draft_pass_s, asked)
+        learn_costs([rows[last]], [(_passes(drafter) - before) * draft_pass_s], [asked_of(last, said)])
         confidence = drafter.confidence if draft else ()
         choice = controller.choose([Offer(rows[part], len(draft), confidence)])
         k = choice.ks[0]

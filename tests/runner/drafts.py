@@ -15,6 +15,7 @@ from engine.model.batch import Row, build_batch
 from engine.model.draft import DraftConfig, DraftNetwork
 from engine.model.kv_cache import KVCache
 from engine.model.loading import Target
+from engine.runner.engine import RequestResult
 from engine.speculation.acceptance import DEFAULT_CONTROL, ControlSettings
 from engine.speculation.draft_pool import DraftPool, DraftState
 from engine.speculation.draft_pools import DraftPools
@@ -31,13 +32,17 @@ def random_draft(target: Target, vocab_size: int = 64, seed: int = 0) -> DraftFi
     return unpack(pack(config, weights, ids.sort().values))
 
 
-def trained_draft(target: Target, responses: Sequence[tuple[Sequence[int], Sequence[int]]], steps: int) -> DraftFile:
-    """A draft that learned these responses well."""
+def trained_draft(target: Target, answers: Sequence[RequestResult], steps: int) -> DraftFile:
+    """A draft that learned these answers well."""
+    payloads = [answer.payload for answer in answers]
     config = DraftConfig.of_target(target.config, 128)
-    vocabulary = choose_vocabulary([output for _, output in responses], 128, target.config.vocab_size)
+    vocabulary = choose_vocabulary([payload.output_ids for payload in payloads], 128, target.config.vocab_size)
     options = TrainOptions(lr=2e-2, lr_end=4e-3, total_steps=steps, warmup=5, slots_per_step=10_000)
     trainer = Trainer(target.model, config, fresh_weights(config, target.model, 0), vocabulary, options)
-    examples = [example(target.model, p, o, config.aux_layers, torch.float64) for p, o in responses]
+    examples = [
+        example(target.model, payload.prompt_ids, payload.output_ids, config.aux_layers, torch.float64)
+        for payload in payloads
+    ]
     for _ in range(steps):
         trainer.step(examples)
     return unpack(pack(config, trainer.weights, vocabulary))

@@ -124,6 +124,11 @@ def results_of(outputs: Sequence[Output]) -> dict[str, RequestResult]:
     return results
 
 
+def plain_answers(target: Target, prompts: Sequence[list[int]], max_tokens: int) -> list[RequestResult]:
+    """Of each prompt by plain decoding, alone."""
+    return [alone(target, request(str(i), p, NONE, max_tokens=max_tokens)) for i, p in enumerate(prompts)]
+
+
 def alone(target: Target, wanted: EngineRequest, extra: dict[int, Proposer] | None = None) -> RequestResult:
     engine = engine_of(target, extra)
     engine.add(wanted)

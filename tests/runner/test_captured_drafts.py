@@ -17,7 +17,18 @@ from engine.speculation.neural_file import DraftFile
 from engine.speculation.proposer import HiddenReader, Proposer
 from tests.model.tape import Tape
 from tests.runner.drafts import random_draft, trained_draft
-from tests.runner.driving import MEMORY, NGRAM, NONE, alone, engine_of, memory_of, request, run, run_at_random
+from tests.runner.driving import (
+    MEMORY,
+    NGRAM,
+    NONE,
+    alone,
+    engine_of,
+    memory_of,
+    plain_answers,
+    request,
+    run,
+    run_at_random,
+)
 from tests.runner.test_exactness import prompts
 
 WILD, TRAINED, HYBRID, NEXT = 5, 6, 7, 8
@@ -26,12 +37,12 @@ LONG = 40
 
 @pytest.fixture(scope="module")
 def plain(tiny: Target) -> list[RequestResult]:
-    return [alone(tiny, request(str(i), p, NONE, max_tokens=LONG)) for i, p in enumerate(prompts(tiny, 8))]
+    return plain_answers(tiny, prompts(tiny, 8), LONG)
 
 
 @pytest.fixture(scope="module")
 def trained(tiny: Target, plain: list[RequestResult]) -> DraftFile:
-    return trained_draft(tiny, [(p.payload.prompt_ids, p.payload.output_ids) for p in plain[:5]], 80)
+    return trained_draft(tiny, plain[:5], 80)
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,19 @@ from engine.runner.profile import ROWS, profile_step_costs
 from engine.speculation.proposer import Proposer
 from engine.speculation.verify import accepted_counts, draw_tokens, sample, target_probabilities, verify_greedy
 from tests.model.tape import NotCapturable, Tape
-from tests.runner.driving import MEMORY, NGRAM, NONE, Scripted, alone, engine_of, memory_of, request, run, run_at_random
+from tests.runner.driving import (
+    MEMORY,
+    NGRAM,
+    NONE,
+    Scripted,
+    alone,
+    engine_of,
+    memory_of,
+    plain_answers,
+    request,
+    run,
+    run_at_random,
+)
 from tests.runner.test_exactness import FOOL, mixed_requests, prompts
 
 LONG = 90
@@ -31,7 +43,7 @@ LONG = 90
 @pytest.fixture(scope="module")
 def proposers(tiny: Target) -> dict[int, Proposer]:
     vocab = tiny.config.vocab_size
-    plain = [alone(tiny, request(str(i), p, NONE, max_tokens=40)) for i, p in enumerate(prompts(tiny, 6))]
+    plain = plain_answers(tiny, prompts(tiny, 6), 40)
     return {
         MEMORY: memory_of(plain),
         FOOL: Scripted(lambda tokens, k: [(tokens[-1] * 7 + i) % vocab for i in range(k)]),

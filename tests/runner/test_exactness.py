@@ -20,6 +20,7 @@ from tests.runner.driving import (
     engine_of,
     memory_of,
     oracle,
+    plain_answers,
     request,
     run,
     run_at_random,
@@ -35,7 +36,7 @@ def prompts(target: Target, count: int, seed: int = 0) -> list[list[int]]:
 
 @pytest.fixture(scope="module")
 def plain(tiny: Target) -> list[RequestResult]:
-    return [alone(tiny, request(str(i), p, NONE, max_tokens=40)) for i, p in enumerate(prompts(tiny, 12))]
+    return plain_answers(tiny, prompts(tiny, 12), 40)
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,7 @@ from engine.speculation.proposer import HiddenReader, Proposer
 from engine.speculation.step_costs import StepCosts
 from tests.model.tape import Tape
 from tests.runner.drafts import trained_draft
-from tests.runner.driving import NONE, alone, engine_of, memory_of, request, run, run_at_random
+from tests.runner.driving import NONE, alone, engine_of, memory_of, plain_answers, request, run, run_at_random
 from tests.runner.test_exactness import prompts
 
 NEURAL, HYBRID = 6, 7
@@ -32,12 +32,12 @@ LONG = 80
 
 @pytest.fixture(scope="module")
 def plain(tiny: Target) -> list[RequestResult]:
-    return [alone(tiny, request(str(i), p, NONE, max_tokens=LONG)) for i, p in enumerate(prompts(tiny, 8))]
+    return plain_answers(tiny, prompts(tiny, 8), LONG)
 
 
 @pytest.fixture(scope="module")
 def trained(tiny: Target, plain: list[RequestResult]) -> DraftFile:
-    return trained_draft(tiny, [(p.payload.prompt_ids, p.payload.output_ids) for p in plain[:5]], 80)
+    return trained_draft(tiny, plain[:5], 80)
 
 
 @pytest.fixture(scope="module")

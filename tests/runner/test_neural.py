@@ -19,7 +19,19 @@ from engine.speculation.proposer import Proposer
 from engine.speculation.replay import replay, replay_controlled
 from engine.speculation.step_costs import StepCosts
 from tests.runner.drafts import CopyPool, DreamingPool, LatePool, neural, random_draft, trained_draft
-from tests.runner.driving import MEMORY, NGRAM, NONE, Scripted, alone, engine_of, memory_of, request, run, run_at_random
+from tests.runner.driving import (
+    MEMORY,
+    NGRAM,
+    NONE,
+    Scripted,
+    alone,
+    engine_of,
+    memory_of,
+    plain_answers,
+    request,
+    run,
+    run_at_random,
+)
 from tests.runner.test_exactness import prompts
 
 WILD, TRAINED, HYBRID, FOOL = 5, 6, 7, 8
@@ -28,12 +40,12 @@ LONG = 40
 
 @pytest.fixture(scope="module")
 def plain(tiny: Target) -> list[RequestResult]:
-    return [alone(tiny, request(str(i), p, NONE, max_tokens=LONG)) for i, p in enumerate(prompts(tiny, 10))]
+    return plain_answers(tiny, prompts(tiny, 10), LONG)
 
 
 @pytest.fixture(scope="module")
 def trained(tiny: Target, plain: list[RequestResult]) -> DraftFile:
-    return trained_draft(tiny, [(p.payload.prompt_ids, p.payload.output_ids) for p in plain[:6]], 100)
+    return trained_draft(tiny, plain[:6], 100)
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,7 @@ PROMPTS = [(5, 9, 5, 9, 5, 9, 30, 31), (40, 41, 42, 40, 41), (7,) * 12]
 @pytest.fixture(scope="module")
 def policies(tiny: Target) -> dict[int, Proposer]:
     plain = [alone(tiny, request(f"p{i}", prompt)) for i, prompt in enumerate(PROMPTS)]
-    draft = trained_draft(tiny, [(r.payload.prompt_ids, r.payload.output_ids) for r in plain], steps=30)
+    draft = trained_draft(tiny, plain, steps=30)
     return {MEMORY: memory_of(plain[:1]), NEURAL: neural(draft)}
 
 

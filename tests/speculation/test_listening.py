@@ -33,10 +33,7 @@ class Class:
     def step(self, rows: list[RowControl], chance: float) -> list[int]:
         limits = self.controller.limits(rows, [4] * len(rows))
         control.learn_costs(rows, [self.pass_s / max(sum(map(bool, limits)), 1)] * len(rows), limits)
-        offers = []
-        for row, n in zip(rows, limits, strict=True):
-            offers.append(Offer(row, n, [chance] * n))
-        choice = self.controller.choose(offers)
+        choice = self.controller.choose([Offer(row, n, [chance] * n) for row, n in zip(rows, limits, strict=True)])
         learn_worth([[row] for row in rows], [0] * len(rows), choice, choice.expected, choice.pass_s)
         return limits
 

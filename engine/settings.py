@@ -73,7 +73,7 @@ class TelemetrySettings(Section):
         20_000, description="trace records that may wait for the writer; more are dropped and counted"
     )
     batch_records: PositiveInt = Field(500, description="records in one COPY")
-    batch_delay_s: PositiveFloat = Field(0.5, description="longest a record waits for its batch to fill")
+    batch_delay_s: PositiveFloat = Field(1.0, description="longest a record waits for its batch to fill")
     spill_max_bytes: PositiveInt = Field(
         2_000_000_000, description="largest spill folder; beyond it records are dropped and counted"
     )

@@ -1,7 +1,8 @@
 """Policies side by side in one engine, on the same prompts, at several concurrencies, by traffic class.
 
-Everything is interleaved: a block of prompts is served under every policy, in random order, before the next block. The
-trace memory was learned from other requests of the class. Peers are measured the same way (``peers.py``).
+Everything is interleaved: a block of prompts is served under every policy, in random order, before the next block. What
+memories and hybrids know they have learned from other requests of the class. Peers are measured the same way
+(``peers.py``).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import numpy as np
 
 from engine.bench import clients, peers, telemetry_cost
 from engine.bench.blocks import NONE, Block, Run, best_figure, rate_figures, ratio_figure, speculation_figures
+from engine.bench.learned import Learned
 from engine.bench.report import Figure, Report
 from engine.bench.workload import Ids, Responses, Workload, workloads
 from engine.contracts import ProposerKind, SamplingParams, SlipstreamError, artifact_digest
@@ -26,21 +28,19 @@ from engine.runner.engine import Engine, EngineRequest
 from engine.runner.profile import profile_step_costs
 from engine.settings import Settings
 from engine.speculation.artifact import build_artifact, load_proposer, read_artifact
-from engine.speculation.memory import MEMORY_FILE, MIN_CONFIDENCE, TraceMemoryBuilder
-from engine.speculation.neural_file import draft_files
 from engine.speculation.none import NoneProposer
 from engine.speculation.proposer import Proposer
 from engine.speculation.step_costs import StepCosts
 
 LEARN_AT = 16
-"""Requests at a time while the responses that the memory learns from are made."""
+"""Requests at a time while the responses to learn from are made."""
 
 
 @dataclass(frozen=True, slots=True)
 class Options:
     """``artifacts``: name → folder of a policy to measure beside the built-in ones. ``test``: prompts per class.
 
-    ``draft``: folder of a neural policy; its draft stands beside the memory in the policy ``hybrid``.
+    ``draft``: folder of a neural policy that the policy ``hybrid`` starts from; None: the one of the project.
     """
 
     files: tuple[Path, ...] = ()
@@ -73,10 +73,9 @@ def run(settings: Settings, options: Options, say: Say) -> Report:
     figures: list[Figure] = []
     everything: dict[int, list[Block]] = {c: [] for c in options.concurrency}
     beside_peers = options.peers and options.policies == (NONE,) and not options.artifacts
-    for workload in work:
+    for workload in work:  # all that is learned, before anything is measured
         bench.policies(workload)
-        if beside_peers:  # plain decoding is measured there
-            continue
+    for workload in [] if beside_peers else work:  # plain decoding is measured beside them
         of_class = bench.measure(workload)
         for concurrency, blocks in of_class.items():
             everything[concurrency] += blocks
@@ -120,7 +119,9 @@ class Bench:
             capture_on=graphs_on if settings.engine.cuda_graphs else no_graphs_on,
         )
         self.engine.load(0, NoneProposer())  # makes the responses that are learned from
-        self._responses = Responses(target, options.tokens, settings.dir("bench"))
+        folder = settings.dir("bench")
+        self._responses = Responses(target, options.tokens, folder)
+        self._learned = Learned(settings, target, options.draft, folder, say)
         self._versions: dict[tuple[str, str], int] = {}  # (policy, class) → version
         self._order = random.Random(options.seed)
         profile = profile_step_costs(self.engine.runner)
@@ -183,36 +184,12 @@ class Bench:
             files = build_artifact(ProposerKind.NONE, 0)
         elif name == "ngram":
             files = build_artifact(ProposerKind.NGRAM, k)
-        elif name == "memory":
-            files = self._artifact(ProposerKind.TRACE_MEMORY, k, self._memory(workload))
-        elif name == "hybrid":
-            files = self._artifact(ProposerKind.HYBRID, k, self._memory(workload) | self._draft())
+        elif name in ("memory", "hybrid"):
+            self._responses.make(self.engine, workload.learn, self.say)
+            learn = self._learned.memory if name == "memory" else self._learned.hybrid
+            files = learn(workload, self._responses.of(workload.learn), self.options.tokens)
         else:
             raise SlipstreamError(
-                f"There is no policy {name!r}; there are none, ngram, memory, hybrid with --draft, and --artifact ones."
+                f"There is no policy {name!r}; there are none, ngram, memory, hybrid, and those named by --artifact."
             )
         return load_proposer(files, artifact_digest(files), target.fingerprint, target.tokenizer_fingerprint)
-
-    def _artifact(self, kind: ProposerKind, k: int, files: Mapping[str, bytes]) -> dict[str, bytes]:
-        target = self.target
-        return build_artifact(
-            kind,
-            k,
-            settings={"min_confidence": MIN_CONFIDENCE},
-            files=files,
-            target_fingerprint=target.fingerprint,
-            tokenizer_fingerprint=target.tokenizer_fingerprint,
-        )
-
-    def _draft(self) -> dict[str, bytes]:
-        if self.options.draft is None:
-            raise SlipstreamError("The policy hybrid needs --draft FOLDER, a neural policy (policy train-static).")
-        return draft_files(read_artifact(self.options.draft))
-
-    def _memory(self, workload: Workload) -> dict[str, bytes]:
-        """A trace memory of the target's own responses to the prompts that are not tested."""
-        self._responses.make(self.engine, workload.learn, self.say)
-        builder = TraceMemoryBuilder()
-        for prompt, response in self._responses.of(workload.learn):
-            builder.add(workload.traffic_class, prompt, response)
-        return {MEMORY_FILE: builder.build(self.settings.learner.memory_max_bytes)}

@@ -7,7 +7,9 @@ import json
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from uuid import UUID
 
 from engine.bench.kept import kept_lines
 from engine.contracts import SamplingParams, SlipstreamError
@@ -15,8 +17,10 @@ from engine.demo import prompts
 from engine.model.loading import Target
 from engine.ops.supervisor import Say
 from engine.runner.engine import Engine, EngineRequest
+from engine.store.repositories.intake import TrainableTrace
 
 Ids = tuple[int, ...]
+START = datetime(2026, 1, 1, tzinfo=UTC)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +66,16 @@ def _workload(
         )
     tested, rest = pairs[:test], pairs[test : test + learn]
     return Workload(name, tuple(ids for ids, _ in rest), tuple(ids for ids, _ in tested), tuple(t for _, t in tested))
+
+
+def trace(
+    ordinal: int, traffic_class: str, position: int, prompt_ids: Ids, output_ids: Ids, max_tokens: int
+) -> TrainableTrace:
+    """What serving this response leaves for a learner, the ``ordinal``-th that it takes in; one comes every second."""
+    started = START + timedelta(seconds=ordinal)
+    return TrainableTrace(
+        ordinal, UUID(int=ordinal), started, traffic_class, position, prompt_ids, output_ids, max_tokens
+    )
 
 
 class Responses:

@@ -25,10 +25,12 @@ def serving(
     classes: Classes = "",
     policies: Annotated[str, typer.Option(help="policies, by commas")] = "none,ngram,memory",
     artifact: Annotated[list[str] | None, typer.Option(help="NAME=FOLDER of a policy artifact to measure too")] = None,
-    draft: Annotated[Path | None, typer.Option(help="folder of a neural policy, for the policy hybrid")] = None,
+    draft: Annotated[
+        Path | None, typer.Option(help="folder of a neural policy, for hybrid; else the one shipped")
+    ] = None,
     concurrency: Annotated[str, typer.Option(help="requests at a time, by commas")] = "1,4,16",
     peer: Annotated[list[str] | None, typer.Option(help="transformers, or url=http://host:port")] = None,
-    learn: Annotated[int, typer.Option(help="requests per class that the memory learns from")] = 64,
+    learn: Annotated[int, typer.Option(help="requests per class that memory and hybrid learn from")] = 64,
     tested: Annotated[int, typer.Option("--prompts", help="prompts per class to test on")] = 16,
     tokens: Annotated[int, typer.Option(help="output tokens at most")] = 128,
     longest: Annotated[int, typer.Option(help="longest prompt, tokens")] = 1024,

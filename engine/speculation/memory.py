@@ -18,11 +18,11 @@ import numpy as np
 
 from engine.contracts import ProposerKind
 from engine.speculation.acceptance import DEFAULT_CONTROL, ControlSettings
-from engine.speculation.memory_build import COLUMNS, MAX_ORDER, MIN_ORDER, POOLED, TraceMemoryBuilder, ngram_hash
+from engine.speculation.memory_build import COLUMNS, MAX_ORDER, MIN_ORDER, POOLED, ngram_hash
 from engine.speculation.ngram import ContextIndex, match_confidence
 from engine.speculation.proposer import PolicyError, read_settings
 
-__all__ = ["MEMORY_FILE", "TraceMemory", "TraceMemoryBuilder", "TraceMemoryProposer", "load"]
+__all__ = ["MEMORY_FILE", "TraceMemory", "TraceMemoryProposer", "load"]
 
 MEMORY_FILE = "memory.safetensors"
 PRIOR = 6.0

@@ -90,21 +90,6 @@ def write_memory(classes: Mapping[str, PairCounts], max_bytes: int) -> bytes:
     return data
 
 
-class TraceMemoryBuilder:
-    """``add`` responses in any order, then ``build``: each counts once. Nothing depends on order or hash seeds."""
-
-    def __init__(self, min_n: int = 2, max_n: int = 4) -> None:
-        self.min_n, self.max_n = min_n, max_n
-        self._responses: dict[str, list[tuple[Sequence[int], Sequence[int]]]] = {}
-
-    def add(self, traffic_class: str, prompt_ids: Sequence[int], output_ids: Sequence[int]) -> None:
-        self._responses.setdefault(traffic_class, []).append((prompt_ids, output_ids))
-
-    def build(self, max_bytes: int) -> bytes:
-        counted = {name: count_pairs(found, self.min_n, self.max_n) for name, found in self._responses.items()}
-        return write_memory(counted, max_bytes)
-
-
 def _summed(keys: np.ndarray, tokens: np.ndarray, counts: np.ndarray) -> PairCounts:
     if not len(keys):
         return PairCounts(keys.astype(np.uint64), tokens.astype(np.uint32), counts.astype(np.int64))

@@ -14,15 +14,18 @@ import torch
 
 from engine.bench import serving
 from engine.bench.blocks import NONE, Block, Run, best_figure, ratio_figure
+from engine.bench.learned import Learned
 from engine.bench.peers import blocks_of
 from engine.bench.serving import Options
+from engine.bench.workload import workloads
 from engine.contracts import ProposerKind, SlipstreamError
 from engine.learner.trainer import fresh_weights
 from engine.model.draft import DraftConfig
 from engine.model.loading import load_target
 from engine.settings import Settings, load_settings
 from engine.speculation.artifact import build_artifact
-from engine.speculation.neural_file import pack
+from engine.speculation.memory import MEMORY_FILE
+from engine.speculation.neural_file import draft_files, pack
 from tests.tiny_model import write_tiny_model
 
 
@@ -135,9 +138,11 @@ def test_what_cannot_be_measured_says_so(settings: Settings, prompts: Path) -> N
             )  # type: ignore[arg-type]
 
 
-def test_a_hybrid_is_memory_beside_a_given_draft(settings: Settings, prompts: Path, tmp_path: Path) -> None:
+def test_a_hybrid_is_a_memory_beside_a_draft_that_learned_from_the_same_requests(
+    settings: Settings, prompts: Path, tmp_path: Path
+) -> None:
     chosen = replace(options(prompts), policies=("none", "hybrid"), concurrency=(2,), classes=("a",))
-    with pytest.raises(SlipstreamError, match="--draft"):
+    with pytest.raises(SlipstreamError, match="--draft"):  # none is shipped for this target
         serving.run(settings, chosen, lambda _: None)
     target = load_target(str(tmp_path / "tiny"), tmp_path, dtype="float64", threads=1)
     shape = DraftConfig.of_target(target.config, 64)
@@ -146,8 +151,28 @@ def test_a_hybrid_is_memory_beside_a_given_draft(settings: Settings, prompts: Pa
     (tmp_path / "draft").mkdir()
     for name, data in policy.items():
         (tmp_path / "draft" / name).write_bytes(data)
-    report = serving.run(settings, replace(chosen, draft=tmp_path / "draft"), lambda _: None)
+    chosen = replace(chosen, draft=tmp_path / "draft")
+    lines: list[str] = []
+    report = serving.run(settings, chosen, lines.append)
     assert "acceptance_length:hybrid:a" in {figure.name for figure in report.figures}
+    assert "tuning the draft of a on 16 responses" in lines
+
+    def hybrid(tune_requests: int) -> dict[str, bytes]:
+        own = settings.model_copy(
+            update={"learner": settings.learner.model_copy(update={"tune_requests": tune_requests})}
+        )
+        work = workloads(target, chosen.files, ("a",), chosen.learn, chosen.test, chosen.longest, chosen.seed)[0]
+        learned = Learned(own, target, chosen.draft, own.dir("bench"), lines.append)
+        return learned.hybrid(work, [(ids, (1, 2, 3, 4)) for ids in work.learn], chosen.tokens)
+
+    lines.clear()
+    serving.run(settings, chosen, lines.append)
+    assert not any(line.startswith("tuning") for line in lines)  # it was kept
+    tuned, again, untuned = hybrid(96), hybrid(96), hybrid(0)
+    assert sum(line.startswith("tuning") for line in lines) == 2  # not these responses, and not by this recipe
+    assert tuned == again
+    assert draft_files(untuned) == files != draft_files(tuned)
+    assert untuned[MEMORY_FILE] == tuned[MEMORY_FILE]
 
 
 def test_blocks_against_a_peer_are_full_and_enough() -> None:

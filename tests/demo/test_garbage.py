@@ -7,8 +7,9 @@ import numpy as np
 from engine.contracts import ProposerKind, artifact_digest
 from engine.demo.garbage import spoil
 from engine.speculation.artifact import build_artifact, load_proposer
-from engine.speculation.memory import MEMORY_FILE, TraceMemoryBuilder
+from engine.speculation.memory import MEMORY_FILE
 from engine.speculation.replay import replay
+from tests.trace_memory import TraceMemoryBuilder
 
 
 def test_a_spoiled_memory_drafts_as_much_and_hits_next_to_nothing() -> None:

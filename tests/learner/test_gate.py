@@ -18,11 +18,12 @@ from engine.learner.traces import MAX_HELD_OUT, ServedTarget
 from engine.settings import LearnerSettings
 from engine.speculation.artifact import build_artifact, load_proposer
 from engine.speculation.control import KController
-from engine.speculation.memory import MEMORY_FILE, TraceMemoryBuilder
+from engine.speculation.memory import MEMORY_FILE
 from engine.speculation.ngram import NgramProposer
 from engine.speculation.none import NoneProposer
 from engine.speculation.proposer import Proposer
 from engine.store.repositories.intake import TrainableTrace
+from tests.trace_memory import TraceMemoryBuilder
 
 COSTS = {1: 30.0, 3: 36.0, 5: 44.0, 8: 60.0}
 TARGET = ServedTarget("tiny", "f" * 64, "t" * 64, COSTS)

@@ -10,10 +10,11 @@ from engine.contracts import ProposerKind, SamplingParams
 from engine.model.loading import Target
 from engine.runner.engine import Engine, EngineRequest, Output, RequestResult
 from engine.speculation.acceptance import DEFAULT_CONTROL, ControlSettings
-from engine.speculation.memory import TraceMemory, TraceMemoryBuilder, TraceMemoryProposer
+from engine.speculation.memory import TraceMemory, TraceMemoryProposer
 from engine.speculation.ngram import NgramProposer
 from engine.speculation.none import NoneProposer
 from engine.speculation.proposer import Proposer
+from tests.trace_memory import TraceMemoryBuilder
 
 NONE, NGRAM, MEMORY = 1, 2, 3
 

@@ -6,9 +6,10 @@ from engine.contracts import CANARY, CONTROL, Arm, ProposerKind, ServingPlan
 from engine.registry.artifacts import ArtifactStore
 from engine.registry.publish import publish
 from engine.speculation.artifact import build_artifact
-from engine.speculation.memory import MEMORY_FILE, TraceMemoryBuilder
+from engine.speculation.memory import MEMORY_FILE
 from engine.store.repositories import plans
 from tests.server.conftest import Served
+from tests.trace_memory import TraceMemoryBuilder
 
 
 def memory_version(served: Served, text: str) -> int:

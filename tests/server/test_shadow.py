@@ -22,12 +22,13 @@ from engine.rollout.launch import launch
 from engine.rollout.replay import replay
 from engine.server import shadow as server_shadow
 from engine.speculation.artifact import build_artifact
-from engine.speculation.memory import MEMORY_FILE, TraceMemoryBuilder, TraceMemoryDrafter
+from engine.speculation.memory import MEMORY_FILE, TraceMemoryDrafter
 from engine.store.models import ShadowRequestRow, TraceRow
 from engine.store.repositories import plans, rollouts
 from engine.store.repositories.rollouts import Rollout
 from tests.server.conftest import Served, Start
 from tests.telemetry.records import record
+from tests.trace_memory import TraceMemoryBuilder
 from tests.waiting import until
 
 WANTED = 30

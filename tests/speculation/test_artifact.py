@@ -8,8 +8,9 @@ import pytest
 from engine.contracts import ProposerKind, artifact_digest
 from engine.speculation.acceptance import ControlSettings
 from engine.speculation.artifact import MANIFEST, build_artifact, load_proposer, read_manifest
-from engine.speculation.memory import MEMORY_FILE, TraceMemoryBuilder
+from engine.speculation.memory import MEMORY_FILE
 from engine.speculation.proposer import PolicyError, loaders
+from tests.trace_memory import TraceMemoryBuilder
 
 
 def memory_artifact(**changes: object) -> dict[str, bytes]:

@@ -9,8 +9,9 @@ from safetensors.numpy import load as load_arrays
 from safetensors.numpy import save
 
 from engine.contracts import SlipstreamError
-from engine.speculation.memory import MEMORY_FILE, Lookup, TraceMemory, TraceMemoryBuilder, TraceMemoryProposer, load
+from engine.speculation.memory import MEMORY_FILE, Lookup, TraceMemory, TraceMemoryProposer, load
 from engine.speculation.memory_build import _hash_columns, ngram_hash
+from tests.trace_memory import TraceMemoryBuilder
 
 
 def built(*responses: tuple[str, list[int], list[int]], max_bytes: int = 100_000) -> bytes:

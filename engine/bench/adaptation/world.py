@@ -5,11 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime, timedelta
-from uuid import UUID
 
 from engine.bench.adaptation.drafts import Charged, KeptRehearsals
 from engine.bench.adaptation.streams import Response
+from engine.bench.workload import trace
 from engine.contracts import artifact_digest
 from engine.learner import gate
 from engine.learner.neural import TuneRecipe, tune
@@ -22,7 +21,6 @@ from engine.speculation.neural_file import unpack
 from engine.speculation.proposer import Proposer
 from engine.store.repositories.intake import TrainableTrace
 
-START = datetime(2026, 1, 1, tzinfo=UTC)
 OVERSHOT_REQUESTS = 16
 """Requests on which a draft is spoiled where arms tune none."""
 
@@ -97,14 +95,12 @@ class Traffic:
         place = (response.traffic_class, held)
         self.positions[place] = self.positions.get(place, 0) + 1
         self.ordinal += 1
-        trace = TrainableTrace(
+        made = trace(
             self.ordinal,
-            UUID(int=self.ordinal),
-            START + timedelta(seconds=self.ordinal),
             response.traffic_class,
             self.positions[place],
             response.prompt_ids,
             response.output_ids,
             max_tokens,
         )
-        (self.held_out if held else self.train).append(trace)
+        (self.held_out if held else self.train).append(made)

@@ -168,14 +168,11 @@ class TraceMemoryDrafter:
 
     def _next(self, window: Sequence[int]) -> tuple[int, float] | None:
         """(token, confidence): back off from the longest n-gram until the context or a table knows it."""
-        for n in range(min(self.index.max_n, len(window)), self.index.min_n - 1, -1):
-            tail = tuple(window[-n:])
-            token = self.index.next_after(tail)
-            if token is not None:
-                return token, match_confidence(n, self.index.max_n)
-            if (found := self.lookup.next_after(tail)) is not None:
+        own, token = self.index.longest_match(window)
+        for n in range(min(self.index.max_n, len(window)), max(own, self.index.min_n - 1), -1):
+            if (found := self.lookup.next_after(tuple(window[-n:]))) is not None:
                 return found
-        return None
+        return (token, match_confidence(own, self.index.max_n)) if own else None
 
     def observe(self, tokens: Sequence[int]) -> None:
         self.index.extend(tokens)

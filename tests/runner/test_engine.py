@@ -7,7 +7,7 @@ import pytest
 from engine.contracts import FinishReason, SlipstreamError, Status, VerifyStep
 from engine.model.loading import Target
 from engine.runner.engine import InvalidRequest, PolicyNotResident
-from engine.runner.profile import profile_step_costs
+from engine.runner.profile import profile_step_costs, rising
 from engine.scheduler.errors import QueueFull, RequestTooLong
 from engine.speculation.ngram import NgramProposer
 from engine.speculation.replay import replay
@@ -292,6 +292,11 @@ def test_the_profile_of_a_slow_target_ends_in_time(tiny: Target) -> None:
     assert list(profile_step_costs(runner, rows, context=16, budget_s=0.0)) == [1, 4], (
         "one count would say rows are free"
     )
+
+
+def test_a_profile_never_falls() -> None:
+    """K control took twelve rows for cheaper than eight when something else ran during those of eight."""
+    assert rising({1: 5.0, 8: 11.0, 12: 9.0, 16: 12.0}) == {1: 5.0, 8: 10.0, 12: 10.0, 16: 12.0}
 
 
 class Unreadable:

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import random
+
 import pytest
 
 from engine.contracts import SlipstreamError
-from engine.speculation.ngram import ContextIndex, NgramProposer, load
+from engine.speculation.ngram import MOST_PLACES, ContextIndex, NgramProposer, load
 from engine.speculation.none import NoneProposer
 
 
@@ -29,9 +31,27 @@ def test_nothing_is_drafted_without_a_match_and_observing_makes_one() -> None:
     assert drafter.propose(4) == [3, 1, 2, 3]
 
 
-def test_index_costs_one_entry_per_n_and_token() -> None:
-    index = ContextIndex(range(100), 2, 4)
-    assert len(index.follows) == 98 + 97 + 96
+def test_the_longest_match_is_the_one_that_a_search_of_everything_finds() -> None:
+    rng = random.Random(0)
+    for _ in range(300):
+        tokens = [rng.randrange(rng.choice((2, 3, 8))) for _ in range(rng.randrange(MOST_PLACES))]
+        min_n, after = rng.choice((1, 2)), [rng.randrange(3) for _ in range(rng.randrange(3))]
+        max_n = min_n + rng.randrange(4)
+        window = [*tokens[-max_n:], *after][-max_n:]
+
+        def follows(n: int) -> list[int]:
+            return [tokens[at] for at in range(n, len(tokens)) if tokens[at - n : at] == window[-n:]]  # noqa: B023
+
+        found = [(n, follows(n)[-1]) for n in range(min(max_n, len(window)), min_n - 1, -1) if follows(n)]
+        assert ContextIndex(tokens, min_n, max_n).longest_match(window) == (found[0] if found else (0, 0))
+
+
+def test_a_token_costs_one_entry_and_a_common_one_no_long_search() -> None:
+    index = ContextIndex(range(100), 1, 4)
+    assert sum(map(len, index.behind.values())) == 99
+    tokens = [7, 1, 5, *[0, 1] * MOST_PLACES, 7, 1]
+    assert ContextIndex(tokens, 1, 4).longest_match([7, 1]) == (1, 7), "the only match of two lies too far back"
+    assert ContextIndex(tokens[:3] + tokens[5:], 1, 4).longest_match([7, 1]) == (2, 5)
 
 
 def test_none_never_drafts() -> None:

@@ -9,9 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
-from scipy.optimize import isotonic_regression
 
 from engine.bench.adaptation.arms import offline
 from engine.bench.adaptation.drafts import KeptRehearsals, beside_own_context, rehearsal_token_s
@@ -139,16 +137,10 @@ def _neural(
 
 
 def _costs(engine: Engine, busy: bool) -> dict[int, float]:
-    """Rows → milliseconds; ``busy``: of CPU time, which neighbours that take turns do not lengthen.
-
-    A pass cannot get cheaper by more rows: where neighbours' noise says so, they are averaged (isotonic regression), or
-    K control would be steered by that noise.
-    """
+    """Rows → milliseconds; ``busy``: of CPU time, which neighbours that take turns do not lengthen."""
     if busy:
         engine.runner.clock = time.thread_time
-    found = profile_step_costs(engine.runner, repeats=PROFILED)
-    smooth = isotonic_regression(np.array([found[rows] for rows in sorted(found)])).x
-    return dict(zip(sorted(found), smooth.tolist(), strict=True))
+    return profile_step_costs(engine.runner, repeats=PROFILED)
 
 
 def _prompts(target: Target, options: Options) -> dict[str, list[Ids]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from statistics import median
 
 import torch
 
@@ -25,11 +24,11 @@ CONTEXT = 128
 def profile_step_costs(
     runner: Runner, rows: Sequence[int] = ROWS, context: int = CONTEXT, repeats: int = 4, budget_s: float = 10.0
 ) -> dict[int, float]:
-    """Rows in one target pass (tokens of one sequence after ``context`` others) → median milliseconds, none falling.
+    """Rows in one target pass (tokens of one sequence after ``context`` others) → milliseconds, never fewer for more.
 
-    No pass begins after ``budget_s`` but those of the first ``LEAST`` row counts; what there was no time or is no room
-    for is left out, and a count that there was time for only once is worth that one pass. Running requests are not
-    disturbed.
+    The least of ``repeats``: what else a machine does makes a pass longer, and only the shape decides anything. No pass
+    begins after ``budget_s`` but those of the first ``LEAST`` row counts; what there was no time or is no room for is
+    left out, and a count that there was time for only once is worth that one pass. Running requests are not disturbed.
     """
     rows = [count for count in rows if count <= runner.target_pass.most_rows]
     one_pass = runner.target_pass.trial(context, max(rows))
@@ -51,7 +50,7 @@ def profile_step_costs(
         if runner.clock() >= deadline:
             break
         times[count].append(seconds(count))
-    return rising({count: median(times[count] or [first[count]]) * 1e3 for count in sorted(first)})
+    return rising({count: min(times[count] or [first[count]]) * 1e3 for count in sorted(first)})
 
 
 def rising(costs: Mapping[int, float]) -> dict[int, float]:

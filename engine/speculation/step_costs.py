@@ -11,14 +11,16 @@ DRIFT = 0.1
 LEARN = 0.02
 """Weight of one pass in the estimate of its own row count, relative to that."""
 SURPRISE = 0.5
-"""A pass counts as at most this much off (natural log): one that was interrupted must not teach much."""
+"""A pass counts as at most this much off: one that was interrupted must not teach much."""
 
 
 class StepCosts:
     """Seconds of a pass by rows. Calling it interpolates between the profiled counts and goes on straight beyond them.
 
     Two things move apart: the speed of the machine, which scales every count alike and so changes no decision, and the
-    shape, which is what decides. Each pass corrects the first quickly and the two nearest profiled counts slowly.
+    shape, which is what decides. Each pass corrects the first quickly and the two nearest profiled counts slowly,
+    towards the mean of such passes: by their logarithms long ones would count for less than they take, and a pass with
+    drafted rows that takes its mean would seem late.
     """
 
     def __init__(self, profile: Mapping[int, float]) -> None:
@@ -36,12 +38,12 @@ class StepCosts:
         """A pass over ``rows`` tokens took ``seconds``."""
         if seconds <= 0:
             return
-        off = math.log(seconds / self(rows))
-        self._drift += DRIFT * _clip(off)
+        off = _clip(seconds / self(rows) - 1)
+        self._drift += DRIFT * off
         at = min(max(bisect_right(self.rows, rows) - 1, 0), max(len(self.rows) - 2, 0))
         left, right = self.rows[at], self.rows[min(at + 1, len(self.rows) - 1)]
         share = min(max((rows - left) / (right - left), 0.0), 1.0) if right > left else 0.0
-        rest = LEARN * _clip(off)
+        rest = LEARN * off
         self._shape[at] += (1 - share) * rest
         if right > left:
             self._shape[at + 1] += share * rest

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 import resource
@@ -200,7 +201,10 @@ class ServerThread:
 
 def serve(settings: Settings) -> None:
     """Run one replica in this process until it is told to stop."""
-    EngineServer(settings).run()
+    server = EngineServer(settings)
+    gc.collect()
+    gc.freeze()  # the model and the libraries are never garbage; looking through them stops the engine for .2 s
+    server.run()
 
 
 def _listen(host: str, port: int) -> socket.socket:

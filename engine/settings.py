@@ -115,7 +115,9 @@ class LearnerSettings(Section):
         0.02, ge=0, description="a class may lose this share of accepted tokens per step at most"
     )
     poll_s: PositiveFloat = Field(2.0, description="how often it looks for new traces, seconds")
-    duty_cycle: float = Field(0.25, gt=0, le=1, description="largest share of the time that attempts may take")
+    duty_cycle: float = Field(
+        0.1, gt=0, le=1, description="largest share of one core that learning may take; of two, a tenth is 5 %"
+    )
     price_per_hour: float | None = Field(
         None, ge=0, description="what an hour of the serving machine costs; with it, learning is accounted in money"
     )

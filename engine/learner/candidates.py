@@ -48,7 +48,7 @@ class MemoryMaker:
         alive: Callable[[], None] = lambda: None,
     ) -> dict[str, bytes]:
         parent = champion.digest if champion is not None else None
-        return build_memory(train, target, self._settings, parent, self._learner)
+        return build_memory(train, target, self._settings, parent, self._learner, alive)
 
 
 def maker(settings: Settings, db: Database, store: ArtifactStore) -> CandidateMaker:

@@ -21,6 +21,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from engine.contracts import PolicyVersion, SlipstreamError, SpecCounts, artifact_digest
 from engine.learner import candidates, gate, traces
 from engine.learner.lease import LearnerLease
+from engine.learner.pace import Pace
 from engine.learner.traces import NoTarget, ServedTarget, TraceBuffer
 from engine.registry.artifacts import ArtifactStore
 from engine.registry.publish import publish
@@ -43,7 +44,7 @@ def run(settings: Settings, db: Database, stop: threading.Event, clock: Clock = 
     """Learn until ``stop`` is set, at low priority unless that is not wanted: serving comes first."""
     if settings.yielding:
         os.nice(NICENESS - os.nice(0))
-    learner = Learner(settings, db, ArtifactStore(settings.dir("policies")), clock)
+    learner = Learner(settings, db, ArtifactStore(settings.dir("policies")), clock, pause=stop.wait)
     learner.store.sweep()
     while not stop.is_set():
         try:
@@ -93,10 +94,18 @@ class Meter:
 class Learner:
     """What it keeps in memory only saves work: counted blocks and the tokens of the buffer."""
 
-    def __init__(self, settings: Settings, db: Database, store: ArtifactStore, clock: Clock, seed: int = 0) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        db: Database,
+        store: ArtifactStore,
+        clock: Clock,
+        seed: int = 0,
+        pause: Callable[[float], object] = time.sleep,
+    ) -> None:
         self.settings, self.db, self.store, self.clock = settings, db, store, clock
         self.rng = np.random.default_rng(seed)
-        self.lease = LearnerLease(db, clock)
+        self.lease, self._pace = LearnerLease(db, clock), Pace(settings.learner.duty_cycle, pause)
         self._buffer = TraceBuffer(settings.learner.window_requests)
         self._maker = candidates.maker(settings, db, store)
 
@@ -141,6 +150,7 @@ class Learner:
 
     def _attempt(self, situation: Situation, now: datetime, began: float) -> Attempt:
         meter = Meter()
+        self._pace.begin()
         attempt = Attempt(
             started_at=now,
             finished_at=now,
@@ -185,7 +195,7 @@ class Learner:
     ) -> Attempt:
         target, champion, wanted = situation.target, situation.champion, self.settings.learner
         with meter.part("learn"):
-            files = self._maker.make(situation.train, target, champion, self.lease.keep)
+            files = self._maker.make(situation.train, target, champion, self._between)
         self.lease.keep()
         with self.db.read() as session:
             known = policies.by_digest(session, artifact_digest(files))
@@ -232,11 +242,16 @@ class Learner:
             return replace(attempt, outcome=REFUSED, reason=str(error))
         return done
 
+    def _between(self) -> None:
+        """Between the pieces of an attempt."""
+        self.lease.keep()
+        self._pace.rest(self.lease.keep)
+
     def _replayed(
         self, proposer: Proposer, trace: TrainableTrace, controller: KController | None
     ) -> tuple[SpecCounts, float]:
-        """The gate's replay, by the maker's own means where it has any; the lease is kept meanwhile."""
-        self.lease.keep()
+        """The gate's replay, by the maker's own means where it has any."""
+        self._between()
         return (self._maker.replayer or gate.stored)(proposer, trace, controller)
 
     def _discard(self, digest: str) -> None:
@@ -261,9 +276,8 @@ def _check_still_allowed(session: WriteSession, train: Sequence[TrainableTrace],
 
 
 def _rested(last: Attempt, duty_cycle: float) -> datetime:
-    """When the next attempt may begin, so that attempts take no more than this share of the time."""
-    took = (last.finished_at - last.started_at).total_seconds()
-    return last.finished_at + timedelta(seconds=took * (1.0 / duty_cycle - 1.0))
+    """When the next attempt may begin, so that attempts take no more than this share of a processor."""
+    return max(last.finished_at, last.started_at + timedelta(seconds=last.cpu_s / duty_cycle))
 
 
 def build_candidate(settings: Settings, db: Database, now: datetime | None = None) -> dict[str, bytes]:

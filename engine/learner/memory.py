@@ -9,7 +9,7 @@ is in whole numbers, so the same traces give the same bytes, however they came i
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC
 from importlib.metadata import version
@@ -56,17 +56,28 @@ class MemoryLearner:
         self._blocks: dict[tuple[str, int], tuple[tuple[int, ...], PairCounts]] = {}
         self._classes: dict[str, tuple[tuple[object, ...], PairCounts]] = {}
 
-    def learn(self, train: Sequence[TrainableTrace], recipe: MemoryRecipe) -> bytes:
-        """The memory file of these traces."""
+    def learn(
+        self, train: Sequence[TrainableTrace], recipe: MemoryRecipe, alive: Callable[[], None] = lambda: None
+    ) -> bytes:
+        """The memory file of these traces. ``alive`` is called between parts of what takes long."""
         if recipe != self._recipe:
             self._recipe, self._blocks, self._classes = recipe, {}, {}
         members: dict[tuple[str, int], list[TrainableTrace]] = {}
         for trace in train:
             members.setdefault((trace.traffic_class, trace.position // recipe.block), []).append(trace)
-        self._blocks = {place: self._block(place, found, recipe) for place, found in members.items()}
-        self._classes = {name: self._class(name, recipe) for name in sorted({name for name, _ in members})}
+        blocks: dict[tuple[str, int], tuple[tuple[int, ...], PairCounts]] = {}
+        classes: dict[str, tuple[tuple[object, ...], PairCounts]] = {}
+        for place, found in members.items():
+            blocks[place] = self._block(place, found, recipe)
+            alive()
+        self._blocks = blocks
+        for name in sorted({name for name, _ in members}):
+            classes[name] = self._class(name, recipe)
+            alive()
+        self._classes = classes
         tables = {name: pairs for name, (_, pairs) in self._classes.items()}
         pooled = add_up([(pairs, 1) for pairs in tables.values()])
+        alive()
         return write_memory({**tables, POOLED: pooled}, recipe.max_bytes)
 
     def _block(
@@ -94,6 +105,7 @@ def build_memory(
     settings: LearnerSettings,
     parent: str | None = None,
     learner: MemoryLearner | None = None,
+    alive: Callable[[], None] = lambda: None,
 ) -> dict[str, bytes]:
     """The files of a trace-memory policy. The same traces give the same bytes, whenever and wherever.
 
@@ -106,7 +118,7 @@ def build_memory(
         ProposerKind.TRACE_MEMORY,
         settings.num_speculative_tokens,
         settings=memory_settings(recipe),
-        files={MEMORY_FILE: (learner or MemoryLearner()).learn(train, recipe)},
+        files={MEMORY_FILE: (learner or MemoryLearner()).learn(train, recipe, alive)},
         target_fingerprint=target.fingerprint,
         tokenizer_fingerprint=target.tokenizer_fingerprint,
         parent=parent,

@@ -93,7 +93,7 @@ class HybridMaker:
         tuned, curve = tune(model, self._draft(digest, target), train, self.recipe, alive)
         lineage = {"draft": digest, "tuning": asdict(self.recipe), "curve": curve}
         before = champion.digest if champion is not None else None
-        return build_hybrid(train, target, self.settings.learner, tuned, lineage, before, self._memory)
+        return build_hybrid(train, target, self.settings.learner, tuned, lineage, before, self._memory, alive)
 
     def rebuild(self, train: Sequence[TrainableTrace], manifest: Mapping[str, Any]) -> dict[str, bytes]:
         """The files that a hybrid's manifest describes, from its traces and the version whose draft was tuned.
@@ -168,6 +168,7 @@ def build_hybrid(
     lineage: Mapping[str, Any],
     parent: str | None = None,
     learner: MemoryLearner | None = None,
+    alive: Callable[[], None] = lambda: None,
 ) -> dict[str, bytes]:
     """The files of a hybrid: a memory of ``train`` beside the files of ``draft``, whose making ``lineage`` tells."""
     recipe = MemoryRecipe.of(settings)
@@ -175,7 +176,7 @@ def build_hybrid(
         ProposerKind.HYBRID,
         settings.num_speculative_tokens,
         settings=memory_settings(recipe),
-        files={MEMORY_FILE: (learner or MemoryLearner()).learn(train, recipe), **draft},
+        files={MEMORY_FILE: (learner or MemoryLearner()).learn(train, recipe, alive), **draft},
         target_fingerprint=target.fingerprint,
         tokenizer_fingerprint=target.tokenizer_fingerprint,
         parent=parent,

@@ -38,7 +38,7 @@ class World:
     """An installation whose champion is the n-gram policy, with a clock and traffic of phrases."""
 
     def __init__(self, db: Database, home: Path) -> None:
-        wanted = LearnerSettings(every_requests=40, min_requests=60)
+        wanted = LearnerSettings(every_requests=40, min_requests=60, duty_cycle=1.0)
         self.settings = Settings(home=home, learner=wanted)
         self.db, self.store, self.now = db, ArtifactStore(self.settings.dir("policies")), NOW
         self.rng = np.random.default_rng(0)
@@ -157,7 +157,7 @@ def test_traces_of_another_model_do_not_teach(w: World) -> None:
 
 
 def test_the_first_attempt_waits_for_min_requests_only(w: World) -> None:
-    few = LearnerSettings(every_requests=500, min_requests=60)
+    few = LearnerSettings(every_requests=500, min_requests=60, duty_cycle=1.0)
     w.learner = Learner(w.settings.model_copy(update={"learner": few}), w.db, w.store, lambda: w.now)
     w.serve(59)
     assert w.learner.attempt_if_due() is None
@@ -166,11 +166,24 @@ def test_the_first_attempt_waits_for_min_requests_only(w: World) -> None:
 
 
 def test_attempts_take_no_more_than_their_share_of_the_time(w: World) -> None:
-    """An attempt of 60 s at a duty cycle of one quarter: the next one begins 180 s after its end."""
+    """Processor time counts: who waits for a processor has not had it."""
     began = datetime(2026, 1, 1, tzinfo=UTC)
-    last = Attempt(began, began + timedelta(seconds=60), "refused", "", 0, 0, {}, 1.0)
-    assert module._rested(last, 0.25) == began + timedelta(seconds=240)
-    assert module._rested(last, 1.0) == last.finished_at
+    last = Attempt(began, began + timedelta(seconds=60), "refused", "", 0, 0, {}, 20.0)
+    assert module._rested(last, 0.25) == began + timedelta(seconds=80)
+    assert module._rested(last, 0.5) == module._rested(last, 1.0) == last.finished_at
+
+
+def test_an_attempt_rests_all_along(w: World) -> None:
+    """The planted fault: rests only between attempts, and whoever is served meanwhile shares a processor."""
+    rests = list[float]()
+    wanted = w.settings.learner.model_copy(update={"duty_cycle": 0.1})
+    settings = w.settings.model_copy(update={"learner": wanted})
+    w.learner = Learner(settings, w.db, w.store, lambda: w.now, pause=rests.append)
+    w.serve(100)
+    attempt = w.learner.attempt_if_due()
+    assert attempt is not None
+    assert sum(rests) > 0.5 * 9 * (attempt.learn_cpu_s + attempt.gate_cpu_s)
+    assert len(rests) > 5
 
 
 def test_only_one_learner_works_at_a_time(w: World) -> None:

@@ -54,10 +54,12 @@ class TraceWriter:
         self._database, self._spill, self._settings = database, spill, settings
         self._clock, self._now = clock, now
         self._queue: queue.Queue[TraceRecord] = queue.Queue(settings.queue_records)
+        self._batch = min(settings.batch_records, settings.queue_records)
         self._writer_id, self._seq = uuid4(), 0
         self._retry_at = 0.0
         self._known_days: set[date] = set()
         self._stop = threading.Event()
+        self._full = threading.Event()  # a batch, or the end: not to be waited any longer
         self._idle = threading.Condition()
         self._pending = 0  # records taken from callers and neither written, spilled nor dropped
         self._stats: dict[str, Any] = {
@@ -77,6 +79,8 @@ class TraceWriter:
                 self._stats["dropped"] += 1
             else:
                 self._pending += 1
+                if self._queue.qsize() >= self._batch:
+                    self._full.set()
 
     def flush(self, timeout_s: float) -> bool:
         """Wait until every record is in Postgres, the spilled ones too; False when that took too long."""
@@ -86,6 +90,7 @@ class TraceWriter:
     def close(self) -> None:
         """Write what is queued, or spill it where the database is away; then end."""
         self._stop.set()
+        self._full.set()
         self._thread.join()
 
     def stats(self) -> dict[str, Any]:
@@ -117,15 +122,16 @@ class TraceWriter:
                 self._idle.notify_all()
 
     def _take(self) -> list[TraceRecord]:
-        """The records of the next ``batch_delay_s``, or a full batch sooner; none waits longer in the queue."""
-        records: list[TraceRecord] = []
-        deadline = self._clock() + self._settings.batch_delay_s
-        while len(records) < self._settings.batch_records:
-            left = 0.0 if self._stop.is_set() else deadline - self._clock()
-            try:
-                records.append(self._queue.get(timeout=left) if left > 0 else self._queue.get_nowait())
-            except queue.Empty:
-                break
+        """The records of the next ``batch_delay_s``, or a full batch sooner; none waits longer in the queue.
+
+        The thread sleeps meanwhile. Woken for each record it would take a processor from a pass as often.
+        """
+        if not self._stop.is_set():
+            self._full.wait(self._settings.batch_delay_s)
+            self._full.clear()  # before looking: who fills the queue from here on sets it again
+        records = [self._queue.get_nowait() for _ in range(min(self._queue.qsize(), self._batch))]  # none but it takes
+        if self._queue.qsize() >= self._batch:
+            self._full.set()
         return records
 
     def _handle(self, batch: Batch) -> None:

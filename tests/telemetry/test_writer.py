@@ -268,6 +268,21 @@ def test_a_full_queue_drops_and_counts(db: Database, tmp_path: Path) -> None:
     assert small.stats()["queue"] == 5
 
 
+@pytest.mark.parametrize("room", [{"batch_records": 4}, {"queue_records": 4}])
+def test_a_full_batch_and_the_end_are_not_waited_for(db: Database, tmp_path: Path, room: dict[str, int]) -> None:
+    """With an hour to wait: a batch that nobody was woken for would keep ``flush`` until it gives up."""
+    made = TraceWriter(db, Spill(tmp_path, 10**8), TelemetrySettings(batch_delay_s=3_600.0, **room))
+    records = [record(n) for n in range(10)]
+    made.start()
+    for at in (0, 4):
+        fill(made, records[at : at + 4])
+        assert made.flush(20)
+    fill(made, records[8:])
+    assert made.stats()["written"] == 8
+    made.close()
+    assert_stored_once(db, records)
+
+
 def test_a_full_spill_folder_drops_and_counts(db: Database, tmp_path: Path, outage: Outage) -> None:
     outage.mode = "down"
     tight = TraceWriter(db, Spill(tmp_path, 100), SETTINGS, clock=Clock())

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -55,7 +56,7 @@ class Learned:
         if key in known and self._drafts.is_sound(known[key]):
             return self._drafts.files(known[key])
         self._say(f"tuning the draft of {workload.traffic_class} on {len(learned)} responses")
-        files, _ = tune(self._teacher().model, unpack(start), learned, recipe)
+        files, _ = tune(self._teacher.model, unpack(start), learned, recipe)
         digest = self._drafts.put(files)
         with self._tuned.open("a") as file:
             file.write(json.dumps([key, digest]) + "\n")
@@ -70,6 +71,7 @@ class Learned:
             )
         return draft_files(policy)
 
+    @cached_property
     def _teacher(self) -> Target:
         """The target as a learner loads it, whatever serving multiplies in."""
         if self._target.model.dtype in (torch.float32, torch.float64):

@@ -73,9 +73,10 @@ def run(settings: Settings, options: Options, say: Say) -> Report:
     figures: list[Figure] = []
     everything: dict[int, list[Block]] = {c: [] for c in options.concurrency}
     beside_peers = options.peers and options.policies == (NONE,) and not options.artifacts
+    alone = () if beside_peers else work  # plain decoding is measured beside its peers
     for workload in work:  # all that is learned, before anything is measured
         bench.policies(workload)
-    for workload in [] if beside_peers else work:  # plain decoding is measured beside them
+    for workload in alone:
         of_class = bench.measure(workload)
         for concurrency, blocks in of_class.items():
             everything[concurrency] += blocks

@@ -89,8 +89,11 @@ def _log() -> None:
 
 
 def _stop_on_signal() -> threading.Event:
-    """An event that SIGTERM and Ctrl-C set."""
+    """An event that SIGTERM and Ctrl-C set.
+
+    By a thread of its own: a handler runs within what it interrupts, and ``set`` takes the lock that ``wait`` may hold.
+    """
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
+        signal.signal(number, lambda *_: threading.Thread(target=stop.set).start())
     return stop

@@ -21,7 +21,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from engine.contracts import PolicyVersion, SlipstreamError, SpecCounts, artifact_digest
 from engine.learner import candidates, gate, traces
 from engine.learner.lease import LearnerLease
-from engine.learner.pace import Pace
+from engine.learner.pace import Pace, Stopped
 from engine.learner.traces import NoTarget, ServedTarget, TraceBuffer
 from engine.registry.artifacts import ArtifactStore
 from engine.registry.publish import publish
@@ -44,11 +44,13 @@ def run(settings: Settings, db: Database, stop: threading.Event, clock: Clock = 
     """Learn until ``stop`` is set, at low priority unless that is not wanted: serving comes first."""
     if settings.yielding:
         os.nice(NICENESS - os.nice(0))
-    learner = Learner(settings, db, ArtifactStore(settings.dir("policies")), clock, pause=stop.wait)
+    learner = Learner(settings, db, ArtifactStore(settings.dir("policies")), clock, is_stopping=stop.is_set)
     learner.store.sweep()
     while not stop.is_set():
         try:
             learner.attempt_if_due()
+        except Stopped as stopped:
+            log.info("%s", stopped)
         except (SlipstreamError, SQLAlchemyError) as error:
             log.error("%s", error)
         except Exception:
@@ -101,11 +103,13 @@ class Learner:
         store: ArtifactStore,
         clock: Clock,
         seed: int = 0,
-        pause: Callable[[float], object] = time.sleep,
+        pause: Callable[[float], None] = time.sleep,
+        is_stopping: Callable[[], bool] = lambda: False,
     ) -> None:
         self.settings, self.db, self.store, self.clock = settings, db, store, clock
         self.rng = np.random.default_rng(seed)
-        self.lease, self._pace = LearnerLease(db, clock), Pace(settings.learner.duty_cycle, pause)
+        self.lease = LearnerLease(db, clock)
+        self._pace = Pace(settings.learner.duty_cycle, pause, is_stopping=is_stopping)
         self._buffer = TraceBuffer(settings.learner.window_requests)
         self._maker = candidates.maker(settings, db, store)
 
@@ -178,7 +182,7 @@ class Learner:
 
         try:
             attempt = self._learn(situation, attempt, meter, record)
-        except leases.LeaseLost:
+        except (leases.LeaseLost, Stopped):
             raise
         except Exception as error:
             # Whatever went wrong is an outcome: it is kept, and the next traffic gets its chance.

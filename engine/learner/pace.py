@@ -1,7 +1,8 @@
 """Rests between the pieces of an attempt: it takes its share of the time all along, not a stretch of it at once.
 
-A learner that is at work for a tenth of a second and then rests for nine costs nothing on average, and the requests of
-that tenth a core: the slowest of a minute are theirs. In pieces of milliseconds everybody loses a little.
+A learner that is at work for a tenth of a second and then rests for nine costs little on average, and the requests of
+that tenth a core: the slowest of a minute are theirs. Where the pieces are milliseconds, as those of a trace memory and
+its gate, everybody loses a little. A step of training is one piece, and takes longer.
 """
 
 from __future__ import annotations
@@ -9,19 +10,29 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
+from engine.contracts import SlipstreamError
+
 PIECE_S = 0.002
 """Work after which there is a rest: less than an engine's pass, so that no pass loses its processor for long."""
-LONGEST_S = 5.0
-"""Of one rest, after which somebody is told that the attempt is alive: training goes on for seconds at a time."""
+LONGEST_S = 1.0
+"""Of one rest, after which somebody is told that the attempt is alive, and is asked whether it shall be."""
+
+
+class Stopped(SlipstreamError):
+    """The process is to end: what is left of an attempt would outlive the patience of whoever ends it."""
 
 
 class Pace:
-    """``share`` of a processor, by ``used``: processor seconds of this process. ``pause`` may return early."""
+    """``share`` of a processor, by ``used``: processor seconds of this process. ``is_stopping`` ends the attempt."""
 
     def __init__(
-        self, share: float, pause: Callable[[float], object], used: Callable[[], float] = time.process_time
+        self,
+        share: float,
+        pause: Callable[[float], None] = time.sleep,
+        used: Callable[[], float] = time.process_time,
+        is_stopping: Callable[[], bool] = lambda: False,
     ) -> None:
-        self.share, self._pause, self._used = share, pause, used
+        self.share, self._pause, self._used, self._is_stopping = share, pause, used, is_stopping
         self._worked_until = used()
 
     def begin(self) -> None:
@@ -29,13 +40,15 @@ class Pace:
         self._worked_until = self._used()
 
     def rest(self, alive: Callable[[], None]) -> None:
-        """Between two pieces: pause for as long as the work since the last rest demands."""
+        """Between two pieces: pause for as long as the work since the last rest demands. Stopped where there shall be
+        no further piece."""
         worked = self._used() - self._worked_until
-        if worked < PIECE_S:
-            return
-        left = worked * (1 / self.share - 1)
-        while left > 0:
+        left = worked * (1 / self.share - 1) if worked >= PIECE_S else 0.0
+        while not self._is_stopping() and left > 0:
             self._pause(min(left, LONGEST_S))
             left -= LONGEST_S
             alive()
-        self._worked_until = self._used()
+        if self._is_stopping():
+            raise Stopped("This process ends: the attempt is given up, and the next learner makes another.")
+        if worked >= PIECE_S:
+            self._worked_until = self._used()

@@ -7,8 +7,7 @@ first weights. Memory is bounded by ``micro_slots``; what a step costs does not 
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,8 +35,7 @@ class TrainOptions:
     ``first_rejection`` multiplies a row whose chain was right up to here and is wrong now: its target distribution is
     on-path and free. ``discarded`` multiplies the rows behind it, which a verification throws away (discard sampling:
     at most .1). A step takes ``slots_per_step`` slots, ``micro_slots`` at a time. The learning rate rises to
-    ``lr`` over ``warmup`` steps and falls to ``lr_end`` in a line until ``total_steps``. ``duty`` is the share of time
-    that training may take.
+    ``lr`` over ``warmup`` steps and falls to ``lr_end`` in a line until ``total_steps``.
     """
 
     lr: float = 1e-3
@@ -53,7 +51,6 @@ class TrainOptions:
     weight_decay: float = 0.0
     slots_per_step: int = 2048
     micro_slots: int = 1024
-    duty: float = 1.0
 
 
 @dataclass(slots=True)
@@ -80,15 +77,13 @@ class Trainer:
         weights: Mapping[str, Tensor],
         vocabulary: Tensor,
         options: TrainOptions,
-        clock: Callable[[], float] = time.monotonic,
-        pause: Callable[[float], None] = time.sleep,
     ) -> None:
         """Starts from copies of ``weights``. ``target`` must be float32 or float64: weights are trained in that."""
         if options.loss not in LOSSES:
             raise SlipstreamError(f"There is no loss {options.loss!r}; there are {sorted(LOSSES)}.")
         if target.dtype not in (torch.float32, torch.float64):
             raise SlipstreamError(f"A draft is trained beside a float32 target, not one in {target.dtype}.")
-        self.options, self.clock, self.pause = options, clock, pause
+        self.options = options
         self.weights = {
             name: weights[name].detach().to(target.device, target.dtype, copy=True).requires_grad_()
             for name in config.shapes
@@ -111,10 +106,7 @@ class Trainer:
         for number, batch in enumerate(batches([examples[i] for i in order], self.options.slots_per_step)):
             if number < skip:
                 continue
-            began = self.clock()
             yield self.step(batch)
-            if self.options.duty < 1:
-                self.pause((self.clock() - began) * (1 / self.options.duty - 1))
 
     def step(self, examples: Sequence[Example]) -> Progress:
         """One optimiser step over all predictions of ``examples``. TrainingDiverged leaves the weights as they were."""

@@ -26,9 +26,10 @@ def profile_step_costs(
 ) -> dict[int, float]:
     """Rows in one target pass (tokens of one sequence after ``context`` others) → milliseconds, never fewer for more.
 
-    The least of ``repeats``: what else a machine does makes a pass longer, and only the shape decides anything. No pass
-    begins after ``budget_s`` but those of the first ``LEAST`` row counts; what there was no time or is no room for is
-    left out, and a count that there was time for only once is worth that one pass. Running requests are not disturbed.
+    The least of all passes, ``repeats`` and a first one: what else a machine does makes a pass longer, and only the
+    shape decides anything. No pass begins after ``budget_s`` but those of the first ``LEAST`` row counts, and after
+    half of it no further count begins, so that those there are can be repeated; what there was no time or is no room
+    for is left out. Running requests are not disturbed.
     """
     rows = [count for count in rows if count <= runner.target_pass.most_rows]
     one_pass = runner.target_pass.trial(context, max(rows))
@@ -38,19 +39,18 @@ def profile_step_costs(
         one_pass(count)
         return runner.work_clock() - began
 
-    deadline = runner.clock() + budget_s
+    began = runner.clock()
     seconds(rows[0])  # the very first pass sets things up
-    first: dict[int, float] = {}
+    least: dict[int, float] = {}
     for count in rows:
-        if len(first) >= LEAST and runner.clock() >= deadline:
+        if len(least) >= LEAST and runner.clock() >= began + budget_s / 2:
             break
-        first[count] = seconds(count)
-    times: dict[int, list[float]] = {count: [] for count in first}
-    for count in [*first] * repeats:  # interleaved: a slow second of the machine hits all of them
-        if runner.clock() >= deadline:
+        least[count] = seconds(count)
+    for count in [*least] * repeats:  # interleaved: a slow second of the machine hits all of them
+        if runner.clock() >= began + budget_s:
             break
-        times[count].append(seconds(count))
-    return rising({count: min(times[count] or [first[count]]) * 1e3 for count in sorted(first)})
+        least[count] = min(least[count], seconds(count))
+    return rising({count: took * 1e3 for count, took in least.items()})
 
 
 def rising(costs: Mapping[int, float]) -> dict[int, float]:

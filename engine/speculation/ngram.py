@@ -1,8 +1,9 @@
 """Prompt lookup: what followed the same n tokens earlier in this request (Saxena 2023, as in vLLM's ngram).
 
-The index knows where each token occurred, so a committed token costs one entry; a match is measured backwards from the
-places of the last token, the newest of them, whatever the length of the context. One entry for every n would find the
-longest match at once, but tokens are committed far more often than asked for where drafting does not pay.
+The index knows where each token occurred, and where the last ``max_n`` tokens did: a committed token costs two entries.
+A copy is found by the second whatever the length of the context; a shorter match is measured backwards from the places
+of the last token, the newest of them. One entry for every n would find all at once, but tokens are committed far more
+often than asked for where drafting does not pay.
 """
 
 from __future__ import annotations
@@ -20,31 +21,38 @@ AT_LEAST = {1: 0.52, 2: 0.75, 3: 0.82, 4: 0.85, 5: 0.88, 6: 0.89}
 """How often a token drafted from the request's own context was right, by the length of the longest match. Measured by
 replay on 400 responses of SmolLM2-135M. Where K control begins; it learns the rest."""
 MOST_PLACES = 64
-"""Occurrences of a token that are looked at, the newest: the comma of a long text must not cost more than its pass."""
+"""Occurrences of a token from which matches of fewer than ``max_n`` tokens are measured, the newest: the comma of a
+long text must not cost more than its pass."""
 DEFAULTS: dict[str, int | float] = {"min_n": 2, "max_n": 4}
 
 
 class ContextIndex:
-    """The tokens of one request so far, and the places behind each occurrence of a token."""
+    """The tokens of one request so far, and the places behind each token and behind the last of ``max_n`` tokens."""
 
     def __init__(self, tokens: Sequence[int], min_n: int, max_n: int) -> None:
         self.tokens: list[int] = []
         self.behind: dict[int, list[int]] = {}
+        self.behind_longest: dict[tuple[int, ...], int] = {}
         self.min_n, self.max_n = min_n, max_n
         self.extend(tokens)
 
     def extend(self, tokens: Sequence[int]) -> None:
-        context, behind = self.tokens, self.behind
+        context, behind, most = self.tokens, self.behind, self.max_n
         for token in tokens:
             if context:  # a token enters when another follows it, so the end of the context never finds itself
                 behind.setdefault(context[-1], []).append(len(context))
+                if len(context) >= most:
+                    self.behind_longest[tuple(context[-most:])] = len(context)
             context.append(token)
 
     def longest_match(self, window: Sequence[int]) -> tuple[int, int]:
         """(n, token): what followed the last n tokens of ``window`` when they occurred before, n as large as can be and
-        at most ``max_n``, the latest of equals; (0, 0) where it is less than ``min_n``."""
+        at most ``max_n``, the latest of equals; (0, 0) where it is less than ``min_n``. A match of fewer than ``max_n``
+        is one of the last ``MOST_PLACES`` occurrences of the last token."""
         context, best, place = self.tokens, 0, 0
         most = min(self.max_n, len(window))
+        if len(window) >= self.max_n and (at := self.behind_longest.get(tuple(window[-self.max_n :]))) is not None:
+            return self.max_n, context[at]
         for at in self.behind.get(window[-1], ())[: -MOST_PLACES - 1 : -1] if most else ():
             n = 1
             while n < most and n < at and context[at - 1 - n] == window[-1 - n]:

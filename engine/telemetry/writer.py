@@ -54,7 +54,7 @@ class TraceWriter:
         self._database, self._spill, self._settings = database, spill, settings
         self._clock, self._now = clock, now
         self._queue: queue.Queue[TraceRecord] = queue.Queue(settings.queue_records)
-        self._batch = min(settings.batch_records, settings.queue_records)
+        self._batch = min(settings.batch_records, max(1, settings.queue_records // 2))  # before it is full
         self._writer_id, self._seq = uuid4(), 0
         self._retry_at = 0.0
         self._known_days: set[date] = set()

@@ -178,18 +178,6 @@ def test_broken_training_is_noticed_and_leaves_the_weights(tiny: Target, example
         trainer_of(tiny, replace(OPTIONS, loss="hope"))
 
 
-def test_the_duty_cycle_is_kept(tiny: Target, examples: list[Example]) -> None:
-    now, paused = [0.0], list[float]()
-
-    def clock() -> float:
-        now[0] += 1.0
-        return now[0]
-
-    trainer = trainer_of(tiny, replace(OPTIONS, duty=0.25), clock=clock, pause=paused.append)
-    steps = len(list(trainer.epoch(examples, 0)))
-    assert paused == [3.0] * steps  # a step took one second, so three are for others
-
-
 def test_the_learning_rate_rises_and_falls() -> None:
     options = TrainOptions(lr=1.0, lr_end=0.5, warmup=3, total_steps=11)
     rates = [learning_rate(options, step) for step in range(12)]

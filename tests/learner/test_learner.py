@@ -18,6 +18,7 @@ from engine.learner import candidates, gate, memory
 from engine.learner import learner as module
 from engine.learner.learner import Learner, build_candidate
 from engine.learner.lease import LEASE, LEASE_S, LearnerLease
+from engine.learner.pace import Stopped
 from engine.learner.traces import ServedTarget
 from engine.registry.artifacts import ArtifactStore
 from engine.registry.publish import ensure_version, publish
@@ -184,6 +185,15 @@ def test_an_attempt_rests_all_along(w: World) -> None:
     assert attempt is not None
     assert sum(rests) > 0.5 * 9 * (attempt.learn_cpu_s + attempt.gate_cpu_s)
     assert len(rests) > 5
+
+
+def test_an_attempt_that_shall_end_leaves_nothing_behind(w: World) -> None:
+    w.learner = Learner(w.settings, w.db, w.store, lambda: w.now, is_stopping=lambda: True)
+    w.serve(100)
+    with pytest.raises(Stopped):
+        w.learner.attempt_if_due()
+    with w.db.read() as session:
+        assert learning.attempts(session) == []
 
 
 def test_only_one_learner_works_at_a_time(w: World) -> None:

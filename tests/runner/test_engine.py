@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import pytest
@@ -7,7 +8,7 @@ import pytest
 from engine.contracts import FinishReason, SlipstreamError, Status, VerifyStep
 from engine.model.loading import Target
 from engine.runner.engine import InvalidRequest, PolicyNotResident
-from engine.runner.profile import profile_step_costs, rising
+from engine.runner.profile import profile_step_costs
 from engine.scheduler.errors import QueueFull, RequestTooLong
 from engine.speculation.ngram import NgramProposer
 from engine.speculation.replay import replay
@@ -286,17 +287,26 @@ def test_the_profile_of_a_slow_target_ends_in_time(tiny: Target) -> None:
 
     runner = engine_of(tiny, clock=clock).runner
     rows, passes = (4, 1, 2, 8, 3), 0
-    costs = profile_step_costs(runner, rows, context=16, repeats=4, budget_s=9.0)
-    assert passes <= 9 + 4, "no pass may begin after the budget"
-    assert list(costs) == [1, 2, 4], "what there is no time for is left out, in the order given"
+    costs = profile_step_costs(runner, rows, context=16, repeats=4, budget_s=18.0)
+    assert passes <= 18 + 4, "no pass may begin after the budget"
+    assert list(costs) == [1, 2, 4], "what there is no time to look at twice is left out, in the order given"
     assert list(profile_step_costs(runner, rows, context=16, budget_s=0.0)) == [1, 4], (
         "one count would say rows are free"
     )
 
 
-def test_a_profile_never_falls() -> None:
-    """K control took twelve rows for cheaper than eight when something else ran during those of eight."""
-    assert rising({1: 5.0, 8: 11.0, 12: 9.0, 16: 12.0}) == {1: 5.0, 8: 10.0, 12: 10.0, 16: 12.0}
+def test_a_profile_is_the_least_of_its_passes_and_never_falls(tiny: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Planted: passes of which something else makes most slower, and a count that comes out cheaper than a smaller."""
+    runner, now, slow = engine_of(tiny).runner, [0.0], itertools.cycle([3.0, 2.0, 1.0, 4.0, 2.5])
+    takes = {1: 5.0, 8: 11.0, 12: 9.0, 16: 12.0}
+
+    def one_pass(count: int) -> None:
+        now[0] += takes[count] * 1e-3 * next(slow)
+
+    monkeypatch.setattr(runner, "clock", lambda: now[0])
+    monkeypatch.setattr(runner.target_pass, "trial", lambda context, most: one_pass)
+    costs = profile_step_costs(runner, tuple(takes), repeats=9)
+    assert costs == pytest.approx({1: 5.0, 8: 10.0, 12: 10.0, 16: 12.0})
 
 
 class Unreadable:

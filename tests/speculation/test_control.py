@@ -440,6 +440,15 @@ def test_costs_follow_the_machine() -> None:
     assert all(costs(rows) == pytest.approx(s, rel=0.1) for rows, s in true.items())
 
 
+def test_costs_are_the_mean_of_passes_long_ones_included() -> None:
+    """Planted: by logarithms 1.088, and drafted rows whose passes take their mean seem late."""
+    costs, believed = StepCosts({16: 1.0}), list[float]()
+    for number in range(4_000):
+        costs.observe(16, 1.4 if number % 4 == 3 else 1.0)
+        believed.append(costs(16))
+    assert sum(believed[2_000:]) / 2_000 == pytest.approx(1.1, abs=0.005)
+
+
 def test_costs_between_and_beyond_what_was_profiled() -> None:
     costs = StepCosts({1: 1.0, 3: 3.0, 5: 4.0})
     assert [costs(rows) for rows in (1, 2, 3, 4, 5, 7)] == pytest.approx([1, 2, 3, 3.5, 4, 5])

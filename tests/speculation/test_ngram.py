@@ -46,9 +46,20 @@ def test_the_longest_match_is_the_one_that_a_search_of_everything_finds() -> Non
         assert ContextIndex(tokens, min_n, max_n).longest_match(window) == (found[0] if found else (0, 0))
 
 
-def test_a_token_costs_one_entry_and_a_common_one_no_long_search() -> None:
+def test_a_copy_is_found_however_far_back_it_lies() -> None:
+    """The planted fault: among the last occurrences of a common token only, copies of long prompts broke off."""
+    rng = random.Random(1)
+    copied = [0 if at % 2 else rng.randrange(1, 1_000) for at in range(60)]  # every other token is a comma
+    between = [0 if at % 2 else rng.randrange(1_000, 2_000) for at in range(4 * MOST_PLACES)]
+    index = ContextIndex([*copied, *between, *copied[:4]], 1, 4)
+    for at in range(4, 60):
+        assert index.longest_match(index.tokens[-4:]) == (4, copied[at])
+        index.extend(copied[at : at + 1])
+
+
+def test_a_token_costs_two_entries_and_a_common_one_no_long_search() -> None:
     index = ContextIndex(range(100), 1, 4)
-    assert sum(map(len, index.behind.values())) == 99
+    assert (sum(map(len, index.behind.values())), len(index.behind_longest)) == (99, 96)
     tokens = [7, 1, 5, *[0, 1] * MOST_PLACES, 7, 1]
     assert ContextIndex(tokens, 1, 4).longest_match([7, 1]) == (1, 7), "the only match of two lies too far back"
     assert ContextIndex(tokens[:3] + tokens[5:], 1, 4).longest_match([7, 1]) == (2, 5)

@@ -2,8 +2,8 @@
 
 The index knows where each token occurred, and where the last ``max_n`` tokens did: a committed token costs two entries.
 A copy is found by the second whatever the length of the context; a shorter match is measured backwards from the places
-of the last token, the newest of them. One entry for every n would find all at once, but tokens are committed far more
-often than asked for where drafting does not pay.
+of the last token, the newest of them. Entries are made when a match is asked for: where drafting does not pay, tokens
+are committed far more often than that.
 """
 
 from __future__ import annotations
@@ -30,25 +30,29 @@ class ContextIndex:
     """The tokens of one request so far, and the places behind each token and behind the last of ``max_n`` tokens."""
 
     def __init__(self, tokens: Sequence[int], min_n: int, max_n: int) -> None:
-        self.tokens: list[int] = []
+        self.tokens = list(tokens)
         self.behind: dict[int, list[int]] = {}
         self.behind_longest: dict[tuple[int, ...], int] = {}
         self.min_n, self.max_n = min_n, max_n
-        self.extend(tokens)
+        self._entered = 1  # places below it; a token enters when another follows, so the end never finds itself
 
     def extend(self, tokens: Sequence[int]) -> None:
-        context, behind, most = self.tokens, self.behind, self.max_n
-        for token in tokens:
-            if context:  # a token enters when another follows it, so the end of the context never finds itself
-                behind.setdefault(context[-1], []).append(len(context))
-                if len(context) >= most:
-                    self.behind_longest[tuple(context[-most:])] = len(context)
-            context.append(token)
+        self.tokens.extend(tokens)
+
+    def _enter(self) -> None:
+        context, most = self.tokens, self.max_n
+        for at in range(self._entered, len(context)):
+            self.behind.setdefault(context[at - 1], []).append(at)
+            if at >= most:
+                self.behind_longest[tuple(context[at - most : at])] = at
+        self._entered = max(1, len(context))
 
     def longest_match(self, window: Sequence[int]) -> tuple[int, int]:
         """(n, token): what followed the last n tokens of ``window`` when they occurred before, n as large as can be and
         at most ``max_n``, the latest of equals; (0, 0) where it is less than ``min_n``. A match of fewer than ``max_n``
         is one of the last ``MOST_PLACES`` occurrences of the last token."""
+        if self._entered < len(self.tokens):
+            self._enter()
         context, best, place = self.tokens, 0, 0
         most = min(self.max_n, len(window))
         if len(window) >= self.max_n and (at := self.behind_longest.get(tuple(window[-self.max_n :]))) is not None:

@@ -58,7 +58,11 @@ def test_a_copy_is_found_however_far_back_it_lies() -> None:
 
 
 def test_a_token_costs_two_entries_and_a_common_one_no_long_search() -> None:
-    index = ContextIndex(range(100), 1, 4)
+    index = ContextIndex(range(60), 1, 4)
+    assert index.longest_match([5]) == (1, 6)
+    index.extend(range(60, 100))
+    assert not index.behind.get(60)  # nobody has asked
+    assert index.longest_match([70]) == (1, 71)
     assert (sum(map(len, index.behind.values())), len(index.behind_longest)) == (99, 96)
     tokens = [7, 1, 5, *[0, 1] * MOST_PLACES, 7, 1]
     assert ContextIndex(tokens, 1, 4).longest_match([7, 1]) == (1, 7), "the only match of two lies too far back"

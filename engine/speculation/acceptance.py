@@ -124,9 +124,15 @@ class Acceptance:
         """Whether asking for a draft saves more than ``judged`` times what it takes, in steps of so many requests.
 
         Beside sixteen requests few drafted tokens are worth their rows, and asking sixteen drafters is 2 % of a step.
+        Steps with prompts teach nothing, and beside a queue all but the fullest have some: such a load goes by the next
+        one above or below until it has steps of its own, as every draft of it would be made and verified otherwise.
         """
-        steps, mean = self._saved.get(_load(requests), (0, 0.0))
-        return steps < WORTH_STEPS or mean > judged * self.ask_s
+        load = _load(requests)
+        for near in (load, load + 1, load - 1):
+            steps, mean = self._saved.get(near, (0, 0.0))
+            if steps >= WORTH_STEPS:
+                return mean > judged * self.ask_s
+        return True
 
 
 def _load(requests: int) -> int:

@@ -281,7 +281,11 @@ def test_whether_asking_pays_waits_for_experience_and_counts_the_judging() -> No
         acceptance.saved(16, JUDGED * 0.99e-3)
     assert not acceptance.pays(16)
     assert not acceptance.pays(31)
-    assert acceptance.pays(15)  # another load
+    assert not acceptance.pays(15)  # the next load, of which nothing is known
+    assert acceptance.pays(7)  # another
+    for _ in range(WORTH_STEPS):
+        acceptance.saved(8, 2 * JUDGED * acceptance.ask_s)
+    assert acceptance.pays(15)  # which goes by its own steps then
     for _ in range(100):
         acceptance.saved(16, JUDGED * 1.01e-3)
     assert acceptance.pays(16)

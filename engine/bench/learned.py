@@ -18,6 +18,7 @@ from engine.learner.memory import build_memory
 from engine.learner.neural import TuneRecipe, build_hybrid, tune
 from engine.learner.shipped import shipped_draft
 from engine.learner.traces import ServedTarget
+from engine.model.llama import Llama
 from engine.model.loading import Target, configured_target
 from engine.ops.supervisor import Say
 from engine.registry.artifacts import ArtifactStore
@@ -56,7 +57,7 @@ class Learned:
         if key in known and self._drafts.is_sound(known[key]):
             return self._drafts.files(known[key])
         self._say(f"tuning the draft of {workload.traffic_class} on {len(learned)} responses")
-        files, _ = tune(self._teacher.model, unpack(start), learned, recipe)
+        files, _ = tune(self._teacher, unpack(start), learned, recipe)
         digest = self._drafts.put(files)
         with self._tuned.open("a") as file:
             file.write(json.dumps([key, digest]) + "\n")
@@ -72,11 +73,15 @@ class Learned:
         return draft_files(policy)
 
     @cached_property
-    def _teacher(self) -> Target:
-        """The target as a learner loads it, whatever serving multiplies in."""
-        if self._target.model.dtype in (torch.float32, torch.float64):
-            return self._target
-        return configured_target(self._settings, self._say, "float32")
+    def _teacher(self) -> Llama:
+        return teacher(self._settings, self._target, self._say)
+
+
+def teacher(settings: Settings, target: Target, say: Say) -> Llama:
+    """The model that a learner trains a draft beside, whatever serving multiplies in."""
+    if target.model.dtype in (torch.float32, torch.float64):
+        return target.model
+    return configured_target(settings, say, "float32").model
 
 
 def _traces(workload: Workload, responses: Sequence[tuple[Ids, Ids]], max_tokens: int) -> list[TrainableTrace]:

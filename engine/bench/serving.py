@@ -71,20 +71,19 @@ def run(settings: Settings, options: Options, say: Say) -> Report:
     work = workloads(target, options.files, options.classes, options.learn, options.test, options.longest, options.seed)
     bench = Bench(settings, target, options, say)
     figures: list[Figure] = []
-    everything: dict[int, list[Block]] = {c: [] for c in options.concurrency}
+    everything: dict[int, list[Block]] = {}
     beside_peers = options.peers and options.policies == (NONE,) and not options.artifacts
-    alone = () if beside_peers else work  # plain decoding is measured beside its peers
     for workload in work:  # all that is learned, before anything is measured
         bench.policies(workload)
-    for workload in alone:
+    for workload in () if beside_peers else work:  # there plain decoding is measured
         of_class = bench.measure(workload)
         for concurrency, blocks in of_class.items():
-            everything[concurrency] += blocks
+            everything.setdefault(concurrency, []).extend(blocks)
             figures += _figures(workload.traffic_class, concurrency, blocks, rng)
         for policy in [name for name in bench.policies(workload) if name != NONE]:
             runs = [block[policy] for blocks in of_class.values() for block in blocks]
             figures += speculation_figures(f"{policy}:{workload.traffic_class}", runs, rng)
-    for concurrency, blocks in [] if beside_peers else everything.items():
+    for concurrency, blocks in everything.items():
         figures += rate_figures(f"{NONE}:all:c{concurrency}", [block[NONE] for block in blocks], rng)
     for peer in options.peers:
         figures += peers.measure(peer, settings, bench, work, rng)

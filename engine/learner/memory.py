@@ -65,24 +65,17 @@ class MemoryLearner:
         members: dict[tuple[str, int], list[TrainableTrace]] = {}
         for trace in train:
             members.setdefault((trace.traffic_class, trace.position // recipe.block), []).append(trace)
-        blocks: dict[tuple[str, int], tuple[tuple[int, ...], PairCounts]] = {}
-        classes: dict[str, tuple[tuple[object, ...], PairCounts]] = {}
-        for place, found in members.items():
-            blocks[place] = self._block(place, found, recipe)
-            alive()
-        self._blocks = blocks
-        for name in sorted({name for name, _ in members}):
-            classes[name] = self._class(name, recipe)
-            alive()
-        self._classes = classes
+        self._blocks = {place: self._block(place, found, recipe, alive) for place, found in members.items()}
+        self._classes = {name: self._class(name, recipe, alive) for name in sorted({name for name, _ in members})}
         tables = {name: pairs for name, (_, pairs) in self._classes.items()}
         pooled = add_up([(pairs, 1) for pairs in tables.values()])
         alive()
         return write_memory({**tables, POOLED: pooled}, recipe.max_bytes)
 
     def _block(
-        self, place: tuple[str, int], found: list[TrainableTrace], recipe: MemoryRecipe
+        self, place: tuple[str, int], found: list[TrainableTrace], recipe: MemoryRecipe, alive: Callable[[], None]
     ) -> tuple[tuple[int, ...], PairCounts]:
+        alive()
         ordinals = tuple(sorted(trace.ordinal for trace in found))
         known = self._blocks.get(place)
         if known is not None and known[0] == ordinals:
@@ -90,7 +83,10 @@ class MemoryLearner:
         responses = ((trace.prompt_ids, trace.output_ids) for trace in found)
         return ordinals, count_pairs(responses, recipe.min_n, recipe.max_n)
 
-    def _class(self, name: str, recipe: MemoryRecipe) -> tuple[tuple[object, ...], PairCounts]:
+    def _class(
+        self, name: str, recipe: MemoryRecipe, alive: Callable[[], None]
+    ) -> tuple[tuple[object, ...], PairCounts]:
+        alive()
         blocks = {block: counted for (of, block), counted in self._blocks.items() if of == name}
         newest = max(blocks)
         parts = [(counted[1], recipe.weight(newest - block)) for block, counted in blocks.items()]

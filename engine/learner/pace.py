@@ -43,12 +43,12 @@ class Pace:
         """Between two pieces: pause for as long as the work since the last rest demands. Stopped where there shall be
         no further piece."""
         worked = self._used() - self._worked_until
-        left = worked * (1 / self.share - 1) if worked >= PIECE_S else 0.0
-        while not self._is_stopping() and left > 0:
-            self._pause(min(left, LONGEST_S))
-            left -= LONGEST_S
-            alive()
+        if worked >= PIECE_S:
+            left = worked * (1 / self.share - 1)
+            while left > 0 and not self._is_stopping():
+                self._pause(min(left, LONGEST_S))
+                left -= LONGEST_S
+                alive()
+            self._worked_until = self._used()
         if self._is_stopping():
             raise Stopped("This process ends: the attempt is given up, and the next learner makes another.")
-        if worked >= PIECE_S:
-            self._worked_until = self._used()

@@ -40,6 +40,7 @@ class ContextIndex:
         self.tokens.extend(tokens)
 
     def _enter(self) -> None:
+        """What was committed since a match was last asked for."""
         context, most = self.tokens, self.max_n
         for at in range(self._entered, len(context)):
             self.behind.setdefault(context[at - 1], []).append(at)
@@ -51,13 +52,14 @@ class ContextIndex:
         """(n, token): what followed the last n tokens of ``window`` when they occurred before, n as large as can be and
         at most ``max_n``, the latest of equals; (0, 0) where it is less than ``min_n``. A match of fewer than ``max_n``
         is one of the last ``MOST_PLACES`` occurrences of the last token."""
-        if self._entered < len(self.tokens):
-            self._enter()
+        if not window:
+            return 0, 0
+        self._enter()
         context, best, place = self.tokens, 0, 0
         most = min(self.max_n, len(window))
-        if len(window) >= self.max_n and (at := self.behind_longest.get(tuple(window[-self.max_n :]))) is not None:
-            return self.max_n, context[at]
-        for at in self.behind.get(window[-1], ())[: -MOST_PLACES - 1 : -1] if most else ():
+        if most == self.max_n and (at := self.behind_longest.get(tuple(window[-most:]))) is not None:
+            return most, context[at]
+        for at in self.behind.get(window[-1], ())[: -MOST_PLACES - 1 : -1]:
             n = 1
             while n < most and n < at and context[at - 1 - n] == window[-1 - n]:
                 n += 1
@@ -65,7 +67,7 @@ class ContextIndex:
                 best, place = n, at
                 if n == most:
                     break
-        return (best, context[place]) if best and best >= self.min_n else (0, 0)
+        return (best, context[place]) if best >= self.min_n else (0, 0)
 
 
 def match_confidence(n: int, max_n: int) -> float:

@@ -9,12 +9,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-
 from engine.bench.adaptation.arms import offline
 from engine.bench.adaptation.drafts import KeptRehearsals, beside_own_context, rehearsal_token_s
 from engine.bench.adaptation.streams import Ids, Response
 from engine.bench.adaptation.world import NeuralPart, World
+from engine.bench.learned import teacher
 from engine.bench.workload import Responses
 from engine.contracts import ProposerKind, SlipstreamError, artifact_digest
 from engine.demo import prompts
@@ -129,10 +128,7 @@ def _neural(
     rehearsals.keep(network)
     replayer = TargetReplayer(target.model, clock, rehearsals, pass_s)
     trains = options.tune > 0 or "planted" in options.streams
-    if trains and target.model.dtype != torch.float32:  # as a learner does, whatever its engine serves with
-        taught = configured_target(settings, say, "float32").model
-    else:
-        taught = target.model
+    taught = teacher(settings, target, say) if trains else target.model
     return NeuralPart(taught, replayer, rehearsals, token_s, draft_files(files), options.tune_every)
 
 

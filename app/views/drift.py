@@ -26,28 +26,34 @@ def page() -> None:
     here = current()
     part = here.part
     found = overview.rows("drift.findings", part)
-    classes = overview.over_time(part, ("traffic_class",), ())
-    if classes.empty and found.empty:
+    if overview.totals(part, ("traffic_class",), ()).empty and found.empty:
         context.headline("**No traffic** in this window, so nothing can drift.")
         st.info("Choose a longer window, or start the system: `slipstream up`.", icon=":material/info:")
         return
     still = found[found["ended_at"].isna()] if len(found) else found
     context.headline(_verdict(found, still))
-    _panels(here, ledger.serving().generation, _newest(found))
+    charted = here.charted()
+    _alarms(here, charted, _newest(found))
+    _charts(charted, ledger.serving().generation)
     export("drift", part)
 
 
 @shared
-def _panels(here: Context, generation: int | None, newest: str) -> None:
+def _alarms(here: Context, charted: Context, newest: str) -> None:
     """``newest``: how long ago the newest finding was made."""
-    part, colours, window = here.part, here.colours, here.window
-    found = overview.rows("drift.findings", part)
-    classes = overview.over_time(part, ("traffic_class",), ())
-    by_class = overview.totals(part, ("traffic_class",), ())
-    st.html(alarms(found, by_class, classes, newest, colours))
+    found = overview.rows("drift.findings", here.part)
+    by_class = overview.totals(here.part, ("traffic_class",), ())
+    trends = overview.over_time(charted.part, ("traffic_class",), ())
+    st.html(alarms(found, by_class, trends, newest, here.colours))
     with st.container(border=True):
         heading("Findings", "the last hour against the day before it; acceptance length against what was usual")
         _findings(found)
+
+
+@shared
+def _charts(here: Context, generation: int | None) -> None:
+    part, colours, window = here.part, here.colours, here.window
+    classes = overview.over_time(part, ("traffic_class",), ())
     marks = ledger.marks(part, generation)
     left, right = st.columns(2)
     with left.container(border=True):

@@ -43,16 +43,18 @@ def page() -> None:
         _how_to_begin()
         return
     generation = serving.generation
-    _cards(here)
+    charted = here.charted()
+    _cards(here, charted)
     left, right = st.columns([3, 2])
     with left.container(border=True, height="stretch"):
         with st.container(horizontal=True, vertical_alignment="center", key="latency-of"):
             heading("Latency", "p50, p95, p99, log scale · drag to open the traces")
             metric = _metric()
-        _percentiles(here, generation, metric)
+        _percentiles(charted, generation, metric)
     with right.container(border=True, height="stretch"):
-        _heat_map(here, generation, metric)
-    _versions(here, generation, serving.roles)
+        _heat_map(charted, generation, metric)
+    _by_version(charted, generation)
+    _versions(here, charted, serving.roles)
     with st.container(border=True):
         with st.container(horizontal=True, vertical_alignment="center", key="traffic-by"):
             goal = settings().telemetry.objectives
@@ -68,9 +70,9 @@ def page() -> None:
 
 
 @shared
-def _cards(here: Context) -> None:
+def _cards(here: Context, charted: Context) -> None:
     now, before = overview.totals(here.part), overview.totals(here.part.before())
-    st.html(cards(first(now), first(before), overview.over_time(here.part), here.colours))
+    st.html(cards(first(now), first(before), overview.over_time(charted.part), here.colours))
 
 
 @shared
@@ -92,8 +94,8 @@ def _heat_map(here: Context, generation: int | None, metric: str) -> None:
 
 
 @shared
-def _versions(here: Context, generation: int | None, _roles: dict[int, str]) -> None:
-    """What each version did, over time and in all; roles are the ledger's."""
+def _by_version(here: Context, generation: int | None) -> None:
+    """What each version did over time."""
     part, colours, window = here.part, here.colours, here.window
     lines, marks = overview.leading(part), ledger.marks(part, generation)
     versions, capped = overview.over_time(lines, ("policy_version",), ()), few(part, lines)
@@ -110,11 +112,17 @@ def _versions(here: Context, generation: int | None, _roles: dict[int, str]) -> 
         heading("Acceptance by draft position", "% of steps that drafted")
         figure = latency.positions(overview.positions(lines), colours)
         draw(figure, "positions", "Share of drafted tokens accepted at each draft position, by version.")
+
+
+@shared
+def _versions(here: Context, charted: Context, _roles: dict[int, str]) -> None:
+    """What each version did in all; roles are the ledger's."""
+    rows = overview.leading(here.part, SHOWN)
     with st.container(border=True):
-        rows = overview.leading(part, SHOWN)
-        heading("Versions", f"that served in this window{few(part, rows)}; latency in ms")
+        heading("Versions", f"that served in this window{few(here.part, rows)}; latency in ms")
         totals = overview.totals(rows, ("policy_version",))
-        st.html(by_version(totals, _requests(part), versions, _roles, colours))
+        trends = overview.over_time(overview.leading(charted.part), ("policy_version",), ())
+        st.html(by_version(totals, _requests(here.part), trends, _roles, here.colours))
 
 
 @shared

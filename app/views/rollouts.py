@@ -55,7 +55,7 @@ def page() -> None:
         _guards(active, decisions, _newest(decisions), here.colours)
     if active is not None:
         _evidence(active, decisions, "active", active.id, _newest(decisions), here.colours)
-        _arms(here, serving.plan.generation)
+        _arms(here.charted(), serving.plan.generation)
     with st.container(border=True):
         heading("Rollouts", "newest first; choose one to read its decisions")
         _history()

@@ -36,17 +36,24 @@ def page() -> None:
         st.info("Choose a longer window or fewer filters; `slipstream demo` sends traffic.", icon=":material/info:")
         return
     context.headline(_verdict(totals.iloc[0], _costs(here.part)))
-    _panels(here, ledger.serving().generation)
+    charted = here.charted()
+    _cards(here, charted)
+    _charts(charted, ledger.serving().generation)
+    _versions(here)
     export("speculation", here.part)
 
 
 @shared
-def _panels(here: Context, generation: int | None) -> None:
+def _cards(here: Context, charted: Context) -> None:
+    total, before = first(overview.totals(here.part)), first(overview.totals(here.part.before()))
+    st.html(cards(total, before, overview.over_time(charted.part), here.colours, DRAFTING))
+
+
+@shared
+def _charts(here: Context, generation: int | None) -> None:
     part, colours, window = here.part, here.colours, here.window
     lines, costs = overview.leading(part), _costs(part)
     capped = few(part, lines)
-    total, before = first(overview.totals(part)), first(overview.totals(part.before()))
-    st.html(cards(total, before, overview.over_time(part), colours, DRAFTING))
     marks = ledger.marks(part, generation)
     versions = overview.over_time(lines, ("policy_version",), ())
     classes = overview.over_time(part, ("traffic_class",), ())
@@ -102,9 +109,13 @@ def _panels(here: Context, generation: int | None) -> None:
             "cost",
             "Acceptance length against the cost of a step, with break-even.",
         )
+
+
+@shared
+def _versions(here: Context) -> None:
     with st.container(border=True):
         heading("Versions and classes", "times in ms per verify step; gain: time of plain decoding / time spent")
-        _table(costs, here)
+        _table(_costs(here.part), here)
 
 
 def _costs(part: Slice) -> pd.DataFrame:

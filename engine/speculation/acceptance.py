@@ -24,6 +24,9 @@ WORTH_WEIGHT = 0.01
 """Weight of one step in the estimate of what asking saves: what a pass takes varies by more than asking costs."""
 WORTH_STEPS = 32
 """Steps before which nothing is held against asking."""
+RARER = 0.5
+"""Times the requests that a probe asks: so many times as far apart as ``probe_every`` says do probes come at most,
+where they go on finding that it does not pay. To ask many costs, and teaches, so much more than to ask one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,8 +72,9 @@ class Acceptance:
         self._promised = self._kept = 0.0  # tokens that were verified
         self.draft_s = self.ask_s = 0.0  # seconds that a drafted token, and asking for a draft, cost lately
         self.audience = Audience()
-        self.steps = 0  # in which it was weighed whether to ask for a draft
         self._saved: dict[int, tuple[int, float]] = {}  # by load: steps, seconds saved by asking one request in them
+        self._gap = self._until_probe = settings.probe_every  # steps from one probe to the next; steps until that
+        self._weighed = 0  # steps in which it was weighed whether to ask, since one taught what asking saves
 
     def chance(self, position: int, confidence: float | None) -> float:
         """That the token at ``position`` (from 0) is accepted when all before it are."""
@@ -114,10 +118,31 @@ class Acceptance:
         self.draft_s += DRAFT_WEIGHT * (seconds / tokens - self.draft_s) if self.draft_s else seconds / tokens
         self.ask_s += DRAFT_WEIGHT * (seconds - self.ask_s) if self.ask_s else seconds
 
+    def probe(self, requests: int, asked: int) -> bool:
+        """Whether a step of so many requests asks ``asked`` of them in any case. Called once in each step.
+
+        Where asking goes on not to pay, probes come at twice the distance each time: to ask sixteen requests in vain
+        in every sixteenth step is half a per cent of what they take.
+        """
+        self._weighed += 1
+        self._until_probe -= 1
+        if self._until_probe > 0:
+            return False
+        every = self.settings.probe_every
+        self._gap = every if self.pays(requests) else min(2 * self._gap, every * max(1, int(RARER * asked)))
+        self._until_probe = self._gap
+        return True
+
     def saved(self, requests: int, seconds: float) -> None:
-        """In a step of so many requests, asking saved each that was asked so long, by what was verified."""
+        """In a step of so many requests, asking saved each that was asked so long, by what was verified.
+
+        A step stands for those since the one before: rare probes find out as soon as frequent ones.
+        """
         steps, mean = self._saved.get(_load(requests), (0, 0.0))
-        weight = max(WORTH_WEIGHT, 1 / (steps + 1))
+        every = self.settings.probe_every
+        stands_for = min(max(self._weighed, every), self._gap) / every
+        self._weighed = 0
+        weight = max(WORTH_WEIGHT * stands_for, 1 / (steps + 1))
         self._saved[_load(requests)] = steps + 1, mean + weight * (seconds - mean)
 
     def pays(self, requests: int, judged: float = JUDGED) -> bool:

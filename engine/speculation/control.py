@@ -13,7 +13,7 @@ itself off finds out that it pays again without costing a row.
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -196,7 +196,7 @@ class KController:
         steered = [i for i, row in enumerate(rows) if ks[i] and row.settings.enabled]
         firsts = [first for i in steered if (first := rows[i].before) is not None]
         listening = [rows[i] for i in steered if not rows[i].withheld]
-        probed = _probed([row.acceptance for row in [*listening, *firsts]])
+        probed = _probed([row.acceptance for row in [*listening, *firsts]], len(rows))
         for row in firsts:
             row.asked = row.acceptance.pays(len(rows)) or id(row.acceptance) in probed
         dear, paying, wanted = list[int](), set[int](), set[int]()  # these by what their classes have learned
@@ -318,13 +318,9 @@ def learn_costs(rows: Sequence[RowControl], seconds: Sequence[float], asked: Seq
             row.acceptance.took(took, tokens)
 
 
-def _probed(acceptances: Sequence[Acceptance]) -> set[int]:
-    """Whose drafters are asked in any case in this step: all requests of a class and version in one of so many steps,
+def _probed(acceptances: Sequence[Acceptance], requests: int) -> set[int]:
+    """Whose drafters are asked in any case in this step of so many ``requests``: all of a class and version at once,
     for a pass over all of them takes hardly longer than over one. Counts for all, as short requests would never come to
-    their probe."""
-    found = set[int]()
-    for key, acceptance in {id(one): one for one in acceptances}.items():
-        acceptance.steps += 1
-        if acceptance.steps % acceptance.settings.probe_every == 0:
-            found.add(key)
-    return found
+    their probe. ``acceptances``: of each request that can be asked."""
+    asked = Counter(map(id, acceptances))
+    return {key for key, one in {id(one): one for one in acceptances}.items() if one.probe(requests, asked[key])}

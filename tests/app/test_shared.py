@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from types import ModuleType
 from typing import Any
 
 import pytest
 import streamlit as st
 from streamlit.testing.v1 import AppTest
 
-from app.charts import speculation
+from app.charts import latency, speculation
 from app.charts.theme import DARK, LIGHT
+from app.components import cards as written
+from app.components import context
 from app.components import shared as module
 from app.components.context import Context
 from engine.store.database import Database
@@ -64,6 +68,44 @@ def test_that_test_sees_an_answer_given_to_another(seeded: Database, monkeypatch
     monkeypatch.setattr(module, "shared", careless)
     with pytest.raises(AssertionError):
         test_a_session_with_other_filters_has_its_own_answer(seeded)
+
+
+def test_charts_move_on_by_wider_steps_and_never_end_before_the_numbers() -> None:
+    ends = list[datetime]()
+    for seconds in range(0, 61, 5):
+        here = replace(HERE, part=replace(HERE.part, since=HERE.part.since + timedelta(seconds=seconds),
+                                          until=HERE.part.until + timedelta(seconds=seconds)))  # fmt: skip
+        charted = here.charted().part
+        assert charted.until - charted.since == timedelta(hours=1)
+        assert timedelta() <= charted.until - here.part.until < timedelta(seconds=15)
+        ends.append(charted.until)
+    assert len(set(ends)) == 5
+    still = replace(HERE, range=context.FIXED, part=replace(HERE.part, until=SEEN + timedelta(seconds=1)))
+    assert still.charted() == still
+
+
+def test_a_refresh_writes_new_numbers_and_draws_charts_every_third_time(
+    seeded: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    began = datetime.now(UTC).replace(second=0, microsecond=0)
+    drawn = Counter[str]()
+
+    def count(module: ModuleType, name: str) -> None:
+        plain = getattr(module, name)
+
+        def counted(*given: Any) -> Any:
+            drawn[name] += 1
+            return plain(*given)
+
+        monkeypatch.setattr(module, name, counted)
+
+    count(latency, "percentiles")
+    count(written, "cards")
+    for seconds in (5, 10, 15, 20):
+        end = began + timedelta(seconds=seconds)
+        monkeypatch.setattr(context, "window", lambda length, end=end: Slice(end - length, end))
+        page("overview")
+    assert drawn == {"percentiles": 2, "cards": 4}
 
 
 OTHERS = {

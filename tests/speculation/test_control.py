@@ -273,6 +273,52 @@ def test_what_asking_saves_is_counted_to_the_class_that_brings_it() -> None:
     assert sum(found["chat"][-1_500:]) < 150
 
 
+@pytest.mark.parametrize(("requests", "most"), [(1, 10), (3, 10), (4, 20), (16, 80)])
+def test_probes_that_find_nothing_come_at_twice_the_distance_each_time(requests: int, most: int) -> None:
+    """And as often as at first once asking pays. Probes that ask many come more rarely."""
+    acceptance = Acceptance(ControlSettings(probe_every=10))
+    acceptance.took(1e-3, 4)
+    for _ in range(WORTH_STEPS):
+        acceptance.saved(requests, 0.0)
+    distances = _distances(acceptance, requests, 8)
+    expected = [min(10 * 2**doubled, most) for doubled in range(8)]
+    assert distances == expected
+    for _ in range(200):
+        acceptance.saved(requests, 0.01)
+    assert _distances(acceptance, requests, 3)[1:] == [10, 10]
+
+
+def test_rare_probes_find_out_as_soon_as_frequent_ones() -> None:
+    """In steps, not in probes: each stands for those since the one before."""
+    steps = list[int]()
+    for requests in (1, 16):
+        acceptance = Acceptance(ControlSettings())
+        acceptance.took(1e-3, 4)
+        for _ in range(WORTH_STEPS):
+            acceptance.saved(requests, 0.0)
+        for _ in range(4_000):
+            if acceptance.probe(requests, requests):
+                acceptance.saved(requests, 0.0)
+        count = 0
+        while not acceptance.pays(requests):
+            count += 1
+            if acceptance.probe(requests, requests):
+                acceptance.saved(requests, 3 * JUDGED * 1e-3)
+        steps.append(count)
+    assert steps[1] == pytest.approx(steps[0], rel=0.25)
+
+
+def _distances(acceptance: Acceptance, requests: int, count: int) -> list[int]:
+    """Steps until each of the next probes."""
+    found = list[int]()
+    while len(found) < count:
+        steps = 1
+        while not acceptance.probe(requests, requests):
+            steps += 1
+        found.append(steps)
+    return found
+
+
 def test_whether_asking_pays_waits_for_experience_and_counts_the_judging() -> None:
     acceptance = Acceptance(ControlSettings())
     acceptance.took(1e-3, 4)

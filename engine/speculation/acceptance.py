@@ -24,9 +24,9 @@ WORTH_WEIGHT = 0.01
 """Weight of one step in the estimate of what asking saves: what a pass takes varies by more than asking costs."""
 WORTH_STEPS = 32
 """Steps before which nothing is held against asking."""
-RARER = 0.5
-"""Times the requests that a probe asks: so many times as far apart as ``probe_every`` says do probes come at most,
-where they go on finding that it does not pay. To ask many costs, and teaches, so much more than to ask one."""
+RAREST = 16
+"""Times as far apart as ``probe_every`` says do probes come at most; so a step stands for no more than some sixth of
+what is known of asking."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,15 +121,16 @@ class Acceptance:
     def probe(self, requests: int, asked: int) -> bool:
         """Whether a step of so many requests asks ``asked`` of them in any case. Called once in each step.
 
-        Where asking goes on not to pay, probes come at twice the distance each time: to ask sixteen requests in vain
-        in every sixteenth step is half a per cent of what they take.
+        Where asking goes on not to pay, probes come at twice the distance each time, up to so many times the first as
+        they ask requests: to ask sixteen in vain in every sixteenth step is half a per cent of what they take, and it
+        teaches sixteen times as much as to ask one.
         """
         self._weighed += 1
         self._until_probe -= 1
         if self._until_probe > 0:
             return False
         every = self.settings.probe_every
-        self._gap = every if self.pays(requests) else min(2 * self._gap, every * max(1, int(RARER * asked)))
+        self._gap = every if self.pays(requests) else min(2 * self._gap, every * min(asked, RAREST))
         self._until_probe = self._gap
         return True
 

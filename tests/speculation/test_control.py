@@ -273,7 +273,7 @@ def test_what_asking_saves_is_counted_to_the_class_that_brings_it() -> None:
     assert sum(found["chat"][-1_500:]) < 150
 
 
-@pytest.mark.parametrize(("requests", "most"), [(1, 10), (3, 10), (4, 20), (16, 80)])
+@pytest.mark.parametrize(("requests", "most"), [(1, 10), (3, 30), (4, 40), (16, 160), (100, 160)])
 def test_probes_that_find_nothing_come_at_twice_the_distance_each_time(requests: int, most: int) -> None:
     """And as often as at first once asking pays. Probes that ask many come more rarely."""
     acceptance = Acceptance(ControlSettings(probe_every=10))

@@ -27,8 +27,8 @@ RANGES = {
     "30d": timedelta(days=30),
 }
 FIXED = "fixed"
-CHART_STEPS = 3
-"""Steps of the window that charts move on by at once."""
+CHART_STEP_S = 15
+"""The steps of longer windows are multiples of it, so their charts move on with the numbers."""
 OFFERED = 100
 """Versions that the bar offers, the newest with traffic; a link may ask for any."""
 
@@ -46,15 +46,14 @@ class Context:
         return self.part.since, self.part.until
 
     def charted(self) -> Context:
-        """The same for what is drawn and not written: its window moves on in steps three times as long.
+        """The same for charts over time: its window moves on in steps of ``CHART_STEP_S`` at least.
 
-        A chart of an hour has ninety bins of 40 s. Drawing charts is most of what a refresh takes, and what 5 s more
-        change in one is a third of its last bin; beside it the numbers are of this moment.
+        What 5 s more change in a chart of an hour is a twelfth of its last bin. The numbers beside it are of this
+        moment.
         """
         if self.range == FIXED:
             return self
-        step = CHART_STEPS * _step(RANGES[self.range])
-        ahead = timedelta(seconds=-self.part.until.timestamp() % step)
+        ahead = timedelta(seconds=-self.part.until.timestamp() % CHART_STEP_S)
         return replace(self, part=replace(self.part, since=self.part.since + ahead, until=self.part.until + ahead))
 
 
@@ -158,14 +157,9 @@ def window(length: timedelta) -> Slice:
     Within a step every panel, page and session asks the same question, so all but the first find it in the cache. The
     end lies up to a step ahead, so that nothing new is cut off.
     """
-    step = _step(length)
+    step = min(max(int(length.total_seconds() / 720) // 5 * 5, 5), 60)
     until = datetime.fromtimestamp((int(datetime.now(UTC).timestamp()) // step + 1) * step, UTC)
     return Slice(until - length, until)
-
-
-def _step(length: timedelta) -> int:
-    """Seconds by which a window of this length moves on."""
-    return min(max(int(length.total_seconds() / 720) // 5 * 5, 5), 60)
 
 
 def _given() -> tuple[datetime, datetime] | None:

@@ -54,7 +54,7 @@ def page() -> None:
     with right.container(border=True, height="stretch"):
         _heat_map(charted, generation, metric)
     _by_version(charted, generation)
-    _versions(here, charted, serving.roles)
+    _versions(here, charted, generation, serving.roles)
     with st.container(border=True):
         with st.container(horizontal=True, vertical_alignment="center", key="traffic-by"):
             goal = settings().telemetry.objectives
@@ -80,7 +80,7 @@ def _percentiles(here: Context, generation: int | None, metric: str) -> None:
     part = here.part
     frame = overview.over_time(part, (), (metric,)) if metric == "queue" else overview.over_time(part)
     arms = overview.over_time(overview.leading(part), ("arm", "policy_version"), (metric,))
-    canary = arms[arms["arm"] == CANARY]
+    canary = arms if arms.empty else arms[arms["arm"] == CANARY]
     figure = latency.percentiles(frame, canary, ledger.marks(part, generation), here.window, here.colours, metric)
     draw_to_traces(figure, f"latency-{metric}", "Percentiles of latency over time, with deploys marked.")
 
@@ -115,7 +115,7 @@ def _by_version(here: Context, generation: int | None) -> None:
 
 
 @shared
-def _versions(here: Context, charted: Context, _roles: dict[int, str]) -> None:
+def _versions(here: Context, charted: Context, generation: int | None, _roles: dict[int, str]) -> None:
     """What each version did in all; roles are the ledger's."""
     rows = overview.leading(here.part, SHOWN)
     with st.container(border=True):

@@ -51,7 +51,7 @@ def page() -> None:
     family = versions.family(chosen.version)
     left, right = st.columns([1, 1])
     with left.container(border=True, height="stretch"):
-        _against_version(here.charted(), chosen, serving)
+        _against_version(here, chosen, serving)
     with right.container(border=True, height="stretch"):
         heading(f"Family of v{chosen.version}", "solid: parent, dotted: whose traffic taught it · click to choose")
         nodes = shown.nodes(family, serving)

@@ -39,7 +39,7 @@ class ControlSettings:
     row_strength: float = 4.0  # accepted tokens that the experience of the class is worth against a request's own
     memory: float = 1_000.0  # trials after which the experience of a class forgets
     min_gain: float = 0.02  # share of tokens per second that drafting must promise
-    probe_every: int = 16  # in one of so many steps drafters are asked in any case, or for one token more
+    probe_every: int = 16  # in one of so many steps drafters are asked in any case (rarer in vain), or for a token more
 
     @classmethod
     def read(cls, given: Mapping[str, Any]) -> ControlSettings:
@@ -72,9 +72,10 @@ class Acceptance:
         self._promised = self._kept = 0.0  # tokens that were verified
         self.draft_s = self.ask_s = 0.0  # seconds that a drafted token, and asking for a draft, cost lately
         self.audience = Audience()
-        self._saved: dict[int, tuple[int, float]] = {}  # by load: steps, seconds saved by asking one request in them
+        self._saved: dict[int, tuple[float, float]] = {}  # by load: steps, seconds saved by asking one request in them
         self._gap = self._until_probe = settings.probe_every  # steps from one probe to the next; steps until that
-        self._weighed = 0  # steps in which it was weighed whether to ask, since one taught what asking saves
+        self._weighed = 0  # steps since the last probe
+        self._stands_for = 1.0  # steps that what is learned in this one counts for
 
     def chance(self, position: int, confidence: float | None) -> float:
         """That the token at ``position`` (from 0) is accepted when all before it are."""
@@ -84,10 +85,10 @@ class Acceptance:
         return (self._accepted[at] + weight * prior) / (self._tried[at] + weight)
 
     def observe(self, position: int, confidence: float | None, accepted: bool) -> None:
-        at, memory = _level(position, confidence), self.settings.memory
-        keep = min(1.0, (memory - 1) / self._tried[at]) if self._tried[at] else 1.0
-        self._tried[at] = keep * self._tried[at] + 1
-        self._accepted[at] = keep * self._accepted[at] + accepted
+        at, memory, weight = _level(position, confidence), self.settings.memory, self._stands_for
+        keep = min(1.0, max(0.0, memory - weight) / self._tried[at]) if self._tried[at] else 1.0
+        self._tried[at] = keep * self._tried[at] + weight
+        self._accepted[at] = keep * self._accepted[at] + weight * accepted
 
     @property
     def honesty(self) -> float:
@@ -100,10 +101,11 @@ class Acceptance:
 
     def settle(self, promised: float, kept: float) -> None:
         """After a step of one request: of its verified tokens so many were ``promised``, so many accepted. Forgets at
-        every step, so that a class whose drafts are not verified any more is given another chance."""
-        keep = 1 - 1 / self.settings.memory
-        self._promised = keep * self._promised + promised
-        self._kept = keep * self._kept + kept
+        every step that asks, so that a class whose drafts are not verified any more is given another chance."""
+        weight = self._stands_for
+        keep = (1 - 1 / self.settings.memory) ** weight
+        self._promised = keep * self._promised + weight * promised
+        self._kept = keep * self._kept + weight * kept
 
     def survivals(self, k: int) -> list[float]:
         """Before a draft is there: the probability, by position, that it will reach so far and all be right."""
@@ -118,33 +120,35 @@ class Acceptance:
         self.draft_s += DRAFT_WEIGHT * (seconds / tokens - self.draft_s) if self.draft_s else seconds / tokens
         self.ask_s += DRAFT_WEIGHT * (seconds - self.ask_s) if self.ask_s else seconds
 
-    def probe(self, requests: int, asked: int) -> bool:
-        """Whether a step of so many requests asks ``asked`` of them in any case. Called once in each step.
+    def probe(self, requests: int, asked: int, judged: float = JUDGED) -> bool:
+        """Whether a step of so many requests asks ``asked`` of them in any case. Called once in each step; ``judged``
+        as for ``pays``.
 
         Where asking goes on not to pay, probes come at twice the distance each time, up to so many times the first as
-        they ask requests: to ask sixteen in vain in every sixteenth step is half a per cent of what they take, and it
-        teaches sixteen times as much as to ask one.
+        they ask requests: to ask sixteen in vain in every sixteenth step is half a per cent of what they take. All that
+        such a probe teaches counts for the steps since the one before, so that few of them find out that asking pays.
         """
+        every = self.settings.probe_every
+        longest = every * min(asked, RAREST)
         self._weighed += 1
-        self._until_probe -= 1
+        self._until_probe = min(self._until_probe, longest) - 1
+        self._stands_for = 1.0
         if self._until_probe > 0:
             return False
-        every = self.settings.probe_every
-        self._gap = every if self.pays(requests) else min(2 * self._gap, every * min(asked, RAREST))
-        self._until_probe = self._gap
+        if self.pays(requests, judged):
+            self._gap = every
+        else:
+            self._stands_for = max(self._weighed / every, 1.0)
+            self._gap = min(2 * self._gap, longest)
+        self._until_probe, self._weighed = self._gap, 0
         return True
 
     def saved(self, requests: int, seconds: float) -> None:
-        """In a step of so many requests, asking saved each that was asked so long, by what was verified.
-
-        A step stands for those since the one before: rare probes find out as soon as frequent ones.
-        """
-        steps, mean = self._saved.get(_load(requests), (0, 0.0))
-        every = self.settings.probe_every
-        stands_for = min(max(self._weighed, every), self._gap) / every
-        self._weighed = 0
-        weight = max(WORTH_WEIGHT * stands_for, 1 / (steps + 1))
-        self._saved[_load(requests)] = steps + 1, mean + weight * (seconds - mean)
+        """In a step of so many requests, asking saved each that was asked so long, by what was verified."""
+        steps, mean = self._saved.get(_load(requests), (0.0, 0.0))
+        steps += self._stands_for
+        weight = max(WORTH_WEIGHT * self._stands_for, self._stands_for / steps)
+        self._saved[_load(requests)] = steps, mean + weight * (seconds - mean)
 
     def pays(self, requests: int, judged: float = JUDGED) -> bool:
         """Whether asking for a draft saves more than ``judged`` times what it takes, in steps of so many requests.
@@ -155,7 +159,7 @@ class Acceptance:
         """
         load = _load(requests)
         for near in (load, load + 1, load - 1):
-            steps, mean = self._saved.get(near, (0, 0.0))
+            steps, mean = self._saved.get(near, (0.0, 0.0))
             if steps >= WORTH_STEPS:
                 return mean > judged * self.ask_s
         return True

@@ -196,7 +196,7 @@ class KController:
         steered = [i for i, row in enumerate(rows) if ks[i] and row.settings.enabled]
         firsts = [first for i in steered if (first := rows[i].before) is not None]
         listening = [rows[i] for i in steered if not rows[i].withheld]
-        probed = _probed([row.acceptance for row in [*listening, *firsts]], len(rows))
+        probed = _probed([row.acceptance for row in [*listening, *firsts]], len(rows), free)
         for row in firsts:
             row.asked = row.acceptance.pays(len(rows)) or id(row.acceptance) in probed
         dear, paying, wanted = list[int](), set[int](), set[int]()  # these by what their classes have learned
@@ -318,9 +318,12 @@ def learn_costs(rows: Sequence[RowControl], seconds: Sequence[float], asked: Seq
             row.acceptance.took(took, tokens)
 
 
-def _probed(acceptances: Sequence[Acceptance], requests: int) -> set[int]:
+def _probed(acceptances: Sequence[Acceptance], requests: int, free: float) -> set[int]:
     """Whose drafters are asked in any case in this step of so many ``requests``: all of a class and version at once,
     for a pass over all of them takes hardly longer than over one. Counts for all, as short requests would never come to
-    their probe. ``acceptances``: of each request that can be asked."""
-    asked = Counter(map(id, acceptances))
-    return {key for key, one in {id(one): one for one in acceptances}.items() if one.probe(requests, asked[key])}
+    their probe. ``acceptances``: of each request that can be asked; drafts of ``free`` seconds cost nothing."""
+    asked, found = Counter(map(id, acceptances)), set[int]()
+    for key, one in {id(one): one for one in acceptances}.items():
+        if one.probe(requests, asked[key], 1.0 if one.draft_s > free else JUDGED):
+            found.add(key)
+    return found

@@ -87,6 +87,8 @@ def test_charts_move_on_by_wider_steps_and_never_end_before_the_numbers() -> Non
 def test_a_refresh_writes_new_numbers_and_draws_charts_every_third_time(
     seeded: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    lasting = st.cache_resource(show_spinner=False, hash_funcs=module.BY_WORDS)  # however long this takes
+    monkeypatch.setattr(module, "shared", lasting)
     began = datetime.now(UTC).replace(second=0, microsecond=0)
     drawn = Counter[str]()
 

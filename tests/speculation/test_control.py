@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from engine.contracts import SlipstreamError, VerifyStep
+from engine.speculation import acceptance as learned
 from engine.speculation.acceptance import JUDGED, WORTH_STEPS, Acceptance, ControlSettings
 from engine.speculation.control import MOST_KEPT, KController, Offer, RowControl, allocate, learn_worth
 from engine.speculation.replay import verify_stored
@@ -288,24 +289,57 @@ def test_probes_that_find_nothing_come_at_twice_the_distance_each_time(requests:
     assert _distances(acceptance, requests, 3)[1:] == [10, 10]
 
 
-def test_rare_probes_find_out_as_soon_as_frequent_ones() -> None:
-    """In steps, not in probes: each stands for those since the one before."""
-    steps = list[int]()
-    for requests in (1, 16):
-        acceptance = Acceptance(ControlSettings())
-        acceptance.took(1e-3, 4)
-        for _ in range(WORTH_STEPS):
-            acceptance.saved(requests, 0.0)
-        for _ in range(4_000):
-            if acceptance.probe(requests, requests):
-                acceptance.saved(requests, 0.0)
-        count = 0
-        while not acceptance.pays(requests):
-            count += 1
-            if acceptance.probe(requests, requests):
-                acceptance.saved(requests, 3 * JUDGED * 1e-3)
-        steps.append(count)
-    assert steps[1] == pytest.approx(steps[0], rel=0.25)
+def test_drafts_that_were_wrong_for_long_are_found_right_as_soon_by_rare_probes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What a token is worth, and whether verified ones keep their promises, must be learned anew before asking pays."""
+    found = list[int]()
+    for rarest in (1, learned.RAREST):
+        monkeypatch.setattr(learned, "RAREST", rarest)
+        controller = KController(StepCosts(seconds(MEASURED)))
+        rows = [controller.row(1, "chat", ControlSettings()) for _ in range(16)]
+        for _ in range(6_000):
+            _sure_of_one(controller, rows, right=False)
+        steps = 0
+        while not rows[0].acceptance.pays(16) and steps < 100_000:
+            _sure_of_one(controller, rows, right=True)
+            steps += 1
+        found.append(steps)
+    gap = ControlSettings().probe_every * learned.RAREST
+    assert found[1] < found[0] + 4 * gap, found  # after four probes of sixteen requests; fourteen by frequent ones
+
+
+def _sure_of_one(controller: KController, rows: Sequence[RowControl], right: bool) -> None:
+    """A step in which every drafter that is asked is sure of one token, and all are right or none."""
+    limits = controller.limits(rows, [1] * len(rows))
+    choice = controller.choose([Offer(row, n, [0.9] * n) for row, n in zip(rows, limits, strict=True)])
+    for row, n, k in zip(rows, limits, choice.ks, strict=True):
+        if n:
+            row.acceptance.took(1e-5, n)
+            judge(row, n, [0.9], [0, 0] if right else [1], k)
+    learn_worth([[row] for row in rows], [0] * len(rows), choice, [k * right for k in choice.ks], choice.pass_s)
+
+
+def test_a_load_that_goes_by_the_next_one_has_its_own_verdict_soon() -> None:
+    """In steps that its probes stand for, not in probes."""
+    controller = KController(StepCosts(seconds(MEASURED)))
+    rows = [controller.row(1, "chat", ControlSettings()) for _ in range(16)]
+    assert asked(controller, rows, 0.3, steps=4_000) < 0.1
+    assert asked(controller, rows[:12], 0.95, steps=3_000) > 0.9
+
+
+def test_the_first_step_after_another_load_is_one_step() -> None:
+    """A late one does not switch off a drafter that pays at this load, for all that did not ask at the other."""
+    controller = KController(StepCosts(seconds(MEASURED)))
+    rows = [controller.row(1, "chat", ControlSettings()) for _ in range(16)]
+    assert asked(controller, rows[:1], 0.6) == 1
+    assert asked(controller, rows, 0.3, steps=2_000) < 0.1
+    for _ in range(200):
+        controller.limits(rows, [4] * 16)  # prompts beside: nothing is learned
+    assert controller.limits(rows[:1], [4]) == [4]
+    choice = controller.choose([Offer(rows[0], 1, [0.6])])
+    learn_worth([rows[:1]], [0], choice, choice.expected, 1_000 * choice.pass_s)
+    assert rows[0].acceptance.pays(1)
 
 
 def _distances(acceptance: Acceptance, requests: int, count: int) -> list[int]:

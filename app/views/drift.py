@@ -32,18 +32,17 @@ def page() -> None:
         return
     still = found[found["ended_at"].isna()] if len(found) else found
     context.headline(_verdict(found, still))
-    charted = here.charted()
-    _alarms(here, charted, _newest(found))
-    _charts(charted, ledger.serving().generation)
+    _alarms(here, _newest(found))
+    _charts(here.charted(), ledger.serving().generation)
     export("drift", part)
 
 
 @shared
-def _alarms(here: Context, charted: Context, newest: str) -> None:
+def _alarms(here: Context, newest: str) -> None:
     """``newest``: how long ago the newest finding was made."""
     found = overview.rows("drift.findings", here.part)
     by_class = overview.totals(here.part, ("traffic_class",), ())
-    trends = overview.over_time(charted.part, ("traffic_class",), ())
+    trends = overview.over_time(here.charted().part, ("traffic_class",), ())
     st.html(alarms(found, by_class, trends, newest, here.colours))
     with st.container(border=True):
         heading("Findings", "the last hour against the day before it; acceptance length against what was usual")

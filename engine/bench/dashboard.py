@@ -25,14 +25,13 @@ from engine.bench.pages import PAGES, QUIET_S, cpu_s, figures, look
 from engine.bench.report import Figure, Report
 from engine.bench.rig import Rig, rig, wait_until
 from engine.bench.viewers import PATIENCE_S, READ, Recording, Viewers, record
-from engine.contracts import ServingPlan
 from engine.demo import prompts
 from engine.demo.traffic import served_model
 from engine.ops.supervisor import Say
 from engine.registry.artifacts import ArtifactStore
 from engine.settings import Settings
 from engine.store.database import Database
-from engine.store.repositories import plans, seeding
+from engine.store.repositories import seeding
 
 STILL = "explain"
 """It compares two windows of the past and is not drawn again by itself."""
@@ -103,12 +102,7 @@ def _fill(system: Rig, options: Options, say: Say) -> None:
     if plan is None:
         say("what is served is not what the seeded rollout tries: its versions have no files that an engine could load")
         return
-    wait_until(partial(_follows, system, plan), f"generation {plan.generation} to be followed", PATIENCE_S)
-
-
-def _follows(system: Rig, plan: ServingPlan) -> bool:
-    with system.database.read() as session:
-        return any(one.error is None for one in plans.observations(session, plan.generation))
+    system.followed(plan, PATIENCE_S)
 
 
 def _serving(

@@ -19,10 +19,12 @@ from engine.bench.blocks import NONE, Run, rate_figures, ratio_figure
 from engine.bench.report import Figure
 from engine.bench.rig import rig
 from engine.bench.workload import Ids, Workload
-from engine.contracts import SlipstreamError
+from engine.contracts import ServingPlan, SlipstreamError
 from engine.demo.traffic import served_model
 from engine.model.linear import multiplies_bfloat16
 from engine.settings import Settings
+from engine.store.database import Database
+from engine.store.repositories import plans
 
 if TYPE_CHECKING:
     from engine.bench.serving import Bench
@@ -100,6 +102,7 @@ def _url(
     peer, figures = Server(url), list[Figure]()
     order = random.Random(int(rng.integers(1 << 30)))
     with rig(settings, bench.say) as system:
+        system.followed(plain_plan(system.database))
         ours = Server(system.url)
         for concurrency in bench.options.concurrency:
             pairs = []
@@ -121,6 +124,21 @@ def _url(
                 *rate_figures(f"url:all:c{concurrency}", [pair[1] for pair in pairs], rng)[:1],
             ]
     return figures
+
+
+def plain_plan(database: Database) -> ServingPlan:
+    """A plan that decodes plainly: an empty system looks drafts up in the prompt, which is not what is compared."""
+    with database.write() as session:
+        first = plans.latest(session)
+        if first is None:
+            raise SlipstreamError("No engine has followed a plan yet in the system that shall be measured.")
+        return plans.append(
+            session,
+            champion=first.fallback,
+            fallback=first.fallback,
+            actor="bench",
+            reason="plain decoding against a peer",
+        )
 
 
 def blocks_of(texts: Sequence[str], size: int, order: random.Random) -> list[list[str]]:

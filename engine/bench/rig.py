@@ -7,14 +7,18 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 
-from engine.contracts import SlipstreamError
+from engine.contracts import ServingPlan, SlipstreamError
 from engine.ops import postgres, system
 from engine.ops.supervisor import Component, Say, Supervisor
 from engine.settings import Settings
 from engine.store.database import Database
-from engine.store.repositories import audit
+from engine.store.repositories import audit, plans
+
+FOLLOWED_S = 30.0
+"""A replica follows a plan in well under a second where nothing of it has to be loaded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +35,18 @@ class Rig:
         """Traces in the table."""
         with self.database.read() as session:
             return audit.traces(session)
+
+    def followed(self, plan: ServingPlan, timeout_s: float = FOLLOWED_S) -> datetime:
+        """Wait until a replica routes by ``plan``, all of it; the moment since when. SlipstreamError if none does."""
+        seen = list[datetime]()
+
+        def observed() -> bool:
+            with self.database.read() as session:
+                seen[:] = [o.observed_at for o in plans.observations(session, plan.generation) if o.error is None]
+            return bool(seen)
+
+        wait_until(observed, f"generation {plan.generation} to be followed", timeout_s)
+        return max(seen)
 
 
 @contextmanager

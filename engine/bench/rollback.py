@@ -96,7 +96,7 @@ def _try(system: Rig, bad: int, name: str, prepare: Prepare, say: Say) -> Try:
             actor="bench",
             reason="a policy that drafts garbage",
         )
-    wait_until(lambda: _observed(system, canary) is not None, f"generation {canary.generation} observed", 30.0)
+    system.followed(canary)
     wait_until(lambda: _last_bad(system, canary.generation) is not None, "a canary request", 60.0, pause_s=0.05)
     press = prepare(canary)
     asked = datetime.now(UTC)
@@ -105,9 +105,7 @@ def _try(system: Rig, bad: int, name: str, prepare: Prepare, say: Say) -> Try:
     with system.database.read() as session:
         plan = plans.latest(session)
     assert plan is not None
-    wait_until(lambda: _observed(system, plan) is not None, f"generation {plan.generation} observed", 30.0)
-    observed = _observed(system, plan)
-    assert observed is not None
+    observed = system.followed(plan)
     say(f"{name}: effective after {(observed - asked).total_seconds():.3f} s")
     return Try(canary.generation, asked, observed)
 
@@ -139,12 +137,6 @@ def _is_taken_back(system: Rig, canary: ServingPlan) -> bool:
     with system.database.read() as session:
         plan = plans.latest(session)
     return plan is not None and plan.generation > canary.generation
-
-
-def _observed(system: Rig, plan: ServingPlan) -> datetime | None:
-    with system.database.read() as session:
-        seen = [o.observed_at for o in plans.observations(session, plan.generation) if o.error is None]
-    return max(seen) if seen else None
 
 
 def _last_bad(system: Rig, generation: int) -> datetime | None:

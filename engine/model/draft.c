@@ -16,11 +16,7 @@ struct answer { int64_t token; double chance; };
 static struct answer judged(const bf16 *logits, const int64_t *vocabulary, int64_t n) {
   const int64_t whole = n / LANES * LANES;
   vec top = all(-__builtin_inff()), mass = {};
-  for (int64_t i = 0; i < whole; i += LANES) {
-    const vec v = load(logits + i);
-    const ints more = v > top;
-    top = (vec)(((ints)v & more) | ((ints)top & ~more));
-  }
+  for (int64_t i = 0; i < whole; i += LANES) top = larger(top, load(logits + i));
   float most = largest(top), total, one;
   for (int64_t i = whole; i < n; i++) one = alone(logits[i]), most = one > most ? one : most;
   for (int64_t i = 0; i < whole; i += LANES) mass += exponential(load(logits + i) - most);

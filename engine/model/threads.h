@@ -1,4 +1,5 @@
 // Which of a parallel region's threads this is, and of how many; without OpenMP the only one.
+#pragma once
 #ifdef _OPENMP
 int omp_get_thread_num(void), omp_get_num_threads(void); // clang comes without omp.h
 #else

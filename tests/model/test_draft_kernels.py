@@ -122,6 +122,7 @@ def test_a_draft_is_what_torch_drafts(target: Llama) -> None:
         ("draft->layer.attention_norm, both", "draft->embedding_norm, both"),
         ("both + (2 * t + 1) * size", "both + 2 * t * size"),
         ("draft->norm, h", "draft->layer.mlp_norm, h"),
+        ("x = larger(x, OTHER(x, 2));", "(void)0;"),
         ("most = one > most ? one : most", "most = most"),  # the likeliest is among the last, which fill no vector
         ("total += exponential(all(alone(logits[i]) - most))[0]", "total += 0"),
         ("{vocabulary[at],", "{at,"),

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from engine.model import kernels
+from engine.model import compiler, kernels, product
 from engine.model.batch import Row
 from engine.model.crew import Crew
 from engine.model.kernels import Kernels, compile_kernels
@@ -26,12 +26,28 @@ CPU = torch.device("cpu")
 TEXTS = [
     torch.randint(0, CONFIG.vocab_size, (200,), generator=torch.Generator().manual_seed(i)).tolist() for i in (1, 2, 3)
 ]
+NATIVE, OLDER = "-march=native", "-march=x86-64-v3"  # the latter: half the lanes, and no products in bfloat16
+needs_pairs = pytest.mark.skipif(not torch.cpu._is_avx512_bf16_supported(), reason="no AVX512-BF16")
+needs_avx2 = pytest.mark.skipif("AVX" not in torch.backends.cpu.get_cpu_capability(), reason="no AVX2")
+on_both = pytest.mark.parametrize("compiled_for", [NATIVE, pytest.param(OLDER, marks=needs_avx2)], indirect=True)
+on_older = pytest.mark.parametrize("compiled_for", [pytest.param(OLDER, marks=needs_avx2)], indirect=True)
 needs_compiler = pytest.mark.skipif(not any(map(shutil.which, ("cc", "gcc", "clang"))), reason="no C compiler")
 
 
 @pytest.fixture(scope="module")
 def model() -> Llama:
     return random_llama(CONFIG, dtype=torch.bfloat16)
+
+
+@pytest.fixture
+def compiled_for(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The processor that the sources are compiled for."""
+    if request.param == OLDER:
+        monkeypatch.setattr(compiler, "FLAGS", [OLDER if flag == NATIVE else flag for flag in compiler.FLAGS])
+        monkeypatch.setattr(product, "SOURCE", product.SOURCE.with_name("product.c"))
+    product._product.cache_clear()
+    yield
+    product._product.cache_clear()
 
 
 def compiled(model: Llama) -> Kernels:
@@ -69,6 +85,7 @@ def off(model: Llama) -> float:
 
 
 @needs_compiler
+@on_both
 @pytest.mark.parametrize(
     "changed",
     [
@@ -82,7 +99,7 @@ def off(model: Llama) -> float:
     ],
     ids=str,
 )
-def test_kernels_compute_what_torch_computes(changed: dict[str, int]) -> None:
+def test_kernels_compute_what_torch_computes(changed: dict[str, int], compiled_for: None) -> None:
     assert off(random_llama(replace(CONFIG, **changed), dtype=torch.bfloat16)) < TOLERANCE
 
 
@@ -91,17 +108,22 @@ def test_kernels_compute_what_torch_computes(changed: dict[str, int]) -> None:
     ("right", "wrong"),
     [
         ("first <= last; first += KEYS", "first < last; first += KEYS"),  # forgets the token itself at a block's end
-        ("sees < KEYS ? (int)sees : KEYS", "KEYS"),  # looks at what comes after it
-        ("< count ? -1 : 0", "<= count ? -1 : 0"),
+        ("sees < KEYS ? (int)sees : KEYS;", "KEYS;"),  # looks at what comes after it
+        ("lanes < count - s * LANES", "lanes <= count - s * LANES"),
         ("row[k] = *(const words *)(key + at * stride + first)", "row[k] = *(const words *)(key + at * stride)"),
-        ("(vec)(row[i] & 0xffff0000u)", "wide(row[i])"),
+        ("2 * COLUMN(i)) / PAIRED", "2 * i) / PAIRED"),
+        pytest.param("(g + h) * HEAD_DIM + d * PAIRED", "(g + h) * HEAD_DIM + d", marks=needs_pairs),
+        ("value + first * stride, stride, count", "value, stride, count"),  # who looks alone
+        ("load(value + (first + k) * stride", "load(value + k * stride"),  # who looks with others
+        ("scores[h][s] *= scale", "(void)scale"),
+        ("lines / turns + 1}", "lines / turns + 1}, key += stride * (next == 1)"),  # another's keys
         ("high * load(sin + i)", "low * load(sin + i)"),
         ("seen->sums[g + h][i] *= keep", "seen->sums[g + h][i] *= 1.0f"),
         ("seen->total[g + h] * keep", "seen->total[g + h]"),
         ("sum(squares) / (float)n", "sum(squares)"),
         ("through_bf16(gate /", "through_bf16(-gate /"),
         ("store(x + i, v)", "(void)0"),
-        ("places[t] - positions[t]) * stride, begin", "places[t] * 0) * stride, begin"),
+        ("first = places[t] - positions[t], next", "first = 0, next"),
         ("|| places[t] != places[t - 1] + 1 || positions[t] != positions[t - 1] + 1", ""),  # who follows whom
         ("aux[j] == i - 1", "aux[j] == i"),
         ("num_aux + j) * hidden", "num_aux) * hidden"),
@@ -112,6 +134,23 @@ def test_a_fault_in_the_kernels_is_seen(
 ) -> None:
     plant(kernels, right, wrong, tmp_path, monkeypatch)
     assert not off(model) < TOLERANCE
+
+
+@needs_compiler
+@on_older
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [
+        ("(vec)(row[i] & 0xffff0000u)", "wide(row[i])"),
+        ("sum + *query * keys", "sum + *query"),
+        ("x += OTHER(x, 4);", "x += OTHER(x, 2);"),
+    ],
+)
+def test_a_fault_for_an_older_processor_is_seen(
+    model: Llama, right: str, wrong: str, compiled_for: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plant(kernels, right, wrong, tmp_path, monkeypatch)
+    assert not off(random_llama(CONFIG, dtype=torch.bfloat16)) < TOLERANCE
 
 
 @needs_compiler
@@ -151,7 +190,8 @@ def test_the_number_of_threads_changes_no_bit(model: Llama, threads: Callable[[i
     ("right", "wrong"),
     [
         ("n / LANES * (team.me + 1) / team.all * LANES", "n / LANES * (team.me + 1) / team.all * LANES - LANES"),
-        ("/ each % team.all != team.me", "% team.all != team.me * each"),
+        ("whole && i % team.all != team.me", "whole && i % team.all != 0"),
+        ("(i * kv_heads + h) % team.all == team.me", "(i * kv_heads + h) % team.all == 0"),
         ("row += team.all)\n    add_rms_norm_row", "row += 2)\n    add_rms_norm_row"),
     ],
 )

@@ -21,7 +21,7 @@ from tests.runner.driving import engine_of, request, run
 from tests.tiny_model import write_tiny_model
 
 pytestmark = pytest.mark.skipif(not any(map(shutil.which, ("cc", "gcc", "clang"))), reason="no C compiler")
-SHAPES = ((288, 64), (40, 34), (16, 2))  # whole panels, a part of one, a single one
+SHAPES = ((288, 64), (40, 34), (16, 2), (120, 226))  # whole panels, a part of one, a single one, several chunks
 
 
 SEEDS = count()
@@ -89,8 +89,16 @@ def test_a_product_is_that_of_floats_rounded_once(source: Path) -> None:
                 ("out + r * n_out + first + p * PANEL, sums", "out + r * n_out + first, sums"),
                 ("rows * (t + 1) / tiles - row", "rows * (t + 1) / tiles - row - (t > 0)"),
                 ("panels * (me + 1) / all", "panels * (me + 1) / all - 1"),
-                ("tile_3_6, tile_4_6", "tile_3_6, tile_3_6"),
-                ("rows == 4 && panels == 4 ? tile_4_4", "rows == 4 && panels == 4 ? tile_4_1"),
+                ("NAME##_3_6, NAME##_4_6", "NAME##_3_6, NAME##_3_6"),
+                ("panels == 4 ? NAME##_4_4", "panels == 4 ? NAME##_4_1"),
+                ("if (panels == 2) return two[rows];", "if (panels == 2) return one[rows];"),
+                ("part.from ? kept[r * P + p]", "part.from > part.to ? kept[r * P + p]"),  # the last chunk alone
+                ("kept[t % FEW], out", "kept[0], out"),  # one tile's sums over another's
+                ("from + chunk < pairs ? from + chunk : pairs;", "from + chunk;"),
+                (
+                    "tiles > 1 && tiles <= FEW ? CHUNK : pairs,",
+                    "tiles > 1 ? CHUNK : pairs,",
+                ),  # more tiles than are kept
             )
         ),
     ],
@@ -105,9 +113,10 @@ def test_a_fault_in_the_product_is_seen(
 
 @of_both
 def test_a_row_does_not_depend_on_its_neighbours(source: Path) -> None:
-    panels = to_panels(torch.randn(96, 64, generator=torch.Generator().manual_seed(1)).bfloat16())
-    assert panels is not None
-    assert_rows_stand_alone(multiply, panels)
+    for inputs in (64, 226):
+        panels = to_panels(torch.randn(96, inputs, generator=torch.Generator().manual_seed(1)).bfloat16())
+        assert panels is not None
+        assert_rows_stand_alone(multiply, panels)
 
 
 def test_panels_hold_the_weight_itself() -> None:

@@ -6,6 +6,9 @@ verify step, which the candidate must show: of few requests a class that loses i
 the engine's measured costs, under its own K control, and the candidate must be faster for certain: a memory that says
 what a neural draft would have said saves that draft's passes, which no count of tokens shows. Without measured costs
 the tokens per verify step must be more for certain, by resampled requests (percentile bootstrap, Efron 1979).
+
+For certain: of all requests together, or of those of one class, for what is learned is often learned of the traffic
+that is new. Each of these bounds has its share of the level (Bonferroni).
 """
 
 from __future__ import annotations
@@ -21,7 +24,8 @@ from scipy import special
 
 from engine.contracts import SpecCounts, artifact_digest
 from engine.learner import soundness
-from engine.learner.traces import MAX_HELD_OUT, ServedTarget
+from engine.learner.looks import LEVEL, MIN_HELD_OUT
+from engine.learner.traces import ServedTarget
 from engine.percent import percent
 from engine.speculation.artifact import load_proposer
 from engine.speculation.control import KController
@@ -30,24 +34,13 @@ from engine.speculation.replay import replay, replay_controlled
 from engine.speculation.step_costs import StepCosts
 from engine.store.repositories.intake import TrainableTrace
 
-ALPHA = 0.05
 RESAMPLES, BEYOND = 5_000, 10
 """Resampled sums, at least; more of them where a bound would have fewer than ``BEYOND`` beyond it."""
-MIN_HELD_OUT = 8
-"""Fewer held-out requests than this prove nothing, whatever they say."""
 MIN_CLASS = 3
 """Fewer held-out requests of a class prove nothing. Are they an eighth (1 of ``MIN_HELD_OUT``), more must come."""
 AHEAD, SURE = 200, 0.8
 """Over so many requests to come no class may lose more than is allowed, each with this probability. More would refuse
 nearly all that is worth serving (docs/log.md, 2026-11-27)."""
-MAX_LOOKS = 6
-"""Refused candidates that may look at the same held-out requests. The next ones are judged on later requests."""
-LEVEL = ALPHA / MAX_LOOKS
-"""Of the bounds of one look: over all looks at the same requests no more than α errs (Bonferroni)."""
-GROWTH = 1.5
-"""How many times the requests of the look before a look needs. What is learned in between seldom changes a verdict that
-evidence did not, every look costs error level, and its requests must go through the target."""
-
 Replayer = Callable[[Proposer, TrainableTrace, KController | None], tuple[SpecCounts, float]]
 """What a policy earns on one held-out request, under K control or with whole drafts, and the seconds it takes. The
 default replays the stored tokens, which is exact for proposers that need tokens only; one that drafts from hidden
@@ -59,7 +52,8 @@ class Comparison:
     """Tokens per verify step of both over the same ``n`` requests; ``low`` and ``high`` bound the change, one-sided.
 
     ``ahead`` bounds the share that changes over the next ``AHEAD`` requests of all classes, None of too few to say.
-    ``champion_ms`` and ``candidate_ms`` are milliseconds per token, None where they were not asked.
+    ``champion_ms`` and ``candidate_ms`` are milliseconds per token, ``net_low`` is the lower bound of their ratio, the
+    net speed-up; None where they were not asked.
     """
 
     n: int
@@ -71,13 +65,14 @@ class Comparison:
     ahead: float | None = None
     champion_ms: float | None = None
     candidate_ms: float | None = None
+    net_low: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class GateReport:
     """``speedup`` is predicted over plain decoding, ``net`` over the champion: one request at a time, both under K
-    control with the measured costs, and ``net_low`` its lower bound; None where there are no costs or a class refuses
-    already. ``alpha`` is the level of the bounds.
+    control with the measured costs; None where there are no costs or a class refuses already. ``alpha`` is the level of
+    each bound.
     """
 
     passed: bool
@@ -86,41 +81,11 @@ class GateReport:
     classes: Mapping[str, Comparison] | None = None
     speedup: float | None = None
     net: float | None = None
-    net_low: float | None = None
     alpha: float = LEVEL
 
     def to_json(self) -> dict[str, Any]:
         tree = asdict(self)
         return {**tree, "reasons": list(self.reasons), "classes": tree["classes"] or {}}
-
-
-@dataclass(frozen=True, slots=True)
-class Look:
-    """A refused candidate's: at how many held-out ``requests``, the last of them no later than ordinal ``through``."""
-
-    through: int
-    requests: int
-
-
-def unspent(passed_through: int, looks: Sequence[Look]) -> tuple[int, Look | None]:
-    """(the ordinal after which held-out requests may still judge, the last look at any of them).
-
-    ``passed_through``: the last ordinal that the newest version's gate could see; ``looks``: since then, oldest first.
-    A refusal without a comparison has seen nothing and is none.
-    """
-    spent = len(looks) // MAX_LOOKS * MAX_LOOKS
-    return (looks[spent - 1].through if spent else passed_through), (looks[-1] if looks[spent:] else None)
-
-
-def due(ordinals: Sequence[int], last: Look | None) -> bool:
-    """Whether the held-out requests of these ``ordinals`` are enough for a look after the ``last`` one at them.
-
-    What is new is counted: of the old ones some leave meanwhile, by retention or because a tenant was forgotten.
-    """
-    if len(ordinals) < MIN_HELD_OUT or last is None:
-        return len(ordinals) >= MIN_HELD_OUT
-    fresh = sum(ordinal > last.through for ordinal in ordinals)
-    return fresh >= (GROWTH - 1) * min(last.requests, MAX_HELD_OUT)
 
 
 def examine(
@@ -153,7 +118,8 @@ def compare(
     alpha: float = LEVEL,
     replayer: Replayer | None = None,
 ) -> GateReport:
-    """Paired replay over ``held_out``; passes when every rule holds, else names each that does not.
+    """Paired replay over ``held_out``; passes when every rule holds, else names each that does not. ``alpha``: of all
+    bounds of a gain together.
 
     Replay under K control doubles the work, so it is asked only of a candidate that no class refuses.
     """
@@ -164,6 +130,7 @@ def compare(
     if few := [(name, n) for name, n in Counter(names).items() if n < MIN_CLASS and MIN_HELD_OUT * n >= len(names)]:
         reasons = [f"class {name} has {n} of {len(names)} requests, {MIN_CLASS} are needed" for name, n in sorted(few)]
         return GateReport(False, tuple(reasons), alpha=alpha)
+    alpha /= 1 + (sum(sum(wanted) >= MIN_HELD_OUT for wanted in chosen.values()) if len(chosen) > 1 else 0)
     replayer = replayer or stored
     old, new = (_Earned([replayer(p, trace, None)[0] for trace in held_out]) for p in (champion, candidate))
     if not sum(counts.drafted for counts in new.full):
@@ -174,7 +141,7 @@ def compare(
     report = GateReport(True, (), overall, classes, alpha=alpha)
     reasons = _worse(report, worst_class_drop)
     if reasons or not step_cost_ms:
-        reasons = _no_gain(overall) + reasons
+        reasons = _no_gain(report) + reasons
     else:
         old, new = (_priced(e, p, held_out, step_cost_ms, replayer) for e, p in ((old, champion), (new, candidate)))
         report = _in_time(report, old, new, chosen, step_cost_ms[min(step_cost_ms)], rng)
@@ -228,16 +195,23 @@ def _in_time(
     assert report.classes is not None
 
     def timed(one: Comparison, wanted: Sequence[bool]) -> Comparison:
-        return replace(one, champion_ms=old.ms_per_token(wanted), candidate_ms=new.ms_per_token(wanted))
+        table = np.array([old.tokens, old.seconds, new.tokens, new.seconds], float).T[np.array(wanted)]
+        t_old, s_old, t_new, s_new = _resampled(table, report.alpha, rng)
+        low = float(np.quantile(_ratio(t_new, s_new) / _ratio(t_old, s_old), report.alpha))
+        before, after = old.ms_per_token(wanted), new.ms_per_token(wanted)
+        return replace(one, champion_ms=before, candidate_ms=after, net_low=low)
 
     overall = timed(report.overall, [True] * report.overall.n)
     classes = {name: timed(one, chosen[name]) for name, one in report.classes.items()}
     before, after = overall.champion_ms or plain_ms, overall.candidate_ms or plain_ms
-    t_old, s_old, t_new, s_new = _resampled(
-        np.array([old.tokens, old.seconds, new.tokens, new.seconds], float).T, report.alpha, rng
-    )
-    low = float(np.quantile(_ratio(t_new, s_new) / _ratio(t_old, s_old), report.alpha))
-    return replace(report, overall=overall, classes=classes, speedup=plain_ms / after, net=before / after, net_low=low)
+    return replace(report, overall=overall, classes=classes, speedup=plain_ms / after, net=before / after)
+
+
+def _gains(report: GateReport) -> list[tuple[str, Comparison]]:
+    """What must show a gain, one of them at least: all requests together, and each class that can prove something."""
+    assert report.overall is not None
+    classes = [(f"class {name}", one) for name, one in (report.classes or {}).items() if one.n >= MIN_HELD_OUT]
+    return [("all requests", report.overall), *(classes if len(report.classes or {}) > 1 else [])]
 
 
 def _worse(report: GateReport, worst_class_drop: float) -> list[str]:
@@ -249,27 +223,28 @@ def _worse(report: GateReport, worst_class_drop: float) -> list[str]:
     ]
 
 
-def _no_gain(overall: Comparison) -> list[str]:
-    if overall.low > 0:
+def _no_gain(report: GateReport) -> list[str]:
+    if any(one.low > 0 for _, one in _gains(report)):
         return []
-    return [
-        f"no certain gain: {overall.candidate:.3f} tokens per verify step against {overall.champion:.3f}, "
-        f"lower bound of the change {overall.low:+.3f}"
-    ]
+    shown = (
+        f"of {name} {one.candidate:.3f} tokens per verify step against {one.champion:.3f}, lower bound of the change "
+        f"{one.low:+.3f}"
+        for name, one in _gains(report)
+    )
+    return [f"no certain gain: {'; '.join(shown)}"]
 
 
 def _too_dear(report: GateReport, worst_class_drop: float) -> list[str]:
     reasons = []
     assert report.speedup is not None
-    assert report.net_low is not None
     if not report.speedup > 1.0:
         reasons.append(
             f"predicted speed-up over plain decoding is {report.speedup:.2f}, not above 1, with the measured costs"
         )
-    if not report.net_low > 1.0:
+    if not any((one.net_low or 0.0) > 1.0 for _, one in _gains(report)):
+        shown = (f"of {name} {_net(one):.3f}, lower bound {one.net_low:.3f}" for name, one in _gains(report))
         reasons.append(
-            f"no certain gain: predicted net speed-up over the champion is {report.net:.3f} with the measured costs, "
-            f"lower bound {report.net_low:.3f}"
+            f"no certain gain: predicted net speed-up over the champion, with the measured costs, is {'; '.join(shown)}"
         )
     for name, one in (report.classes or {}).items():
         before, after = one.champion_ms or 0.0, one.candidate_ms or 0.0
@@ -281,15 +256,23 @@ def _too_dear(report: GateReport, worst_class_drop: float) -> list[str]:
     return reasons
 
 
+def _net(one: Comparison) -> float:
+    """How many times as fast as the champion."""
+    return (one.champion_ms or 0.0) / (one.candidate_ms or 1.0)
+
+
 def _praise(report: GateReport) -> str:
-    overall = report.overall
-    assert overall is not None
-    counted = f"{overall.candidate:.3f} tokens per verify step against {overall.champion:.3f}"
+    """By what is most certain."""
     if report.net is None:
-        return f"{counted} on {overall.n} held-out requests, lower bound of the change {overall.low:+.3f}"
+        name, one = max(_gains(report), key=lambda gain: gain[1].low)
+    else:
+        name, one = max(_gains(report), key=lambda gain: gain[1].net_low or 0.0)
+    counted = f"{one.candidate:.3f} tokens per verify step against {one.champion:.3f}"
+    if report.net is None:
+        return f"{counted} on {one.n} held-out requests ({name}), lower bound of the change {one.low:+.3f}"
     return (
-        f"predicted {report.net:.3f} times as fast as the champion on {overall.n} held-out requests, lower bound "
-        f"{report.net_low:.3f}: {counted}"
+        f"predicted {_net(one):.3f} times as fast as the champion on {one.n} held-out requests ({name}), lower bound "
+        f"{one.net_low:.3f}: {counted}"
     )
 
 

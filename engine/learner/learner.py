@@ -21,6 +21,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from engine.contracts import PolicyVersion, SlipstreamError, SpecCounts, artifact_digest
 from engine.learner import candidates, gate, traces
 from engine.learner.lease import LearnerLease
+from engine.learner.looks import Look, due, unspent
 from engine.learner.pace import Pace, Stopped
 from engine.learner.traces import NoTarget, ServedTarget, TraceBuffer
 from engine.registry.artifacts import ArtifactStore
@@ -141,9 +142,9 @@ class Learner:
             if intake.count(session, target.model, last.through if last else 0) < enough:
                 return None
             passed, looks = learning.looks(session)
-            since, last_look = gate.unspent(passed, [gate.Look(*look) for look in looks])
+            since, last_look = unspent(passed, [Look(*look) for look in looks])
             judges = traces.held_out(session, target.model, since)
-            if not gate.due(judges, last_look):  # they come with the traffic
+            if not due(judges, last_look):  # they come with the traffic
                 return None
             champion = policies.get(session, plan.champion)
             train = self._buffer.refresh(session, target.model)

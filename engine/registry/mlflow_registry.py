@@ -294,7 +294,7 @@ def metrics(attempt: Attempt) -> dict[str, float]:
         for key, value in (table or {}).items():
             if value is not None:
                 found[f"gate/{re.sub(r'[^A-Za-z0-9_.-]', '_', segment)}/{key}"] = float(value)
-    for key in ("speedup", "net", "net_low", "alpha"):
+    for key in ("speedup", "net", "alpha"):
         if gate.get(key) is not None:
             found[f"gate/{key}"] = float(gate[key])
     return found

@@ -14,10 +14,11 @@ import pytest
 from sqlalchemy.exc import OperationalError
 
 from engine.contracts import PolicyVersion, ProposerKind, ReplicaState, RolloutState
-from engine.learner import candidates, gate, memory
+from engine.learner import candidates, memory
 from engine.learner import learner as module
 from engine.learner.learner import Learner, build_candidate
 from engine.learner.lease import LEASE, LEASE_S, LearnerLease
+from engine.learner.looks import ALPHA, LEVEL, MAX_LOOKS, Look, unspent
 from engine.learner.pace import Stopped
 from engine.learner.traces import ServedTarget
 from engine.registry.artifacts import ArtifactStore
@@ -303,12 +304,12 @@ def test_refusals_without_a_comparison_are_no_looks(w: World) -> None:
 
 
 def test_refused_candidates_use_up_the_error_level_and_a_pass_brings_fresh_requests() -> None:
-    looks = [gate.Look(200 + n, 10 * n) for n in range(1, 15)]
-    assert gate.unspent(200, []) == (200, None)
-    assert gate.unspent(200, looks[:5]) == (200, looks[4])
-    assert gate.unspent(200, looks[:6]) == (206, None)
-    assert gate.unspent(200, looks[:14]) == (212, looks[13])
-    assert pytest.approx(gate.ALPHA) == gate.MAX_LOOKS * gate.LEVEL
+    looks = [Look(200 + n, 10 * n) for n in range(1, 15)]
+    assert unspent(200, []) == (200, None)
+    assert unspent(200, looks[:5]) == (200, looks[4])
+    assert unspent(200, looks[:6]) == (206, None)
+    assert unspent(200, looks[:14]) == (212, looks[13])
+    assert pytest.approx(ALPHA) == MAX_LOOKS * LEVEL
 
 
 def test_the_loop_survives_what_fails_and_stops_when_told(w: World, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ from engine.bench.adaptation.streams import Response
 from engine.bench.adaptation.world import Traffic, World
 from engine.contracts import SpecCounts
 from engine.learner import gate
+from engine.learner.looks import Look, due, unspent
 from engine.learner.memory import MemoryLearner, MemoryRecipe, build_memory
 from engine.learner.neural import build_hybrid
 from engine.learner.traces import MAX_HELD_OUT
@@ -103,7 +104,7 @@ class AdaptiveArm(Arm):
         self.draft = world.neural.draft if world.neural is not None else None
         self.saboteur: Saboteur | None = None
         self._passed = self._attempted = self._due = 0
-        self._looks: list[gate.Look] = []
+        self._looks: list[Look] = []
         self._charged = world.charged()
 
     def learn(self, response: Response) -> float:
@@ -112,8 +113,8 @@ class AdaptiveArm(Arm):
         self.seen += 1
         if self.seen - self._attempted < world.settings.every_requests or not self.traffic.train:
             return 0.0
-        last_look = gate.unspent(self._passed, self._looks)[1]
-        if self.gated and not gate.due([trace.ordinal for trace in self.fresh], last_look):
+        last_look = unspent(self._passed, self._looks)[1]
+        if self.gated and not due([trace.ordinal for trace in self.fresh], last_look):
             return 0.0
         self._attempted = self.seen
         files = self._candidate()
@@ -122,7 +123,7 @@ class AdaptiveArm(Arm):
             return made - began
         reason, passed = "not gated", True
         if self.gated:
-            report, look = self.judge(files, self._charged), gate.Look(self.traffic.ordinal, len(self.fresh))
+            report, look = self.judge(files, self._charged), Look(self.traffic.ordinal, len(self.fresh))
             reason, passed = "; ".join(report.reasons), report.passed
             if passed:
                 self._passed, self._looks = look.through, []
@@ -183,7 +184,7 @@ class AdaptiveArm(Arm):
     @property
     def fresh(self) -> list[TrainableTrace]:
         """Held-out requests that may still judge."""
-        since, _ = gate.unspent(self._passed, self._looks)
+        since, _ = unspent(self._passed, self._looks)
         return [trace for trace in self.traffic.held_out if trace.ordinal > since][-MAX_HELD_OUT:]
 
     def _spent(self) -> float:

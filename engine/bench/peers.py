@@ -107,8 +107,8 @@ def _url(
         for concurrency in bench.options.concurrency:
             pairs = []
             parts = blocks_of([text for workload in work for text in workload.texts], max(concurrency, 2), order)
-            for server in (ours, peer):  # the first requests set things up
-                server.serve(parts[0], concurrency, bench.options.tokens // 4)
+            for server in (ours, peer):  # what a server sets up with its first requests, of every size, is not counted
+                server.serve(parts[0], concurrency, bench.options.tokens)
             for number, part in enumerate(parts, 1):
                 servers = {"none": ours, "peer": peer}
                 runs = {

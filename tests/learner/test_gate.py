@@ -159,6 +159,48 @@ def test_a_class_that_gets_slower_refuses_though_all_together_are_faster(held_ou
     assert [reason.split(":")[0] for reason in report.reasons] == ["class code gets slower by 10.0 % (allowed 2 %)"]
 
 
+def timed(
+    rng: np.random.Generator, gains: Mapping[str, float], requests: Mapping[str, int], alpha: float
+) -> GateReport:
+    """A candidate that is so much faster in each class, give or take 4 % for a request, and says the same."""
+    names = [name for name, count in requests.items() for _ in range(count)]
+    held_out = [TrainableTrace(n + 1, UUID(int=n), START, name, n, [1], [2], 64) for n, name in enumerate(names)]
+
+    def replayer(proposer: Proposer, trace: TrainableTrace, control: KController | None) -> tuple[SpecCounts, float]:
+        faster = rng.normal(gains[trace.traffic_class], 0.04) if proposer.num_speculative_tokens == 2 else 0.0
+        return SpecCounts(steps=32, drafted=64, accepted=32), 0.1 / (1 + faster)
+
+    return gate.compare(NgramProposer(2), NgramProposer(4), held_out, COSTS, 0.1, rng, alpha, replayer)
+
+
+def test_a_gain_that_is_certain_in_one_class_is_a_gain(rng: np.random.Generator) -> None:
+    """What was learned of new traffic, judged beside more requests of the class before, on which nothing changed."""
+    reports = [timed(rng, {"before": 0.0, "new": 0.06}, {"before": 40, "new": 12}, LEVEL) for _ in range(40)]
+    assert np.mean([report.passed for report in reports]) > 0.8
+    passed = next(report for report in reports if report.passed)
+    assert "(class new)" in passed.reasons[0]
+    assert np.mean([(one.overall.net_low or 0.0) > 1 for one in reports if one.overall is not None]) < 0.5
+
+
+def test_few_requests_of_a_class_prove_no_gain(rng: np.random.Generator) -> None:
+    reports = [timed(rng, {"before": 0.0, "new": 0.06}, {"before": 40, "new": 4}, LEVEL) for _ in range(20)]
+    assert not any("(class new)" in reason for report in reports for reason in report.reasons)
+    assert {report.alpha for report in reports} == {LEVEL / 2}
+
+
+@pytest.mark.usefixtures("short_bootstrap")
+def test_the_bounds_of_classes_share_the_level(rng: np.random.Generator) -> None:
+    """Where nothing changed in three classes, one in five passes by luck at the level of a fifth; twice as many would
+    if each bound had the whole level."""
+
+    def lucky(alpha: float) -> float:
+        same, requests = dict.fromkeys("abc", 0.0), dict.fromkeys("abc", 30)
+        return float(np.mean([timed(rng, same, requests, alpha).passed for _ in range(150)]))
+
+    assert lucky(0.2) < 0.27
+    assert lucky(4 * 0.2) > 0.35
+
+
 def test_what_saves_a_drafts_passes_is_a_gain_that_no_count_of_tokens_shows(held_out: list[TrainableTrace]) -> None:
     """Both say the same and one of them costs less: equal per verify step, and certainly faster."""
 

@@ -96,11 +96,15 @@ def bar() -> Callable[[], Context]:
     return now
 
 
-def live(body: Callable[[], None], still: bool = False) -> None:
-    """Draw a part of the page, and again every few seconds while Live is on and it need not stand ``still``."""
+def live(body: Callable[[], None], still: bool = False, slowly: bool = False) -> None:
+    """Draw a part of the page, and again every few seconds while Live is on and it need not stand ``still``.
+
+    ``slowly``: as often as charts move on, for a part that holds many elements and little that is news: what an open
+    page costs is how many elements it is sent.
+    """
     moves = st.session_state.get("live", True) and _given() is None and not still
-    every = settings().dashboard.refresh_s if moves else None
-    st.fragment(body, run_every=every)()
+    every = max(settings().dashboard.refresh_s, CHART_STEP_S if slowly else 0.0)
+    st.fragment(body, run_every=every if moves else None)()
 
 
 def headline(sentence: str) -> None:

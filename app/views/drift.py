@@ -22,19 +22,28 @@ current = context.bar()
 NEAR = timedelta(hours=1)
 
 
-def page() -> None:
+def head() -> None:
     here = current()
-    part = here.part
-    found = overview.rows("drift.findings", part)
-    if overview.totals(part, ("traffic_class",), ()).empty and found.empty:
+    found = overview.rows("drift.findings", here.part)
+    if _is_empty(here.part):
         context.headline("**No traffic** in this window, so nothing can drift.")
         st.info("Choose a longer window, or start the system: `slipstream up`.", icon=":material/info:")
         return
     still = found[found["ended_at"].isna()] if len(found) else found
     context.headline(_verdict(found, still))
     _alarms(here, _newest(found))
+
+
+def page() -> None:
+    here = current()
+    if _is_empty(here.part):
+        return
     _charts(here.charted(), ledger.serving().generation)
-    export("drift", part)
+    export("drift", here.part)
+
+
+def _is_empty(part: Slice) -> bool:
+    return overview.totals(part, ("traffic_class",), ()).empty and overview.rows("drift.findings", part).empty
 
 
 @shared
@@ -161,4 +170,5 @@ def _explain(row: dict[str, object]) -> str:
     )
 
 
-context.live(page)
+context.live(head)
+context.live(page, slowly=not _is_empty(current().part))

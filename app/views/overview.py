@@ -32,19 +32,24 @@ WORDS = {
 }
 
 
+def head() -> None:
+    here = current()
+    now, before = overview.totals(here.part), overview.totals(here.part.before())
+    context.headline(verdict(ledger.serving(), first(now), first(before), WORDS[here.range]))
+    if now.empty:
+        _how_to_begin()
+    else:
+        _cards(here)
+
+
 def page() -> None:
     here = current()
     part = here.part
-    serving = ledger.serving()
-    now, before = overview.totals(part), overview.totals(part.before())
-    total = first(now)
-    context.headline(verdict(serving, total, first(before), WORDS[here.range]))
-    if now.empty:
-        _how_to_begin()
+    if overview.totals(part).empty:
         return
+    serving = ledger.serving()
     generation = serving.generation
     charted = here.charted()
-    _cards(here)
     left, right = st.columns([3, 2])
     with left.container(border=True, height="stretch"):
         with st.container(horizontal=True, vertical_alignment="center", key="latency-of"):
@@ -172,4 +177,5 @@ def _how_to_begin() -> None:
     )
 
 
-context.live(page)
+context.live(head)
+context.live(page, slowly=not overview.totals(current().part).empty)

@@ -53,7 +53,16 @@ def page() -> None:
     with right.container(border=True, height="stretch"):
         heading("Guards", "set before the start, evaluated on every tick")
         _guards(active, decisions, _newest(decisions), here.colours)
+
+
+def record() -> None:
+    """What it was judged by, and all that was tried before."""
+    serving = ledger.serving()
+    if serving.plan is None:
+        return
+    here, active = current(), serving.rollout
     if active is not None:
+        decisions = ledger.decisions(active.id)
         _evidence(active, decisions, "active", active.id, _newest(decisions), here.colours)
         _arms(here.charted(), serving.plan.generation)
     with st.container(border=True):
@@ -192,3 +201,4 @@ def _history() -> None:
 context.live(head, still=verbs.is_asking())
 verbs.buttons(ledger.serving(), current().part)
 context.live(page, still=verbs.is_asking())
+context.live(record, still=verbs.is_asking(), slowly=ledger.serving().plan is not None)

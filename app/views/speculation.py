@@ -28,15 +28,20 @@ OBSERVED = (
 current = context.bar()
 
 
-def page() -> None:
+def head() -> None:
     here = current()
-    totals = overview.totals(here.part)
-    if totals.empty or not totals["steps"].iloc[0]:
+    if not _drafted(here.part):
         context.headline("**No verify step** in this window.")
         st.info("Choose a longer window or fewer filters; `slipstream demo` sends traffic.", icon=":material/info:")
         return
-    context.headline(_verdict(totals.iloc[0], _costs(here.part)))
+    context.headline(_verdict(overview.totals(here.part).iloc[0], _costs(here.part)))
     _cards(here)
+
+
+def page() -> None:
+    here = current()
+    if not _drafted(here.part):
+        return
     _charts(here.charted(), ledger.serving().generation)
     _versions(here)
     export("speculation", here.part)
@@ -117,6 +122,12 @@ def _versions(here: Context) -> None:
         _table(_costs(here.part), here)
 
 
+def _drafted(part: Slice) -> bool:
+    """Whether there is any step to tell of."""
+    totals = overview.totals(part)
+    return not totals.empty and bool(totals["steps"].iloc[0])
+
+
 def _costs(part: Slice) -> pd.DataFrame:
     """What each version costs and brings in each class."""
     listed = overview.leading(part, SHOWN)
@@ -158,4 +169,5 @@ def _table(costs: pd.DataFrame, here: Context) -> None:
     table(frame[list(columns)], columns, "costs", {"version": by_identity(here.colours)})
 
 
-context.live(page)
+context.live(head)
+context.live(page, slowly=_drafted(current().part))

@@ -28,15 +28,13 @@ PARENT, CHAMPION = "its parent", "the champion"
 HIDDEN: dict[str, Any] = {"label_visibility": "collapsed"}
 
 
-def page() -> None:
-    every = versions.every()
-    if not every:
+def head() -> None:
+    if not versions.every():
         st.info(
             "No version yet. The engine makes the first two when it starts: `slipstream up`.", icon=":material/info:"
         )
         return
-    here, serving = current(), ledger.serving()
-    part = replace(here.part, version=None)  # versions are compared with each other
+    serving = ledger.serving()
     kinds, outcomes = versions.counts()
     plan = serving.plan
     if plan is None:
@@ -44,7 +42,15 @@ def page() -> None:
     else:
         context.headline(f"**v{plan.champion}** is champion. Last change: {plain(plan.reason)}.")
     changed = ago(plan.created_at) if plan is not None else ""
-    st.html(shown.standing(serving, kinds, outcomes, changed, here.colours))
+    st.html(shown.standing(serving, kinds, outcomes, changed, current().colours))
+
+
+def page() -> None:
+    every = versions.every()
+    if not every:
+        return
+    here, serving = current(), ledger.serving()
+    part = replace(here.part, version=None)  # versions are compared with each other
     served = versions.served(part)
     chosen = _chosen(every, served, serving, here.part)
     _table(part, every, served, chosen, serving)
@@ -227,4 +233,5 @@ def _choose(version: int) -> None:
     st.query_params["about"] = f"v{version}"
 
 
-context.live(page)
+context.live(head)
+context.live(page, slowly=bool(versions.every()))

@@ -24,25 +24,29 @@ ANSWERED = 0.5
 """A refresh brings about as many bytes as the one that was recorded; less than half of it is another answer."""
 READ = 0.9
 """Share of an interval for which a viewer reads what a refresh brings; then it is counted."""
+CYCLE_S = 15.0
+"""Within it every part of a page is drawn again, those that hardly change but once."""
 PATIENCE_S = 60.0
 """A page that is not answered for so long has ended."""
 
 
 @dataclass(frozen=True, slots=True)
 class Recording:
-    """What one open page sends: when it is opened, and each time it is drawn again; and the bytes that this brings."""
+    """What one open page sends: when it is opened, and each time it is drawn again, through a whole cycle of
+    ``refreshes``; ``answer``: bytes that one of these brings on average."""
 
     path: str
     opening: tuple[bytes, ...]
-    refresh: tuple[bytes, ...]
-    answer: int
+    refreshes: tuple[tuple[bytes, ...], ...]
+    answer: float
 
 
 def record(browser: Any, address: str, path: str, refresh_s: float) -> Recording:
-    """Watch a page in Chromium until it has been drawn again once.
+    """Watch a page in Chromium until every part of it has been drawn again.
 
     What is sent until it is drawn opens the page. The next that is sent begins a refresh, of which every live part has
-    its own message; where drawing took long it is due soon, so it is waited for and not reckoned with.
+    its own message; where drawing took long it is due soon, so it is waited for and not reckoned with. From there on
+    every interval is a refresh, with whatever parts it has.
     """
     page, sent, came = fresh_page(browser), list[tuple[float, bytes]](), list[tuple[float, int]]()
 
@@ -62,13 +66,23 @@ def record(browser: Any, address: str, path: str, refresh_s: float) -> Recording
                 "is too busy for its refresh, a longer one helps: --set dashboard.refresh_s=10"
             )
         page.wait_for_timeout(50)
-    page.wait_for_timeout(1e3 * 0.5 * refresh_s)
+    count = max(1, round(CYCLE_S / refresh_s))
+    page.wait_for_timeout(1e3 * (count - 0.5) * refresh_s)
     page.locator(RESTS).wait_for()
     page.context.close()
     opening = tuple(bytes(payload) for at, payload in sent if at <= drawn)
-    refresh = tuple(bytes(payload) for at, payload in sent if drawn < at <= asked + 0.5 * refresh_s)
-    answer = sum(size for at, size in came if at > drawn)
-    return Recording(path, opening, refresh, answer)
+    refreshes = refreshes_of([(at - asked, payload) for at, payload in sent if at > drawn], count, refresh_s)
+    return Recording(path, opening, refreshes, sum(size for at, size in came if at > drawn) / len(refreshes))
+
+
+def refreshes_of(sent: Sequence[tuple[float, bytes]], count: int, refresh_s: float) -> tuple[tuple[bytes, ...], ...]:
+    """What was ``sent`` (seconds since the first refresh began, message) by interval, ``count`` of them. One in which
+    nothing was sent, as the browser was late, is none."""
+    found: list[list[bytes]] = [[] for _ in range(count)]
+    for at, payload in sent:
+        if (number := round(at / refresh_s)) < count:
+            found[number].append(bytes(payload))
+    return tuple(tuple(messages) for messages in found if messages)
 
 
 @dataclass(slots=True)
@@ -85,7 +99,7 @@ class Viewers:
     refreshed: int = 0
     received: int = 0
     """Bytes."""
-    expected: int = 0
+    expected: float = 0.0
     """Bytes that as many refreshes brought when they were recorded."""
     failures: list[str] = field(default_factory=list)
     _ended: threading.Event = field(default_factory=threading.Event)
@@ -95,7 +109,7 @@ class Viewers:
     def start(self) -> None:
         for number, recording in enumerate(self.recordings):
             phase = number * self.refresh_s / len(self.recordings)
-            thread = threading.Thread(target=self._view, args=(recording, phase), daemon=True)
+            thread = threading.Thread(target=self._view, args=(recording, phase, number), daemon=True)
             thread.start()
             self._threads.append(thread)
 
@@ -116,10 +130,11 @@ class Viewers:
         if self.received < ANSWERED * self.expected:
             raise SlipstreamError(
                 f"{self.refreshed} refreshes of open pages brought {self.received:,} bytes; a browser's bring "
-                f"{self.expected:,}. The recorded messages are not what this dashboard draws again by."
+                f"{self.expected:,.0f}. The recorded messages are not what this dashboard draws again by."
             )
 
-    def _view(self, recording: Recording, phase: float) -> None:
+    def _view(self, recording: Recording, phase: float, at: int) -> None:
+        """``at``: the refresh of the cycle that this viewer begins with."""
         from websockets.exceptions import WebSocketException
         from websockets.sync.client import connect
         from websockets.typing import Origin, Subprotocol
@@ -136,7 +151,9 @@ class Viewers:
                     if not self.active.wait(POLL_S):
                         continue
                     self._ended.wait((phase - time.monotonic()) % self.refresh_s)
-                    if self.active.is_set() and (came := self._ask(socket, recording.refresh)):
+                    messages = recording.refreshes[at % len(recording.refreshes)]
+                    if self.active.is_set() and (came := self._ask(socket, messages)):
+                        at += 1
                         with self._lock:
                             self.refreshed += 1
                             self.received += came

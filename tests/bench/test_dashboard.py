@@ -10,15 +10,16 @@ import numpy as np
 import pytest
 from websockets.sync.server import ServerConnection, serve
 
+from app.components.context import CHART_STEP_S
 from engine.bench import paired
 from engine.bench import viewers as viewers_module
 from engine.bench.dashboard import Watched, watched_figures
 from engine.bench.pages import Look, Rerun, There, figures, warm_ms
-from engine.bench.viewers import Recording, Viewers
+from engine.bench.viewers import CYCLE_S, Recording, Viewers, refreshes_of
 from engine.contracts import SlipstreamError
 from tests.waiting import until
 
-RECORDED = Recording("/x", (b"open", b"sized"), (b"again",), answer=len(b"drawn"))
+RECORDED = Recording("/x", (b"open", b"sized"), ((b"again",), (b"again", b"rest")), answer=len(b"drawn"))
 
 
 def test_the_dearest_page_is_the_one_that_is_reported() -> None:
@@ -99,8 +100,19 @@ def test_viewers_open_a_page_once_and_draw_it_again_while_they_are_active() -> N
         viewers.stop()
     viewers.check()
     assert heard[:2] == [b"open", b"sized"]
-    assert set(heard[2:]) == {b"again"}
+    assert heard[2:8] == [b"again", b"again", b"rest", b"again", b"again", b"rest"][: len(heard) - 2]
     assert viewers.received >= 3 * len(b"drawn")
+
+
+def test_a_cycle_holds_every_part_at_the_refresh_at_which_it_was_asked_for() -> None:
+    """One part every five seconds, another every fifteen, timers that drift, and a refresh that did not come."""
+    sent = [(0.0, b"head"), (0.4, b"rest"), (5.2, b"head"), (9.7, b"head"), (14.6, b"head")]
+    assert refreshes_of(sent, 3, 5.0) == ((b"head", b"rest"), (b"head",), (b"head",))
+    assert refreshes_of([(0.0, b"head"), (10.1, b"head"), (10.2, b"rest")], 3, 5.0) == ((b"head",), (b"head", b"rest"))
+
+
+def test_a_recording_lasts_until_the_slowest_part_was_drawn() -> None:
+    assert CYCLE_S % CHART_STEP_S == 0
 
 
 def test_a_page_that_is_not_answered_is_no_measurement(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,10 +20,15 @@ current = context.bar()
 LATE_S = 300.0  # deltas that wait longer say that housekeeping does not run
 
 
-def page() -> None:
+def head() -> None:
     here = current()
     writers, exporter, waiting, sinks = _read(here, "writers", "exporter", "compaction", "notifications")
     context.headline(_verdict(writers, exporter, waiting, sinks))
+    _health(here)
+
+
+def page() -> None:
+    here = current()
     _panels(here)
     export("system", here.part)
 
@@ -33,11 +38,16 @@ def _read(here: Context, *names: str) -> list[pd.DataFrame]:
 
 
 @shared
-def _panels(here: Context) -> None:
+def _health(here: Context) -> None:
     writers, exporter, waiting, stored = _read(here, "writers", "exporter", "compaction", "partitions")
     if writers.empty and stored.empty:
         st.info("Nothing has run on this database yet. Start the system: `slipstream up`.", icon=":material/info:")
     st.html(health(writers, exporter, waiting, stored, here.colours))
+
+
+@shared
+def _panels(here: Context) -> None:
+    writers, exporter, waiting, stored = _read(here, "writers", "exporter", "compaction", "partitions")
     with st.container(border=True):
         heading("Replicas", "what each routes by, and its trace writer since its start")
         _writers(writers)
@@ -144,4 +154,5 @@ def _queries() -> None:
     sheet(frame.sort_values("p95", ascending=False).reset_index(), columns, "Queries of this dashboard")
 
 
-context.live(page)
+context.live(head)
+context.live(page, slowly=True)

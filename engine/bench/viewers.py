@@ -66,23 +66,29 @@ def record(browser: Any, address: str, path: str, refresh_s: float) -> Recording
                 "is too busy for its refresh, a longer one helps: --set dashboard.refresh_s=10"
             )
         page.wait_for_timeout(50)
-    count = max(1, round(CYCLE_S / refresh_s))
-    page.wait_for_timeout(1e3 * (count - 0.5) * refresh_s)
+    page.wait_for_timeout(1e3 * (CYCLE_S + 0.5 * refresh_s))
     page.locator(RESTS).wait_for()
     page.context.close()
     opening = tuple(bytes(payload) for at, payload in sent if at <= drawn)
-    refreshes = refreshes_of([(at - asked, payload) for at, payload in sent if at > drawn], count, refresh_s)
-    return Recording(path, opening, refreshes, sum(size for at, size in came if at > drawn) / len(refreshes))
+    again = [(at - asked, bytes(payload)) for at, payload in sent if at > drawn]
+    brought = sum(size for at, size in came if at > drawn) / len(again)
+    refreshes = cycle_of(again, refresh_s)
+    return Recording(path, opening, refreshes, brought * sum(map(len, refreshes)) / len(refreshes))
 
 
-def refreshes_of(sent: Sequence[tuple[float, bytes]], count: int, refresh_s: float) -> tuple[tuple[bytes, ...], ...]:
-    """What was ``sent`` (seconds since the first refresh began, message) by interval, ``count`` of them. One in which
-    nothing was sent, as the browser was late, is none."""
-    found: list[list[bytes]] = [[] for _ in range(count)]
+def cycle_of(sent: Sequence[tuple[float, bytes]], refresh_s: float) -> tuple[tuple[bytes, ...], ...]:
+    """The refreshes of a cycle, of what was ``sent`` (seconds since the first of them, message) through one and an
+    interval more: the first cycle in it, or that which begins with the second refresh where it holds more, for a part
+    that is drawn once in a cycle may be due at its very end. A refresh that did not come, as the browser was late, is
+    none. Where the interval does not divide the cycle, parts come too often rather than too seldom.
+    """
+    count = max(1, int(CYCLE_S / refresh_s))
+    found: list[list[bytes]] = [[] for _ in range(count + 1)]
     for at, payload in sent:
-        if (number := round(at / refresh_s)) < count:
-            found[number].append(bytes(payload))
-    return tuple(tuple(messages) for messages in found if messages)
+        if (number := round(at / refresh_s)) <= count:
+            found[number].append(payload)
+    cycle = max(found[:count], found[1:], key=lambda refreshes: sum(map(len, refreshes)))
+    return tuple(tuple(messages) for messages in cycle if messages)
 
 
 @dataclass(slots=True)
@@ -148,7 +154,10 @@ class Viewers:
                 with self._lock:
                     self.opened += 1
                 while not self._ended.is_set():
-                    if not self.active.wait(POLL_S):
+                    if not self.active.is_set():  # a browser reads on: a late answer must not clog its connection
+                        came = _read(socket, POLL_S)
+                        with self._lock:
+                            self.received += came
                         continue
                     self._ended.wait((phase - time.monotonic()) % self.refresh_s)
                     messages = recording.refreshes[at % len(recording.refreshes)]
@@ -169,8 +178,13 @@ class Viewers:
         while not self._ended.is_set() and (not came or time.monotonic() - began < READ * self.refresh_s):
             if not came and time.monotonic() - began > PATIENCE_S:
                 raise SlipstreamError(f"no answer within {PATIENCE_S:.0f} s")
-            try:
-                came += len(socket.recv(timeout=0.05 * self.refresh_s))
-            except TimeoutError:
-                continue
+            came += _read(socket, 0.05 * self.refresh_s)
         return came
+
+
+def _read(socket: Any, timeout_s: float) -> int:
+    """Bytes of the next message, 0 where none comes in time."""
+    try:
+        return len(socket.recv(timeout=timeout_s))
+    except TimeoutError:
+        return 0

@@ -5,10 +5,12 @@ Static checks first (``soundness``), then candidate and champion draft the same 
 verify step, which the candidate must show: of few requests a class that loses is often lucky. Then both are priced by
 the engine's measured costs, under its own K control, and the candidate must be faster for certain: a memory that says
 what a neural draft would have said saves that draft's passes, which no count of tokens shows. Without measured costs
-the tokens per verify step must be more for certain, by resampled requests (percentile bootstrap, Efron 1979).
+the tokens per verify step must be more for certain.
 
 For certain: of all requests together, or of those of one class, for what is learned is often learned of the traffic
-that is new. Each of these bounds has its share of the level (Bonferroni).
+that is new; then all together must not have got slower either. Each of these bounds has its share of the level
+(Bonferroni). It is that of resampled requests (percentile bootstrap, Efron 1979), or Student's where that is lower: of
+few requests resamples know too little of what is rare.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -24,6 +26,7 @@ from scipy import special
 
 from engine.contracts import SpecCounts, artifact_digest
 from engine.learner import soundness
+from engine.learner.gate_report import AHEAD, Comparison, GateReport
 from engine.learner.looks import LEVEL, MIN_HELD_OUT
 from engine.learner.traces import ServedTarget
 from engine.percent import percent
@@ -38,54 +41,14 @@ RESAMPLES, BEYOND = 5_000, 10
 """Resampled sums, at least; more of them where a bound would have fewer than ``BEYOND`` beyond it."""
 MIN_CLASS = 3
 """Fewer held-out requests of a class prove nothing. Are they an eighth (1 of ``MIN_HELD_OUT``), more must come."""
-AHEAD, SURE = 200, 0.8
-"""Over so many requests to come no class may lose more than is allowed, each with this probability. More would refuse
+SURE = 0.8
+"""With this probability no class may lose more than is allowed over the next ``AHEAD`` requests. More would refuse
 nearly all that is worth serving (docs/log.md, 2026-11-27)."""
+
 Replayer = Callable[[Proposer, TrainableTrace, KController | None], tuple[SpecCounts, float]]
 """What a policy earns on one held-out request, under K control or with whole drafts, and the seconds it takes. The
 default replays the stored tokens, which is exact for proposers that need tokens only; one that drafts from hidden
 states brings its own, and adds what its drafting costs."""
-
-
-@dataclass(frozen=True, slots=True)
-class Comparison:
-    """Tokens per verify step of both over the same ``n`` requests; ``low`` and ``high`` bound the change, one-sided.
-
-    ``ahead`` bounds the share that changes over the next ``AHEAD`` requests of all classes, None of too few to say.
-    ``champion_ms`` and ``candidate_ms`` are milliseconds per token, ``net_low`` is the lower bound of their ratio, the
-    net speed-up; None where they were not asked.
-    """
-
-    n: int
-    champion: float
-    candidate: float
-    delta: float
-    low: float
-    high: float
-    ahead: float | None = None
-    champion_ms: float | None = None
-    candidate_ms: float | None = None
-    net_low: float | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class GateReport:
-    """``speedup`` is predicted over plain decoding, ``net`` over the champion: one request at a time, both under K
-    control with the measured costs; None where there are no costs or a class refuses already. ``alpha`` is the level of
-    each bound.
-    """
-
-    passed: bool
-    reasons: tuple[str, ...]
-    overall: Comparison | None = None
-    classes: Mapping[str, Comparison] | None = None
-    speedup: float | None = None
-    net: float | None = None
-    alpha: float = LEVEL
-
-    def to_json(self) -> dict[str, Any]:
-        tree = asdict(self)
-        return {**tree, "reasons": list(self.reasons), "classes": tree["classes"] or {}}
 
 
 def examine(
@@ -199,6 +162,7 @@ def _in_time(
         t_old, s_old, t_new, s_new = _resampled(table, report.alpha, rng)
         low = float(np.quantile(_ratio(t_new, s_new) / _ratio(t_old, s_old), report.alpha))
         before, after = old.ms_per_token(wanted), new.ms_per_token(wanted)
+        low = min(low, before / after - _margin(table, before / after, report.alpha))
         return replace(one, champion_ms=before, candidate_ms=after, net_low=low)
 
     overall = timed(report.overall, [True] * report.overall.n)
@@ -224,27 +188,30 @@ def _worse(report: GateReport, worst_class_drop: float) -> list[str]:
 
 
 def _no_gain(report: GateReport) -> list[str]:
-    if any(one.low > 0 for _, one in _gains(report)):
-        return []
-    shown = (
-        f"of {name} {one.candidate:.3f} tokens per verify step against {one.champion:.3f}, lower bound of the change "
-        f"{one.low:+.3f}"
-        for name, one in _gains(report)
-    )
+    (_, overall), *_ = gains = _gains(report)
+    if any(one.low > 0 for _, one in gains):
+        return [] if overall.delta >= 0 else [f"all requests together lose: {_counted(overall)}"]
+    shown = (f"of {name} {_counted(one)}, lower bound of the change {one.low:+.3f}" for name, one in gains)
     return [f"no certain gain: {'; '.join(shown)}"]
 
 
 def _too_dear(report: GateReport, worst_class_drop: float) -> list[str]:
     reasons = []
     assert report.speedup is not None
+    assert report.net is not None
+    gains = _gains(report)
     if not report.speedup > 1.0:
         reasons.append(
             f"predicted speed-up over plain decoding is {report.speedup:.2f}, not above 1, with the measured costs"
         )
-    if not any((one.net_low or 0.0) > 1.0 for _, one in _gains(report)):
-        shown = (f"of {name} {_net(one):.3f}, lower bound {one.net_low:.3f}" for name, one in _gains(report))
+    if not any((one.net_low or 0.0) > 1.0 for _, one in gains):
+        shown = "; ".join(f"of {name} {_net(one):.3f}, lower bound {one.net_low:.3f}" for name, one in gains)
         reasons.append(
-            f"no certain gain: predicted net speed-up over the champion, with the measured costs, is {'; '.join(shown)}"
+            f"no certain gain: predicted net speed-up over the champion, with the measured costs, is {shown}"
+        )
+    elif report.net < 1.0:
+        reasons.append(
+            f"all requests together get slower: predicted net speed-up over the champion is {report.net:.3f}"
         )
     for name, one in (report.classes or {}).items():
         before, after = one.champion_ms or 0.0, one.candidate_ms or 0.0
@@ -261,18 +228,22 @@ def _net(one: Comparison) -> float:
     return (one.champion_ms or 0.0) / (one.candidate_ms or 1.0)
 
 
+def _counted(one: Comparison) -> str:
+    return f"{one.candidate:.3f} tokens per verify step against {one.champion:.3f}"
+
+
 def _praise(report: GateReport) -> str:
-    """By what is most certain."""
+    """By what is most certain, and of all together."""
+    (_, overall), *_ = gains = _gains(report)
+    name, one = max(gains, key=lambda gain: gain[1].low if report.net is None else gain[1].net_low or 0.0)
+    on = f"on {one.n} held-out requests ({name})"
     if report.net is None:
-        name, one = max(_gains(report), key=lambda gain: gain[1].low)
-    else:
-        name, one = max(_gains(report), key=lambda gain: gain[1].net_low or 0.0)
-    counted = f"{one.candidate:.3f} tokens per verify step against {one.champion:.3f}"
-    if report.net is None:
-        return f"{counted} on {one.n} held-out requests ({name}), lower bound of the change {one.low:+.3f}"
+        together = "" if one is overall else f"; of all {overall.delta:+.3f}"
+        return f"{_counted(one)} {on}, lower bound of the change {one.low:+.3f}{together}"
+    together = "" if one is overall else f"; of all {_net(overall):.3f}"
     return (
-        f"predicted {_net(one):.3f} times as fast as the champion on {one.n} held-out requests ({name}), lower bound "
-        f"{one.net_low:.3f}: {counted}"
+        f"predicted {_net(one):.3f} times as fast as the champion {on}, lower bound {one.net_low:.3f}{together}: "
+        f"{_counted(one)}"
     )
 
 
@@ -285,6 +256,8 @@ def _compare(old: _Earned, new: _Earned, chosen: Sequence[bool], rng: np.random.
     a, b, c, d = table.sum(0)
     before, after = float(_ratio(a, b)), float(_ratio(c, d))
     low, high = np.quantile(deltas, [alpha, 1 - alpha])
+    margin = before * _margin(table, after / before, alpha)
+    low, high = min(low, after - before - margin), max(high, after - before + margin)
     ahead = _ahead(table, after / before, len(old.full)) if len(table) >= MIN_CLASS else None
     return Comparison(len(table), before, after, after - before, float(low), float(high), ahead)
 
@@ -293,12 +266,23 @@ def _ahead(table: np.ndarray, kept: float, held_out: int) -> float:
     """What the change of a class exceeds with the probability ``SURE``, over its share of the next ``AHEAD`` requests.
 
     The means of n requests seen and of m to come differ with the standard error s √(1/n + 1/m): Student's t bounds what
-    is to come (Hahn, Meeker and Escobar, Statistical Intervals, 2017). s is of what each request adds to the change, a
-    ratio linearized (delta method). It is the class's own: where one class gains much and unevenly, another need not.
+    is to come (Hahn, Meeker and Escobar, Statistical Intervals, 2017). s is the class's own: where one class gains much
+    and unevenly, another need not.
+    """
+    return kept - 1 - _margin(table, kept, 1 - SURE) * math.sqrt(1 + held_out / AHEAD)
+
+
+def _margin(table: np.ndarray, kept: float, alpha: float) -> float:
+    """What Student's bound on ``kept``, the ratio of both rates, leaves on one side; infinite for a single request.
+
+    ``table`` [n, 4]: of both first what is counted, then what it is counted over. A ratio is linearized: the standard
+    error is of what each request adds to it (delta method).
     """
     n = len(table)
+    if n < 2:
+        return math.inf
     parts = kept * (table / np.maximum(table.mean(0), np.finfo(float).tiny) @ np.array([-1.0, 1.0, 1.0, -1.0]))
-    return float(kept - 1 - special.stdtrit(n - 1, SURE) * parts.std(ddof=1) * math.sqrt((1 + held_out / AHEAD) / n))
+    return float(special.stdtrit(n - 1, 1 - alpha) * parts.std(ddof=1) / math.sqrt(n))
 
 
 def _resampled(table: np.ndarray, alpha: float, rng: np.random.Generator) -> np.ndarray:

@@ -1,7 +1,6 @@
 // Attention of tokens over the keys and values of their sequences, on a CPU, in tiles: tokens of one sequence that share
 // what is made of their keys. A token's results depend on nothing but the token and its own keys and values.
 #pragma once
-#include <stdlib.h>
 #include <string.h>
 #include "team.h"
 #include "vectors.h"
@@ -195,7 +194,7 @@ static void attend(const bf16 *qkv, const bf16 *keys, const bf16 *values, const 
     if (whole && i % team.all != team.me) continue;
     const int64_t t = starts[i], n = starts[i + 1] - t, first = places[t] - positions[t], next = i + team.all;
     const bf16 *key = keys + first * stride, *value = values + first * stride;
-    if (i != fetched) touch(key, (positions[t] + n) * stride), touch(value, (positions[t] + n) * stride);
+    if (i != fetched && (whole || kv_heads >= team.all)) touch(key, (positions[t] + n) * stride), touch(value, (positions[t] + n) * stride);
     struct ahead ahead = {0};
     if (whole && next < tiles) {
       const int64_t then = starts[next], there = (places[then] - positions[then]) * stride;

@@ -8,12 +8,6 @@
 typedef uint16_t bf16;
 typedef uint32_t words __attribute__((vector_size(64)));
 typedef uint16_t halves __attribute__((vector_size(32), aligned(2), may_alias));
-#ifndef CH
-#define CH 48
-#endif
-#ifndef FW
-#define FW 4
-#endif
 enum { MOST = 6, WIDEST = 8, SUMS = 24 }; // rows and panels of a tile; sums of a tile that has others beside it
 enum { AHEAD = 16, CHUNK = 48, FEW = 4 }; // pairs of columns: fetched ahead, and by one tile after the other; such tiles
 
@@ -98,9 +92,9 @@ void product(const bf16 *x, const void *room, const uint32_t *w, const void *sca
       for (int64_t t = 0; t < tiles; t++) {
         const int64_t row = rows * t / tiles, count = rows * (t + 1) / tiles - row;
         const int64_t to = from + chunk < pairs ? from + chunk : pairs;
-        // Behind the last columns of a panel lie the first ones of the next; those after this tile's are meant.
-        const int64_t skipped = t * lines + (tiles > 1 && to == pairs ? done - 1 : 0);
-        const struct part part = {pairs, from, to, t * lines < done ? lines : 0, here + (skipped * pairs + ahead) * PANEL};
+        // After the last chunk of these panels comes the first of the panels behind them.
+        const int64_t next = tiles > 1 && to == pairs ? done * pairs - from : ahead;
+        const struct part part = {pairs, from, to, t * lines < done ? lines : 0, here + (t * lines * pairs + next) * PANEL};
         (tiles > 1 ? among : alone)(count, done)(x + row * n_in, here, kept[t % FEW], out + row * n_out, n_out,
                                                  panel * PANEL, part);
       }

@@ -13,7 +13,7 @@ from safetensors.torch import save as save_torch
 from engine.bench.adaptation.sabotage import sabotaged
 from engine.contracts import artifact_digest
 from engine.learner import gate, soundness
-from engine.learner.gate import GateReport
+from engine.learner.gate_report import GateReport
 from engine.learner.memory import build_memory
 from engine.settings import LearnerSettings
 from engine.speculation.artifact import load_proposer

@@ -107,6 +107,15 @@ def live(body: Callable[[], None], still: bool = False, slowly: bool = False) ->
     st.fragment(body, run_every=every if moves else None)()
 
 
+def renew(page: str, *state: object) -> None:
+    """Draw all of ``page`` anew where what all its parts hang on has changed since: they are not drawn equally often,
+    and must not tell of different plans, or of no traffic beside charts of it."""
+    drawn, now = st.session_state.get("drawn"), (page, *state)
+    st.session_state["drawn"] = now
+    if drawn is not None and drawn[0] == page and drawn != now:
+        st.rerun()
+
+
 def headline(sentence: str) -> None:
     """The verdict first, in larger type, and beside it how old the newest data are."""
     with st.container(horizontal=True, vertical_alignment="center", key="headline"):

@@ -25,6 +25,7 @@ NEAR = timedelta(hours=1)
 def head() -> None:
     here = current()
     found = overview.rows("drift.findings", here.part)
+    context.renew("drift", ledger.serving().generation, _is_empty(here.part))
     if _is_empty(here.part):
         context.headline("**No traffic** in this window, so nothing can drift.")
         st.info("Choose a longer window, or start the system: `slipstream up`.", icon=":material/info:")

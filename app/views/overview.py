@@ -35,7 +35,9 @@ WORDS = {
 def head() -> None:
     here = current()
     now, before = overview.totals(here.part), overview.totals(here.part.before())
-    context.headline(verdict(ledger.serving(), first(now), first(before), WORDS[here.range]))
+    serving = ledger.serving()
+    context.renew("overview", serving.generation, now.empty)
+    context.headline(verdict(serving, first(now), first(before), WORDS[here.range]))
     if now.empty:
         _how_to_begin()
     else:

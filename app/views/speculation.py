@@ -30,6 +30,7 @@ current = context.bar()
 
 def head() -> None:
     here = current()
+    context.renew("speculation", ledger.serving().generation, _drafted(here.part))
     if not _drafted(here.part):
         context.headline("**No verify step** in this window.")
         st.info("Choose a longer window or fewer filters; `slipstream demo` sends traffic.", icon=":material/info:")

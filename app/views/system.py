@@ -43,14 +43,14 @@ def _health(here: Context) -> None:
     if writers.empty and stored.empty:
         st.info("Nothing has run on this database yet. Start the system: `slipstream up`.", icon=":material/info:")
     st.html(health(writers, exporter, waiting, stored, here.colours))
+    with st.container(border=True):
+        heading("Replicas", "what each routes by, and its trace writer since its start")
+        _writers(writers)
 
 
 @shared
 def _panels(here: Context) -> None:
-    writers, exporter, waiting, stored = _read(here, "writers", "exporter", "compaction", "partitions")
-    with st.container(border=True):
-        heading("Replicas", "what each routes by, and its trace writer since its start")
-        _writers(writers)
+    exporter, waiting, stored = _read(here, "exporter", "compaction", "partitions")
     left, right = st.columns([3, 2])
     with left.container(border=True, height="stretch"):
         heading("Partitions", "megabytes by UTC day")

@@ -29,12 +29,13 @@ HIDDEN: dict[str, Any] = {"label_visibility": "collapsed"}
 
 
 def head() -> None:
+    serving = ledger.serving()
+    context.renew("versions", serving.generation, bool(versions.every()))
     if not versions.every():
         st.info(
             "No version yet. The engine makes the first two when it starts: `slipstream up`.", icon=":material/info:"
         )
         return
-    serving = ledger.serving()
     kinds, outcomes = versions.counts()
     plan = serving.plan
     if plan is None:

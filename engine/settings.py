@@ -151,7 +151,9 @@ class MlflowSettings(Section):
 class DashboardSettings(Section):
     host: str = Field("127.0.0.1", description="address of the dashboard")
     port: int = Field(8501, ge=0, le=65535, description="its port")
-    refresh_s: PositiveFloat = Field(5.0, description="live panels refresh this often, seconds")
+    refresh_s: PositiveFloat = Field(
+        5.0, description="a page's newest figures are drawn again this often, seconds; charts and tables every 15 s"
+    )
 
 
 class Settings(Section):

@@ -8,8 +8,10 @@ from collections.abc import Mapping
 
 DRIFT = 0.1
 """Weight of one pass in the estimate of how fast the machine is now, compared with the profile, for all row counts."""
-LEARN = 0.02
-"""Weight of one pass in the estimate of its own row count, relative to that."""
+LEARN = 0.1
+"""Weight of one pass in the estimate of its own row count, relative to that. Not less: the profile's passes are of one
+sequence, those that run of many, and by its shape alone drafts beside sixteen requests did not pay that do
+(docs/log.md)."""
 SURPRISE = 0.5
 """A pass counts as at most this much off: one that was interrupted must not teach much."""
 
@@ -18,8 +20,7 @@ class StepCosts:
     """Seconds of a pass by rows. Calling it interpolates between the profiled counts and goes on straight beyond them.
 
     Two things move apart: the speed of the machine, which scales every count alike and so changes no decision, and the
-    shape, which is what decides. Each pass corrects the first quickly and the two nearest profiled counts slowly,
-    towards the mean of such passes: by their logarithms long ones would count for less than they take, and a pass with
+    shape, which is what decides. Each pass corrects the first and the two nearest profiled counts, towards the mean of such passes: by their logarithms long ones would count for less than they take, and a pass with
     drafted rows that takes its mean would seem late.
     """
 

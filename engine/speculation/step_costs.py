@@ -20,8 +20,9 @@ class StepCosts:
     """Seconds of a pass by rows. Calling it interpolates between the profiled counts and goes on straight beyond them.
 
     Two things move apart: the speed of the machine, which scales every count alike and so changes no decision, and the
-    shape, which is what decides. Each pass corrects the first and the two nearest profiled counts, towards the mean of such passes: by their logarithms long ones would count for less than they take, and a pass with
-    drafted rows that takes its mean would seem late.
+    shape, which is what decides. Each pass corrects the first and the two nearest profiled counts, towards the mean of
+    such passes: by their logarithms long ones would count for less than they take, and a pass with drafted rows that
+    takes its mean would seem late.
     """
 
     def __init__(self, profile: Mapping[int, float]) -> None:

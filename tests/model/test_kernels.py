@@ -26,10 +26,16 @@ CPU = torch.device("cpu")
 TEXTS = [
     torch.randint(0, CONFIG.vocab_size, (200,), generator=torch.Generator().manual_seed(i)).tolist() for i in (1, 2, 3)
 ]
-NATIVE, OLDER = "-march=native", "-march=x86-64-v3"  # the latter: half the lanes, and no products in bfloat16
+NATIVE = "-march=native"
+UNPAIRED, OLDER = "-march=x86-64-v4", "-march=x86-64-v3"  # no products in bfloat16; and half the lanes
 needs_pairs = pytest.mark.skipif(not torch.cpu._is_avx512_bf16_supported(), reason="no AVX512-BF16")
 needs_avx2 = pytest.mark.skipif("AVX" not in torch.backends.cpu.get_cpu_capability(), reason="no AVX2")
-on_both = pytest.mark.parametrize("compiled_for", [NATIVE, pytest.param(OLDER, marks=needs_avx2)], indirect=True)
+needs_avx512 = pytest.mark.skipif("AVX512" not in torch.backends.cpu.get_cpu_capability(), reason="no AVX-512")
+on_each = pytest.mark.parametrize(
+    "compiled_for",
+    [NATIVE, pytest.param(UNPAIRED, marks=needs_avx512), pytest.param(OLDER, marks=needs_avx2)],
+    indirect=True,
+)
 on_older = pytest.mark.parametrize("compiled_for", [pytest.param(OLDER, marks=needs_avx2)], indirect=True)
 needs_compiler = pytest.mark.skipif(not any(map(shutil.which, ("cc", "gcc", "clang"))), reason="no C compiler")
 
@@ -42,8 +48,8 @@ def model() -> Llama:
 @pytest.fixture
 def compiled_for(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The processor that the sources are compiled for."""
-    if request.param == OLDER:
-        monkeypatch.setattr(compiler, "FLAGS", [OLDER if flag == NATIVE else flag for flag in compiler.FLAGS])
+    if request.param != NATIVE:
+        monkeypatch.setattr(compiler, "FLAGS", [request.param if flag == NATIVE else flag for flag in compiler.FLAGS])
         monkeypatch.setattr(product, "SOURCE", product.SOURCE.with_name("product.c"))
     product._product.cache_clear()
     yield
@@ -85,7 +91,7 @@ def off(model: Llama) -> float:
 
 
 @needs_compiler
-@on_both
+@on_each
 @pytest.mark.parametrize(
     "changed",
     [

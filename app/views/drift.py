@@ -172,4 +172,4 @@ def _explain(row: dict[str, object]) -> str:
 
 
 context.live(head)
-context.live(page, slowly=not _is_empty(current().part))
+context.live(page, slowly=True)

@@ -180,4 +180,4 @@ def _how_to_begin() -> None:
 
 
 context.live(head)
-context.live(page, slowly=not overview.totals(current().part).empty)
+context.live(page, slowly=True)

@@ -132,13 +132,7 @@ def plain_plan(database: Database) -> ServingPlan:
         first = plans.latest(session)
         if first is None:
             raise SlipstreamError("No engine has followed a plan yet in the system that shall be measured.")
-        return plans.append(
-            session,
-            champion=first.fallback,
-            fallback=first.fallback,
-            actor="bench",
-            reason="plain decoding against a peer",
-        )
+        return plans.roll_back(session, actor="bench", reason="plain decoding against a peer", to=first.fallback)
 
 
 def blocks_of(texts: Sequence[str], size: int, order: random.Random) -> list[list[str]]:

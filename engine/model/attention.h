@@ -44,11 +44,11 @@ static inline void ready(const bf16 *x, query *out) {
 #define HIGH_PAIRS(lane, _) LOW_PAIRS(lane, _) + 2
 #define EVEN_QUADS(lane, _) 2 * (lane) - ((lane) & 3)
 #define ODD_QUADS(lane, _) EVEN_QUADS(lane, _) + 4
-#define EXCHANGE(i, j, ONE, OTHER_ONE)                \
-  {                                                   \
-    const words low = row[i], high = row[j];          \
-    row[i] = PICK(low, high, EACH_LANE(ONE, 0));      \
-    row[j] = PICK(low, high, EACH_LANE(OTHER_ONE, 0)); \
+#define EXCHANGE(i, j, ONE, OTHER_ONE)                  \
+  {                                                     \
+    const words low = row[i], high = row[j];            \
+    row[i] = PICK(low, high, EACH_LANE(ONE, 0));        \
+    row[j] = PICK(low, high, EACH_LANE(OTHER_ONE, 0));  \
   }
 #define COLUMN(i) (((i) & ~3) + ((i) & 1) * 2 + ((i) & 2) / 2) // which one of all rows the exchanges end with in row i
 
@@ -190,18 +190,20 @@ static void attend(const bf16 *qkv, const bf16 *keys, const bf16 *values, const 
                    struct team team) {
   const int64_t stride = kv_heads * HEAD_DIM, width = (GROUP + 2) * stride;
   const int64_t whole = tiles >= 2 * team.all; // a thread takes all heads of a tile, where there are tiles for all
-  for (int64_t i = 0, fetched = -1; i < tiles; i++) {
+  for (int64_t i = 0; i < tiles; i++) {
     if (whole && i % team.all != team.me) continue;
     const int64_t t = starts[i], n = starts[i + 1] - t, first = places[t] - positions[t], next = i + team.all;
     const bf16 *key = keys + first * stride, *value = values + first * stride;
-    if (i != fetched && (whole || kv_heads >= team.all)) touch(key, (positions[t] + n) * stride), touch(value, (positions[t] + n) * stride);
+    if (whole ? i < team.all : kv_heads >= team.all) { // whoever takes whole tiles has fetched all but the first
+      touch(key, (positions[t] + n) * stride);
+      touch(value, (positions[t] + n) * stride);
+    }
     struct ahead ahead = {0};
     if (whole && next < tiles) {
       const int64_t then = starts[next], there = (places[then] - positions[then]) * stride;
       const int64_t turns = n * kv_heads * (GROUP / TOGETHER) * (positions[t] / KEYS + 1) * HEAD_DIM; // about so many
       const int64_t lines = (positions[then] + 1) * stride * (int64_t)sizeof(bf16) / LINE;
       ahead = (struct ahead){(const char *)(keys + there), (const char *)(values + there), lines, lines / turns + 1};
-      fetched = next;
     }
     for (int64_t h = 0; h < kv_heads; h++)
       if (whole || (i * kv_heads + h) % team.all == team.me)

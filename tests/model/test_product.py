@@ -95,10 +95,7 @@ def test_a_product_is_that_of_floats_rounded_once(source: Path) -> None:
                 ("part.from ? kept[r * P + p]", "part.from > part.to ? kept[r * P + p]"),  # the last chunk alone
                 ("kept[t % FEW], out", "kept[0], out"),  # one tile's sums over another's
                 ("from + chunk < pairs ? from + chunk : pairs;", "from + chunk;"),
-                (
-                    "tiles > 1 && tiles <= FEW ? CHUNK : pairs,",
-                    "tiles > 1 ? CHUNK : pairs,",
-                ),  # more tiles than are kept
+                ("tiles <= FEW ? CHUNK", "tiles <= 2 * FEW ? CHUNK"),  # more tiles than are kept
             )
         ),
     ],

@@ -161,9 +161,10 @@ def _in_time(
         table = np.array([old.tokens, old.seconds, new.tokens, new.seconds], float).T[np.array(wanted)]
         t_old, s_old, t_new, s_new = _resampled(table, report.alpha, rng)
         low = float(np.quantile(_ratio(t_new, s_new) / _ratio(t_old, s_old), report.alpha))
-        before, after = old.ms_per_token(wanted), new.ms_per_token(wanted)
-        low = min(low, before / after - _margin(table, before / after, report.alpha))
-        return replace(one, champion_ms=before, candidate_ms=after, net_low=low)
+        a, b, c, d = table.sum(0)
+        net = float(_ratio(c, d) / _ratio(a, b))
+        low = min(low, net - _margin(table, net, report.alpha))
+        return replace(one, champion_ms=old.ms_per_token(wanted), candidate_ms=new.ms_per_token(wanted), net_low=low)
 
     overall = timed(report.overall, [True] * report.overall.n)
     classes = {name: timed(one, chosen[name]) for name, one in report.classes.items()}
@@ -224,8 +225,8 @@ def _too_dear(report: GateReport, worst_class_drop: float) -> list[str]:
 
 
 def _net(one: Comparison) -> float:
-    """How many times as fast as the champion."""
-    return (one.champion_ms or 0.0) / (one.candidate_ms or 1.0)
+    """How many times as fast as the champion; as fast where no step was made or priced."""
+    return one.champion_ms / one.candidate_ms if one.champion_ms and one.candidate_ms else 1.0
 
 
 def _counted(one: Comparison) -> str:

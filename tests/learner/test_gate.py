@@ -196,6 +196,22 @@ def test_a_gain_of_a_class_is_none_where_all_together_get_slower(rng: np.random.
     assert any("all requests together get slower" in report.reasons[0] for report in reports)
 
 
+def test_a_class_of_single_tokens_says_nothing_and_breaks_nothing(rng: np.random.Generator) -> None:
+    """Whose answers all end with the token of the prompt's pass: no step, and no time of one."""
+    names = ["code"] * 12 + ["yes-no"] * 9
+    held_out = [TrainableTrace(n + 1, UUID(int=n), START, name, n, [1], [2], 64) for n, name in enumerate(names)]
+
+    def replayer(proposer: Proposer, trace: TrainableTrace, control: KController | None) -> tuple[SpecCounts, float]:
+        if trace.traffic_class == "yes-no":
+            return SpecCounts(), 0.0
+        faster = 0.2 + rng.normal(0, 0.02) if proposer.num_speculative_tokens == 2 else 0.0
+        return SpecCounts(steps=32, drafted=64, accepted=32), 0.1 / (1 + faster)
+
+    report = gate.compare(NgramProposer(2), NgramProposer(4), held_out, COSTS, 0.02, rng, replayer=replayer)
+    assert report.passed, report.reasons
+    assert "(class code)" in report.reasons[0] or "(all requests)" in report.reasons[0]
+
+
 def test_a_bound_of_few_requests_keeps_to_its_level(rng: np.random.Generator) -> None:
     """The fault that was: eight resampled requests hold none of what is rare, so a bound of .4 % erred in 2 %."""
     alpha, count = LEVEL / 2, 1_500

@@ -184,32 +184,36 @@ static void touch(const bf16 *at, int64_t count) {
 }
 
 // qkv [n, heads + 2 kv_heads, HEAD_DIM], rotated, over the keys and values of each token's slot up to itself: out [n, heads, HEAD_DIM].
-// starts: where tiles of tokens begin, and where the last one ends.
+// starts: where tiles of tokens begin, and where the last one ends. A thread takes all heads of a tile, where there are
+// tiles for all, and else one.
 static void attend(const bf16 *qkv, const bf16 *keys, const bf16 *values, const int64_t *positions,
                    const int64_t *places, bf16 *out, const int64_t *starts, int64_t tiles, int64_t kv_heads,
-                   struct team team) {
+                   struct team *team) {
   const int64_t stride = kv_heads * HEAD_DIM, width = (GROUP + 2) * stride;
-  const int64_t whole = tiles >= 2 * team.all; // a thread takes all heads of a tile, where there are tiles for all
-  for (int64_t i = 0; i < tiles; i++) {
-    if (whole && i % team.all != team.me) continue;
-    const int64_t t = starts[i], n = starts[i + 1] - t, first = places[t] - positions[t], next = i + team.all;
+  const int64_t heads = tiles >= 2 * team->all ? kv_heads : 1, parts = kv_heads / heads; // at a time; of a tile
+  int64_t here = -1; // the tile whose keys and values have been fetched
+  TAKE(some, tiles * parts, 1, team) {
+    const int64_t i = some.begin / parts, head = some.begin % parts * heads, next = i + 1;
+    const int64_t t = starts[i], n = starts[i + 1] - t, first = places[t] - positions[t];
     const bf16 *key = keys + first * stride, *value = values + first * stride;
-    if (whole ? i < team.all : kv_heads >= team.all) { // whoever takes whole tiles has fetched all but the first
+    if (i != here && kv_heads >= team->all) {
       touch(key, (positions[t] + n) * stride);
       touch(value, (positions[t] + n) * stride);
     }
+    here = i;
     struct ahead ahead = {0};
-    if (whole && next < tiles) {
+    if (parts == 1 && next < own_end(team, tiles)) {
+      here = next;
       const int64_t then = starts[next], there = (places[then] - positions[then]) * stride;
       const int64_t turns = n * kv_heads * (GROUP / TOGETHER) * (positions[t] / KEYS + 1) * HEAD_DIM; // about so many
       const int64_t lines = (positions[then] + 1) * stride * (int64_t)sizeof(bf16) / LINE;
       ahead = (struct ahead){(const char *)(keys + there), (const char *)(values + there), lines, lines / turns + 1};
     }
-    for (int64_t h = 0; h < kv_heads; h++)
-      if (whole || (i * kv_heads + h) % team.all == team.me)
-        attend_tile(qkv + t * width + h * GROUP * HEAD_DIM, key + h * HEAD_DIM, value + h * HEAD_DIM, stride,
-                    positions[t], n, out + (t * kv_heads + h) * GROUP * HEAD_DIM, &ahead);
+    for (int64_t h = head; h < head + heads; h++)
+      attend_tile(qkv + t * width + h * GROUP * HEAD_DIM, key + h * HEAD_DIM, value + h * HEAD_DIM, stride, positions[t],
+                  n, out + (t * kv_heads + h) * GROUP * HEAD_DIM, &ahead);
   }
+  meet(team);
 }
 
 // Tiles of at most TILE tokens that follow each other: where they begin, and where the last one ends; how many.

@@ -60,11 +60,13 @@ def function(found: Any, *arguments: type) -> Callable[..., None]:
 
 
 @dataclass(frozen=True, slots=True)
-class Shares:
-    """Where a product's functions for one thread's share are, for other C to call; ``prepare`` None: it has none."""
+class Parts:
+    """Where a product's functions for some rows, some panels and how many of these at a time are, for other C to call;
+    ``prepare`` None: it has none."""
 
     prepare: int | None
     product: int
+    grain: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +74,7 @@ class CompiledProduct:
     """``multiply(x, room, weights, scales, out, rows, inputs, outputs)`` with all threads of torch."""
 
     multiply: Callable[..., None]
-    shares: Shares
+    parts: Parts
 
 
 def compile_product(source: Path, constants: Mapping[str, int]) -> CompiledProduct | None:
@@ -82,7 +84,7 @@ def compile_product(source: Path, constants: Mapping[str, int]) -> CompiledProdu
         library = ctypes.CDLL(str(path))
         prepare = _address(library.prepare) if hasattr(library, "prepare") else None
         multiply = function(library.multiply, *[POINTER] * 5, *[COUNT] * 3)
-        return CompiledProduct(multiply, Shares(prepare, _address(library.product)))
+        return CompiledProduct(multiply, Parts(prepare, _address(library.product), _address(library.grain)))
 
     return compile_c(source, constants, load)
 

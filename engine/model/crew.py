@@ -1,9 +1,9 @@
 """How many threads a pass has: as many as have a processor to themselves.
 
-The threads of a pass share its work in equal parts and meet after each of them. Where one has to wait for a processor
-all others wait with it, so with another busy process on the machine two threads take several times as long as one
-(docs/log.md). How many processors a pass had is seen from outside of it: the processor time of its threads, who look
-for each other while they wait, over the time it took.
+The threads of a pass do each other's work, but for the piece that one has just taken. Where it loses its processor in
+the midst of one all others wait, so with another process on the machine that never pauses two threads take half as long
+again as one (docs/log.md). How many processors a pass had is seen from outside of it: the processor time of its threads,
+who look for each other while they wait, over the time it took.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ from collections.abc import Callable
 
 import torch
 
-WINDOW_S = 0.02
-"""Time of passes that is judged at once, seconds: several of the slices that processes take turns in."""
+WINDOW_S = 0.1
+"""Time of passes that is judged at once, seconds. Requests that come or go together keep the processors busy for some 20
+ms; what follows is a prompt, which takes the longest of all passes with one thread."""
 HALVED = 0.35
 """Of the last processor, what may be missing. With less of it than the rest, one thread fewer is faster."""
-SHORTEST, LONGEST = 2, 128
+SHORTEST, LONGEST = 1, 128
 """Windows with fewer threads before all are tried again, after the first loss and after many tries in vain."""
 
 

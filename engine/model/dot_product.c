@@ -3,7 +3,7 @@
 // start by product.py.
 #include <immintrin.h>
 #include <stdint.h>
-#include "threads.h"
+#include "team.h"
 
 typedef uint16_t bf16;
 typedef uint32_t words __attribute__((vector_size(64)));
@@ -72,19 +72,23 @@ typedef void tile(const bf16 *x, const uint32_t *w, __m512 *kept, bf16 *out, int
 TILES(alone, 1) // the only rows fetch all that there is to fetch
 TILES(among, 0) // one of several tiles of rows, which share it
 
-// Thread me of all makes its share of the outputs: x [rows, n_in], w [panels, n_in / 2, PANEL], out [rows, n_out].
-// Neither room nor scales are needed.
+// The panels of a tile where there are so many rows, rows >= 1, which a thread takes together.
+int64_t grain(int64_t rows) {
+  const int64_t tiles = (rows + MOST - 1) / MOST, most = (rows + tiles - 1) / tiles;
+  return most > 4 ? 4 : most > 2 ? 6 : WIDEST;
+}
+
+// The outputs of panels [panel, last): x [rows, n_in], w [panels, n_in / 2, PANEL], out [rows, n_out]. Neither room nor
+// scales are needed.
 //
 // Of several tiles of rows only the first would wait for memory, and the others leave it idle. So, where they are few,
 // they take turns over a chunk of the columns, which stays in the nearest cache, while the next one comes.
 void product(const bf16 *x, const void *room, const uint32_t *w, const void *scales, bf16 *out, int64_t rows,
-             int64_t n_in, int64_t n_out, int64_t me, int64_t all) {
-  if (rows < 1) return;
-  const int64_t panels = (n_out + PANEL - 1) / PANEL, tiles = (rows + MOST - 1) / MOST, last = panels * (me + 1) / all;
-  const int64_t most = (rows + tiles - 1) / tiles, broad = most > 4 ? 4 : most > 2 ? 6 : WIDEST, pairs = n_in / 2;
+             int64_t n_in, int64_t n_out, int64_t panel, int64_t last) {
+  const int64_t tiles = (rows + MOST - 1) / MOST, broad = grain(rows), pairs = n_in / 2;
   const int64_t chunk = tiles > 1 && tiles <= FEW ? CHUNK : pairs, ahead = tiles > 1 ? chunk : AHEAD;
   __m512 kept[FEW][SUMS];
-  for (int64_t panel = panels * me / all, done; panel < last; panel += done) {
+  for (int64_t done; panel < last; panel += done) {
     done = broad <= last - panel ? broad : last - panel > 1 ? 2 : 1;
     const uint32_t *here = w + panel * pairs * PANEL;
     const int64_t lines = (done + tiles - 1) / tiles;
@@ -103,6 +107,12 @@ void product(const bf16 *x, const void *room, const uint32_t *w, const void *sca
 
 void multiply(const bf16 *x, void *room, const uint32_t *w, const void *scales, bf16 *out, int64_t rows, int64_t n_in,
               int64_t n_out) {
+  if (rows < 1) return;
+  MEETING(place);
 #pragma omp parallel
-  product(x, room, w, scales, out, rows, n_in, n_out, omp_get_thread_num(), omp_get_num_threads());
+  {
+    struct team team = JOIN(place);
+    TAKE(some, (n_out + PANEL - 1) / PANEL, grain(rows), &team)
+      product(x, room, w, scales, out, rows, n_in, n_out, some.begin, some.end);
+  }
 }

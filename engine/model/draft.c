@@ -48,20 +48,19 @@ static void go_on(struct chain *chain, const struct answer *answers, const int64
 }
 
 // aux [n, NUM_AUX, hidden], normalized in place, to the slots' hidden states [n, hidden].
-static void fuse(const struct draft *draft, bf16 *aux, bf16 *hidden, int64_t n, void *product_room, struct team team) {
+static void fuse(const struct draft *draft, bf16 *aux, bf16 *hidden, int64_t n, void *product_room, struct team *team) {
   const int64_t size = draft->shape.hidden;
-  for (int64_t i = team.me; i < NUM_AUX * n; i += team.all)
-    add_rms_norm_row(aux + i * size, NULL, NULL, aux + i * size, size, (float)draft->shape.eps);
-  meet(team);
+  add_rms_norm(aux, NULL, NULL, aux, NUM_AUX * n, size, (float)draft->shape.eps, team);
   times(aux, &draft->fuse, product_room, hidden, n, team);
 }
 
 // What attention is of: both [n, 2, hidden], a token's embedding and its slot's hidden state, normalized.
 static void pair(const struct draft *draft, const int64_t *tokens, bf16 *hidden, bf16 *both, int64_t n,
-                 struct team team) {
+                 struct team *team) {
   const int64_t size = draft->shape.hidden;
   const float eps = (float)draft->shape.eps;
-  for (int64_t t = team.me; t < n; t += team.all) {
+  TAKE(some, n, 1, team) {
+    const int64_t t = some.begin;
     bf16 *embedded = (bf16 *)draft->embedding + tokens[t] * size;
     add_rms_norm_row(embedded, NULL, draft->embedding_norm, both + 2 * t * size, size, eps);
     add_rms_norm_row(hidden + t * size, NULL, draft->layer.attention_norm, both + (2 * t + 1) * size, size, eps);
@@ -74,14 +73,14 @@ void remember(const struct draft *draft, const int64_t *tokens, const int64_t *p
               bf16 *aux, int64_t n, bf16 *keys, bf16 *values, bf16 *room, void *product_room) {
   const struct shape *shape = &draft->shape;
   bf16 *hidden = room, *both = hidden + n * shape->hidden, *qkv = both + 2 * n * shape->hidden;
-  struct place place = {0, 0};
+  MEETING(place);
 #pragma omp parallel
   {
-    const struct team team = {&place, omp_get_thread_num(), omp_get_num_threads()};
-    fuse(draft, aux, hidden, n, product_room, team);
-    pair(draft, tokens, hidden, both, n, team);
-    times(both, &draft->layer.qkv, product_room, qkv, n, team);
-    rotate_and_write(qkv, shape->cos, shape->sin, positions, places, keys, values, n, shape->kv_heads, team);
+    struct team team = JOIN(place);
+    fuse(draft, aux, hidden, n, product_room, &team);
+    pair(draft, tokens, hidden, both, n, &team);
+    times(both, &draft->layer.qkv, product_room, qkv, n, &team);
+    rotate_and_write(qkv, shape->cos, shape->sin, positions, places, keys, values, n, shape->kv_heads, &team);
   }
 }
 
@@ -104,28 +103,29 @@ void draft(const struct draft *draft, int64_t *tokens, int64_t *positions, int64
   bf16 *asked = h + n * size, *logits = asked + rows * size;
   struct pass pass = {n, 0, positions, places, starts, y, h, logits + rows * words, product_room};
   pass.tiles = tile_starts(positions, places, n, starts);
-  struct place place = {0, 0};
+  MEETING(place);
 #pragma omp parallel
   {
-    const struct team team = {&place, omp_get_thread_num(), omp_get_num_threads()};
-    fuse(draft, aux, hidden, n, product_room, team);
+    struct team team = JOIN(place);
+    fuse(draft, aux, hidden, n, product_room, &team);
     while (chain.rows) {
-      pair(draft, tokens, hidden, both, chain.n, team);
-      run_layer(&draft->layer, shape, &pass, both, hidden, keys, values, team);
-      add_rms_norm(hidden, y, draft->norm, h, chain.n, size, eps, team);
-      meet(team);
-      for (int64_t r = team.me; r < chain.rows; r += team.all)
+      pair(draft, tokens, hidden, both, chain.n, &team);
+      run_layer(&draft->layer, shape, &pass, both, hidden, keys, values, &team);
+      add_rms_norm(hidden, y, draft->norm, h, chain.n, size, eps, &team);
+      TAKE(some, chain.rows, 1, &team) {
+        const int64_t r = some.begin;
         memcpy(asked + r * size, h + (chain.step ? r : ends[r] - 1) * size, size * sizeof(bf16));
-      meet(team);
-      times(asked, &draft->head, product_room, logits, chain.rows, team);
-      for (int64_t r = team.me; r < chain.rows; r += team.all)
-        answers[r] = judged(logits + r * words, draft->vocabulary, words);
-      meet(team);
-      if (!team.me) {
+      }
+      meet(&team);
+      times(asked, &draft->head, product_room, logits, chain.rows, &team);
+      TAKE(some, chain.rows, 1, &team)
+        answers[some.begin] = judged(logits + some.begin * words, draft->vocabulary, words);
+      gather(&team); // the chain, which all read, is going to change
+      TAKE(some, 1, 1, &team) {
         go_on(&chain, answers, wanted, least, most, drafted, chances, counts, hidden, size);
         pass.n = chain.n, pass.tiles = tile_starts(positions, places, chain.n, starts);
       }
-      meet(team);
+      meet(&team);
     }
   }
 }

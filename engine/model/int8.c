@@ -7,7 +7,7 @@
 #ifdef __AVX2__
 #include <immintrin.h>
 #endif
-#include "threads.h"
+#include "team.h"
 
 typedef uint16_t bf16;
 enum { LANES = 8, VECS = PANEL / LANES, MOST = 6, PAIRS = GROUP / 2 }; // MOST: as in product.c
@@ -118,27 +118,28 @@ static void to_int16(const bf16 *x, int count, int16_t *whole, float *scale) {
   }
 }
 
-// Thread me of all writes its share of x [rows, n_in] as integers to room, before anybody's product: scales
-// [rows, groups], then whole numbers [rows, groups, GROUP].
-void prepare(const bf16 *x, float *room, int64_t rows, int64_t n_in, int64_t me, int64_t all) {
+// Rows [row, last) of x [rows, n_in] as integers to room, before anybody's product: scales [rows, groups], then whole
+// numbers [rows, groups, GROUP].
+void prepare(const bf16 *x, float *room, int64_t rows, int64_t n_in, int64_t row, int64_t last) {
   const int64_t groups = (n_in + GROUP - 1) / GROUP;
   int16_t *whole = (int16_t *)(room + rows * groups);
-  for (int64_t i = rows * groups * me / all; i < rows * groups * (me + 1) / all; i++) {
+  for (int64_t i = row * groups; i < last * groups; i++) {
     const int64_t at = i % groups * GROUP;
     const int count = n_in - at < GROUP ? (int)(n_in - at) : GROUP;
     to_int16(x + i / groups * n_in + at, count, whole + i * GROUP, room + i);
   }
 }
 
-// Thread me of all makes its share of the outputs: w [panels, groups, PAIRS, PANEL, 2], w_scales [panels, groups, PANEL],
+int64_t grain(int64_t rows) { return rows == 1 ? 4 : rows == 2 ? 2 : 1; } // panels of a tile: few
+
+// The outputs of panels [panel, last): w [panels, groups, PAIRS, PANEL, 2], w_scales [panels, groups, PANEL],
 // out [rows, n_out].
 void product(const bf16 *x, const float *room, const int8_t *w, const bf16 *w_scales, bf16 *out, int64_t rows,
-             int64_t n_in, int64_t n_out, int64_t me, int64_t all) {
-  if (rows < 1) return; // no tile would say how many panels are done
-  const int64_t panels = (n_out + PANEL - 1) / PANEL, tiles = (rows + MOST - 1) / MOST, last = panels * (me + 1) / all;
+             int64_t n_in, int64_t n_out, int64_t panel, int64_t last) {
+  const int64_t tiles = (rows + MOST - 1) / MOST;
   const int64_t groups = (n_in + GROUP - 1) / GROUP;
   const int16_t *whole = (const int16_t *)(room + rows * groups);
-  for (int64_t panel = panels * me / all, done; panel < last; panel += done)
+  for (int64_t done; panel < last; panel += done)
     for (int64_t t = 0; t < tiles; t++) {
       const int64_t row = rows * t / tiles, count = rows * (t + 1) / tiles - row;
       done = few((int)count, tiles > 1 ? 1 : last - panel, whole + row * groups * GROUP, room + row * groups,
@@ -149,11 +150,14 @@ void product(const bf16 *x, const float *room, const int8_t *w, const bf16 *w_sc
 
 void multiply(const bf16 *x, float *room, const int8_t *w, const bf16 *w_scales, bf16 *out, int64_t rows, int64_t n_in,
               int64_t n_out) {
+  if (rows < 1) return;
+  MEETING(place);
 #pragma omp parallel
   {
-    const int64_t me = omp_get_thread_num(), all = omp_get_num_threads();
-    prepare(x, room, rows, n_in, me, all);
-#pragma omp barrier
-    product(x, room, w, w_scales, out, rows, n_in, n_out, me, all);
+    struct team team = JOIN(place);
+    TAKE(some, rows, 1, &team) prepare(x, room, rows, n_in, some.begin, some.end);
+    meet(&team);
+    TAKE(some, (n_out + PANEL - 1) / PANEL, grain(rows), &team)
+      product(x, room, w, w_scales, out, rows, n_in, n_out, some.begin, some.end);
   }
 }

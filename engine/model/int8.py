@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.model.compiler import CompiledProduct, Shares, compile_product
+from engine.model.compiler import CompiledProduct, Parts, compile_product
 from engine.model.product import PANEL
 
 SOURCE = Path(__file__).with_name("int8.c")
@@ -90,11 +90,11 @@ def room(panels: Int8Panels) -> int:
     return panels.scales.shape[1] * (2 * GROUP + 4)
 
 
-def shares() -> Shares:
-    """The product in C, for what is called there."""
+def parts() -> Parts:
+    """The product in C, for what it is called by there."""
     found = _product()
     assert found is not None, "there would be no panels"
-    return found.shares
+    return found.parts
 
 
 @cache

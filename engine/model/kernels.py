@@ -30,8 +30,8 @@ LANES = 16
 
 class MatrixParts(ctypes.Structure):
     _fields_ = (
-        ("prepare", POINTER), ("product", POINTER), ("weights", POINTER), ("scales", POINTER),
-        ("inputs", COUNT), ("outputs", COUNT),
+        ("prepare", POINTER), ("product", POINTER), ("grain", POINTER), ("weights", POINTER), ("scales", POINTER),
+        ("inputs", COUNT), ("outputs", COUNT), ("panels", COUNT),
     )  # fmt: skip
 
 
@@ -122,10 +122,11 @@ def matrix_parts(weight: Weight) -> MatrixParts:
     """A matrix as C multiplies by it; it must stay where it is."""
     assert isinstance(weight, Panels | Int8Panels)
     if isinstance(weight, Int8Panels):
-        shares, scales = int8.shares(), weight.scales.data_ptr()
+        parts, scales = int8.parts(), weight.scales.data_ptr()
     else:
-        shares, scales = product.shares(), None
-    return MatrixParts(shares.prepare, shares.product, weight.words.data_ptr(), scales, weight.inputs, weight.outputs)
+        parts, scales = product.parts(), None
+    sizes = weight.inputs, weight.outputs, len(weight.words)
+    return MatrixParts(parts.prepare, parts.product, parts.grain, weight.words.data_ptr(), scales, *sizes)
 
 
 def product_room(weight: Weight) -> int:

@@ -20,24 +20,25 @@ void forward(const struct model *model, int64_t depth, bf16 *x, const int64_t *p
   const int64_t hidden = model->shape.hidden, tiles = tile_starts(positions, places, n, starts);
   bf16 *y = room, *h = y + n * hidden, *between = h + n * hidden;
   const struct pass pass = {n, tiles, positions, places, starts, y, h, between, product_room};
-  struct place place = {0, 0};
+  MEETING(place);
   const double begin = seconds(CLOCK_MONOTONIC);
   double processor = 0;
 #pragma omp parallel reduction(+ : processor)
   {
     const double mine = seconds(CLOCK_THREAD_CPUTIME_ID);
-    const struct team team = {&place, omp_get_thread_num(), omp_get_num_threads()};
+    struct team team = JOIN(place);
     for (int64_t i = 0; i <= depth; i++) {
       const struct layer *layer = model->layers + i;
       const int more = i < depth;
       add_rms_norm(x, i ? y : NULL, more ? layer->attention_norm : NULL, more ? h : NULL, n, hidden,
-                   (float)model->shape.eps, team);
-      meet(team);
+                   (float)model->shape.eps, &team);
       for (int64_t j = 0; j < num_aux; j++)
-        if (aux[j] == i - 1)
-          for (int64_t t = team.me; t < n; t += team.all)
-            memcpy(given + (t * num_aux + j) * hidden, x + t * hidden, hidden * sizeof(bf16));
-      if (more) run_layer(layer, &model->shape, &pass, h, x, keys + i * cache, values + i * cache, team);
+        if (aux[j] == i - 1) {
+          TAKE(some, n, 1, &team)
+            memcpy(given + (some.begin * num_aux + j) * hidden, x + some.begin * hidden, hidden * sizeof(bf16));
+          meet(&team);
+        }
+      if (more) run_layer(layer, &model->shape, &pass, h, x, keys + i * cache, values + i * cache, &team);
     }
     processor = seconds(CLOCK_THREAD_CPUTIME_ID) - mine;
   }

@@ -2,7 +2,7 @@
 // multiplied as floats. A row's results do not depend on how many rows there are: every sum runs over the columns in
 // their order. Compiled at start by product.py.
 #include <stdint.h>
-#include "threads.h"
+#include "team.h"
 
 typedef uint16_t bf16;
 enum { LANES = 8, VECS = PANEL / LANES, MOST = 6 }; // MOST rows by two vectors of sums are what sixteen registers hold
@@ -65,20 +65,21 @@ static int64_t few(int rows, int64_t left, const float *x, const uint32_t *w, bf
   }
 }
 
-// Thread me of all writes its share of x [rows, n_in] as floats to wide, before anybody's product.
-void prepare(const bf16 *x, float *wide, int64_t rows, int64_t n_in, int64_t me, int64_t all) {
-  for (int64_t i = rows * n_in * me / all; i < rows * n_in * (me + 1) / all; i++) {
+// Rows [row, last) of x [rows, n_in] as floats to wide, before anybody's product.
+void prepare(const bf16 *x, float *wide, int64_t rows, int64_t n_in, int64_t row, int64_t last) {
+  for (int64_t i = row * n_in; i < last * n_in; i++) {
     union { uint32_t bits; float real; } at = {(uint32_t)x[i] << 16};
     wide[i] = at.real;
   }
 }
 
-// Thread me of all makes its share of the outputs: w [panels, n_in / 2, PANEL], out [rows, n_out]. There are no scales.
+int64_t grain(int64_t rows) { return rows == 1 ? 4 : rows == 2 ? 2 : 1; } // panels of a tile: few
+
+// The outputs of panels [panel, last): w [panels, n_in / 2, PANEL], out [rows, n_out]. There are no scales.
 void product(const bf16 *x, const float *wide, const uint32_t *w, const void *scales, bf16 *out, int64_t rows,
-             int64_t n_in, int64_t n_out, int64_t me, int64_t all) {
-  if (rows < 1) return; // no tile would say how many panels are done
-  const int64_t panels = (n_out + PANEL - 1) / PANEL, tiles = (rows + MOST - 1) / MOST, last = panels * (me + 1) / all;
-  for (int64_t panel = panels * me / all, done; panel < last; panel += done)
+             int64_t n_in, int64_t n_out, int64_t panel, int64_t last) {
+  const int64_t tiles = (rows + MOST - 1) / MOST;
+  for (int64_t done; panel < last; panel += done)
     for (int64_t t = 0; t < tiles; t++) {
       const int64_t row = rows * t / tiles, count = rows * (t + 1) / tiles - row;
       done = few((int)count, tiles > 1 ? 1 : last - panel, wide + row * n_in, w + panel * n_in / 2 * PANEL,
@@ -88,11 +89,14 @@ void product(const bf16 *x, const float *wide, const uint32_t *w, const void *sc
 
 void multiply(const bf16 *x, float *wide, const uint32_t *w, const void *scales, bf16 *out, int64_t rows, int64_t n_in,
               int64_t n_out) {
+  if (rows < 1) return;
+  MEETING(place);
 #pragma omp parallel
   {
-    const int64_t me = omp_get_thread_num(), all = omp_get_num_threads();
-    prepare(x, wide, rows, n_in, me, all);
-#pragma omp barrier
-    product(x, wide, w, scales, out, rows, n_in, n_out, me, all);
+    struct team team = JOIN(place);
+    TAKE(some, rows, 1, &team) prepare(x, wide, rows, n_in, some.begin, some.end);
+    meet(&team);
+    TAKE(some, (n_out + PANEL - 1) / PANEL, grain(rows), &team)
+      product(x, wide, w, scales, out, rows, n_in, n_out, some.begin, some.end);
   }
 }

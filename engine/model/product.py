@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.model.compiler import CompiledProduct, Shares, compile_product
+from engine.model.compiler import CompiledProduct, Parts, compile_product
 
 SOURCE = Path(__file__).with_name("dot_product.c" if torch.cpu._is_avx512_bf16_supported() else "product.c")
 PANEL = 16
@@ -63,14 +63,14 @@ def multiply(x: Tensor, panels: Panels) -> Tensor:
 
 def room(panels: Panels) -> int:
     """Bytes that a row needs beside it: itself as floats, where the product reads it so."""
-    return 0 if shares().prepare is None else 4 * panels.inputs
+    return 0 if parts().prepare is None else 4 * panels.inputs
 
 
-def shares() -> Shares:
-    """The product in C, for what is called there."""
+def parts() -> Parts:
+    """The product in C, for what it is called by there."""
     found = _product()
     assert found is not None, "there would be no panels"
-    return found.shares
+    return found.parts
 
 
 def multiplies() -> bool:

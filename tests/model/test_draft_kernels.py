@@ -126,8 +126,8 @@ def test_a_draft_is_what_torch_drafts(target: Llama) -> None:
         ("most = one > most ? one : most", "most = most"),  # the likeliest is among the last, which fill no vector
         ("total += exponential(all(alone(logits[i]) - most))[0]", "total += 0"),
         ("{vocabulary[at],", "{at,"),
-        ("i < NUM_AUX * n;", "i < NUM_AUX * n - 1;"),
-        ("times(both, &draft->layer.qkv, product_room, qkv, n, team)", "(void)times"),  # what a prompt left there
+        ("aux, NUM_AUX * n, size", "aux, NUM_AUX * n - 1, size"),
+        ("times(both, &draft->layer.qkv, product_room, qkv, n, &team)", "(void)times"),  # what a prompt left there
     ],
 )
 def test_a_fault_in_the_draft_is_seen(

@@ -85,7 +85,7 @@ def test_a_product_is_that_of_the_rounded_weight() -> None:
         ("real((exponent - down) << 23)", "real((exponent - down + 1) << 23)"),
         ("n_in - at < GROUP ?", "0 ?"),
         ("rows * (t + 1) / tiles - row", "rows * (t + 1) / tiles - row - (t > 0)"),
-        ("panels * (me + 1) / all", "panels * (me + 1) / all - 1"),
+        ("panel < last; panel += done", "panel < last - 1; panel += done"),
         ("TILE(3, 1);", "TILE(2, 1);"),
     ],
 )

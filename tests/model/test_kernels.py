@@ -129,7 +129,7 @@ def test_kernels_compute_what_torch_computes(changed: dict[str, int], compiled_f
         ("sum(squares) / (float)n", "sum(squares)"),
         ("through_bf16(gate /", "through_bf16(-gate /"),
         ("store(x + i, v)", "(void)0"),
-        ("first = places[t] - positions[t], next", "first = 0, next"),
+        ("first = places[t] - positions[t];", "first = 0;"),
         ("|| places[t] != places[t - 1] + 1 || positions[t] != positions[t - 1] + 1", ""),  # who follows whom
         ("aux[j] == i - 1", "aux[j] == i"),
         ("num_aux + j) * hidden", "num_aux) * hidden"),
@@ -195,10 +195,10 @@ def test_the_number_of_threads_changes_no_bit(model: Llama, threads: Callable[[i
 @pytest.mark.parametrize(
     ("right", "wrong"),
     [
-        ("n / LANES * (team.me + 1) / team.all * LANES", "n / LANES * (team.me + 1) / team.all * LANES - LANES"),
-        ("whole && i % team.all != team.me", "whole && i % team.all != 0"),
-        ("(i * kv_heads + h) % team.all == team.me", "(i * kv_heads + h) % team.all == 0"),
-        ("row += team.all)\n    add_rms_norm_row", "row += 2)\n    add_rms_norm_row"),
+        ("i < some.end * LANES", "i < some.end * LANES - LANES"),
+        ("some.begin % parts * heads", "0 * heads"),
+        ("h < head + heads", "h < heads"),
+        ("at = some.begin * n;", "at = some.begin / 2 * n;"),
     ],
 )
 def test_a_fault_in_what_a_thread_does_is_seen(

@@ -78,7 +78,7 @@ def test_a_product_is_that_of_floats_rounded_once(source: Path) -> None:
         (FLOATS, "x + k + odd", "x + k"),
         (FLOATS, "+ 0x7fff +", "+"),
         (FLOATS, "rows * (t + 1) / tiles - row", "rows * (t + 1) / tiles - row - (t > 0)"),
-        (FLOATS, "panels * (me + 1) / all", "panels * (me + 1) / all - 1"),
+        (FLOATS, "panel < last; panel += done", "panel < last - 1; panel += done"),
         (FLOATS, "TILE(3, 1);", "TILE(2, 1);"),
         *(
             pytest.param(PAIRS, right, wrong, marks=needs_pairs)
@@ -88,7 +88,7 @@ def test_a_product_is_that_of_floats_rounded_once(source: Path) -> None:
                 ("pair[r * pairs + k]", "pair[k]"),
                 ("out + r * n_out + first + p * PANEL, sums", "out + r * n_out + first, sums"),
                 ("rows * (t + 1) / tiles - row", "rows * (t + 1) / tiles - row - (t > 0)"),
-                ("panels * (me + 1) / all", "panels * (me + 1) / all - 1"),
+                ("panel < last; panel += done", "panel < last - 1; panel += done"),
                 ("NAME##_3_6, NAME##_4_6", "NAME##_3_6, NAME##_3_6"),
                 ("panels == 4 ? NAME##_4_4", "panels == 4 ? NAME##_4_1"),
                 ("if (panels == 2) return two[rows];", "if (panels == 2) return one[rows];"),

@@ -2,8 +2,8 @@
 
 The threads of a pass do each other's work, but for the piece that one has just taken. Where it loses its processor in
 the midst of one all others wait, so with another process on the machine that never pauses two threads take half as long
-again as one (docs/log.md). How many processors a pass had is seen from outside of it: the processor time of its threads,
-who look for each other while they wait, over the time it took.
+again as one (docs/log.md). How many processors a pass had is seen from outside of it: the processor time of its
+threads, who look for each other while they wait, over the time it took.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from collections.abc import Callable
 import torch
 
 WINDOW_S = 0.1
-"""Time of passes that is judged at once, seconds. Requests that come or go together keep the processors busy for some 20
-ms; what follows is a prompt, which takes the longest of all passes with one thread."""
+"""Time of passes that is judged at once, seconds. Requests that come or go together keep the processors busy for some
+20 ms; what follows is a prompt, which takes the longest of all passes with one thread."""
 HALVED = 0.35
 """Of the last processor, what may be missing. With less of it than the rest, one thread fewer is faster."""
 SHORTEST, LONGEST = 1, 128

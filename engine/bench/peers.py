@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 import numpy as np
+import psutil
 
 from engine.bench.blocks import NONE, Run, rate_figures, ratio_figure
 from engine.bench.report import Figure
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     from engine.bench.serving import Bench
 
 TIMEOUT_S = 600.0
+QUIET, LOOK_S, LOOKS = 0.1, 0.25, 40
+"""Of all processors, what others may use when a block begins, over so many seconds; how often to look for that."""
 LEAST_PAIRS = 4
 """Blocks that an interval is made of at least; the prompts come again where there are too few of them."""
 
@@ -111,10 +114,10 @@ def _url(
                 server.serve(parts[0], concurrency, bench.options.tokens)
             for number, part in enumerate(parts, 1):
                 servers = {"none": ours, "peer": peer}
-                runs = {
-                    name: servers[name].serve(part, concurrency, bench.options.tokens)
-                    for name in order.sample(sorted(servers), 2)
-                }
+                runs = dict[str, Run]()
+                for name in order.sample(sorted(servers), 2):
+                    quiet(bench.say)
+                    runs[name] = servers[name].serve(part, concurrency, bench.options.tokens)
                 pairs.append((runs["none"], runs["peer"]))
                 rates = ", ".join(f"{name} {run.tokens / run.seconds:.1f}" for name, run in runs.items())
                 bench.say(f"c{concurrency} against {url} {number}/{len(parts)}: tokens/s {rates}")
@@ -124,6 +127,19 @@ def _url(
                 *rate_figures(f"url:all:c{concurrency}", [pair[1] for pair in pairs], rng)[:1],
             ]
     return figures
+
+
+def quiet(say: Callable[[str], None], used: Callable[[float], float] = psutil.cpu_percent) -> None:
+    """Come back when the processors have nothing to do, or say that they do not come to rest.
+
+    A server may look for more work for a second after its last request, with a whole processor (vLLM does), which is
+    not what the other one's next block is to be measured beside. ``used`` gives per cent over so many seconds.
+    """
+    for _ in range(LOOKS):
+        busy = used(LOOK_S) / 100
+        if busy < QUIET:
+            return
+    say(f"something else uses {busy:.0%} of the processors and does not stop: figures against a peer suffer from it")
 
 
 def plain_plan(database: Database) -> ServingPlan:

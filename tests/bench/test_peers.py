@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from engine.bench.peers import plain_plan
+from engine.bench import peers
+from engine.bench.peers import plain_plan, quiet
 from engine.contracts import CANARY, CONTROL, Arm, ProposerKind, SlipstreamError
 from engine.store.database import Database
 from engine.store.repositories import plans, policies
@@ -24,3 +25,22 @@ def test_every_request_is_decoded_plainly_against_a_peer(db: Database) -> None:
     assert plan.versions == {plain}
     with db.read() as session:
         assert plans.latest(session) == plan
+
+
+def test_a_block_waits_until_the_one_before_is_over() -> None:
+    loads, said = [55.0, 48.0, 30.0, 4.0, 99.0], list[str]()
+    quiet(said.append, lambda interval: loads.pop(0))
+    assert loads == [99.0]
+    assert not said
+
+
+def test_processors_that_do_not_come_to_rest_are_said() -> None:
+    looks, said = list[float](), list[str]()
+
+    def used(interval: float) -> float:
+        looks.append(interval)
+        return 62.0
+
+    quiet(said.append, used)
+    assert len(looks) == peers.LOOKS
+    assert "62%" in said[0]

@@ -104,7 +104,8 @@ def _url(
 ) -> list[Figure]:
     peer, figures = Server(url), list[Figure]()
     order = random.Random(int(rng.integers(1 << 30)))
-    with rig(settings, bench.say) as system:
+    unaudited = settings.engine.model_copy(update={"audit_tokens_per_minute": 0})  # in idle time, that is the peer's
+    with rig(settings.model_copy(update={"engine": unaudited}), bench.say) as system:
         system.followed(plain_plan(system.database))
         ours = Server(system.url)
         for concurrency in bench.options.concurrency:

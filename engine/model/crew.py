@@ -9,6 +9,7 @@ threads, who look for each other while they wait, over the time it took.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
 
 import torch
@@ -18,18 +19,29 @@ WINDOW_S = 0.1
 20 ms; what follows is a prompt, which takes the longest of all passes with one thread."""
 HALVED = 0.35
 """Of the last processor, what may be missing. With less of it than the rest, one thread fewer is faster."""
-SHORTEST, LONGEST = 1, 128
-"""Windows with fewer threads before all are tried again, after the first loss and after many tries in vain."""
+SHORTEST_S, LONGEST_S = 0.1, 2.5
+"""With fewer threads until all are tried again, seconds: after the first loss, and after many tries in vain."""
 
 
 class Crew:
-    def __init__(self, most: int | None = None, appoint: Callable[[int], None] = torch.set_num_threads) -> None:
+    def __init__(
+        self,
+        most: int | None = None,
+        appoint: Callable[[int], None] = torch.set_num_threads,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         """``most`` threads, all of torch's unless said; ``appoint`` sets how many there are from now on, in the thread
-        that calls."""
+        that calls; ``clock`` in seconds."""
         self.most = self.threads = torch.get_num_threads() if most is None else most
-        self._appoint = appoint
+        self._appoint, self._clock = appoint, clock
         self._processor_s = self._wall_s = 0.0
-        self._wait, self._until_try, self._trying = SHORTEST, 0, False
+        self._wait_s, self._try_at, self._trying = SHORTEST_S, 0.0, False
+
+    def muster(self) -> None:
+        """Before a pass."""
+        if self.threads < self.most and self._clock() >= self._try_at:
+            self._trying, self._processor_s, self._wall_s = True, 0.0, 0.0
+            self._set(self.most)
 
     def observe(self, processor_s: float, wall_s: float) -> None:
         """What a pass took, all its threads together and by the clock."""
@@ -44,15 +56,10 @@ class Crew:
     def _judge(self, enough_for: int) -> None:
         """``enough_for``: threads that the processors of the last window were for."""
         if enough_for < self.threads:
-            self._wait = min(2 * self._wait, LONGEST) if self._trying else SHORTEST
-            self._until_try = self._wait
+            self._wait_s = min(2 * self._wait_s, LONGEST_S) if self._trying else SHORTEST_S
+            self._try_at = self._clock() + self._wait_s
             self._set(enough_for)
-        elif self.threads < self.most:
-            self._until_try -= 1
-            self._trying = self._until_try <= 0
-            if self._trying:
-                self._set(self.most)
-        else:
+        if self.threads == self.most:
             self._trying = False
 
     def _set(self, threads: int) -> None:

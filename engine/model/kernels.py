@@ -103,6 +103,7 @@ class Kernels:
         starts = torch.empty(n + 1, dtype=torch.int64)
         took = (ctypes.c_double * 2)()
         keys, values = cache.flat_keys, cache.flat_values
+        self.crew.muster()
         self._run(
             ctypes.byref(self._model), depth, x.data_ptr(), batch.positions.data_ptr(), batch.places.data_ptr(),
             keys[0].data_ptr(), values[0].data_ptr(), keys[0].numel(), aux.data_ptr(), len(aux_layers),

@@ -1,7 +1,7 @@
 """Other engines on the same prompts, interleaved with plain decoding here.
 
 ``transformers`` generates in this process, one prompt at a time. ``url=…`` is any OpenAI-compatible server; against it
-a whole system of this project is started, so that both answer over HTTP to the same client.
+a whole system of this project is started, so that both answer over HTTP to the same client; it audits nothing.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from engine.bench.serving import Bench
 
 TIMEOUT_S = 600.0
-QUIET, LOOK_S, LOOKS = 0.1, 0.25, 40
-"""Of all processors, what others may use when a block begins, over so many seconds; how often to look for that."""
+QUIET, LOOK_S, LOOKS = 0.2, 0.25, 40
+"""Processors that may be in use when a block begins, over so many seconds; how often to look for that."""
 LEAST_PAIRS = 4
 """Blocks that an interval is made of at least; the prompts come again where there are too few of them."""
 
@@ -130,17 +130,21 @@ def _url(
     return figures
 
 
-def quiet(say: Callable[[str], None], used: Callable[[float], float] = psutil.cpu_percent) -> None:
+def quiet(
+    say: Callable[[str], None],
+    used: Callable[[float], float] = psutil.cpu_percent,
+    processors: int = psutil.cpu_count() or 1,
+) -> None:
     """Come back when the processors have nothing to do, or say that they do not come to rest.
 
     A server may look for more work for a second after its last request, with a whole processor (vLLM does), which is
-    not what the other one's next block is to be measured beside. ``used`` gives per cent over so many seconds.
+    not what the other one's next block is to be measured beside. ``used`` gives per cent of all over so many seconds.
     """
     for _ in range(LOOKS):
-        busy = used(LOOK_S) / 100
+        busy = used(LOOK_S) / 100 * processors
         if busy < QUIET:
             return
-    say(f"something else uses {busy:.0%} of the processors and does not stop: figures against a peer suffer from it")
+    say(f"something else uses {busy:.1f} processors and does not stop: figures against a peer suffer from it")
 
 
 def plain_plan(database: Database) -> ServingPlan:

@@ -196,7 +196,7 @@ static void attend(const bf16 *qkv, const bf16 *keys, const bf16 *values, const 
     const int64_t i = some.begin / parts, head = some.begin % parts * heads, next = i + 1;
     const int64_t t = starts[i], n = starts[i + 1] - t, first = places[t] - positions[t];
     const bf16 *key = keys + first * stride, *value = values + first * stride;
-    if (i != here && kv_heads >= team->all) {
+    if (i != here && (parts == 1 || kv_heads >= team->all)) {
       touch(key, (positions[t] + n) * stride);
       touch(value, (positions[t] + n) * stride);
     }

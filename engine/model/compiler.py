@@ -61,8 +61,7 @@ def function(found: Any, *arguments: type) -> Callable[..., None]:
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """Where a product's functions for some rows, some panels and how many of these at a time are, for other C to call;
-    ``prepare`` None: it has none."""
+    """Addresses of a product's functions, for other C to call; ``prepare`` None: it has none."""
 
     prepare: int | None
     product: int

@@ -1,9 +1,9 @@
 """How many threads a pass has: as many as have a processor to themselves.
 
-The threads of a pass do each other's work, but for the piece that one has just taken. Where it loses its processor in
-the midst of one all others wait, so with another process on the machine that never pauses two threads take half as long
-again as one (docs/log.md). How many processors a pass had is seen from outside of it: the processor time of its
-threads, who look for each other while they wait, over the time it took.
+The threads of a pass do each other's work, but for the piece that one has just taken, and all are waited for at its
+end. So with another process on the machine that never pauses two threads take half as long again as one (docs/log.md).
+How many processors a pass had is seen from outside of it: the processor time of its threads, who look for each other
+while they wait, over the time it took.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ WINDOW_S = 0.1
 HALVED = 0.35
 """Of the last processor, what may be missing. With less of it than the rest, one thread fewer is faster."""
 SHORTEST_S, LONGEST_S = 0.1, 2.5
-"""With fewer threads until all are tried again, seconds: after the first loss, and after many tries in vain."""
+"""With fewer threads until all are tried again, seconds: after the first loss, and after many tries in vain. By the
+clock: who comes after a pause, with a prompt, may find the processors free that were not before it."""
 
 
 class Crew:
@@ -56,11 +57,11 @@ class Crew:
     def _judge(self, enough_for: int) -> None:
         """``enough_for``: threads that the processors of the last window were for."""
         if enough_for < self.threads:
-            self._wait_s = min(2 * self._wait_s, LONGEST_S) if self._trying else SHORTEST_S
-            self._try_at = self._clock() + self._wait_s
+            if self.threads == self.most:
+                self._wait_s = min(2 * self._wait_s, LONGEST_S) if self._trying else SHORTEST_S
+                self._try_at = self._clock() + self._wait_s
             self._set(enough_for)
-        if self.threads == self.most:
-            self._trying = False
+        self._trying = False
 
     def _set(self, threads: int) -> None:
         self.threads = threads

@@ -94,6 +94,7 @@ class Kernels:
     ) -> tuple[Tensor, Tensor | None]:
         """As ``Llama.forward_with_aux``, from embeddings ``x`` [N, hidden], which are written over."""
         n, hidden = x.shape
+        assert n, "C has no tile for no rows"
         assert all(layer < depth for layer in aux_layers), f"{depth} layers give out nothing of {aux_layers}"
         aux = torch.tensor(aux_layers, dtype=torch.int64)
         given = x.new_empty(n, len(aux_layers) * hidden)

@@ -1,6 +1,6 @@
 // The threads of a parallel region that work together, phase by phase. Each takes some of its own share at a time, and of
-// the others' once nothing of it is left. So one that has no processor keeps the others waiting for no more than what it
-// has taken, and one that comes late finds nothing to do and follows.
+// the others' once nothing of it is left. So one that has no processor keeps the others waiting for what it has taken, and
+// one that comes late finds nothing to do and follows; at the end of the region all are waited for.
 #pragma once
 #include <sched.h>
 #include <stdint.h>
@@ -8,17 +8,18 @@
 #include "threads.h"
 
 enum { PATIENCE = 1 << 10, AGAIN = 1 << 6 }; // looks at the others' progress before the processor is offered, and again
-enum { REACH = 4, COUNT_BITS = 20, MOST_ITEMS = (1 << COUNT_BITS) - 1 }; // shares that one looks for work in
+enum { REACH = 4 }; // shares that one looks for work in
+enum { COUNT_BITS = 20, MOST_ITEMS = (1 << COUNT_BITS) - 1 }; // of a share
 
-// What has been taken of a share: in which phase (others' counts are of an older one, that is nothing), how many items
-// from its front, by its own thread, and from its back. Threads meet nine times a layer or more and hardly wait: OpenMP's
-// own barriers ask the kernel to wake them where a process has computed in other threads as well (docs/log.md).
+// What has been taken of a share: in which phase (if in an older one, nothing yet), how many items from its front, by its
+// own thread, and from its back.
 struct share { _Alignas(64) uint64_t taken; };
 struct place { struct share *shares; _Alignas(64) int64_t done; }; // items of all phases so far
 struct team {
   struct place *place;
   const int64_t me, all;
-  int64_t phase, items, mine, due, at; // items of this phase, those done here, of all up to it; the share looked in
+  int64_t phase, items, mine, due; // the phase, from 1; items of it, those done here, those of all before it
+  int64_t at; // which share is looked in, from one's own on
 };
 struct some { int64_t begin, end; };
 
@@ -29,7 +30,8 @@ struct some { int64_t begin, end; };
   struct place place = {shares_of_##place, 0}
 #define JOIN(place) {&(place), omp_get_thread_num(), omp_get_num_threads(), 1}
 
-// At most grain of the n items of this phase, to be done by this thread; none once all are taken.
+// At most grain of the n items of this phase, to be done by this thread; none once all are taken. A phase has one loop of
+// these, with the same n in all threads, late ones as well, and then a meeting.
 static inline struct some take(struct team *team, int64_t n, int64_t grain) {
   const uint64_t phase = (uint64_t)team->phase << 2 * COUNT_BITS;
   team->items = n;
@@ -69,7 +71,8 @@ static inline int over(const struct team *team) {
   return __atomic_load_n(&team->place->done, __ATOMIC_ACQUIRE) >= team->due;
 }
 
-// The end of a phase: what it wrote can be read.
+// The end of a phase: what it wrote can be read. Threads hardly wait here, nine times a layer or more: OpenMP's own
+// barriers ask the kernel to wake them where a process has computed in other threads as well (docs/log.md).
 static void meet(struct team *team) {
   hand_in(team);
   for (int looks = 1; !over(team); looks++) {

@@ -27,6 +27,10 @@ def plant(module: ModuleType, right: str, wrong: str, folder: Path, monkeypatch:
     monkeypatch.setattr(module, "SOURCE", folder / source.name)
 
 
+LATE = "team->items = n;", "team->items = n; if (team->me) for (volatile int wait = 0; wait < 20000; wait++);"
+"""A fault that changes nothing: all threads but one come late to every phase, and find it over."""
+
+
 def with_headers(source: Path) -> set[Path]:
     """A source and all that it is made of."""
     included = map(source.with_name, re.findall(r'#include "(.+)"', source.read_text()))

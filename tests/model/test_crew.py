@@ -83,8 +83,17 @@ def test_a_pause_is_waited_for_as_well() -> None:
 def test_a_try_is_judged_by_its_own_passes() -> None:
     crew, clock = crew_of(2)
     work(crew, clock, 1.0, WINDOW_S + SHORTEST_S - WINDOW_S / PASSES)  # nearly a window with one thread
-    assert set(work(crew, clock, 2.0, 2 * WINDOW_S)) == {1, 2}
-    assert crew.threads == 2
+    clock.now_s += 2 * WINDOW_S / PASSES
+    assert set(work(crew, clock, 2.0, 3 * WINDOW_S)) == {2}
+
+
+def test_only_a_try_is_a_try() -> None:
+    """Who loses one more afterwards has not tried in vain."""
+    crew, clock = crew_of(4)
+    work(crew, clock, 3.0, WINDOW_S)
+    assert work(crew, clock, 2.0, SHORTEST_S)[-1] == 3
+    clock.now_s += 0.001
+    assert one_pass(crew, clock, 4.0, 0.001) == 4
 
 
 def test_a_short_loss_dismisses_nobody() -> None:

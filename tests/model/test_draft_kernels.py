@@ -21,7 +21,7 @@ from engine.speculation.compiled_pool import CompiledPool
 from engine.speculation.draft_pool import DraftPool, Proposal, Want
 from engine.speculation.draft_pools import DraftPools
 from engine.speculation.neural_file import DraftFile
-from tests.model.planting import plant
+from tests.model.planting import LATE, plant
 
 CONFIG = replace(TINY, hidden_size=64, intermediate_size=96, num_heads=6, num_kv_heads=2, head_dim=64)
 WORDS = 45  # no whole number of vectors
@@ -135,6 +135,15 @@ def test_a_fault_in_the_draft_is_seen(
 ) -> None:
     plant(draft_kernels, right, wrong, tmp_path, monkeypatch)
     assert not off(network_of(target)) < TOLERANCE
+
+
+def test_threads_that_come_late_follow(
+    target: Llama, threads: Callable[[int], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The chain, which all read, has changed by then unless all are waited for."""
+    plant(draft_kernels, *LATE, tmp_path, monkeypatch)
+    threads(3)
+    assert off(network_of(target)) < TOLERANCE
 
 
 @pytest.mark.parametrize("kernels", [True, False])

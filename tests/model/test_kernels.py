@@ -17,7 +17,7 @@ from engine.model.kernels import Kernels, compile_kernels
 from engine.model.kv_cache import KVCache
 from engine.model.llama import Llama
 from engine.model.random_weights import TINY, random_llama
-from tests.model.planting import plant
+from tests.model.planting import LATE, plant
 
 CONFIG = replace(TINY, hidden_size=64, intermediate_size=96, num_heads=6, num_kv_heads=2, head_dim=64)
 LENGTH = 256
@@ -189,6 +189,17 @@ def test_the_number_of_threads_changes_no_bit(model: Llama, threads: Callable[[i
     for count in (2, 3, 7):
         threads(count)
         assert torch.equal(decode(model, made), alone), count
+
+
+@needs_compiler
+def test_late_threads_change_no_bit(
+    model: Llama, threads: Callable[[int], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads(1)
+    alone = decode(model, compiled(model))
+    plant(kernels, *LATE, tmp_path, monkeypatch)
+    threads(3)
+    assert torch.equal(decode(model, compiled(model)), alone)
 
 
 @needs_compiler

@@ -80,7 +80,7 @@ void remember(const struct draft *draft, const int64_t *tokens, const int64_t *p
     fuse(draft, aux, hidden, n, product_room, &team);
     pair(draft, tokens, hidden, both, n, &team);
     times(both, &draft->layer.qkv, product_room, qkv, n, &team);
-    rotate_and_write(qkv, shape->cos, shape->sin, positions, places, keys, values, n, shape->kv_heads, &team);
+    rotate_and_write(qkv, shape, NULL, positions, places, keys, values, n, &team);
   }
 }
 

@@ -76,7 +76,7 @@ class DraftKernels:
         weights, matrices = network.weights, network.matrices
         parts = [matrices[name] for name in ("qkv", "out", "gate_up", "down")]
         layer = LayerParts(
-            weights["hidden_norm"].data_ptr(), weights["mlp_norm"].data_ptr(), None, *map(matrix_parts, parts)
+            weights["hidden_norm"].data_ptr(), weights["mlp_norm"].data_ptr(), None, None, *map(matrix_parts, parts)
         )
         self._draft = _Draft(
             shape_of(target, config.num_kv_heads), target.embedding.data_ptr(), weights["embedding_norm"].data_ptr(),

@@ -37,7 +37,7 @@ class MatrixParts(ctypes.Structure):
 
 class LayerParts(ctypes.Structure):
     _fields_ = (
-        ("attention_norm", POINTER), ("mlp_norm", POINTER), ("qkv_bias", POINTER),
+        ("attention_norm", POINTER), ("mlp_norm", POINTER), ("qkv_bias", POINTER), ("qk_norm", POINTER),
         ("qkv", MatrixParts), ("out", MatrixParts), ("gate_up", MatrixParts), ("down", MatrixParts),
     )  # fmt: skip
 
@@ -59,7 +59,7 @@ def compile_kernels(model: Llama) -> Kernels | None:
         return None
     shaped = not (config.head_dim % (2 * LANES) or config.hidden_size % LANES or config.intermediate_size % LANES)
     held = all(isinstance(matrix, Panels | Int8Panels) for layer in model.layers for matrix in _matrices(layer))
-    if config.qk_norm or not shaped or not held:
+    if not shaped or not held:
         log.info("no kernels for a model of this shape: torch runs its layers")
         return None
     shape = {"HEAD_DIM": config.head_dim, "GROUP": config.group_size}
@@ -81,6 +81,7 @@ class Kernels:
                 layer.attention_norm.data_ptr(),
                 layer.mlp_norm.data_ptr(),
                 None if layer.qkv_bias is None else layer.qkv_bias.data_ptr(),
+                None if layer.qk_norm is None else layer.qk_norm.data_ptr(),
                 *map(matrix_parts, _matrices(layer)),
             )
             for layer in model.layers

@@ -49,22 +49,6 @@ static inline void rotated(const bf16 *x, const bf16 *cos, const bf16 *sin, bf16
   }
 }
 
-// qkv [n, heads + 2 kv_heads, HEAD_DIM]: query is rotated in place; key, rotated, and value go to their places.
-static void rotate_and_write(bf16 *qkv, const bf16 *cos, const bf16 *sin, const int64_t *positions,
-                             const int64_t *places, bf16 *keys, bf16 *values, int64_t n, int64_t kv_heads,
-                             struct team *team) {
-  const int64_t stride = kv_heads * HEAD_DIM, width = (GROUP + 2) * stride;
-  TAKE(some, n, 1, team) {
-    const int64_t t = some.begin;
-    const bf16 *c = cos + positions[t] * HEAD_DIM, *s = sin + positions[t] * HEAD_DIM;
-    bf16 *query = qkv + t * width, *key = query + GROUP * stride;
-    for (int64_t h = 0; h < GROUP * kv_heads; h++) rotated(query + h * HEAD_DIM, c, s, query + h * HEAD_DIM);
-    for (int64_t h = 0; h < kv_heads; h++) rotated(key + h * HEAD_DIM, c, s, keys + places[t] * stride + h * HEAD_DIM);
-    memcpy(values + places[t] * stride, key + stride, stride * sizeof(bf16));
-  }
-  meet(team);
-}
-
 // A matrix [outputs, inputs] as one of the products reads it; prepare is NULL where it needs nothing made of its rows.
 typedef void prepare_of(const bf16 *x, void *room, int64_t rows, int64_t inputs, int64_t row, int64_t last);
 typedef void product_of(const bf16 *x, const void *room, const void *weights, const void *scales, bf16 *out,
@@ -77,6 +61,28 @@ struct matrix {
   const void *weights, *scales;
   int64_t inputs, outputs, panels;
 };
+
+struct layer { const bf16 *attention_norm, *mlp_norm, *qkv_bias, *qk_norm; struct matrix qkv, out, gate_up, down; };
+struct shape { const bf16 *cos, *sin; int64_t hidden, kv_heads; double eps; };
+
+// qkv [n, heads + 2 kv_heads, HEAD_DIM]: query is rotated in place; key, rotated, and value go to their places. Where
+// there is a qk_norm [heads + kv_heads, HEAD_DIM], each head of both is normalized before.
+static void rotate_and_write(bf16 *qkv, const struct shape *shape, const bf16 *qk_norm, const int64_t *positions,
+                             const int64_t *places, bf16 *keys, bf16 *values, int64_t n, struct team *team) {
+  const int64_t kv_heads = shape->kv_heads;
+  const int64_t stride = kv_heads * HEAD_DIM, width = (GROUP + 2) * stride;
+  TAKE(some, n, 1, team) {
+    const int64_t t = some.begin;
+    const bf16 *c = shape->cos + positions[t] * HEAD_DIM, *s = shape->sin + positions[t] * HEAD_DIM;
+    bf16 *query = qkv + t * width, *key = query + GROUP * stride;
+    for (int64_t i = 0; qk_norm && i < (GROUP + 1) * stride; i += HEAD_DIM)
+      add_rms_norm_row(query + i, NULL, qk_norm + i, query + i, HEAD_DIM, (float)shape->eps);
+    for (int64_t h = 0; h < GROUP * kv_heads; h++) rotated(query + h * HEAD_DIM, c, s, query + h * HEAD_DIM);
+    for (int64_t h = 0; h < kv_heads; h++) rotated(key + h * HEAD_DIM, c, s, keys + places[t] * stride + h * HEAD_DIM);
+    memcpy(values + places[t] * stride, key + stride, stride * sizeof(bf16));
+  }
+  meet(team);
+}
 
 static void times(const bf16 *x, const struct matrix *m, void *room, bf16 *out, int64_t rows, struct team *team) {
   if (m->prepare) {
@@ -94,8 +100,6 @@ static void add_bias(bf16 *x, const bf16 *bias, int64_t rows, int64_t n, struct 
   meet(team);
 }
 
-struct layer { const bf16 *attention_norm, *mlp_norm, *qkv_bias; struct matrix qkv, out, gate_up, down; };
-struct shape { const bf16 *cos, *sin; int64_t hidden, kv_heads; double eps; };
 // n tokens on their way; y and h [n, hidden], and between: qkv and attended, or gate_up and activated, of each.
 struct pass {
   int64_t n, tiles;
@@ -112,7 +116,7 @@ static void run_layer(const struct layer *layer, const struct shape *shape, cons
   bf16 *attended = between + n * layer->qkv.outputs, *activated = between + n * layer->gate_up.outputs;
   times(normed, &layer->qkv, pass->product_room, between, n, team);
   if (layer->qkv_bias) add_bias(between, layer->qkv_bias, n, layer->qkv.outputs, team);
-  rotate_and_write(between, shape->cos, shape->sin, positions, places, keys, values, n, shape->kv_heads, team);
+  rotate_and_write(between, shape, layer->qk_norm, positions, places, keys, values, n, team);
   attend(between, keys, values, positions, places, attended, pass->starts, pass->tiles, shape->kv_heads, team);
   times(attended, &layer->out, pass->product_room, y, n, team);
   add_rms_norm(x, y, layer->mlp_norm, h, n, shape->hidden, (float)shape->eps, team);

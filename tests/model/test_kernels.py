@@ -97,6 +97,7 @@ def off(model: Llama) -> float:
     [
         {},
         {"qkv_bias": True},
+        {"qk_norm": True},
         {"head_dim": 96},
         {"head_dim": 32},
         {"num_heads": 5, "num_kv_heads": 1},
@@ -205,6 +206,23 @@ def test_late_threads_change_no_bit(
 @needs_compiler
 @pytest.mark.parametrize(
     ("right", "wrong"),
+    [("NULL, qk_norm + i, query", "NULL, NULL, query"), ("i < (GROUP + 1) * stride", "i < GROUP * stride")],
+)
+def test_a_fault_in_the_norm_of_queries_and_keys_is_seen(
+    right: str, wrong: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    normed = random_llama(replace(CONFIG, qk_norm=True), dtype=torch.bfloat16)
+    for layer in normed.layers:
+        assert layer.qk_norm is not None
+        layer.qk_norm.mul_(torch.linspace(0.8, 1.2, layer.qk_norm.numel()).view_as(layer.qk_norm))
+    assert off(normed) < TOLERANCE
+    plant(kernels, right, wrong, tmp_path, monkeypatch)
+    assert not off(normed) < TOLERANCE
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("right", "wrong"),
     [
         ("i < some.end * LANES", "i < some.end * LANES - LANES"),
         ("some.begin % parts * heads", "0 * heads"),
@@ -241,7 +259,7 @@ def test_what_does_not_compile_is_said_and_torch_runs(
 
 
 @needs_compiler
-@pytest.mark.parametrize("changed", [{"head_dim": 16}, {"qk_norm": True}], ids=str)
+@pytest.mark.parametrize("changed", [{"head_dim": 16}, {"hidden_size": 40}], ids=str)
 def test_other_models_run_by_torch(changed: dict[str, int]) -> None:
     assert compile_kernels(random_llama(replace(CONFIG, **changed), dtype=torch.bfloat16)) is None
 

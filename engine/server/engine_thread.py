@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import sys
 import threading
 import time
 from collections import deque
@@ -20,6 +21,9 @@ from engine.server.spare import SpareTime
 log = logging.getLogger(__name__)
 Deliver = Callable[[Output | SlipstreamError], None]
 """Takes what became of a request: outputs while it runs, or why it was not queued."""
+GIVES_WAY_S = 0.0005
+"""After so long another thread hands the interpreter to this one, which waits for it at the end of a pass. The usual 5
+ms are half a step."""
 T = TypeVar("T")
 
 
@@ -112,6 +116,7 @@ class EngineThread:
             self._wake.notify()
 
     def _run(self) -> None:
+        sys.setswitchinterval(GIVES_WAY_S)
         try:
             self._work()
         except Exception:

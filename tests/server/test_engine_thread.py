@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 from sqlalchemy import select
 
 from engine.contracts import SlipstreamError
 from engine.runner.engine import EngineRequest, Output
-from engine.server.engine_thread import EngineFailure
+from engine.server.engine_thread import GIVES_WAY_S, EngineFailure
 from engine.server.service import Running
 from engine.store.models import TraceRow
 from tests.server.conftest import Served
@@ -77,6 +79,10 @@ def test_a_dead_thread_is_not_ready(served: Served) -> None:
     answer = served.http.get("/readyz")
     assert answer.status_code == 503
     assert "thread has ended" in answer.text
+
+
+def test_other_threads_hand_over_the_interpreter_soon(served: Served) -> None:
+    assert served.server.thread.call(sys.getswitchinterval) == pytest.approx(GIVES_WAY_S)
 
 
 def test_who_does_not_stream_is_called_once_with_the_whole(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
